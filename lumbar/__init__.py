@@ -1,0 +1,1 @@
+"""The lumbar kit's sections; `utils` is their front and holds the table of contents."""

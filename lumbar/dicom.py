@@ -1,0 +1,356 @@
+"""DICOM series to volumes: files -> slices -> Volume(array, affine to LPS mm) -> Study."""
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .files import read_descriptions
+from .names import DESCRIPTIONS, progress
+
+
+@dataclass
+class Volume:
+    """Parallel, equally spaced slices of one series.
+
+    array: (n, h, w) = (slice, row, column), slices in the order of their position along the slice normal;
+    affine: (4, 4) float64, takes (slice, row, column, 1) of a voxel's centre to LPS millimetres;
+    instance_numbers: (n,) int64, the file each slice came from; block: counts the volumes of one series (a series
+    with one tilted stack per disc becomes several); thickness_mm: of one slice, along the normal.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    study_id: int
+    series_id: int
+    description: str
+    block: int
+    instance_numbers: np.ndarray
+    thickness_mm: float = 0.0
+
+    @property
+    def spacing_mm(self):
+        """(3,): distance between neighbouring slices, rows and columns."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+    @property
+    def plane(self):
+        """sagittal, coronal or axial: the patient axis (x, y, z) that the slice normal is closest to."""
+        normal = np.cross(self.affine[:3, 1], self.affine[:3, 2])
+        return ("sagittal", "coronal", "axial")[int(np.argmax(np.abs(normal)))]
+
+    def voxel_to_lps(self, ijk):
+        """(..., 3) positions (slice, row, column) -> (..., 3) LPS millimetres."""
+        return np.asarray(ijk, np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+    def lps_to_voxel(self, xyz):
+        """(..., 3) LPS millimetres -> (..., 3) positions (slice, row, column), not rounded."""
+        return (np.asarray(xyz, np.float64) - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T
+
+    def slice_of(self, instance_number):
+        """The index of the slice that came from this file, or None."""
+        found = np.flatnonzero(self.instance_numbers == instance_number)
+        return int(found[0]) if len(found) else None
+
+
+@dataclass
+class Study:
+    """All volumes of a study, and in sentences what could not be read."""
+
+    study_id: int
+    volumes: list
+    problems: list = field(default_factory=list)
+
+    def of(self, description):
+        """The volumes with this series description."""
+        return [volume for volume in self.volumes if volume.description == description]
+
+
+class DicomProblem(ValueError):
+    """A file that cannot become a slice; the message names the reason."""
+
+
+def _numbers(dataset, keyword, count):
+    value = dataset.get(keyword)
+    try:
+        values = np.asarray([float(v) for v in np.atleast_1d(np.asarray(value, dtype=object))])
+    except (TypeError, ValueError):
+        values = np.array([])
+    if values.shape != (count,) or not np.isfinite(values).all():
+        raise DicomProblem(f"{keyword} is {'missing' if value is None else 'not usable'}")
+    return values
+
+
+def read_slice(path):
+    """One single-frame MR file -> dict: pixels (h, w) float32, position_lps (3,), row_lps (3,), column_lps (3,),
+    spacing_mm (2,) (between rows, between columns), thickness_mm, instance_number.
+
+    row_lps is the direction in which the column index grows, column_lps that in which the row index grows
+    (DICOM PS3.3 C.7.6.2.1.1). Values are rescaled (C.11.1.1.2); MONOCHROME1 is turned so that bright is large.
+    Raises DicomProblem with the reason.
+    """
+    import pydicom
+
+    try:
+        dataset = pydicom.dcmread(path)
+    except Exception as error:  # pydicom raises many kinds, also from inside its decoders
+        raise DicomProblem(f"no readable DICOM file ({type(error).__name__}: {error})") from None
+    if int(dataset.get("NumberOfFrames") or 1) > 1:
+        raise DicomProblem("several frames in one file are not supported")
+    orientation = _numbers(dataset, "ImageOrientationPatient", 6)
+    row, column = orientation[:3], orientation[3:]
+    if not (0.9 < np.linalg.norm(row) < 1.1 and 0.9 < np.linalg.norm(column) < 1.1 and abs(row @ column) < 0.05):
+        raise DicomProblem("ImageOrientationPatient is not two perpendicular unit vectors")
+    spacing = _numbers(dataset, "PixelSpacing", 2)
+    if (spacing <= 0).any():
+        raise DicomProblem("PixelSpacing is not positive")
+    position = _numbers(dataset, "ImagePositionPatient", 3)
+    try:
+        pixels = dataset.pixel_array
+    except Exception as error:
+        raise DicomProblem(f"pixels cannot be decoded ({type(error).__name__}: {error})") from None
+    if pixels.ndim != 2 or pixels.size == 0:
+        raise DicomProblem(f"pixels have the shape {pixels.shape}, not (rows, columns)")
+    slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
+    pixels = pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
+        pixels = pixels.max() + pixels.min() - pixels
+    stem = Path(path).stem
+    thickness = dataset.get("SpacingBetweenSlices") or dataset.get("SliceThickness") or 4.0
+    return {
+        "pixels": pixels,
+        "position_lps": position,
+        "row_lps": row / np.linalg.norm(row),
+        "column_lps": column / np.linalg.norm(column),
+        "spacing_mm": spacing,
+        "thickness_mm": float(dataset.get("SliceThickness") or thickness),
+        "step_mm": float(thickness),
+        # The competition's tables name a slice by its file.
+        "instance_number": int(stem) if stem.isdigit() else int(dataset.get("InstanceNumber") or 0),
+    }
+
+
+def stack_slices(slices, study_id, series_id, description, problems):
+    """Slices of one series -> list of Volumes; what is left out or doubtful is said in `problems`.
+
+    Slices are grouped by orientation (within half a degree), matrix and pixel spacing, ordered by position along
+    the normal, and cut where a step exceeds 1.75 times the usual one: each piece is one volume.
+    """
+    name = f"study {study_id}, series {series_id}"
+    groups = []
+    for item in slices:
+        axes = np.concatenate([item["row_lps"], item["column_lps"]])
+        key = (item["pixels"].shape, tuple(np.round(item["spacing_mm"], 3)))
+        for group in groups:
+            if group["key"] == key and np.abs(group["axes"] - axes).max() < 0.009:
+                group["slices"].append(item)
+                break
+        else:
+            groups.append({"key": key, "axes": axes, "slices": [item]})
+    volumes = []
+    for group in groups:
+        row, column = group["slices"][0]["row_lps"], group["slices"][0]["column_lps"]
+        normal = np.cross(row, column)
+        items = sorted(group["slices"], key=lambda s: (float(s["position_lps"] @ normal), s["instance_number"]))
+        unique = []
+        for item in items:
+            if unique and (item["position_lps"] - unique[-1]["position_lps"]) @ normal < 0.01:
+                problems.append(
+                    f"{name}: file {item['instance_number']} lies at the same place as "
+                    f"{unique[-1]['instance_number']} and was left out"
+                )
+            else:
+                unique.append(item)
+        depth = np.array([item["position_lps"] @ normal for item in unique])
+        steps = np.diff(depth)
+        usual = np.median(steps) if len(steps) else unique[0]["step_mm"]
+        cuts = np.flatnonzero(steps > 1.75 * usual) + 1
+        for piece in np.split(np.arange(len(unique)), cuts):
+            first, last = unique[piece[0]], unique[piece[-1]]
+            affine = np.eye(4)
+            if len(piece) > 1:
+                affine[:3, 0] = (last["position_lps"] - first["position_lps"]) / (len(piece) - 1)
+                error = np.abs(depth[piece] - np.linspace(depth[piece[0]], depth[piece[-1]], len(piece))).max()
+                if error > 0.25 * usual:
+                    problems.append(f"{name}: slices are not equally spaced (up to {error:.1f} mm off)")
+            else:
+                affine[:3, 0] = normal * first["step_mm"]
+            affine[:3, 1] = column * first["spacing_mm"][0]
+            affine[:3, 2] = row * first["spacing_mm"][1]
+            affine[:3, 3] = first["position_lps"]
+            volumes.append(
+                Volume(
+                    np.stack([unique[i]["pixels"] for i in piece]),
+                    affine,
+                    study_id,
+                    series_id,
+                    description,
+                    len(volumes),
+                    np.array([unique[i]["instance_number"] for i in piece]),
+                    first["thickness_mm"],
+                )
+            )
+    return volumes
+
+
+def read_study(folder, descriptions):
+    """Read the series of a study: Study, with a sentence in `.problems` for everything that could not be read.
+
+    folder: {split}_images/<study_id>; descriptions: dict series_id -> description, as the descriptions table has
+    them. Never raises because of what is in the folder: a study without a single readable file has no volumes.
+    """
+    folder = Path(folder)
+    study_id = int(folder.name)
+    study = Study(study_id, [])
+    for series_id, description in descriptions.items():
+        name = f"study {study_id}, series {series_id}"
+        if description not in DESCRIPTIONS:
+            study.problems.append(f"{name}: unknown series description {description!r}")
+            continue
+        try:
+            paths = sorted((folder / str(series_id)).glob("*.dcm"), key=lambda p: (len(p.stem), p.stem))
+        except OSError as error:
+            paths = []
+            study.problems.append(f"{name}: folder cannot be read ({error})")
+        slices = []
+        for path in paths:
+            try:
+                slices.append(read_slice(path))
+            except DicomProblem as problem:
+                study.problems.append(f"{name}: {path.name}: {problem}")
+        if not slices:
+            study.problems.append(f"{name}: no readable slice")
+            continue
+        study.volumes += stack_slices(slices, study_id, series_id, description, study.problems)
+    for description in DESCRIPTIONS:
+        if not study.of(description):
+            study.problems.append(f"study {study_id}: no {description} series")
+    return study
+
+
+def normalise_volume(volume):
+    """The volume on the scale that every network sees: percentile 0.5 at 0 and 99.5 at 1, clipped to [-1, 8].
+
+    The array becomes float16: 11 bits of mantissa hold what a 12-bit magnitude image carries above its noise, at
+    half the size. A constant image becomes zeros.
+    """
+    low, high = np.percentile(volume.array, (0.5, 99.5))
+    scale = 1.0 / (high - low) if high > low else 0.0
+    array = np.clip((volume.array.astype(np.float32) - np.float32(low)) * np.float32(scale), -1, 8)
+    return replace(volume, array=array.astype(np.float16))
+
+
+def normalise_study(study):
+    """The study with every volume on the networks' scale."""
+    return replace(study, volumes=[normalise_volume(volume) for volume in study.volumes])
+
+
+def save_study(study, path):
+    """Write a normalised study as one safetensors file, complete or not at all."""
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    about = {"study_id": study.study_id, "problems": study.problems, "volumes": []}
+    tensors = {}
+    for number, volume in enumerate(study.volumes):
+        tensors[f"array_{number}"] = np.ascontiguousarray(volume.array)
+        tensors[f"affine_{number}"] = np.ascontiguousarray(volume.affine)
+        tensors[f"instance_numbers_{number}"] = np.ascontiguousarray(volume.instance_numbers)
+        about["volumes"].append(
+            {
+                "series_id": int(volume.series_id),
+                "description": volume.description,
+                "block": volume.block,
+                "thickness_mm": volume.thickness_mm,
+            }
+        )
+    temporary = path.with_name(path.name + ".part")
+    save_file(tensors, temporary, metadata={"study": json.dumps(about)})
+    os.replace(temporary, path)
+
+
+def load_study(path, descriptions=None):
+    """Read what save_study wrote; only the series with these descriptions, if given. Arrays are float16."""
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: run 01_preprocess, which writes it")
+    with safe_open(path, framework="numpy") as file:
+        about = json.loads(file.metadata()["study"])
+        volumes = [
+            Volume(
+                file.get_tensor(f"array_{number}"),
+                file.get_tensor(f"affine_{number}"),
+                about["study_id"],
+                item["series_id"],
+                item["description"],
+                item["block"],
+                file.get_tensor(f"instance_numbers_{number}"),
+                item["thickness_mm"],
+            )
+            for number, item in enumerate(about["volumes"])
+            if descriptions is None or item["description"] in descriptions
+        ]
+    return Study(about["study_id"], volumes, about["problems"])
+
+
+def study_paths(preprocessed):
+    """dict study_id -> path of its volumes, from 01_preprocess' folder."""
+    paths = {int(path.stem): path for path in sorted((Path(preprocessed) / "volumes").glob("*.safetensors"))}
+    if not paths:
+        raise FileNotFoundError(f"{preprocessed}/volumes holds no study: run 01_preprocess first")
+    return paths
+
+
+def preprocess_study(data, split, study_id, descriptions, out):
+    """Read one study of the competition folder, write its volumes to `out`. Returns rows for series.csv.
+
+    A study whose file is already there is not read again.
+    """
+    path = Path(out) / f"{study_id}.safetensors"
+    if path.is_file():
+        study = load_study(path)
+    else:
+        study = normalise_study(read_study(Path(data) / f"{split}_images" / str(study_id), descriptions))
+        save_study(study, path)
+    rows = []
+    for volume in study.volumes:
+        row = {
+            "study_id": study_id,
+            "series_id": volume.series_id,
+            "block": volume.block,
+            "description": volume.description,
+            "plane": volume.plane,
+            "slices": volume.array.shape[0],
+            "rows": volume.array.shape[1],
+            "columns": volume.array.shape[2],
+            "thickness_mm": volume.thickness_mm,
+            "problem": "",
+        }
+        row |= {f"a{i}{j}": volume.affine[i, j] for i in range(3) for j in range(4)}
+        rows.append(row)
+    rows += [{"study_id": study_id, "problem": problem} for problem in study.problems]
+    return rows
+
+
+def preprocess_studies(data, split, out, workers=2):
+    """Read every study of a split into out/<study_id>.safetensors. Returns series.csv: one row a volume or problem.
+
+    Works in threads (decoding and percentiles run outside Python's lock, and nothing has to be imported anew), shows
+    progress, and finds the studies that an earlier, killed run has finished.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    table = read_descriptions(data, split)
+    jobs = [
+        (data, split, int(study_id), dict(zip(group["series_id"], group["description"], strict=True)), out)
+        for study_id, group in table.groupby("study_id")
+    ]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        results = pool.map(preprocess_study, *zip(*jobs, strict=True))
+        rows = [row for rows in progress(results, f"reading {split} studies", len(jobs)) for row in rows]
+    return pd.DataFrame(rows)

@@ -1,0 +1,206 @@
+"""The competition's files, submissions, the metric, folds."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .names import CONDITIONS, GRADES, GROUPS, LABEL_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS
+
+
+def _read_table(path, columns):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: DATA must be the competition's folder, or one of phantom.py")
+    table = pd.read_csv(path)
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}")
+    return table
+
+
+def read_labels(path):
+    """Grades in train.csv's wide form: study_id + LABEL_COLUMNS (strings of GRADES, NaN where missing).
+
+    Columns that are absent (a table of fewer conditions) become missing labels. Raises ValueError on an unknown
+    grade or a study that is listed twice.
+    """
+    table = _read_table(path, ["study_id"])
+    table = table.reindex(columns=["study_id", *LABEL_COLUMNS])
+    labels_to_array(table)
+    return table
+
+
+def labels_to_array(labels):
+    """Wide labels -> (study_ids (n,) int64, grades (n, 5 conditions, 5 levels) int64, -1 where missing)."""
+    if labels["study_id"].duplicated().any():
+        raise ValueError(f"study {labels.study_id[labels.study_id.duplicated()].iloc[0]} has two rows of labels")
+    columns = labels.reindex(columns=list(LABEL_COLUMNS))
+    grades = np.full(columns.shape, -1, np.int64)
+    for number, grade in enumerate(GRADES):
+        grades[(columns == grade).to_numpy()] = number
+    unknown = columns.notna().to_numpy() & (grades < 0)
+    if unknown.any():
+        row, column = np.argwhere(unknown)[0]
+        raise ValueError(
+            f"study {labels.study_id.iloc[row]}: {LABEL_COLUMNS[column]} is {columns.iat[row, column]!r}, "
+            f"not one of {', '.join(GRADES)}"
+        )
+    return labels["study_id"].to_numpy(np.int64), grades.reshape(-1, len(CONDITIONS), len(LEVELS))
+
+
+def read_coordinates(data):
+    """train_label_coordinates.csv -> study_id, series_id, instance_number, condition, level, x_px, y_px.
+
+    Condition and level in this kit's names; x_px counts columns and y_px rows, from the centre of the first pixel.
+    """
+    columns = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
+    table = _read_table(Path(data) / "train_label_coordinates.csv", columns)[columns]
+    table["condition"] = table["condition"].str.lower().str.replace(" ", "_")
+    table["level"] = table["level"].str.lower().str.replace("/", "_")
+    known = table["condition"].isin(CONDITIONS) & table["level"].isin(LEVELS)
+    if not known.all():
+        raise ValueError(
+            f"train_label_coordinates.csv: unknown condition or level in {table[~known].iloc[0].to_dict()}"
+        )
+    return table.rename(columns={"x": "x_px", "y": "y_px"})
+
+
+def read_descriptions(data, split):
+    """{train,test}_series_descriptions.csv -> study_id, series_id, description."""
+    table = _read_table(
+        Path(data) / f"{split}_series_descriptions.csv", ["study_id", "series_id", "series_description"]
+    )
+    return table.rename(columns={"series_description": "description"})[["study_id", "series_id", "description"]]
+
+
+def row_ids(study_id):
+    """The 25 row ids of a study, in the order of an array (5 conditions, 5 levels)."""
+    return [f"{study_id}_{column}" for column in LABEL_COLUMNS]
+
+
+def to_submission(study_ids, probabilities):
+    """(n,) ids and (n, 5, 5, 3) probabilities -> a submission sorted by row_id, each row normalised in float64.
+
+    Raises ValueError on a value that is not finite or is negative, or a row of zeros.
+    """
+    values = np.asarray(probabilities, np.float64).reshape(-1, len(SEVERITIES))
+    if not np.isfinite(values).all() or (values < 0).any() or (values.sum(1) <= 0).any():
+        raise ValueError("probabilities must be finite, not negative, and not all zero in a row")
+    values = values / values.sum(1, keepdims=True)
+    table = pd.DataFrame(values, columns=list(SEVERITIES))
+    table.insert(0, "row_id", [row for study_id in study_ids for row in row_ids(study_id)])
+    return table.sort_values("row_id", ignore_index=True)
+
+
+def from_submission(table):
+    """A submission -> (study_ids (n,) ascending, probabilities (n, 5, 5, 3) float64, NaN where a row is absent).
+
+    Raises ValueError on a row_id that is no `{study_id}_{condition}_{level}` or that appears twice.
+    """
+    parts = table["row_id"].astype(str).str.extract(r"^(\d+)_(.+)$")
+    position = {column: number for number, column in enumerate(LABEL_COLUMNS)}
+    column = parts[1].map(position)
+    if column.isna().any():
+        raise ValueError(f"row_id {table['row_id'][column.isna()].iloc[0]!r} names no study, condition and level")
+    if table["row_id"].duplicated().any():
+        raise ValueError(f"row_id {table['row_id'][table['row_id'].duplicated()].iloc[0]!r} appears twice")
+    study_ids, row = np.unique(parts[0].to_numpy(np.int64), return_inverse=True)
+    values = np.full((len(study_ids), len(LABEL_COLUMNS), len(SEVERITIES)), np.nan)
+    values[row, column.to_numpy(np.int64)] = table[list(SEVERITIES)].to_numpy(np.float64)
+    return study_ids, values.reshape(-1, len(CONDITIONS), len(LEVELS), len(SEVERITIES))
+
+
+def _weighted_log_loss(true_probability, weight):
+    """sum(w * -log p) / sum(w); NaN where nothing is graded. float64 eps, as scikit-learn clips it."""
+    if weight.sum() == 0:
+        return float("nan")
+    eps = np.finfo(np.float64).eps
+    return float(np.sum(weight * -np.log(np.clip(true_probability, eps, 1 - eps))) / weight.sum())
+
+
+def score_arrays(grades, probabilities):
+    """The competition's metric on arrays. See competition_score.
+
+    grades: (n, 5, 5) int, -1 missing; probabilities: (n, 5, 5, 3), rows are normalised here in float64.
+    """
+    grades = np.asarray(grades)
+    probabilities = np.asarray(probabilities, np.float64)
+    probabilities = probabilities / probabilities.sum(-1, keepdims=True)
+    graded = grades >= 0
+    weight = np.where(graded, np.asarray(SEVERITY_WEIGHTS, np.float64)[np.clip(grades, 0, 2)], 0.0)
+    true = np.take_along_axis(probabilities, np.clip(grades, 0, 2)[..., None], -1)[..., 0]
+    if not np.isfinite(true[graded]).all():
+        raise ValueError("a graded row has no finite prediction")
+    scores = {}
+    for term, members in GROUPS.items():
+        members = list(members)
+        scores[term] = _weighted_log_loss(true[:, members], weight[:, members])
+    canal = grades[:, 0]
+    counts = (canal >= 0).any(1)
+    severe = np.where(canal[counts] >= 0, probabilities[counts, 0, :, 2], -np.inf).max(1)
+    any_true = (canal[counts] == 2).any(1)
+    scores["any_severe"] = _weighted_log_loss(np.where(any_true, severe, 1 - severe), weight[counts, 0].max(1))
+    scores["total"] = float(np.mean([scores[term] for term in (*GROUPS, "any_severe")]))
+    return scores
+
+
+def competition_score(labels, submission):
+    """The competition's score: weighted log loss per condition group, and for any severe canal stenosis.
+
+    labels: train.csv's wide form; submission: the competition's form, rows in any order. Rows whose label is
+    missing are dropped; predictions of studies without labels are ignored. Returns a dict of floats: spinal,
+    foraminal, subarticular, any_severe and their plain mean, total; a term without a single label is NaN.
+    Raises ValueError where a graded row has no prediction, or one that is negative, not finite or all zero.
+
+    The any-severe row takes the maximum over the levels that are graded, as the official code does after it has
+    dropped the rows without a label.
+    """
+    study_ids, grades = labels_to_array(labels)
+    predicted_ids, probabilities = from_submission(submission)
+    values = submission[list(SEVERITIES)].to_numpy(np.float64)
+    bad = ~np.isfinite(values).all(1) | (values < 0).any(1) | (values.sum(1) <= 0)
+    if bad.any():
+        raise ValueError(f"{submission['row_id'][bad].iloc[0]}: needs three finite values >= 0, not all zero")
+    aligned = np.full((len(study_ids), *probabilities.shape[1:]), np.nan)
+    where = {study_id: number for number, study_id in enumerate(predicted_ids)}
+    for number, study_id in enumerate(study_ids):
+        if study_id in where:
+            aligned[number] = probabilities[where[study_id]]
+    absent = (grades >= 0) & np.isnan(aligned[..., 0])
+    if absent.any():
+        study, condition, level = np.argwhere(absent)[0]
+        name = f"{study_ids[study]}_{CONDITIONS[condition]}_{LEVELS[level]}"
+        raise ValueError(f"{int(absent.sum())} graded rows have no prediction, the first is {name}")
+    return score_arrays(grades, aligned)
+
+
+def class_prior(grades, weighted=True, smoothing=1.0):
+    """Frequencies of the grades per condition and level: (5, 5, 3), rows sum to 1.
+
+    grades: (n, 5, 5), -1 missing. weighted: multiplied by the metric's weights, which is the constant prediction
+    with the lowest expected weighted log loss. smoothing: a count added to each class.
+    """
+    counts = np.stack([(grades == k).sum(0) for k in range(len(SEVERITIES))], -1) + smoothing
+    if weighted:
+        counts = counts * np.asarray(SEVERITY_WEIGHTS, np.float64)
+    return counts / counts.sum(-1, keepdims=True)
+
+
+def make_folds(labels, folds, seed=0):
+    """Study-wise folds of equal size with alike severities: DataFrame study_id, fold.
+
+    Studies are sorted by how much disease they carry, per group of conditions first, and dealt out to the folds in
+    shuffled rounds; so each fold has a like share of every degree, whatever their number.
+    """
+    study_ids, grades = labels_to_array(labels)
+    if not 2 <= folds <= len(study_ids):
+        raise ValueError(f"{len(study_ids)} studies cannot be dealt into {folds} folds")
+    rng = np.random.default_rng(seed)
+    weight = np.where(grades > 0, np.asarray(SEVERITY_WEIGHTS)[np.clip(grades, 0, 2)], 0)
+    any_severe = (grades[:, 0] == 2).any(1)
+    order = np.lexsort((rng.random(len(study_ids)), weight.sum((1, 2)), any_severe))
+    fold = np.empty(len(study_ids), np.int64)
+    for start in range(0, len(order), folds):
+        block = order[start : start + folds]
+        fold[block] = rng.permutation(folds)[: len(block)]
+    return pd.DataFrame({"study_id": study_ids, "fold": fold})

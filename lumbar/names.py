@@ -1,0 +1,83 @@
+"""What everything is called, and small helpers that every section needs."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+CONDITIONS = (
+    "spinal_canal_stenosis",
+    "left_neural_foraminal_narrowing",
+    "right_neural_foraminal_narrowing",
+    "left_subarticular_stenosis",
+    "right_subarticular_stenosis",
+)
+LEVELS = ("l1_l2", "l2_l3", "l3_l4", "l4_l5", "l5_s1")
+SEVERITIES = ("normal_mild", "moderate", "severe")  # the submission's columns
+GRADES = ("Normal/Mild", "Moderate", "Severe")  # the same three, as train.csv writes them
+SEVERITY_WEIGHTS = (1, 2, 4)  # the metric's sample weight, by the true grade
+LABEL_COLUMNS = tuple(f"{condition}_{level}" for condition in CONDITIONS for level in LEVELS)
+SUBMISSION_COLUMNS = ("row_id",) + SEVERITIES
+GROUPS = {"spinal": (0,), "foraminal": (1, 2), "subarticular": (3, 4)}  # metric term -> indices into CONDITIONS
+MIRRORED_CONDITIONS = (0, 2, 1, 4, 3)  # CONDITIONS after left and right change places
+DESCRIPTIONS = ("Sagittal T1", "Axial T2", "Sagittal T2/STIR")  # also the channel order of every crop
+DETECTORS = {  # detector -> the series it reads, the conditions (indices) it grades
+    "scs": ("Sagittal T2/STIR", (0,)),
+    "nfn": ("Sagittal T1", (1, 2)),
+    "ss": ("Axial T2", (3, 4)),
+}
+VERTEBRAE = ("T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5", "S1", "S2")  # head to foot
+LEVEL_VERTEBRAE = {
+    "l1_l2": ("L1", "L2"),
+    "l2_l3": ("L2", "L3"),
+    "l3_l4": ("L3", "L4"),
+    "l4_l5": ("L4", "L5"),
+    "l5_s1": ("L5", "S1"),
+}
+LEVEL_TABLE_COLUMNS = (
+    ["study_id", "level", "x_mm", "y_mm", "z_mm"]
+    + [f"r{row}{column}" for row in range(3) for column in range(3)]
+    + ["extent_head_mm", "extent_left_mm", "extent_back_mm", "confidence", "source"]
+)
+
+
+def progress(iterable=None, desc=None, total=None, **kwargs):
+    """A plain text progress bar on stderr.
+
+    `tqdm.auto` stays at 0% inside papermill, so this is always the text bar; it writes at most every two seconds,
+    because papermill's log gets a new line for each update.
+    """
+    return tqdm(iterable, desc=desc, total=total, mininterval=2.0, ncols=88, file=sys.stderr, **kwargs)
+
+
+def write_json(path, data):
+    """Write `data` as JSON so that the file is either the old one or complete."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(data, indent=2, default=_plain) + "\n")
+    os.replace(temporary, path)
+
+
+def _plain(value):
+    if isinstance(value, (np.integer, np.floating)):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return str(value)
+
+
+def write_csv(path, table):
+    """Write a DataFrame as CSV so that the file is either the old one or complete."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    table.to_csv(temporary, index=False)
+    os.replace(temporary, path)
+
+
+def device_for(name="auto"):
+    """`auto` -> cuda if there is one, else cpu; other names are taken as they are."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

@@ -1,0 +1,1243 @@
+"""SpineNet: vertebrae by vector-field regression, named; a box per level."""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .dicom import load_study
+from .geometry import LevelBox, boxes_from_table, boxes_to_table, coordinates_to_lps, study_box
+from .names import LEVEL_VERTEBRAE, LEVELS, VERTEBRAE, progress
+
+# ----------------------------------------------------------------------------------------------------------------
+#  5. SpineNet: vertebrae by vector-field regression, named; boxes per level
+# ----------------------------------------------------------------------------------------------------------------
+#
+# The method of Windsor, Jamaludin, Kadir, Zisserman, "A Convolutional Approach to Vertebrae Detection and Labelling
+# in Whole Spine MRI" (MICCAI 2020), from its description: a network marks the four corners and the centroid of each
+# vertebral body in every sagittal slice and, at each corner, points to the centroid it belongs to; slices are linked
+# to vertebrae in 3D, and the chain of vertebrae is named by appearance and order. Ours is smaller, and naming is one
+# dynamic programme that counts up from the sacrum instead of two more networks and a beam search.
+
+CORNERS = ("as", "ps", "pi", "ai")  # anterior-superior, posterior-superior, posterior-inferior, anterior-inferior
+VERTEBRA_TABLE_COLUMNS = (
+    ["study_id", "vertebra", "x_mm", "y_mm", "z_mm"]
+    + [f"{corner}_{axis}_mm" for corner in CORNERS for axis in "xyz"]
+    + ["width_mm", "confidence", "source"]
+)
+SPINE_CLASSES = ("thoracic", "lumbar", "S1", "S2")  # what one body looks like; S2 stands for all below S1
+# A field of view may reach beyond the vertebrae that anyone asks for; naming needs places for those too.
+_CHAIN = ("T7", "T8", "T9") + VERTEBRAE + ("S3",)
+_LUMBAR = tuple(dict.fromkeys(name for pair in LEVEL_VERTEBRAE.values() for name in pair))  # L1 ... S1
+
+
+def spine_class(name):
+    """Index into SPINE_CLASSES of a vertebra's name."""
+    return {"T": 0, "L": 1}.get(name[0], 2 if name == "S1" else 3)
+
+
+@dataclass
+class Vertebra:
+    """One vertebral body.
+
+    corners_lps_mm: (4, 3), in the order of CORNERS, in its mid-sagittal plane; width_mm: from right to left;
+    appearance: (4,) log-probabilities of SPINE_CLASSES, or None; name: "T10" ... "S2", "" before naming;
+    source: t2 | t1 | prior | <those>+extrapolated | truth.
+    """
+
+    corners_lps_mm: np.ndarray
+    width_mm: float
+    confidence: float = 1.0
+    name: str = ""
+    source: str = ""
+    appearance: np.ndarray | None = None
+
+    @property
+    def center_lps_mm(self):
+        """(3,): mean of the corners."""
+        return self.corners_lps_mm.mean(0)
+
+    @property
+    def left_lps(self):
+        """(3,) unit vector to the patient's left, perpendicular to the plane of the corners."""
+        front_top, back_top, back_low, front_low = self.corners_lps_mm
+        back = back_top + back_low - front_top - front_low
+        head = front_top + back_top - front_low - back_low
+        left = np.cross(back, head)
+        return left / np.linalg.norm(left)
+
+
+def vertebrae_to_table(study_id, vertebrae):
+    """Vertebrae of one study -> rows of vertebrae.csv."""
+    rows = [
+        [study_id, v.name, *v.center_lps_mm, *v.corners_lps_mm.ravel(), v.width_mm, v.confidence, v.source]
+        for v in vertebrae
+    ]
+    return pd.DataFrame(rows, columns=VERTEBRA_TABLE_COLUMNS)
+
+
+def vertebrae_from_table(table, study_id):
+    """The Vertebrae of a study, in the table's order; an empty list where it has none."""
+    columns = VERTEBRA_TABLE_COLUMNS[5:17]
+    return [
+        Vertebra(
+            np.array([row[c] for c in columns], np.float64).reshape(4, 3),
+            float(row["width_mm"]),
+            float(row["confidence"]),
+            str(row["vertebra"]),
+            str(row["source"]),
+        )
+        for row in table[table["study_id"] == study_id].to_dict("records")
+    ]
+
+
+# -- images and targets
+
+
+def sagittal_images(volume, resolution_mm):
+    """A sagittal volume's slices as the network sees them: rows towards the feet, columns towards the back.
+
+    Returns (images (n, 1, h, w) float32 tensor, affine (4, 4) from (slice, row, column, 1) of these images to LPS).
+    The pixel size is resolution_mm up to rounding to whole pixels, and the affine has the exact one. Values are the
+    volume's, which must be normalised, clipped to [-0.5, 2].
+    Raises ValueError for a volume that is not sagittal.
+    """
+    if volume.plane != "sagittal":
+        raise ValueError(f"study {volume.study_id}, series {volume.series_id}: {volume.plane}, not sagittal slices")
+    array, affine = np.asarray(volume.array), np.array(volume.affine, np.float64)
+    if abs(affine[2, 1]) < abs(affine[2, 2]):  # columns run along the spine
+        array, affine = array.transpose(0, 2, 1), affine[:, [0, 2, 1, 3]]
+    for axis, patient_axis, sign in ((1, 2, -1), (2, 1, 1)):
+        if affine[patient_axis, axis] * sign < 0:
+            array = np.flip(array, axis)
+            affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
+            affine[:3, axis] *= -1
+    images = torch.from_numpy(np.ascontiguousarray(array)).float()[:, None].clamp(-0.5, 2)
+    size = [
+        max(int(round(n * s / resolution_mm)), 1)
+        for n, s in zip(array.shape[1:], np.linalg.norm(affine[:3, 1:3], axis=0))
+    ]
+    images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+    for axis in (1, 2):
+        ratio = array.shape[axis] / size[axis - 1]
+        affine[:3, 3] += affine[:3, axis] * (ratio - 1) / 2  # pixel edges coincide, not the first pixels' centres
+        affine[:3, axis] *= ratio
+    return images, affine
+
+
+def project_vertebrae(vertebrae, affine, index):
+    """Where the bodies' corners lie in one slice.
+
+    affine: (4, 4) from (slice, row, column, 1) to LPS; index: of the slice. The body is taken as a prism along its
+    own left-right axis. Returns (corners_px (v, 4, 2) as (row, column), offset_mm (v,) from the body's
+    mid-sagittal plane to the slice along that axis).
+    """
+    inverse = np.linalg.inv(affine)
+    corners_px, offset_mm = np.zeros((len(vertebrae), 4, 2)), np.zeros(len(vertebrae))
+    for number, vertebra in enumerate(vertebrae):
+        step = inverse[:3, :3] @ vertebra.left_lps
+        ijk = vertebra.corners_lps_mm @ inverse[:3, :3].T + inverse[:3, 3]
+        offset_mm[number] = (index - ijk[:, 0].mean()) / step[0]
+        corners_px[number] = (ijk + offset_mm[number] * step)[:, 1:]
+    return corners_px, offset_mm
+
+
+def spinenet_targets(corners_px, classes, certain, shape, sigma_px):
+    """What the network shall answer for one image.
+
+    corners_px: (v, 4, 2) tensor, (row, column) of the corners in the order of CORNERS; classes: (v,) indices into
+    SPINE_CLASSES; certain: (v,) bool, False for a body whose side the slice grazes: there the heat maps do not count;
+    shape: (h, w); sigma_px: of the corners' Gaussians, the centroid's is twice as wide.
+    Returns a dict of tensors:
+      heat (5, h, w)         Gaussians of height 1: the four corners, the centroid
+      vectors (8, h, w)      for each corner kind, row and column difference in pixels from the pixel to the centroid
+      near (4, h, w) bool    where `vectors` counts: within 1.5 sigma of a corner of this kind
+      classes (h, w) int64   around a centroid the body's class, elsewhere -1
+      weight (1, h, w)       of the heat maps, 0 or 1
+    """
+    height, width = shape
+    rows, columns = torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32)
+    targets = {
+        "heat": torch.zeros(5, height, width),
+        "vectors": torch.zeros(8, height, width),
+        "near": torch.zeros(4, height, width, dtype=torch.bool),
+        "classes": torch.full((height, width), -1, dtype=torch.int64),
+        "weight": torch.ones(1, height, width),
+    }
+    if len(corners_px) == 0:
+        return targets
+    centroids = corners_px.mean(1, keepdim=True)
+    points = torch.cat([corners_px, centroids], 1).float()  # (v, 5, 2)
+    width_px = torch.tensor([sigma_px] * 4 + [2 * sigma_px])
+    by_row = torch.exp(-0.5 * ((rows - points[..., 0, None]) / width_px[:, None]) ** 2)
+    by_column = torch.exp(-0.5 * ((columns - points[..., 1, None]) / width_px[:, None]) ** 2)
+    blobs = by_row[..., :, None] * by_column[..., None, :]  # (v, 5, h, w)
+    targets["heat"], owner = (blobs * certain[:, None, None, None]).max(0)
+    targets["near"] = targets["heat"][:4] > math.exp(-0.5 * 1.5**2)
+    centroid = centroids[:, 0].float()[owner[:4]]  # (4, h, w, 2)
+    vectors = torch.stack([centroid[..., 0] - rows[:, None], centroid[..., 1] - columns], 1)
+    targets["vectors"] = vectors.reshape(8, height, width) * targets["near"].repeat_interleave(2, 0)
+    targets["classes"][targets["heat"][4] > 0.5] = classes[owner[4]][targets["heat"][4] > 0.5]
+    for number in torch.nonzero(~certain).flatten().tolist():
+        low = (points[number].amin(0) - 3 * sigma_px).int().clamp(min=0).tolist()
+        high = (points[number].amax(0) + 3 * sigma_px).int().clamp(min=0).tolist()
+        targets["weight"][:, low[0] : high[0] + 1, low[1] : high[1] + 1] = 0
+    return targets
+
+
+def spinenet_records(study, vertebrae, resolution_mm):
+    """Training images of one study: its sagittal slices, also those beside the spine.
+
+    study: normalised; vertebrae: its true Vertebrae. Returns a list of dicts: image (h, w) float16 tensor,
+    corners_px (v, 4, 2), classes (v,), certain (v,), as spinenet_targets takes them, only of bodies that the slice
+    meets and whose centroid lies in the image.
+    """
+    records = []
+    classes = np.array([spine_class(v.name) for v in vertebrae])
+    half_mm = np.array([v.width_mm / 2 for v in vertebrae])
+    for volume in study.volumes:
+        if not volume.description.startswith("Sagittal") or volume.plane != "sagittal":
+            continue
+        images, affine = sagittal_images(volume, resolution_mm)
+        shape = np.array(images.shape[2:])
+        for index in range(len(images)):
+            corners_px, offset_mm = project_vertebrae(vertebrae, affine, index)
+            centroids = corners_px.mean(1)
+            # A slice of some millimetres shows a body's rim as a mixture: neither a body nor none.
+            seen = (np.abs(offset_mm) < 1.15 * half_mm) & ((centroids > 0) & (centroids < shape - 1)).all(1)
+            records.append(
+                {
+                    "image": images[index, 0].half(),
+                    "corners_px": torch.from_numpy(corners_px[seen]).float(),
+                    "classes": torch.from_numpy(classes[seen]),
+                    "certain": torch.from_numpy(np.abs(offset_mm[seen]) < 0.85 * half_mm[seen]),
+                }
+            )
+    return records
+
+
+def spinenet_training_set(paths, truth, resolution_mm, hold_out=0.1, seed=0):
+    """Training and validation images of many studies, and their mean layout.
+
+    paths: dict study_id -> volume file, as study_paths returns it; truth: vertebra table; hold_out: share of the
+    studies that is kept for validation. Returns (records, validation records, held-out study ids, prior).
+    Raises ValueError when no study has true vertebrae.
+    """
+    known = set(truth["study_id"])
+    study_ids = sorted(study_id for study_id in paths if study_id in known)
+    if not study_ids:
+        raise ValueError("no study with volumes has true vertebrae: PHANTOM and the volumes are of different data sets")
+    shuffled = np.random.default_rng(seed).permutation(study_ids)
+    held_out = {int(i) for i in shuffled[: int(round(hold_out * len(study_ids)))]}
+    records, validation, anchors = [], [], {}
+    for study_id in progress(study_ids, "reading vertebrae", len(study_ids)):
+        study = load_study(paths[study_id])
+        images = spinenet_records(study, vertebrae_from_table(truth, study_id), resolution_mm)
+        if study_id in held_out:
+            validation += images
+        else:
+            records += images
+            anchors[study_id] = study_anchors(study)
+    return records, validation, held_out, fit_level_prior(anchors, truth)
+
+
+class SpineSlices(torch.utils.data.Dataset):
+    """`length` random crops from records, the same ones whenever it is asked, so that a killed training continues.
+
+    records: from spinenet_records; shape: (h, w) of a crop in pixels; sigma_px: see spinenet_targets;
+    augment: False gives the crop around the middle body, unchanged.
+    An item is the dict of spinenet_targets with `image` (1, h, w).
+    """
+
+    def __init__(self, records, length, shape, sigma_px, augment=True, seed=0):
+        self.records, self.length, self.shape = records, length, tuple(shape)
+        self.sigma_px, self.augment, self.seed = sigma_px, augment, seed
+        self.with_bodies = [k for k, record in enumerate(records) if len(record["corners_px"])]
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng((self.seed, index))
+        if self.augment:
+            # Half of the slices pass beside the spine; a few of those teach what is no vertebra.
+            choice = self.with_bodies if self.with_bodies and rng.random() < 0.8 else range(len(self.records))
+            record = self.records[choice[int(rng.integers(len(choice)))]]
+        else:
+            record = self.records[index]
+        image, corners_px = record["image"].float(), record["corners_px"]
+        size = torch.tensor(image.shape, dtype=torch.float32)
+        middle = corners_px.mean((0, 1)) if len(corners_px) else (size - 1) / 2
+        turn, zoom = 0.0, 1.0
+        if self.augment:
+            turn, zoom = rng.uniform(-0.26, 0.26), math.exp(rng.uniform(-0.2, 0.2))
+            if len(corners_px) and rng.random() < 0.8:  # else anywhere: belly, back and air are to be seen too
+                middle = corners_px[int(rng.integers(len(corners_px)))].mean(0)
+            else:
+                middle = size * torch.from_numpy(rng.random(2)).float()
+            crop = torch.tensor(self.shape, dtype=torch.float32)
+            middle = middle + torch.from_numpy(rng.uniform(-0.3, 0.3, 2)).float() * crop
+            # No more than a tenth of the crop lies outside of the image: nothing is to be learnt there.
+            reach = ((size - crop / zoom) / 2).clamp(min=0) + 0.1 * crop
+            middle = torch.minimum(torch.maximum(middle, size / 2 - reach), size / 2 + reach)
+        cosine, sine = math.cos(turn), math.sin(turn)
+        matrix = torch.tensor([[cosine, -sine], [sine, cosine]]) / zoom  # crop -> image, both about their middles
+        half = (torch.tensor(self.shape, dtype=torch.float32) - 1) / 2
+        rows = torch.arange(self.shape[0], dtype=torch.float32)[:, None] - half[0]
+        columns = torch.arange(self.shape[1], dtype=torch.float32) - half[1]
+        from_row = matrix[0, 0] * rows + matrix[0, 1] * columns + middle[0]
+        from_column = matrix[1, 0] * rows + matrix[1, 1] * columns + middle[1]
+        grid = torch.stack([from_column * 2 / (size[1] - 1) - 1, from_row * 2 / (size[0] - 1) - 1], -1)
+        image = F.grid_sample(image[None, None], grid[None], padding_mode="zeros", align_corners=True)[0]
+        corners_px = (corners_px - middle) @ torch.linalg.inv(matrix).T + half
+        if self.augment:
+            image = self._contrast(image, rng)
+        item = spinenet_targets(corners_px, record["classes"], record["certain"], self.shape, self.sigma_px)
+        return item | {"image": image}
+
+    @staticmethod
+    def _contrast(image, rng):
+        """Other scanners: inverted, gamma, brightness, coil sensitivity, noise."""
+        if rng.random() < 0.15:
+            image = 1 - image.clamp(0, 1)
+        image = image.clamp(0, 2) ** math.exp(rng.uniform(-0.5, 0.5))
+        bias = rng.uniform(-0.4, 0.4, 4)
+        rows = torch.linspace(-1, 1, image.shape[1])[:, None]
+        columns = torch.linspace(-1, 1, image.shape[2])
+        image = image * torch.exp(bias[0] * rows + bias[1] * columns + bias[2] * rows**2 + bias[3] * columns**2)
+        image = image * rng.uniform(0.7, 1.3) + rng.uniform(-0.1, 0.1)
+        noise = rng.standard_normal(tuple(image.shape), dtype=np.float32) * np.float32(rng.uniform(0, 0.06))
+        return image + torch.from_numpy(noise)
+
+
+# -- network and training
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, inputs, outputs, stride=1):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class SpineNet(nn.Module):
+    """U-Net with a residual encoder for sagittal slices of a fixed pixel size.
+
+    widths: channels at strides 2, 4, 8, ...; blocks: residual blocks a stride in the encoder; resolution_mm: the
+    pixel size it is trained for. forward: (b, 1, h, w) -> (b, 13 + classes, h, w) of any h and w:
+      0-4    logits of the corner and centroid heat maps, in the order of spinenet_targets
+      5-12   vectors from the pixel to the centroid in pixels, (row, column) for each corner kind
+      13-    logits of SPINE_CLASSES, to be read at centroids
+    `about`: dict written as the weights' metadata; its "prior" is what fit_level_prior returns.
+
+    Full resolution is only touched by folding 2 x 2 pixels into channels and back (Shi et al., CVPR 2016): half the
+    rows and columns carry the same information at a quarter of the work.
+    """
+
+    def __init__(self, widths=(32, 48, 64, 96), blocks=1, resolution_mm=2.0):
+        super().__init__()
+        self.architecture = {"widths": list(widths), "blocks": blocks, "resolution_mm": float(resolution_mm)}
+        self.resolution_mm = float(resolution_mm)
+        self.about = {}
+        self.stem = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4, widths[0], 3, 1, 1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+        )
+        self.encoder, self.lateral, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for number, width in enumerate(widths):
+            before = widths[max(number - 1, 0)]
+            self.encoder.append(
+                nn.Sequential(
+                    _ResidualBlock(before, width, 2 if number else 1),
+                    *[_ResidualBlock(width, width) for _ in range(blocks - 1)],
+                )
+            )
+            if number:
+                self.lateral.append(nn.Conv2d(width, before, 1))
+                self.decoder.append(_ResidualBlock(2 * before, before))
+        self.head = nn.Sequential(nn.Conv2d(widths[0], 4 * (13 + len(SPINE_CLASSES)), 1), nn.PixelShuffle(2))
+        self.stride = 2 ** len(widths)
+        # Heat maps are nearly everywhere 0: starting there saves the steps that would only learn it.
+        with torch.no_grad():
+            self.head[0].bias[:20] = -4.0
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride))
+        x = self.stem(x)
+        skips = []
+        for block in self.encoder:
+            x = block(x)
+            skips.append(x)
+        for skip, lateral, block in zip(skips[-2::-1], reversed(self.lateral), reversed(self.decoder)):
+            x = F.interpolate(lateral(x), scale_factor=2, mode="bilinear", align_corners=False)
+            x = block(torch.cat([x, skip], 1))
+        x = self.head(x)[:, :, :height, :width]
+        # Bodies are some 30 mm high: in units of 16 mm the vectors are of order 1, as the rest.
+        vectors = x[:, 5:13] * (16.0 / self.resolution_mm)
+        return torch.cat([x[:, :5], vectors, x[:, 13:]], 1)
+
+
+def spinenet_loss(output, targets, resolution_mm):
+    """Loss of a batch: a scalar tensor, and its three parts as floats (heat, vectors, appearance).
+
+    Heat: binary cross-entropy, 10 times as heavy on a peak as on the background: peaks are 1% of the pixels, but a
+    heavier weight makes unsure maps blunt. Per peak, so that it does not depend on how many a crop shows.
+    Vectors: smooth L1 of the error in units of 8 mm, around corners. Appearance: cross-entropy around centroids.
+    """
+    heat = targets["heat"]
+    weight = targets["weight"] * (1 + 9 * heat)
+    per_pixel = F.binary_cross_entropy_with_logits(output[:, :5], heat, reduction="none")
+    heat_loss = (per_pixel * weight).sum() / (10 * heat.sum()).clamp(min=1)
+    near = targets["near"].repeat_interleave(2, 1)
+    error = (output[:, 5:13] - targets["vectors"]) * (resolution_mm / 8.0)
+    vector_loss = (F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none") * near).sum()
+    vector_loss = vector_loss / near.sum().clamp(min=1)
+    logits, classes = output[:, 13:].float(), targets["classes"]
+    class_loss = F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum") / (classes >= 0).sum().clamp(min=1)
+    parts = {"heat": heat_loss, "vectors": vector_loss, "appearance": class_loss}
+    return heat_loss + vector_loss + class_loss, {name: float(part.detach()) for name, part in parts.items()}
+
+
+def save_spinenet(model, path):
+    """Write the weights as safetensors; architecture and `about` (prior, training) as JSON in its metadata."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    about = {"architecture": model.architecture, "classes": list(SPINE_CLASSES), "about": model.about}
+    save_file(tensors, temporary, metadata={"spinenet": json.dumps(about)})
+    os.replace(temporary, path)
+
+
+def load_spinenet(path, device="cpu"):
+    """Read what save_spinenet wrote: the model in eval mode on `device`.
+
+    Raises FileNotFoundError, or ValueError for a file with other contents.
+    """
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"SpineNet weights {path} do not exist: run 02_train_spinenet, or correct WEIGHTS")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["spinenet"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except KeyError:
+        raise ValueError(
+            f"{path} is a safetensors file without SpineNet's metadata: give the file that 02_train_spinenet wrote"
+        ) from None
+    if tuple(about["classes"]) != SPINE_CLASSES:
+        raise ValueError(
+            f"{path} was trained for the classes {about['classes']}, this code has {SPINE_CLASSES}: train again"
+        )
+    model = SpineNet(**about["architecture"])
+    model.load_state_dict(tensors)
+    model.about = about["about"]
+    return model.to(device).eval()
+
+
+def _save_training(path, model, optimizer, step, history):
+    """The state of an unfinished training, without a pickle: AdamW keeps three tensors a parameter."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{name}": value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
+    temporary = path.with_name(path.name + ".part")
+    save_file(tensors, temporary, metadata={"training": json.dumps({"step": step, "history": history})})
+    os.replace(temporary, path)
+
+
+def _load_training(path, model, optimizer):
+    """Put back what _save_training wrote. Returns (step, history)."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["training"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".")
+            state.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return about["step"], about["history"]
+
+
+def _one_cycle(step, steps, peak):
+    """Learning rate: a cosine up to `peak` over the first quarter, then down to peak / 1000 (Smith, 2018)."""
+    rise = max(steps // 4, 1)
+    if step < rise:
+        return peak * (0.1 + 0.9 * (1 - math.cos(math.pi * step / rise)) / 2)
+    return peak * (0.001 + 0.999 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1))) / 2)
+
+
+def train_spinenet(
+    records,
+    folder,
+    *,
+    validation=(),
+    widths=(32, 48, 64, 96),
+    blocks=1,
+    resolution_mm=2.0,
+    steps=400,
+    batch_size=8,
+    crop_px=(128, 96),
+    learning_rate=3e-3,
+    sigma_mm=3.0,
+    device="cpu",
+    workers=0,
+    seed=0,
+    save_every_s=30.0,
+):
+    """Train a SpineNet. Returns (model in eval mode, history: DataFrame step, loss, heat, vectors, appearance, split).
+
+    records, validation: from spinenet_records at the same resolution; folder: gets spinenet_training.safetensors
+    every save_every_s seconds, from which a killed run continues to the same weights as an uninterrupted one;
+    steps: of the optimiser; crop_px: (rows, columns); sigma_mm: of the corners' Gaussians.
+    Raises ValueError without records, RuntimeError when the loss stops being a number.
+    """
+    if not any(len(record["corners_px"]) for record in records):
+        raise ValueError("no training image shows a vertebra: are vertebra table and volumes of the same studies?")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = SpineNet(widths, blocks, resolution_mm).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
+    sigma_px = sigma_mm / resolution_mm
+    state = folder / "spinenet_training.safetensors"
+    start, history = _load_training(state, model, optimizer) if state.is_file() else (0, [])
+    dataset = SpineSlices(records, steps * batch_size, crop_px, sigma_px, seed=seed)
+    rest = torch.utils.data.Subset(dataset, range(start * batch_size, len(dataset)))
+    loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers, pin_memory=str(device) != "cpu")
+    # At most 64 images, spread evenly over the studies: enough to see overfitting, and quick.
+    chosen = [validation[i] for i in np.linspace(0, len(validation) - 1, min(len(validation), 64)).astype(int)]
+    held_out = SpineSlices(chosen, len(chosen), crop_px, sigma_px, augment=False)
+    validate_at = {round(steps * k / 8) for k in range(1, 9)}
+    saved = time.time()
+    bar = progress(loader, "training SpineNet", max(steps - start, 0))
+    for step, batch in enumerate(bar, start):
+        for group in optimizer.param_groups:
+            group["lr"] = _one_cycle(step, steps, learning_rate)
+        model.train()
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        with torch.autocast("cuda", enabled=str(device).startswith("cuda")):
+            output = model(batch["image"])
+        loss, parts = spinenet_loss(output.float(), batch, resolution_mm)
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"SpineNet: the loss is {float(loss)} at step {step}: lower LEARNING_RATE and run again")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        history.append({"step": step + 1, "loss": float(loss.detach()), **parts, "split": "train"})
+        if step + 1 in validate_at and chosen:
+            history.append(
+                {"step": step + 1, **_validate_spinenet(model, held_out, resolution_mm, device), "split": "validation"}
+            )
+        bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
+        if time.time() - saved > save_every_s or step + 1 == steps:
+            _save_training(state, model, optimizer, step + 1, history)
+            saved = time.time()
+    return model.eval(), pd.DataFrame(history)
+
+
+@torch.no_grad()
+def _validate_spinenet(model, dataset, resolution_mm, device):
+    """Mean losses over a data set: dict loss, heat, vectors, appearance."""
+    model.eval()
+    sums = []
+    for batch in torch.utils.data.DataLoader(dataset, 16):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        loss, parts = spinenet_loss(model(batch["image"]).float(), batch, resolution_mm)
+        sums.append({"loss": float(loss), **parts})
+    return pd.DataFrame(sums).mean().to_dict()
+
+
+# -- from maps to vertebrae
+
+
+@torch.no_grad()
+def spinenet_maps(model, images, batch_size=8):
+    """Run the network on images (n, 1, h, w). Returns (n, 17, h, w) float32 on the CPU, heat maps as probabilities."""
+    device = next(model.parameters()).device
+    maps = []
+    for start in range(0, len(images), batch_size):
+        output = model(images[start : start + batch_size].to(device)).float()
+        output[:, :5] = output[:, :5].sigmoid()
+        maps.append(output.cpu())
+    return torch.cat(maps)
+
+
+def _peaks(heat, radius_px, threshold):
+    """Local maxima of maps (n, k, h, w): array (p, 4) of map, kind, row, column, and their (p, 3) value and sub-pixel
+    (row, column) from the parabola through the logarithms, which is exact for a Gaussian."""
+    values = heat.numpy()
+    where = np.argwhere(values > threshold)
+    # Few pixels pass the threshold: looking around each is much quicker than a maximum filter over the maps.
+    around = np.arange(-radius_px, radius_px + 1)
+    padded = np.pad(values, ((0, 0), (0, 0), (radius_px, radius_px), (radius_px, radius_px)))
+    number, kind, row, column = (part[:, None, None] for part in where.T)
+    window = padded[number, kind, row + radius_px + around[:, None], column + radius_px + around]
+    where = where[values[tuple(where.T)] >= window.max((1, 2))]
+    position = where[:, 2:].astype(np.float64)
+    for axis in (2, 3):
+        last = heat.shape[axis] - 1
+        before, after = where.copy(), where.copy()
+        before[:, axis] = np.maximum(where[:, axis] - 1, 0)
+        after[:, axis] = np.minimum(where[:, axis] + 1, last)
+        low, middle, high = (np.log(np.maximum(values[tuple(w.T)], 1e-6)) for w in (before, where, after))
+        curve = low - 2 * middle + high
+        shift = np.where(curve < -1e-6, 0.5 * (low - high) / np.minimum(curve, -1e-6), 0.0)
+        position[:, axis - 2] += np.clip(shift, -0.5, 0.5)
+    return where, np.column_stack([values[tuple(where.T)], position])
+
+
+def decode_slices(maps, resolution_mm, center_threshold=0.3, corner_threshold=0.1, reach_mm=12.0):
+    """Vertebrae in each slice, from the network's maps (n, 17, h, w).
+
+    Each peak of the centroid map takes of every corner kind the one whose position, displaced by its vector, comes
+    nearest, if within reach_mm. One missing corner is completed to a parallelogram, with two missing it is dropped.
+    (The paper takes one peak per thresholded component; local maxima also part bodies whose blobs touch.)
+    Returns a list of n lists of dicts: corners_px (4, 2) as (row, column), score 0..1, logits (classes,).
+    """
+    slices = [[] for _ in range(len(maps))]
+    centers, center_values = _peaks(maps[:, 4:5], max(int(round(8 / resolution_mm)), 1), center_threshold)
+    corners, corner_values = _peaks(maps[:, :4], max(int(round(5 / resolution_mm)), 1), corner_threshold)
+    array = maps.numpy()
+    number, kind, row, column = corners.T
+    displaced = np.stack(
+        [row + array[number, 5 + 2 * kind, row, column], column + array[number, 6 + 2 * kind, row, column]], 1
+    )
+    for (index, _, row, column), (score, *center_px) in zip(centers, center_values):
+        corners_px, heights = np.full((4, 2), np.nan), np.zeros(4)
+        for which in range(4):
+            candidates = np.flatnonzero((number == index) & (kind == which))
+            if not len(candidates):
+                continue
+            distance = np.linalg.norm(displaced[candidates] - center_px, axis=1) * resolution_mm
+            if distance.min() < reach_mm:
+                best = candidates[distance.argmin()]
+                corners_px[which], heights[which] = corner_values[best, 1:], corner_values[best, 0]
+        missing = np.flatnonzero(np.isnan(corners_px[:, 0]))
+        if len(missing) > 1:
+            continue
+        if len(missing):
+            a = missing[0]
+            corners_px[a] = corners_px[(a + 1) % 4] + corners_px[(a - 1) % 4] - corners_px[(a + 2) % 4]
+        slices[index].append(
+            {
+                "corners_px": corners_px,
+                "score": float(score * heights.mean()) ** 0.5,
+                "logits": array[index, 13:, row, column],
+            }
+        )
+    return slices
+
+
+def _clip_polygon(polygon, edge_from, edge_to):
+    """The part of a polygon [(row, column), ...] on the inner side of a line (Sutherland and Hodgman, 1974)."""
+    normal = (edge_from[1] - edge_to[1], edge_to[0] - edge_from[0])
+    side = [normal[0] * (p[0] - edge_from[0]) + normal[1] * (p[1] - edge_from[1]) for p in polygon]
+    kept = []
+    for k in range(len(polygon)):
+        p, q, a, b = polygon[k - 1], polygon[k], side[k - 1], side[k]
+        if (a < 0) != (b < 0):
+            t = a / (a - b)
+            kept.append((p[0] + t * (q[0] - p[0]), p[1] + t * (q[1] - p[1])))
+        if b >= 0:
+            kept.append(q)
+    return kept
+
+
+def _signed_area(polygon):
+    return 0.5 * sum(polygon[k - 1][0] * polygon[k][1] - polygon[k][0] * polygon[k - 1][1] for k in range(len(polygon)))
+
+
+def polygon_iou(first, second):
+    """Intersection over union of two convex polygons (k, 2), in either sense of rotation."""
+    first, second = np.asarray(first, float), np.asarray(second, float)
+    if (first.max(0) <= second.min(0)).any() or (second.max(0) <= first.min(0)).any():
+        return 0.0
+    first, second = [tuple(p) for p in first.tolist()], [tuple(p) for p in second.tolist()]
+    if _signed_area(second) < 0:
+        second = second[::-1]
+    common = first
+    for k in range(len(second)):
+        common = _clip_polygon(common, second[k - 1], second[k])
+        if len(common) < 3:
+            return 0.0
+    shared = abs(_signed_area(common))
+    union = abs(_signed_area(first)) + abs(_signed_area(second)) - shared
+    return shared / union if union > 0 else 0.0
+
+
+def link_slices(slices, min_iou=0.2, gap=1):
+    """Join the detections of neighbouring slices that overlap into vertebrae.
+
+    slices: from decode_slices; gap: slices in which a vertebra may be missed. A detection joins the vertebra whose
+    last polygon it overlaps most. Returns a list of lists of (slice index, detection).
+    """
+    tracks = []
+    for index, detections in enumerate(slices):
+        pairs = []
+        for number, track in enumerate(tracks):
+            last_index, last = track[-1]
+            if index - last_index <= gap + 1:
+                for which, detection in enumerate(detections):
+                    iou = polygon_iou(last["corners_px"], detection["corners_px"])
+                    if iou > min_iou:
+                        pairs.append((iou, number, which))
+        used_tracks, used = set(), set()
+        for _, number, which in sorted(pairs, reverse=True):
+            if number not in used_tracks and which not in used:
+                tracks[number].append((index, detections[which]))
+                used_tracks.add(number)
+                used.add(which)
+        tracks += [[(index, detection)] for which, detection in enumerate(detections) if which not in used]
+    return tracks
+
+
+def detect_vertebrae(model, volume, batch_size=8):
+    """Find the vertebral bodies of one sagittal volume.
+
+    model: SpineNet in eval mode; volume: normalised. Returns Vertebrae without names, from head to foot; source is
+    t2 or t1. A body seen in one slice only is dropped, unless the volume has no more than two.
+    Raises ValueError for a volume that is not sagittal.
+    """
+    images, affine = sagittal_images(volume, model.resolution_mm)
+    tracks = link_slices(decode_slices(spinenet_maps(model, images, batch_size), model.resolution_mm))
+    source = "t1" if volume.description == "Sagittal T1" else "t2"
+    step_mm = volume.spacing_mm[0]
+    vertebrae = []
+    for track in tracks:
+        # Beside a body the chain of overlaps may run on along a rib, a pedicle or the sacrum's wing, less surely.
+        highest = max(detection["score"] for _, detection in track)
+        track = [item for item in track if item[1]["score"] > 0.6 * highest]
+        if len(track) < min(2, (len(images) + 1) // 2):
+            continue
+        index = np.array([i for i, _ in track], float)
+        score = np.array([d["score"] for _, d in track])
+        corners_px = np.array([d["corners_px"] for _, d in track]).reshape(len(track), 8)
+        # Slices through the middle count more: towards its sides a body is shallower.
+        span = index - (index[0] + index[-1]) / 2
+        weight = score * (1 - 0.8 * (2 * span / (index[-1] - index[0] + 1)) ** 2)
+        middle = np.average(index, weights=weight)
+        rows_columns = np.average(corners_px, axis=0, weights=weight).reshape(4, 2)
+        ijk = np.column_stack([np.full(4, middle), rows_columns])
+        logits = np.array([d["logits"] for _, d in track], np.float64)
+        logits -= logits.max(1, keepdims=True)
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        log_p = np.average(log_p, axis=0, weights=weight)
+        best = np.sort(score)[::-1][:5]
+        vertebrae.append(
+            Vertebra(
+                ijk @ affine[:3, :3].T + affine[:3, 3],
+                float((index[-1] - index[0] + 1) * step_mm),
+                float(best.mean() * min(1.0, len(track) * step_mm / 25.0)),
+                source=source,
+                appearance=log_p - np.log(np.exp(log_p).sum()),
+            )
+        )
+    return sorted(vertebrae, key=lambda v: -v.center_lps_mm[2])
+
+
+def merge_vertebrae(first, second, distance_mm=13.0):
+    """Two series' unnamed Vertebrae as one chain, head to foot.
+
+    A body that both saw keeps the first's geometry (unless the second is far surer) and the mean of both
+    appearances; half a body's height apart two detections are the same body.
+    """
+    merged, taken = [], set()
+    for vertebra in first:
+        distance = [
+            np.linalg.norm(other.center_lps_mm - vertebra.center_lps_mm) if k not in taken else np.inf
+            for k, other in enumerate(second)
+        ]
+        if distance and min(distance) < distance_mm:
+            other = second[int(np.argmin(distance))]
+            taken.add(int(np.argmin(distance)))
+            kept = other if other.confidence > 2 * vertebra.confidence else vertebra
+            appearance = (vertebra.appearance + other.appearance) / 2
+            kept = replace(
+                kept,
+                appearance=appearance - np.log(np.exp(appearance).sum()),
+                confidence=max(vertebra.confidence, other.confidence),
+            )
+            merged.append(kept)
+        else:
+            merged.append(vertebra)
+    merged += [other for k, other in enumerate(second) if k not in taken]
+    return sorted(merged, key=lambda v: -v.center_lps_mm[2])
+
+
+# -- names
+
+
+def _chain_steps_mm(prior):
+    """(len(_CHAIN) - 1, 3) vector from each body's centre to the next one's in the mean layout; where the layout has
+    none, the nearest known."""
+    layout = {name: np.mean(corners, 0) for name, corners in prior["layout_mm"].items()}
+    pairs = enumerate(zip(_CHAIN, _CHAIN[1:]))
+    known = {k: layout[b] - layout[a] for k, (a, b) in pairs if a in layout and b in layout}
+    return np.array([known[min(known, key=lambda i: abs(i - k))] for k in range(len(_CHAIN) - 1)])
+
+
+def _best_chains(vertebrae, steps_mm):
+    """(n, names) score of the best naming of detections 0..i that gives detection i each name, and the way back."""
+    count, names = len(vertebrae), len(_CHAIN)
+    classes = np.array([spine_class(name) for name in _CHAIN])
+    # No body's looks alone may outvote the order of all others.
+    gain = np.stack([np.maximum(v.appearance, -4.0)[classes] for v in vertebrae])
+    drop = np.array([-1.0 - 4.0 * v.confidence for v in vertebrae])
+    centers = np.stack([v.center_lps_mm for v in vertebrae])
+    along = np.concatenate([np.zeros((1, 3)), np.cumsum(steps_mm, 0)])
+    best = gain + np.concatenate([[0.0], np.cumsum(drop)[:-1]])[:, None]
+    back = np.full((count, names, 2), -1)
+    for i in range(1, count):
+        for j in range(max(0, i - 3), i):
+            skipped = drop[j + 1 : i].sum()
+            for step in (1, 2, 3):
+                expected = along[step:] - along[:-step]
+                error = np.linalg.norm(centers[i] - centers[j] - expected, axis=1) / np.linalg.norm(expected, axis=1)
+                misfit = np.minimum(0.5 * (error / 0.25) ** 2, 20.0)
+                score = best[j, :-step] + gain[i, step:] - misfit - 2.5 * (step - 1) + skipped
+                better = score > best[i, step:]
+                best[i, step:][better] = score[better]
+                back[i, step:][better] = np.column_stack([np.full(better.sum(), j), np.flatnonzero(better)])
+    return best, back, drop
+
+
+def name_vertebrae(vertebrae, prior):
+    """Name a chain of Vertebrae by one dynamic programme. Returns the named ones, head to foot.
+
+    Each detection gets a name or is dropped; names rise in order. The score adds the log-probabilities of the looks
+    (thoracic, lumbar, S1, below), for every pair of neighbours how well their distance fits that of the names in the
+    prior's layout, at the patient's size, 2.5 for each body that would have been overlooked, and a penalty for each
+    detection dropped, the higher the surer it was. S1 differs most from its neighbours, so in effect the chain is
+    counted up from the sacrum. Confidence is the detection's times the share of the chosen numbering among all
+    shifts of it.
+    """
+    if not vertebrae:
+        return []
+    steps_mm = _chain_steps_mm(prior)
+    if len(vertebrae) > 2:
+        found = np.linalg.norm(np.diff([v.center_lps_mm for v in vertebrae], axis=0), axis=1)
+        usual = np.median(np.linalg.norm(steps_mm[_CHAIN.index("T12") : _CHAIN.index("L5")], axis=1))
+        steps_mm = steps_mm * np.clip(np.median(found) / usual, 0.8, 1.2)
+    best, back, drop = _best_chains(vertebrae, steps_mm)
+    after = np.concatenate([np.cumsum(drop[::-1])[::-1][1:], [0.0]])
+    final = best + after[:, None]
+    i, k = np.unravel_index(np.argmax(final), final.shape)
+    # The same last body under another name: how much worse is the best chain that says so?
+    share = 1.0 / np.exp(final[i] - final[i, k]).sum()
+    named = []
+    while i >= 0:
+        named.append(replace(vertebrae[i], name=_CHAIN[k], confidence=float(vertebrae[i].confidence * share)))
+        i, k = back[i, k]
+    return named[::-1]
+
+
+# -- levels
+
+
+def study_anchors(study):
+    """Where a study's series lie: dict "sagittal", "axial" -> (3,) centre in LPS mm, as far as it has such series."""
+    anchors = {}
+    for plane in ("sagittal", "axial"):
+        volumes = [v for v in study.volumes if v.description.lower().startswith(plane)]
+        if volumes:
+            anchors[plane] = study_box(replace(study, volumes=volumes))[0]
+    return anchors
+
+
+def fit_level_prior(anchors, vertebrae):
+    """The mean layout of a set of studies.
+
+    anchors: dict study_id -> study_anchors(study); vertebrae: table with the columns of vertebrae.csv, true or
+    detected. Returns a dict for JSON: layout_mm (name -> (4, 3) median corners relative to the centre of the sagittal
+    series), width_mm (name -> mm), axial_mm ((3,) median centre of the axial series relative to the sagittal one's).
+    Raises ValueError when a vertebra of L1 to S1 occurs in no study with a sagittal series.
+    """
+    corners, widths = {}, {}
+    for study_id, anchor in anchors.items():
+        if "sagittal" in anchor:
+            for vertebra in vertebrae_from_table(vertebrae, study_id):
+                corners.setdefault(vertebra.name, []).append(vertebra.corners_lps_mm - anchor["sagittal"])
+                widths.setdefault(vertebra.name, []).append(vertebra.width_mm)
+    missing = [name for name in _LUMBAR if name not in corners]
+    if missing:
+        raise ValueError(f"no study shows {', '.join(missing)}: the mean layout needs L1 to S1")
+    shifts = [a["axial"] - a["sagittal"] for a in anchors.values() if "axial" in a and "sagittal" in a]
+    return {
+        "layout_mm": {name: np.median(corners[name], 0).round(2).tolist() for name in VERTEBRAE if name in corners},
+        "width_mm": {name: round(float(np.median(widths[name])), 2) for name in VERTEBRAE if name in widths},
+        "axial_mm": np.median(shifts, 0).round(2).tolist() if shifts else [0.0, 0.0, 0.0],
+        "studies": len(anchors),
+    }
+
+
+def refit_level_prior(anchors, vertebrae, prior, sure=0.3):
+    """The mean layout of these studies themselves, from their surely detected bodies; `prior` where they show too few.
+
+    anchors: dict study_id -> study_anchors(study); vertebrae: table, as locate_studies returns it.
+    """
+    seen = vertebrae[(vertebrae["confidence"] > sure) & ~vertebrae["source"].str.contains("extrapolated|prior")]
+    complete = seen[seen["vertebra"].isin(_LUMBAR)].groupby("study_id")["vertebra"].nunique() == len(_LUMBAR)
+    if complete.sum() < 20:
+        return prior
+    return fit_level_prior({i: anchors[i] for i in complete.index[complete]}, seen)
+
+
+def complete_vertebrae(named, anchors, prior):
+    """L1 to S1, whatever was found: list of six Vertebrae.
+
+    A missing one is placed by the prior's layout, shifted, turned and scaled in the sagittal plane to fit the bodies
+    found (least squares, the weight halving with each step away from the missing one); confidence halves with each
+    step to the nearest. With none found the layout stands around the series' centre: source prior, confidence 0.1,
+    or 0 for a study without volumes. anchors: study_anchors(study).
+    """
+    found = {v.name: v for v in named}
+    layout = {name: np.array(corners) for name, corners in prior["layout_mm"].items()}
+    usable = [name for name in found if name in layout]
+    vertebrae = []
+    for name in _LUMBAR:
+        if name in found:
+            vertebrae.append(found[name])
+            continue
+        corners = layout[name].copy()
+        if not usable:
+            axial = anchors.get("axial", np.zeros(3)) - np.array(prior["axial_mm"])
+            corners += anchors.get("sagittal", axial)
+            vertebrae.append(Vertebra(corners, prior["width_mm"][name], 0.1 if anchors else 0.0, name, "prior"))
+            continue
+        steps = np.array([abs(_CHAIN.index(other) - _CHAIN.index(name)) for other in usable])
+        weight = np.repeat(0.5**steps, 4)
+        weight = weight / weight.sum()
+        model = np.concatenate([layout[other] for other in usable])
+        seen = np.concatenate([found[other].corners_lps_mm for other in usable])
+        model_mean, seen_mean = weight @ model, weight @ seen
+        # Turn and scale in (y, z) as one complex factor.
+        p = (model - model_mean) @ [0, 1, 1j]
+        q = (seen - seen_mean) @ [0, 1, 1j]
+        factor = (weight * p.conj()) @ q / (weight @ np.abs(p) ** 2)
+        factor *= np.clip(abs(factor), 0.75, 1.3) / abs(factor)
+        placed = factor * ((corners - model_mean) @ [0, 1, 1j])
+        corners = np.column_stack([corners[:, 0] - model_mean[0], placed.real, placed.imag]) + seen_mean
+        nearest = found[usable[int(steps.argmin())]]
+        source = nearest.source.split("+")[0] + "+extrapolated"
+        confidence = nearest.confidence * 0.5 ** int(steps.min())
+        vertebrae.append(Vertebra(corners, prior["width_mm"][name], confidence, name, source))
+    return vertebrae
+
+
+def level_boxes(vertebrae):
+    """The LevelBoxes between named neighbours, head to foot; levels without both neighbours are left out.
+
+    Centre: between the end plates. Axes: back along the mean of the two end plates, head perpendicular to it and to
+    the patient's left-right axis. Extent: head from body centre to body centre; left the bodies' width; back the
+    end plates' depth.
+    """
+    found = {v.name: v for v in vertebrae}
+    boxes = []
+    for level in LEVELS:
+        upper, lower = (found.get(name) for name in LEVEL_VERTEBRAE[level])
+        if upper is None or lower is None:
+            continue
+        plates = np.stack([upper.corners_lps_mm[[3, 2]], lower.corners_lps_mm[[0, 1]]])  # (plate, front | back, 3)
+        along = plates[:, 1] - plates[:, 0]
+        back = (along / np.linalg.norm(along, axis=1, keepdims=True)).sum(0)
+        head = np.cross([1.0, 0.0, 0.0], back)
+        head /= np.linalg.norm(head)
+        left = np.array([1.0, 0.0, 0.0])  # perpendicular to head already
+        parts = set(f"{upper.source}+{lower.source}".split("+"))
+        order = [part for part in ("truth", "t2", "t1", "prior", "extrapolated") if part in parts]
+        boxes.append(
+            LevelBox(
+                level,
+                plates.mean((0, 1)),
+                np.stack([head, left, np.cross(head, left)]),
+                np.array(
+                    [
+                        abs((upper.center_lps_mm - lower.center_lps_mm) @ head),
+                        (upper.width_mm + lower.width_mm) / 2,
+                        np.linalg.norm(along, axis=1).mean(),
+                    ]
+                ),
+                float(min(upper.confidence, lower.confidence)),
+                "+".join(order),
+            )
+        )
+    return boxes
+
+
+def locate_levels(study, model, prior=None):
+    """Find and name a study's vertebrae and disc levels; always answers, with a confidence.
+
+    study: normalised; model: SpineNet, or None to take the prior alone; prior: from fit_level_prior, default the one
+    in model.about. T2/STIR and T1 detections form one chain; where both saw a body the T2's geometry counts.
+    Returns (five LevelBoxes, head to foot, list of named Vertebrae, at least L1 to S1).
+    Raises ValueError when there is neither a prior nor a model that carries one.
+    """
+    prior = prior if prior is not None else (model.about.get("prior") if model is not None else None)
+    if prior is None:
+        raise ValueError("locate_levels needs a prior: give fit_level_prior's, or weights from 02_train_spinenet")
+    chain = []
+    for description in ("Sagittal T2/STIR", "Sagittal T1"):
+        for volume in study.of(description):
+            if model is not None and volume.plane == "sagittal":
+                chain = merge_vertebrae(chain, detect_vertebrae(model, volume))
+    named = name_vertebrae(chain, prior)
+    complete = complete_vertebrae(named, study_anchors(study), prior)
+    others = [v for v in named if v.name not in _LUMBAR]
+    vertebrae = sorted(complete + others, key=lambda v: _CHAIN.index(v.name))
+    return level_boxes(complete), vertebrae
+
+
+def locate_studies(paths, model, prior=None):
+    """Levels and vertebrae of many studies.
+
+    paths: dict study_id -> file, as study_paths returns it. Returns (levels table, vertebrae table, anchors: dict
+    study_id -> study_anchors).
+    """
+    levels, vertebrae, anchors = [], [], {}
+    for study_id, path in progress(paths.items(), "locating levels", len(paths)):
+        study = load_study(path)
+        boxes, bodies = locate_levels(study, model, prior)
+        levels.append(boxes_to_table(study_id, boxes))
+        vertebrae.append(vertebrae_to_table(study_id, bodies))
+        anchors[study_id] = study_anchors(study)
+    return pd.concat(levels, ignore_index=True), pd.concat(vertebrae, ignore_index=True), anchors
+
+
+def locate_unseen(levels, vertebrae, anchors, prior):
+    """The two tables with the studies in which nothing was seen placed by another prior."""
+    unseen = levels.groupby("study_id")["source"].agg(lambda sources: (sources == "prior").all())
+    for study_id in unseen.index[unseen]:
+        bodies = complete_vertebrae([], anchors[study_id], prior)
+        levels = pd.concat([levels[levels["study_id"] != study_id], boxes_to_table(study_id, level_boxes(bodies))])
+        vertebrae = pd.concat([vertebrae[vertebrae["study_id"] != study_id], vertebrae_to_table(study_id, bodies)])
+    return levels.reset_index(drop=True), vertebrae.reset_index(drop=True)
+
+
+# -- how good are they
+
+
+def read_vertebra_truth(path, split=None):
+    """The phantom's true vertebrae as a table with the columns of vertebrae.csv (source "truth").
+
+    path: phantom_vertebrae.csv; split: "train" or "test", default both.
+    Raises FileNotFoundError or ValueError, naming what is missing.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: only phantom data have true vertebrae")
+    table = pd.read_csv(path)
+    if split is not None and "split" in table:
+        table = table[table["split"] == split]
+    table = table.assign(width_mm=2 * table["half_width_mm"], confidence=1.0, source="truth")
+    missing = [column for column in VERTEBRA_TABLE_COLUMNS if column not in table]
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}")
+    return table[VERTEBRA_TABLE_COLUMNS].reset_index(drop=True)
+
+
+def level_errors(levels, truth):
+    """Boxes against true vertebrae.
+
+    levels: table of levels.csv; truth: vertebra table. Returns a DataFrame, one row for each level of each study that
+    is in both: study_id, level, error_mm (between centres), along_mm (of it along the true disc's normal), angle_deg
+    (between the normals), named (the nearest true disc has this name), confidence, source.
+    """
+    rows = []
+    for study_id in sorted(set(levels["study_id"]) & set(truth["study_id"])):
+        true_boxes = {box.level: box for box in level_boxes(vertebrae_from_table(truth, study_id))}
+        centers = np.stack([box.center_lps_mm for box in true_boxes.values()])
+        for box in boxes_from_table(levels, study_id):
+            if box.level not in true_boxes:
+                continue
+            true_box = true_boxes[box.level]
+            offset = true_box.from_lps(box.center_lps_mm)
+            nearest = list(true_boxes)[int(np.linalg.norm(centers - box.center_lps_mm, axis=1).argmin())]
+            angle = np.degrees(np.arccos(np.clip(box.axes[0] @ true_box.axes[0], -1, 1)))
+            rows.append(
+                [
+                    study_id,
+                    box.level,
+                    float(np.linalg.norm(offset)),
+                    float(abs(offset[0])),
+                    float(angle),
+                    nearest == box.level,
+                    box.confidence,
+                    box.source,
+                ]
+            )
+    return pd.DataFrame(
+        rows, columns=["study_id", "level", "error_mm", "along_mm", "angle_deg", "named", "confidence", "source"]
+    )
+
+
+def vertebra_errors(vertebrae, truth, reach_mm=12.0):
+    """Detected bodies against true ones, L1 to S1.
+
+    vertebrae, truth: vertebra tables. Returns a DataFrame, one row for each true body of each study that is in both:
+    study_id, vertebra, error_mm (to the nearest body that was seen, not extrapolated), found (within reach_mm),
+    named (found, and under its name).
+    """
+    seen = vertebrae[~vertebrae["source"].str.contains("extrapolated|prior")]
+    rows = []
+    for study_id in sorted(set(vertebrae["study_id"]) & set(truth["study_id"])):
+        bodies = vertebrae_from_table(seen, study_id)
+        for true in vertebrae_from_table(truth, study_id):
+            if true.name not in _LUMBAR:
+                continue
+            distance = [np.linalg.norm(body.center_lps_mm - true.center_lps_mm) for body in bodies]
+            error_mm = float(min(distance, default=np.inf))
+            found = error_mm < reach_mm
+            rows.append(
+                [study_id, true.name, error_mm, found, found and bodies[int(np.argmin(distance))].name == true.name]
+            )
+    return pd.DataFrame(rows, columns=["study_id", "vertebra", "error_mm", "found", "named"])
+
+
+def locating_scores(levels, vertebrae, truth, right_mm=4.0):
+    """The figures of level_errors and vertebra_errors in one dict; `right`: named, and the centre within right_mm."""
+    boxes, bodies = level_errors(levels, truth), vertebra_errors(vertebrae, truth)
+    return {
+        "studies": int(boxes["study_id"].nunique()),
+        "levels": len(boxes),
+        "right": float((boxes["named"] & (boxes["error_mm"] < right_mm)).mean()),
+        "named": float(boxes["named"].mean()),
+        "median_mm": float(boxes["error_mm"].median()),
+        "p95_mm": float(boxes["error_mm"].quantile(0.95)),
+        "median_angle_deg": float(boxes["angle_deg"].median()),
+        "vertebrae_found": float(bodies["found"].mean()),
+        "vertebrae_named": float(bodies.loc[bodies["found"], "named"].mean()) if bodies["found"].any() else 0.0,
+    }
+
+
+def compare_with_labels(boxes, coordinates, study):
+    """Boxes of one study against the competition's label points, which real data have too.
+
+    coordinates: this study's rows of read_coordinates. Returns a DataFrame condition, level, head_mm, left_mm,
+    back_mm (the point in the frame of its level's box) and nearest (the level whose disc plane is nearest); points
+    on slices that could not be read are left out.
+    """
+    by_level = {box.level: box for box in boxes}
+    rows = []
+    for row, point in zip(coordinates.itertuples(), coordinates_to_lps(coordinates, study)):
+        if np.isfinite(point).all():
+            head_mm = {level: abs(box.from_lps(point)[0]) for level, box in by_level.items()}
+            rows.append([row.condition, row.level, *by_level[row.level].from_lps(point), min(head_mm, key=head_mm.get)])
+    return pd.DataFrame(rows, columns=["condition", "level", "head_mm", "left_mm", "back_mm", "nearest"])
+
+
+def plot_vertebrae(ax, volume, index, vertebrae, boxes=()):
+    """Draw one sagittal slice with bodies, names and level boxes. Returns ax.
+
+    volume: Volume; index: of the slice; vertebrae: Vertebrae; boxes: LevelBoxes. Both are drawn where they are
+    projected onto the slice; what was extrapolated is dashed.
+    """
+    ax.imshow(
+        np.asarray(volume.array[index], np.float32),
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        aspect=volume.spacing_mm[1] / volume.spacing_mm[2],
+    )
+    for vertebra in vertebrae:
+        corners = volume.lps_to_voxel(vertebra.corners_lps_mm)[[0, 1, 2, 3, 0]]
+        known = "extrapolated" not in vertebra.source and vertebra.source != "prior"
+        ax.plot(corners[:, 2], corners[:, 1], "-" if known else "--", color="tab:cyan", linewidth=1)
+        ax.text(
+            corners[:4, 2].mean(),
+            corners[:4, 1].mean(),
+            vertebra.name,
+            color="yellow",
+            fontsize=8,
+            ha="center",
+            va="center",
+        )
+    for box in boxes:
+        head, _, back = box.extent_mm / 2
+        outline = [(head, 0, -back), (head, 0, back), (-head, 0, back), (-head, 0, -back), (head, 0, -back)]
+        corners = volume.lps_to_voxel(box.to_lps(outline))
+        ax.plot(corners[:, 2], corners[:, 1], ":", color="tab:orange", linewidth=1)
+        center = volume.lps_to_voxel(box.center_lps_mm)
+        ax.plot(center[2], center[1], "+", color="tab:orange")
+    ax.set_xlim(-0.5, volume.array.shape[2] - 0.5)
+    ax.set_ylim(volume.array.shape[1] - 0.5, -0.5)
+    ax.set_axis_off()
+    return ax
+
+
+def plot_spinenet_target(ax, item):
+    """Draw an item of SpineSlices: the crop, corners as dots, their vectors as lines to the centroid. Returns ax."""
+    ax.imshow(item["image"][0], cmap="gray", vmin=0, vmax=1)
+    colors = ("tab:red", "tab:green", "tab:blue", "tab:orange")
+    for kind, row, column in torch.nonzero(item["near"]).tolist():
+        heat = item["heat"][kind]
+        around = heat[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+        if heat[row, column] == around.max():
+            d_row, d_column = item["vectors"][2 * kind : 2 * kind + 2, row, column].tolist()
+            ax.plot([column, column + d_column], [row, row + d_row], "-", color=colors[kind], linewidth=0.7)
+            ax.plot(column, row, ".", color=colors[kind], markersize=4)
+    ax.set_axis_off()
+    return ax
+
+
+def plot_spinenet_history(ax, history):
+    """Draw a training curve (history of train_spinenet): the loss smoothed, the validation's points. Returns ax."""
+    train, validation = (history[history["split"] == split] for split in ("train", "validation"))
+    ax.plot(train["step"], train["loss"], color="tab:blue", alpha=0.2)
+    ax.plot(
+        train["step"],
+        train["loss"].rolling(max(len(train) // 20, 1), min_periods=1).mean(),
+        color="tab:blue",
+        label="training (augmented)",
+    )
+    if len(validation):
+        ax.plot(validation["step"], validation["loss"], "o-", color="tab:orange", label="validation")
+    ax.set(xlabel="step", ylabel="loss", yscale="log")
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_level_errors(ax, errors, held_out=()):
+    """Histogram of the distances between found and true disc centres, held-out studies apart. Returns ax.
+
+    errors: from level_errors; held_out: study ids.
+    """
+    apart = errors["study_id"].isin(held_out)
+    bins = np.linspace(0, max(10.0, min(errors["error_mm"].max(), 30.0)), 41)
+    rest = "training studies" if apart.any() else "all studies"
+    for part, name in ((errors[~apart], rest), (errors[apart], "held out")):
+        if len(part):
+            label = f"{name} ({len(part)} levels)"
+            ax.hist(part["error_mm"].clip(upper=bins[-1]), bins, density=True, alpha=0.6, label=label)
+    ax.set(xlabel="distance of disc centres (mm)", ylabel="share per mm")
+    ax.legend(frameon=False)
+    return ax

@@ -1,0 +1,427 @@
+"""Stages: checked parameters, one folder and one manifest each, and the loop that runs their notebooks."""
+
+import ast
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .names import _plain, write_json
+
+
+def assigned_literals(source):
+    """The names a parameters cell assigns, with their literal values.
+
+    source: the text of the cell. Returns a dict name -> value, in order.
+    Raises ValueError where a value is not a literal: papermill can only inject literals, and values that depend on
+    others must be derived in a later cell, after the injection.
+    """
+    values = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+            raise ValueError(f"parameters cell, line {node.lineno}: write one `NAME = literal` a line")
+        try:
+            values[targets[0].id] = ast.literal_eval(node.value)
+        except ValueError:
+            raise ValueError(f"parameters cell: {targets[0].id} must be a literal") from None
+    return values
+
+
+def check_values(defaults, given, where="parameters"):
+    """Refuse names that do not exist and values of another type than the default's.
+
+    defaults, given: dicts name -> value. Returns `defaults` updated with `given` (an int is welcome where a float
+    is expected). Raises ValueError naming the closest parameter, TypeError naming both types.
+    """
+    merged = dict(defaults)
+    for name, value in given.items():
+        if name not in defaults:
+            close = difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{where}: there is no parameter {name!r}.{hint} There are: {', '.join(defaults)}")
+        default = defaults[name]
+        is_number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+        if default is not None and not is_number and type(value) is not type(default):
+            raise TypeError(
+                f"{where}: {name} must be {type(default).__name__} (as in {name} = {default!r}), "
+                f"not {type(value).__name__} {value!r}"
+            )
+        merged[name] = float(value) if is_number else value
+    return merged
+
+
+def notebook_parameters(history, namespace):
+    """The parameters in force in the running notebook, checked.
+
+    history: IPython's `In`; namespace: `globals()`. papermill warns of a mistyped parameter and runs on with the
+    default: here it is an error. Found by their first lines: our parameters cell starts with `# Parameters:` and
+    papermill's injected one is `# Parameters` alone.
+    """
+    cells = [cell for cell in history if cell.startswith("# Parameters:")]
+    if not cells:
+        raise ValueError("run the parameters cell (its first line starts with '# Parameters:') before this one")
+    defaults = assigned_literals(cells[-1])
+    injected = [cell for cell in history if cell.startswith("# Parameters\n")]
+    if injected:
+        check_values(defaults, assigned_literals(injected[-1]))
+    return check_values(defaults, {name: namespace[name] for name in defaults})
+
+
+def versions():
+    """Versions of what decides the results: a dict package -> version."""
+    found = {"python": platform.python_version()}
+    for name in (
+        "torch",
+        "timm_3d",
+        "spacecutter",
+        "ultralytics-opencv-headless",
+        "ultralytics",
+        "open3d-cpu",
+        "open3d",
+        "pydicom",
+        "numpy",
+        "pandas",
+        "papermill",
+    ):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def fingerprint(path):
+    """A short hash that changes when a stage's input does.
+
+    A folder of an earlier stage is known by its manifest, a data folder by the contents of its CSV files and the
+    names of its studies, a file by its size and time.
+    """
+    path = Path(path)
+    digest = hashlib.sha256()
+    if (path / "manifest.json").is_file():
+        digest.update((path / "manifest.json").read_bytes())
+    elif path.is_dir():
+        for table in sorted(path.glob("*.csv")):
+            digest.update(table.name.encode() + table.read_bytes())
+        for folder in sorted(path.glob("*_images/*")):
+            digest.update(folder.name.encode())
+    elif path.is_file():
+        digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    else:
+        raise FileNotFoundError(f"input {path} does not exist: run the stage that writes it, or correct the path")
+    return digest.hexdigest()[:16]
+
+
+# What may differ between two runs of the same work.
+PARAMETERS_WITHOUT_EFFECT = ("OUT", "WORKERS", "THREADS", "DEVICE")
+
+
+@dataclass
+class Stage:
+    """One stage's folder. `done`: an earlier run finished the same work with the same parameters and inputs."""
+
+    dir: Path
+    name: str
+    done: bool
+    identity: dict
+    started: float
+
+    def close(self, outputs=(), scores=None, counts=None):
+        """Write manifest.json, the sign that the stage is complete. Returns the manifest.
+
+        outputs: files (relative to the folder); each must exist. scores, counts: dicts of numbers for the report.
+        """
+        if self.done:
+            return json.loads((self.dir / "manifest.json").read_text())
+        missing = [str(name) for name in outputs if not (self.dir / name).exists()]
+        if missing:
+            raise FileNotFoundError(f"{self.name} did not write {', '.join(missing)} in {self.dir}")
+        manifest = {
+            "stage": self.name,
+            **self.identity,
+            "outputs": {str(name): (self.dir / name).stat().st_size for name in outputs},
+            "seconds": round(time.time() - self.started, 1),
+            "peak_memory_mb": round(peak_memory_mb()),
+            "versions": versions(),
+            "scores": scores or {},
+            "counts": counts or {},
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }
+        write_json(self.dir / "manifest.json", manifest)
+        return manifest
+
+
+def peak_memory_mb():
+    """The largest resident memory of this process so far, in MB (Linux: ru_maxrss is in KiB)."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def open_stage(out, name, parameters, inputs=()):
+    """Open the folder OUT/name of a stage: new, to be continued, or finished.
+
+    parameters: dict, as notebook_parameters returns it; inputs: files or folders that the stage reads.
+    Finished work with the same parameters and inputs is found (`.done`); a killed run with the same ones continues;
+    anything else is moved aside to name.old-1, .old-2, ... so that results never mix and nothing is lost.
+    """
+    folder = Path(out) / name
+    identity = {
+        "parameters": {k: v for k, v in parameters.items() if k not in PARAMETERS_WITHOUT_EFFECT},
+        "inputs": {str(path): fingerprint(path) for path in inputs},
+    }
+    identity = json.loads(json.dumps(identity, default=_plain))
+    begun = folder / "begun.json"
+    if begun.is_file() and json.loads(begun.read_text()) != identity:
+        number = 1
+        while (old := folder.with_name(f"{name}.old-{number}")).exists():
+            number += 1
+        folder.rename(old)
+        print(f"{name}: other parameters or inputs than last time; the old results are now in {old}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not begun.is_file():
+        write_json(begun, identity)
+    done = (folder / "manifest.json").is_file()
+    print(f"{name}: " + ("already finished, found by its manifest" if done else f"working in {folder}"))
+    return Stage(folder, name, done, identity, time.time())
+
+
+def is_finished(stage):
+    """True if a stage of the table has a manifest with these parameters and with inputs that have not changed since."""
+    path = Path(stage["parameters"].get("OUT", "")) / stage["name"] / "manifest.json"
+    if not path.is_file():
+        return False
+    manifest = json.loads(path.read_text())
+    parameters = check_notebook_parameters(stage["notebook"], stage["parameters"])
+    same = {k: v for k, v in parameters.items() if k not in PARAMETERS_WITHOUT_EFFECT} == manifest["parameters"]
+    return same and all(Path(p).exists() and fingerprint(p) == known for p, known in manifest["inputs"].items())
+
+
+def check_notebook_parameters(notebook, given):
+    """Refuse parameters that a notebook does not have, before it starts. See check_values."""
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4).cells
+    source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), None)
+    if source is None:
+        raise ValueError(f"{notebook} has no cell tagged `parameters`")
+    return check_values(assigned_literals(source), given, Path(notebook).name)
+
+
+def run_notebook(notebook, output, parameters, threads=1):
+    """Run a notebook by papermill in a process of its own; its log goes to this process' stdout, a line at a time.
+
+    A process and not papermill's function: stages can then run side by side with their own number of threads.
+    Raises RuntimeError with the last lines when it fails; what ran until then is in `output`.
+    """
+    import subprocess
+
+    check_notebook_parameters(notebook, parameters)
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    settings = output.with_suffix(".parameters.json")  # JSON is YAML, and keeps 1e-3 a number and "0012" a text
+    write_json(settings, parameters)
+    # PASSIVE: threads that wait for work sleep. Spinning ones slow a shared machine down by an order of magnitude.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(notebook),
+        str(output),
+        "-f",
+        str(settings),
+        "-k",
+        "python3",
+        "--log-output",
+        "--no-progress-bar",
+        "--no-request-save-on-cell-execute",
+        "--autosave-cell-every",
+        "60",
+    ]
+    tail = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    ) as process:
+        for line in process.stdout:
+            line = line.rstrip().split("\r")[-1]
+            if line and not line.startswith(("Executing Cell", "Ending Cell", "Input Notebook", "Output Notebook")):
+                tail = [*tail[-29:], line]
+                print(f"[{output.stem}] {line}", flush=True)
+    if process.returncode:
+        raise RuntimeError(f"{notebook} failed; see {output}. Its last lines:\n" + "\n".join(tail))
+
+
+def run_stages(stages, runs, workers=2):
+    """Run a table of stages, side by side where they do not need each other.
+
+    stages: list of dicts: name, notebook, parameters, after (names of stages to wait for), threads.
+    runs: folder for the executed notebooks. A finished stage (see is_finished) is not run again. When a stage fails,
+    running ones finish and the first error is raised. Returns dict name -> seconds, of the stages that ran.
+    """
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+    for stage in stages:
+        check_notebook_parameters(stage["notebook"], stage["parameters"])
+    seconds, finished, running, waiting, failure = {}, set(), {}, list(stages), None
+
+    def run(stage):
+        started = time.time()
+        run_notebook(stage["notebook"], Path(runs) / f"{stage['name']}.ipynb", stage["parameters"], stage["threads"])
+        return time.time() - started
+
+    with ThreadPoolExecutor(workers) as pool:
+        while (waiting and failure is None) or running:
+            free = workers - sum(stage["threads"] for stage in running.values())
+            for stage in list(waiting) if failure is None else []:
+                if not set(stage["after"]) <= finished:
+                    continue
+                if is_finished(stage):
+                    waiting.remove(stage)
+                    finished.add(stage["name"])
+                    print(f"== {stage['name']} is finished: found by its manifest", flush=True)
+                elif min(stage["threads"], workers) <= free:
+                    waiting.remove(stage)
+                    free -= stage["threads"]
+                    running[pool.submit(run, stage)] = stage
+            if not running:
+                if any(set(stage["after"]) <= finished for stage in waiting) or not waiting:
+                    continue
+                names = ", ".join(stage["name"] for stage in waiting)
+                raise ValueError(f"{names}: waits for a stage that is not in the table")
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                stage = running.pop(future)
+                if future.exception() is None:
+                    seconds[stage["name"]] = round(future.result(), 1)
+                    finished.add(stage["name"])
+                    done = f"{len(finished)} of {len(stages)} stages"
+                    print(f"== {stage['name']} finished in {seconds[stage['name']]:.0f} s ({done})", flush=True)
+                else:
+                    failure = failure or future.exception()
+    if failure is not None:
+        raise failure
+    return seconds
+
+
+# Settings by stage or notebook; what is not named keeps the notebooks' full-size defaults.
+DEMO = {
+    "01_preprocess": {"YOLO_IMGSZ": 192},
+    "02_train_spinenet": {"RESOLUTION_MM": 2.0, "WIDTHS": [32, 48, 64, 96], "BLOCKS": 1, "STEPS": 400, "BATCH": 4, "CROP_PX": [128, 96], "LEARNING_RATE": 4.0e-3},
+    "03_train_yolo": {"MODEL": "yolov10n.yaml", "EPOCHS": 12, "BATCH": 8},
+    "04_train_vit_level": {
+        "BACKBONE": "tiny",
+        "SHAPE": [32, 48, 48],
+        "EXTENT_MM": [44.0, 72.0, 72.0],
+        "EPOCHS": 14,
+        "BATCH": 8,
+        "LEARNING_RATE": 2.0e-3,
+        "DROPOUT": 0.2,
+        "EMA": 0.98,
+        "CACHE": True,
+    },
+    "04_train_vit_study": {
+        "BACKBONE": "tiny_stride8",
+        "SHAPE": [96, 64, 32],
+        "EXTENT_MM": [230.0, 80.0, 130.0],
+        "EPOCHS": 24,
+        "BATCH": 4,
+        "LEARNING_RATE": 3.0e-3,
+        "DROPOUT": 0.2,
+        "EMA": 0.95,
+        "CACHE": True,
+    },
+}
+# On top of DEMO: everything once, as fast as it goes. The scores mean nothing.
+SMOKE = {
+    "01_preprocess": {"YOLO_IMGSZ": 128},
+    "02_train_spinenet": {"STEPS": 60},
+    "03_train_yolo": {"EPOCHS": 1},
+    "04_train_vit_level": {"EPOCHS": 2, "SHAPE": [16, 32, 32]},
+    "04_train_vit_study": {"EPOCHS": 2, "SHAPE": [48, 32, 16]},
+}
+
+
+def pipeline_stages(notebooks, data, out, size="demo", folds=(), seed=0, workers=2):
+    """The table of stages that run_stages takes: one direction, each reads what earlier ones wrote.
+
+    size: `demo` (DEMO's settings, fold 0), `smoke` (the same, as short as possible) or `full` (the notebooks'
+    defaults); folds: to train, empty for the size's own. Raises ValueError on another size.
+    """
+    if size not in ("demo", "smoke", "full"):
+        raise ValueError(f"SIZE must be demo, smoke or full, not {size!r}")
+    notebooks, data, out = Path(notebooks), str(data), str(out)
+    small = size != "full"
+    presets = [DEMO] * small + [SMOKE] * (size == "smoke")
+    chosen = {"FOLDS": list(folds) if folds else [0]} if folds or small else {}
+    before = {"PREPROCESSED": f"{out}/01_preprocess", "LEVELS_DIR": f"{out}/02_train_spinenet"}
+    stages = []
+
+    def add(name, notebook, after, threads=workers, **parameters):
+        parameters = {"OUT": out, "DATA": data, **parameters}
+        for preset in presets:
+            parameters |= preset.get(name) or preset.get(notebook, {})
+        path = notebooks / f"{notebook}.ipynb"
+        stages.append({"name": name, "notebook": path, "after": after, "threads": threads, "parameters": parameters})
+
+    add("01_preprocess", "01_preprocess", [], SEED=seed, WORKERS=workers)
+    loaders = {"WORKERS": 0} if small else {}  # small crops are faster made than sent between processes
+    add(
+        "02_train_spinenet",
+        "02_train_spinenet",
+        ["01_preprocess"],
+        PREPROCESSED=before["PREPROCESSED"],
+        SEED=seed,
+        **loaders,
+    )
+    # Small trainings run side by side on one core each; at full size each takes the GPU, one after the other. The
+    # longest come first, so that the short ones fill the gaps.
+    shared = {**before, **chosen, **loaders, "SEED": seed}
+    threads = 1 if small else workers
+    trained = ["04_train_vit_level", *(f"03_train_yolo_{c}" for c in ("ss", "nfn", "scs")), "04_train_vit_study"]
+    for name in trained:
+        notebook, _, own = name.rpartition("_")
+        key = "SCOPE" if notebook == "04_train_vit" else "CONDITION"
+        add(name, notebook, ["02_train_spinenet"], threads, **shared, **{key: own})
+    add("05_inference", "05_inference", trained, WEIGHTS=[f"{out}/{name}" for name in ("02_train_spinenet", *trained)])
+    add("06_report", "06_report", ["05_inference"], RUN=out)
+    return stages
+
+
+def choose_stages(stages, names):
+    """The stages with these names (all, if none is given). What they wait for must be finished or chosen too."""
+    known = [stage["name"] for stage in stages]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"STAGES: there is no stage {name!r}; there are {', '.join(known)}")
+    chosen = [stage for stage in stages if not names or stage["name"] in names]
+    return [{**stage, "after": [a for a in stage["after"] if a in [s["name"] for s in chosen]]} for stage in chosen]
+
+
+def write_run_manifest(out, parameters, seconds):
+    """OUT/manifest.json: the run's parameters and every finished stage's manifest. Returns it."""
+    out = Path(out)
+    stages = {
+        path.parent.name: json.loads(path.read_text())
+        for path in sorted(out.glob("*/manifest.json"))
+        if ".old-" not in path.parent.name
+    }
+    for name, stage in stages.items():
+        stage["wall_seconds_last_run"] = seconds.get(name)
+    manifest = {
+        "parameters": parameters,
+        "versions": versions(),
+        "stages": stages,
+        "seconds": round(sum(stage["seconds"] for stage in stages.values()), 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+    write_json(out / "manifest.json", manifest)
+    return manifest

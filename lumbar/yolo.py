@@ -1,0 +1,820 @@
+"""The YOLO detectors: data sets, training, dense class scores, side and level by geometry."""
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from .dicom import load_study
+from .geometry import boxes_from_table
+from .names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS, progress, write_json
+
+# A detector's classes are the three severities and nothing else. One sagittal slice cannot show its side and one
+# axial slice barely shows its level, so both come from patient coordinates. It also makes a horizontal flip of an
+# axial slice harmless: no class name carries a side.
+
+
+@dataclass(frozen=True)
+class YoloView:
+    """What one detector looks at. All lengths in millimetres.
+
+    field_mm: (rows, columns) of the patch cut from a slice, at least; detail: its pixels per millimetre relative to
+    the sagittal detectors'; box_mm: side of the square around a label point; label_reach_mm: slices this close to a
+    labelled one carry its label too; point_mm: where the condition's points lie in the frame of a LevelBox, (head,
+    lateral, back) from its centre, lateral counted towards the point's own side; reach_mm: slices at most this far
+    from that point are looked at; gate_mm: anchors at most this far from it within the slice are counted, with a
+    Gaussian of sigma gate_mm / 2.
+
+    label_reach_mm matters most of all settings. Each level is labelled on one slice, and these differ: without it
+    most discs that a patch shows would be unlabelled, and the detector would learn that they are background.
+    """
+
+    field_mm: tuple
+    detail: float
+    box_mm: float
+    label_reach_mm: float
+    point_mm: tuple
+    reach_mm: float
+    gate_mm: float
+
+
+SAGITTAL_FIELD_MM = 208.0  # holds the five discs with a vertebra's margin
+
+# fit_point_offsets replaces point_mm by what the training labels say.
+YOLO_VIEWS = {
+    "scs": YoloView((SAGITTAL_FIELD_MM, 104.0), 1.0, 20.0, 5.5, (0.0, 0.0, 24.0), 6.0, 14.0),
+    "nfn": YoloView((SAGITTAL_FIELD_MM, 104.0), 1.0, 20.0, 4.5, (5.0, 18.0, 22.0), 9.0, 14.0),
+    "ss": YoloView((62.0, 62.0), 1.25, 16.0, 5.0, (0.0, 10.0, 22.0), 6.0, 10.0),
+}
+
+# AdamW with an equal nominal batch, a gentle warm-up and a strong class term trains from random weights within few
+# epochs; no mosaic or scaling because every patch has the same millimetres a pixel. rect keeps patches unpadded.
+YOLO_SETTINGS = {
+    "optimizer": "AdamW", "lr0": 0.003, "lrf": 0.01, "cos_lr": True, "warmup_epochs": 1.0, "warmup_bias_lr": 0.003,
+    "cls": 1.0, "cls_pw": 0.5, "mosaic": 0.0, "scale": 0.0, "translate": 0.05, "degrees": 0.0, "hsv_h": 0.0, "hsv_s": 0.0,
+    "hsv_v": 0.0, "fliplr": 0.0, "flipud": 0.0, "erasing": 0.0, "auto_augment": None, "patience": 0,
+}
+
+
+def yolo_shape_px(view, imgsz):
+    """Shape of a detector's patches: ((rows, columns) in px, multiples of 32; mm per px).
+
+    imgsz: rows of a sagittal patch in px; the other detectors follow from their view's field and detail.
+    Raises ValueError when imgsz is no positive multiple of 32 (the largest stride).
+    """
+    if imgsz <= 0 or imgsz % 32:
+        raise ValueError(f"the image size must be a positive multiple of 32 (the detectors' largest stride), not {imgsz}")
+    mm_per_px = SAGITTAL_FIELD_MM / imgsz / view.detail
+    return tuple(int(32 * np.ceil(side / mm_per_px / 32 - 1e-6)) for side in view.field_mm), mm_per_px
+
+
+def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px):
+    """Cut an 8-bit patch with square pixels from one slice, turned so that rows run to the feet (sagittal) or to the
+    back (axial) and columns to the back (sagittal) or to the patient's left (axial), however the series is stored.
+
+    volume: Volume in the normalised scale (0 = 0.5th, 1 = 99.5th percentile). center_lps_mm: (3,), the point put in
+    the middle of the patch. Returns (patch (rows, columns) uint8, to_slice (3, 3)): to_slice maps homogeneous patch
+    px (x, y, 1) to (column, row, 1) of the slice. Outside the slice the patch is 0.
+    """
+    step_row, step_column = volume.affine[:3, 1], volume.affine[:3, 2]
+    down, right = (np.array([0, 0, -1.0]), np.array([0, 1.0, 0])) if volume.plane == "sagittal" else \
+                  (np.array([0, 1.0, 0]), np.array([1.0, 0, 0]))
+    height, width = volume.array.shape[1:]
+    spacing_row, spacing_column = volume.spacing_mm[1:]
+    new = max(1, round(height * spacing_row / mm_per_px)), max(1, round(width * spacing_column / mm_per_px))
+    image = torch.from_numpy(np.asarray(volume.array[index], dtype=np.float32))[None, None]
+    # Antialiasing matters: real matrices are up to three times finer than the patch.
+    image = F.interpolate(image, size=new, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
+    scale_x, scale_y = width / new[1], height / new[0]
+    to_slice = np.array([[scale_x, 0, 0.5 * scale_x - 0.5], [0, scale_y, 0.5 * scale_y - 0.5], [0, 0, 1.0]])
+    if step_row @ down < 0:
+        image = image[::-1]
+        to_slice = to_slice @ np.array([[1.0, 0, 0], [0, -1, new[0] - 1], [0, 0, 1]])
+    if step_column @ right < 0:
+        image = image[:, ::-1]
+        to_slice = to_slice @ np.array([[-1.0, 0, new[1] - 1], [0, 1, 0], [0, 0, 1]])
+    _, row, column = volume.lps_to_voxel(np.asarray(center_lps_mm, dtype=np.float64))
+    middle = np.linalg.inv(to_slice) @ np.array([column, row, 1.0])
+    x0, y0 = (int(round(middle[0] - (shape_px[1] - 1) / 2)), int(round(middle[1] - (shape_px[0] - 1) / 2)))
+    patch = np.zeros(shape_px, dtype=np.float32)
+    top, bottom = max(y0, 0), min(y0 + shape_px[0], new[0])
+    left, right_end = max(x0, 0), min(x0 + shape_px[1], new[1])
+    if top < bottom and left < right_end:
+        patch[top - y0:bottom - y0, left - x0:right_end - x0] = image[top:bottom, left:right_end]
+    to_slice = to_slice @ np.array([[1.0, 0, x0], [0, 1, y0], [0, 0, 1]])
+    return (np.clip(patch, 0, 1) * 255 + 0.5).astype(np.uint8), to_slice
+
+
+def yolo_examples(coordinates, study_ids, grades, condition):
+    """Label points of one detector that have a grade.
+
+    coordinates: table of read_coordinates; study_ids, grades: result of labels_to_array (grades (n, 5, 5), -1
+    missing); condition: a key of DETECTORS. Returns a table study_id, series_id, instance_number, condition (index),
+    level (index), x_px, y_px, grade (0..2). Points without a grade and grades without a point fall away.
+    """
+    conditions = DETECTORS[condition][1]
+    points = coordinates[coordinates["condition"].isin([CONDITIONS[i] for i in conditions])].copy()
+    points["condition"] = points["condition"].map({name: i for i, name in enumerate(CONDITIONS)}).astype(int)
+    points["level"] = points["level"].map({name: i for i, name in enumerate(LEVELS)}).astype(int)
+    rows = {int(s): i for i, s in enumerate(study_ids)}
+    points = points[points["study_id"].isin(rows)]
+    index = points["study_id"].map(rows).to_numpy(dtype=int)
+    points["grade"] = np.asarray(grades)[index, points["condition"].to_numpy(), points["level"].to_numpy()]
+    points = points[points["grade"] >= 0]
+    columns = ["study_id", "series_id", "instance_number", "condition", "level", "x_px", "y_px", "grade"]
+    return points[columns].sort_values(columns[:5], ignore_index=True)
+
+
+def _locate_examples(study, points):
+    """Adds volume (index in study.volumes), slice (index) and x_mm, y_mm, z_mm (LPS) to one study's label points.
+    Points whose series or instance the study does not hold are dropped."""
+    where = {}
+    for v, volume in enumerate(study.volumes):
+        for k, instance in enumerate(np.asarray(volume.instance_numbers)):
+            where[str(volume.series_id), int(instance)] = v, k
+    keys = [where.get((str(s), int(i))) for s, i in zip(points["series_id"], points["instance_number"])]
+    points = points[[key is not None for key in keys]].copy()
+    keys = np.array([key for key in keys if key is not None], dtype=int).reshape(-1, 2)
+    points["volume"], points["slice"] = keys[:, 0], keys[:, 1]
+    xyz = [study.volumes[v].voxel_to_lps(np.array([k, y, x], dtype=np.float64))
+           for v, k, x, y in zip(points["volume"], points["slice"], points["x_px"], points["y_px"])]
+    points[["x_mm", "y_mm", "z_mm"]] = np.array(xyz, dtype=np.float64).reshape(-1, 3)
+    return points
+
+
+def _near_slices(volume, index, reach_mm):
+    """Indices of the slices of `volume` at most reach_mm from slice `index`, itself included."""
+    n = volume.array.shape[0]
+    away = np.abs(np.arange(n) - index) * volume.spacing_mm[0]
+    return np.flatnonzero((away <= reach_mm) | (np.arange(n) == index))
+
+
+def write_yolo_dataset(out_dir, condition, volumes_dir, coordinates, study_ids, grades, folds, imgsz=384, view=None):
+    """Write one detector's data set in YOLO's folder layout.
+
+    out_dir gets images/*.png (8-bit grey, square pixels, all of one shape), labels/*.txt (class xc yc w h, relative;
+    class = severity), points.csv (every label point in LPS mm), train_<fold>.txt and val_<fold>.txt (paths relative
+    to the list: the folder can be moved), and dataset.json, written last.
+
+    condition: a key of DETECTORS. volumes_dir: folder of <study_id>.safetensors (save_study). coordinates: table of
+    read_coordinates. study_ids, grades: of labels_to_array. folds: table study_id, fold. imgsz: see yolo_shape_px.
+    view: a YoloView, by default YOLO_VIEWS[condition].
+    A finished folder with the same settings is left alone. Returns the content of dataset.json.
+    Raises FileNotFoundError when a study has no volume file, ValueError when nothing could be labelled.
+    """
+    from PIL import Image
+
+    view = view or YOLO_VIEWS[condition]
+    shape_px, mm_per_px = yolo_shape_px(view, imgsz)
+    out_dir, volumes_dir = Path(out_dir), Path(volumes_dir)
+    points = yolo_examples(coordinates, study_ids, grades, condition)
+    fold_of = dict(zip(folds["study_id"].astype(int), folds["fold"].astype(int)))
+    points = points[points["study_id"].isin(fold_of)]
+    settings = {
+        "condition": condition, "names": list(SEVERITIES), "imgsz": max(shape_px), "shape_px": list(shape_px),
+        "mm_per_px": mm_per_px, "box_mm": view.box_mm, "label_reach_mm": view.label_reach_mm,
+        "points": len(points), "folds": sorted(set(fold_of.values())),
+        "studies": len(fold_of),
+    }
+    done = out_dir / "dataset.json"
+    if done.exists():
+        old = json.loads(done.read_text())
+        if all(old.get(key) == value for key, value in settings.items()):
+            return old
+    for name in ("images", "labels"):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+        (out_dir / name).mkdir(parents=True)
+    done.unlink(missing_ok=True)
+    lists = {fold: {"train": [], "val": []} for fold in settings["folds"]}
+    located, outside, unlabelled = [], 0, 0
+    side_px = view.box_mm / mm_per_px
+    for study_id, of_study in progress(points.groupby("study_id"), f"yolo {condition}", points["study_id"].nunique()):
+        path = volumes_dir / f"{study_id}.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no volumes for a labelled study; run 01_preprocess for it first")
+        study = load_study(path)
+        here = _locate_examples(study, of_study)
+        unlabelled += len(of_study) - len(here)
+        if here.empty:
+            continue
+        located.append(here)
+        xyz = here[["x_mm", "y_mm", "z_mm"]].to_numpy()
+        # Middle of the canal: left and right points of a level averaged, so that one-sided slices stay centred.
+        midline = here.groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().to_numpy()
+        shown = {}
+        for row, (v, k) in enumerate(zip(here["volume"], here["slice"])):
+            for near in _near_slices(study.volumes[v], k, view.label_reach_mm):
+                shown.setdefault((v, near), []).append(row)
+        for (v, k), rows in shown.items():
+            volume = study.volumes[v]
+            center = midline.mean(axis=0)
+            if volume.plane == "axial":
+                own = np.unique(here["level"].to_numpy()[rows])
+                center = here[here["level"].isin(own)].groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().mean()
+            patch, to_slice = slice_patch(volume, k, center, shape_px, mm_per_px)
+            voxels = volume.lps_to_voxel(xyz[rows])
+            xy = (np.linalg.inv(to_slice) @ np.c_[voxels[:, 2], voxels[:, 1], np.ones(len(rows))].T).T[:, :2]
+            inside = ((xy >= 0) & (xy <= np.array(shape_px[::-1]) - 1)).all(axis=1)
+            outside += int((~inside).sum())
+            if not inside.any():
+                continue
+            name = f"{study_id}_{volume.series_id}_{volume.block}_{int(volume.instance_numbers[k])}"
+            Image.fromarray(patch).save(out_dir / "images" / f"{name}.png")
+            lines = []
+            for (x, y), grade in zip(xy[inside], here["grade"].to_numpy()[rows][inside]):
+                low = np.maximum([x + 0.5 - side_px / 2, y + 0.5 - side_px / 2], 0)
+                high = np.minimum([x + 0.5 + side_px / 2, y + 0.5 + side_px / 2], shape_px[::-1])
+                box = np.r_[(low + high) / 2, high - low] / np.r_[shape_px[::-1], shape_px[::-1]]
+                lines.append(f"{grade} " + " ".join(f"{value:.6f}" for value in box))
+            (out_dir / "labels" / f"{name}.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+            for fold in lists:
+                lists[fold]["val" if fold_of[int(study_id)] == fold else "train"].append(f"./images/{name}.png")
+    if not located:
+        raise ValueError(f"no label point of '{condition}' lies in a cached series of {volumes_dir}: "
+                         "check that series and instance numbers of the coordinates match the volumes")
+    pd.concat(located).drop(columns=["volume", "slice"]).to_csv(out_dir / "points.csv", index=False)
+    for fold, parts in lists.items():
+        for part, names in parts.items():
+            (out_dir / f"{part}_{fold}.txt").write_text("\n".join(sorted(names)) + "\n")
+    result = settings | {"images": sum(len(p["val"]) for p in lists.values()), "outside_field": outside,
+                         "without_slice": unlabelled}
+    write_json(done, result)
+    return result
+
+
+def fit_point_offsets(points, boxes):
+    """Where a detector's label points lie relative to the located levels.
+
+    points: points.csv of write_yolo_dataset; boxes: dict study_id -> list of five LevelBox. Returns
+    {"point_mm": (head, lateral, back) medians in mm, "spread_mm": 1.4826 x median absolute deviation, "n": rows},
+    lateral counted towards the point's own side. Points more than 40 mm from their box are left out (wrong level
+    names exist). Returns None with fewer than 10 usable points.
+    """
+    offsets = []
+    for row in points.itertuples():
+        if int(row.study_id) not in boxes:
+            continue
+        box = boxes[int(row.study_id)][int(row.level)]
+        head, left, back = box.from_lps([row.x_mm, row.y_mm, row.z_mm])
+        offsets.append((head, left * _side_sign(int(row.condition)), back))
+    offsets = np.array(offsets).reshape(-1, 3)
+    offsets = offsets[np.linalg.norm(offsets, axis=1) < 40]
+    if len(offsets) < 10:
+        return None
+    middle = np.median(offsets, axis=0)
+    spread = 1.4826 * np.median(np.abs(offsets - middle), axis=0)
+    return {"point_mm": middle.tolist(), "spread_mm": spread.tolist(), "n": len(offsets)}
+
+
+def _side_sign(condition):
+    """+1 for a left condition, -1 for a right one, 0 in the midline (condition: index in CONDITIONS)."""
+    return {"left": 1.0, "right": -1.0}.get(CONDITIONS[condition].split("_")[0], 0.0)
+
+
+def prepare_ultralytics(config_dir):
+    """Set the environment under which ultralytics never tries the network, then import and return it.
+
+    config_dir: a writable folder for its settings and font. Must be called before any other import of ultralytics
+    (RuntimeError otherwise, unless that import was prepared as well).
+    """
+    import sys
+
+    import matplotlib
+
+    config_dir = Path(config_dir)
+    if "ultralytics" in sys.modules and os.environ.get("YOLO_OFFLINE") != "1":
+        raise RuntimeError("ultralytics was imported before prepare_ultralytics: it may use the network. "
+                           "Call prepare_ultralytics first, in a fresh process.")
+    if "ultralytics" not in sys.modules:
+        os.environ.update(YOLO_OFFLINE="1", YOLO_AUTOINSTALL="0", YOLO_CONFIG_DIR=str(config_dir.resolve()))
+        font = config_dir / "Ultralytics" / "Arial.ttf"
+        font.parent.mkdir(parents=True, exist_ok=True)
+        if not font.exists():
+            shutil.copy(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", font)
+    import ultralytics
+
+    logging.getLogger("ultralytics").setLevel(logging.WARNING)
+    return ultralytics
+
+
+def _yolo_trainer_class():
+    """DetectionTrainer whose data sets are never padded beyond the patch.
+
+    ultralytics' own validation loader adds half a stride of border (rect, pad 0.5): on patches that already fill the
+    network's input this changes the picture and hides most of the true mAP.
+    """
+    from ultralytics.data.dataset import YOLODataset
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    class PatchTrainer(DetectionTrainer):
+        def build_dataset(self, img_path, mode="train", batch=None):
+            return YOLODataset(
+                img_path=img_path, imgsz=self.args.imgsz, batch_size=batch, augment=mode == "train", hyp=self.args,
+                rect=self.args.rect, cache=self.args.cache or None, single_cls=False, stride=32, pad=0.0,
+                prefix=f"{mode}: ", task="detect", classes=None, data=self.data, fraction=1.0,
+            )
+
+    return PatchTrainer
+
+
+def _yolo_model_yaml(model, width, folder):
+    """Path of the model description. width None: ultralytics' own file `model`; else a copy of it with that width
+    factor (a slimmer network for a CPU)."""
+    import ultralytics
+    from ultralytics.utils import YAML
+
+    if width is None:
+        return str(model)
+    found = sorted((Path(ultralytics.__file__).parent / "cfg/models").rglob(Path(model).name))
+    unified = sorted((Path(ultralytics.__file__).parent / "cfg/models").rglob(f"{Path(model).stem[:-1]}.yaml"))
+    source = Path(model) if Path(model).exists() else (found or unified or [None])[0]
+    if source is None:
+        raise FileNotFoundError(f"MODEL '{model}': neither a file nor a model description that ultralytics ships")
+    description = YAML.load(source)
+    letter = Path(model).stem[-1]
+    depth, _, channels = description["scales"][letter]
+    description["scales"] = {letter: [depth, float(width), channels]}
+    path = Path(folder) / Path(model).name
+    YAML.save(path, description)
+    return str(path)
+
+
+def train_yolo(dataset_dir, condition, fold, out_dir, model="yolov10x.yaml", width=None, epochs=100, batch=16, seed=0,
+               device="auto", workers=4, initial_weights=None, point_offsets=None, prior=None, settings=None):
+    """Train one detector on one fold from random (or given) weights and write yolo_<condition>_<fold>.safetensors.
+
+    dataset_dir: of write_yolo_dataset. model: name of an ultralytics description; width: other width factor (None =
+    the description's). initial_weights: a file of this function to start from (shapes that differ are skipped).
+    point_offsets: result of fit_point_offsets, prior: (5, 5, 3) of class_prior; both are kept with the weights.
+    settings: changes to YOLO_SETTINGS (ultralytics' names). device: "cpu", "0", ...; "auto" = the first GPU if there is one.
+
+    A killed run continues with its last finished epoch when called again with the same arguments; a finished one
+    returns at once. What is shipped are the averaged (EMA) weights of the last epoch: mAP on a handful of validation
+    studies is no good guide to log loss. Checkpoints under out_dir/run_<condition>_<fold> are ultralytics' pickles,
+    written and read here only. Returns the path of the weights.
+    Raises FileNotFoundError without a data set or an empty training list.
+    """
+    dataset_dir, out_dir = Path(dataset_dir).resolve(), Path(out_dir).resolve()
+    if not (dataset_dir / "dataset.json").exists():
+        raise FileNotFoundError(f"{dataset_dir}: no dataset.json, the data set is missing or unfinished; "
+                                "run 01_preprocess")
+    info = json.loads((dataset_dir / "dataset.json").read_text())
+    for part in ("train", "val"):
+        listing = dataset_dir / f"{part}_{fold}.txt"
+        if not listing.exists() or not listing.read_text().strip():
+            raise FileNotFoundError(f"{listing}: no images in this list; folds of the data set: {info['folds']}")
+    if device in (None, "auto", "cuda"):
+        device = "0" if torch.cuda.is_available() else "cpu"
+    chosen = YOLO_SETTINGS | (settings or {})
+    arguments = {"dataset": info, "fold": int(fold), "model": str(model), "width": width, "epochs": int(epochs),
+                 "batch": int(batch), "seed": int(seed), "settings": chosen,
+                 "initial_weights": None if initial_weights is None else str(initial_weights)}
+    weights = out_dir / f"yolo_{condition}_{fold}.safetensors"
+    if weights.exists() and _read_yolo_metadata(weights).get("arguments") == json.loads(json.dumps(arguments)):
+        return weights
+    out_dir.mkdir(parents=True, exist_ok=True)
+    prepare_ultralytics(out_dir / "ultralytics")
+    run = out_dir / f"run_{condition}_{fold}"
+    state_file, last = run / "arguments.json", run / "weights" / "last.pt"
+    if not state_file.exists() or json.loads(state_file.read_text()) != json.loads(json.dumps(arguments)):
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(parents=True)
+        state_file.write_text(json.dumps(arguments))
+    # Absolute paths are written here, not with the data set, so that a moved data set still trains.
+    data_yaml = run / f"data_{fold}.yaml"
+    data_yaml.write_text(json.dumps({
+        "path": str(dataset_dir), "train": str(dataset_dir / f"train_{fold}.txt"),
+        "val": str(dataset_dir / f"val_{fold}.txt"), "nc": len(SEVERITIES), "channels": 1,
+        "names": dict(enumerate(SEVERITIES)),
+    }))
+    reached = -2
+    if last.exists():
+        reached = torch.load(last, map_location="cpu", weights_only=False)["epoch"]
+    if reached != -1:  # ultralytics marks a finished run's checkpoint with epoch -1
+        overrides = {
+            "task": "detect", "mode": "train", "model": _yolo_model_yaml(model, width, run), "data": str(data_yaml),
+            "imgsz": info["imgsz"], "epochs": int(epochs), "batch": int(batch), "nbs": int(batch), "seed": int(seed),
+            "device": device, "workers": 0 if device == "cpu" else workers, "cache": "ram", "rect": True,
+            "amp": device != "cpu", "pretrained": False, "plots": False, "verbose": False, "project": str(out_dir),
+            "name": run.name, "exist_ok": True, "val": device != "cpu", **chosen,
+        }
+        if reached >= 0:
+            overrides["resume"] = str(last)
+        trainer = _yolo_trainer_class()(overrides=overrides)
+        if initial_weights is not None and reached < 0:
+            trainer.add_callback("on_pretrain_routine_end", lambda t: _start_from(t, initial_weights))
+        bar = progress(range(int(epochs) - max(reached + 1, 0)), f"yolo {condition} fold {fold}",
+                       int(epochs) - max(reached + 1, 0))
+        steps = iter(bar)
+        trainer.add_callback("on_train_epoch_start", lambda t: next(steps, None))
+        trainer.train()
+        next(steps, None)
+    checkpoint = torch.load(last, map_location="cpu", weights_only=False)
+    network = checkpoint.get("ema") or checkpoint["model"]
+    metadata = {
+        "kind": "yolo", "condition": condition, "fold": int(fold), "cfg": network.yaml, "names": list(SEVERITIES),
+        "channels": 1, "shape_px": info["shape_px"], "mm_per_px": info["mm_per_px"], "imgsz": info["imgsz"],
+        "box_mm": info["box_mm"], "point_offsets": point_offsets,
+        "prior": None if prior is None else np.asarray(prior).tolist(), "calibration": None, "arguments": arguments, "licence": "AGPL-3.0 (ultralytics)",
+    }
+    _write_yolo(weights, network.state_dict(), metadata)
+    return weights
+
+
+def _start_from(trainer, path):
+    """Copy the tensors of a weights file that fit into a trainer's network and its average."""
+    from safetensors.torch import load_file
+
+    given = load_file(str(path))
+    for module in (trainer.model, trainer.ema.ema):
+        own = module.state_dict()
+        fitting = {k: v.to(own[k].dtype) for k, v in given.items() if k in own and own[k].shape == v.shape}
+        module.load_state_dict(own | fitting)
+
+
+def _write_yolo(path, state, metadata):
+    """Write tensors + JSON metadata atomically."""
+    from safetensors.torch import save_file
+
+    temporary = Path(path).with_suffix(".tmp")
+    save_file({k: v.contiguous().cpu() for k, v in state.items()}, str(temporary),
+              metadata={"metadata": json.dumps(metadata)})
+    os.replace(temporary, path)
+
+
+def _read_yolo_metadata(path):
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        text = (file.metadata() or {}).get("metadata")
+    if text is None:
+        raise ValueError(f"{path}: no metadata in this file; it was not written by train_yolo")
+    return json.loads(text)
+
+
+def store_yolo_calibration(path, calibration):
+    """Put a calibration (of fit_yolo_calibration) into a weights file of train_yolo."""
+    from safetensors.torch import load_file
+
+    metadata = _read_yolo_metadata(path)
+    changed = json.loads(json.dumps(metadata | {"calibration": calibration}))
+    if changed != metadata:
+        _write_yolo(path, load_file(str(path)), changed)
+
+
+@dataclass
+class YoloDetector:
+    """A loaded detector: net (ultralytics DetectionModel in eval mode), about (the file's metadata)."""
+
+    net: torch.nn.Module
+    about: dict
+
+    @property
+    def condition(self):
+        return self.about["condition"]
+
+    @property
+    def view(self):
+        """Its YoloView, with point_mm from the training labels where they were fitted."""
+        offsets = self.about.get("point_offsets")
+        default = YOLO_VIEWS[self.condition]
+        return replace(default, point_mm=tuple(offsets["point_mm"])) if offsets else default
+
+
+def load_yolo(path, device="cpu", config_dir=None):
+    """Rebuild a detector from a file of train_yolo. Returns YoloDetector.
+
+    config_dir: writable folder for ultralytics' settings, by default one in the system's temporary folder.
+    Raises FileNotFoundError when there is no file, ValueError when it is no detector.
+    """
+    import tempfile
+
+    from safetensors.torch import load_file
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such weights file; run 03_train_yolo or name the weights folder")
+    meta = _read_yolo_metadata(path)
+    if meta.get("kind") != "yolo":
+        raise ValueError(f"{path}: holds '{meta.get('kind')}', not a detector")
+    prepare_ultralytics(config_dir or Path(tempfile.gettempdir()) / "ultralytics_config")
+    from ultralytics.nn.tasks import DetectionModel
+
+    net = DetectionModel(meta["cfg"], ch=meta["channels"], nc=len(meta["names"]), verbose=False)
+    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(str(path)).items()})
+    net.names = dict(enumerate(meta["names"]))
+    return YoloDetector(net.to(device).eval(), meta)
+
+
+def dense_scores(detector, patches, batch=16):
+    """Class scores of every anchor, without threshold or NMS.
+
+    patches: (n, rows, columns) uint8. Returns (scores (n, anchors, 3) float32 in 0..1, centers_px (anchors, 2): x, y
+    of the anchors' cells in patch px). The mean of the one-to-one and the one-to-many head: they are trained
+    differently and their errors differ. Runs in chunks of `batch`.
+    """
+    device = next(detector.net.parameters()).device
+    rows, columns = patches.shape[1:]
+    centers = []
+    for stride in detector.net.stride.int().tolist():
+        x = (np.arange(columns // stride) + 0.5) * stride - 0.5
+        y = (np.arange(rows // stride) + 0.5) * stride - 0.5
+        centers.append(np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2))
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(patches), batch):
+            x = torch.from_numpy(patches[start:start + batch]).to(device)[:, None].float() / 255
+            _, raw = detector.net(x)
+            heads = [raw[name]["scores"] for name in ("one2one", "one2many") if name in raw] or [raw["scores"]]
+            found.append(torch.stack([h.sigmoid() for h in heads]).mean(0).permute(0, 2, 1).float().cpu().numpy())
+    centers = np.concatenate(centers)
+    return (np.concatenate(found) if found else np.zeros((0, len(centers), 3), np.float32)), centers
+
+
+def yolo_views(detector, study, boxes):
+    """The patches a detector needs to judge a study, and what each is for.
+
+    boxes: five LevelBox in the order of LEVELS. Returns (patches (n, rows, columns) uint8, views): views is a list of
+    dicts volume (index in study.volumes), slice, to_slice (3, 3), targets: list of (level, side, expected point LPS
+    (3,), distance of the slice from it in mm). One patch serves all targets of a sagittal slice; an axial slice is
+    cut once for every level it may show.
+    """
+    view = detector.view
+    description, conditions = DETECTORS[detector.condition]
+    expected = np.zeros((len(LEVELS), len(conditions), 3))
+    for level, box in enumerate(boxes):
+        for side, condition in enumerate(conditions):
+            head, lateral, back = view.point_mm
+            local = np.array([head, lateral * _side_sign(condition), back])
+            expected[level, side] = box.to_lps(local)
+    patches, views = [], []
+    shape_px = tuple(detector.about["shape_px"])
+    for v, volume in enumerate(study.volumes):
+        if volume.description != description:
+            continue
+        n, height, width = volume.array.shape
+        wanted = {}
+        for level in range(len(LEVELS)):
+            for side in range(len(conditions)):
+                slice_, row, column = volume.lps_to_voxel(expected[level, side])
+                away = np.abs(np.arange(n) - slice_) * volume.spacing_mm[0]
+                # A stack with gaps wider than the reach still shows the level in its nearest slice.
+                reach = max(view.reach_mm, 0.51 * volume.spacing_mm[0])
+                if not (0 <= row < height and 0 <= column < width):
+                    continue
+                for k in np.flatnonzero(away <= reach):
+                    key = (int(k), level if volume.plane == "axial" else -1)
+                    wanted.setdefault(key, []).append((level, side, expected[level, side], float(away[k])))
+        for (k, level), targets in sorted(wanted.items()):
+            center = expected.mean(axis=(0, 1)) if level < 0 else expected[level].mean(axis=0)
+            patch, to_slice = slice_patch(volume, k, center, shape_px, detector.about["mm_per_px"])
+            patches.append(patch)
+            views.append({"volume": v, "slice": k, "to_slice": to_slice, "targets": targets})
+    return (np.stack(patches) if patches else np.zeros((0, *shape_px), np.uint8)), views
+
+
+def yolo_scores(detector, study, boxes, batch=16):
+    """Raw severity scores of one study: (5 levels, sides, 3 severities) float64, NaN where no slice shows a level.
+
+    Every anchor of every slice within reach of a level counts, weighted by a Gaussian of its in-slice distance from
+    the place where the condition's points lie at that level (patient mm, so side and level follow from geometry).
+    Per slice and class the weighted scores are summed; slices are averaged with a Gaussian weight of their distance.
+    Sides are in the order of DETECTORS[condition]: canal one, else left and right. boxes: five LevelBox.
+    """
+    conditions = DETECTORS[detector.condition][1]
+    view = detector.view
+    patches, views = yolo_views(detector, study, boxes)
+    scores, centers = dense_scores(detector, patches, batch)
+    total = np.zeros((len(LEVELS), len(conditions), len(SEVERITIES)))
+    weight = np.zeros((len(LEVELS), len(conditions), 1))
+    homogeneous = np.c_[centers, np.ones(len(centers))]
+    for patch_scores, seen in zip(scores, views):
+        volume = study.volumes[seen["volume"]]
+        columns_rows = (seen["to_slice"] @ homogeneous.T).T
+        at_lps = volume.voxel_to_lps(np.c_[np.full(len(centers), seen["slice"]), columns_rows[:, 1],
+                                           columns_rows[:, 0]])
+        normal = volume.affine[:3, 0] / np.linalg.norm(volume.affine[:3, 0])
+        for level, side, point, away in seen["targets"]:
+            offset = at_lps - point
+            offset -= (offset @ normal)[:, None] * normal
+            distance = np.linalg.norm(offset, axis=1)
+            gate = np.where(distance <= view.gate_mm, np.exp(-0.5 * (2 * distance / view.gate_mm) ** 2), 0)
+            near = np.exp(-0.5 * (away / max(view.reach_mm / 2, 1e-6)) ** 2)
+            total[level, side] += near * (gate[:, None] * patch_scores).sum(axis=0)
+            weight[level, side] += near
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(weight > 0, total / weight, np.nan)
+
+
+def severity_prior(grades, strength=10.0):
+    """Frequencies of the severities per level, (5, 3), from grades (n, 5, sides) with -1 missing, drawn towards the
+    pooled frequencies by `strength` pseudo-observations (and those by one a class), so that none is 0."""
+    grades = np.asarray(grades)
+    pooled = np.array([(grades == k).sum() + 1.0 for k in range(3)])
+    pooled /= pooled.sum()
+    counts = np.array([[(grades[:, level] == k).sum() for k in range(3)] for level in range(grades.shape[1])])
+    return (counts + strength * pooled) / (counts.sum(axis=1, keepdims=True) + strength)
+
+
+def _score_features(scores):
+    """Log ratios (..., 2) of the moderate and the severe score to the normal one."""
+    logs = np.log(np.clip(scores, 1e-6, None))
+    return logs[..., 1:] - logs[..., :1]
+
+
+def fit_yolo_calibration(scores, grades, prior, ridges=(0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e4)):
+    """Fit scores -> probabilities by weighted log loss (weights 1/2/4) on out-of-fold rows.
+
+    scores: (n, 5, sides, 3) of yolo_scores; grades: (n, 5, sides), -1 missing; prior: (5, 3) of severity_prior.
+    Model: logit_k = log(weight_k prior_level,k) + b_k + sum_j A_kj z_j with z the standardised log ratios of the
+    scores; normal has logit 0 for b and A. A ridge draws A and b to 0, that is to the level's class prior, and its
+    strength is chosen from `ridges` by five-fold cross validation over studies: with useless scores the largest wins
+    and nothing is lost against the prior. Returns a dict for JSON; without usable rows A and b are 0.
+    """
+    from scipy.optimize import minimize
+
+    scores, grades, prior = np.asarray(scores, float), np.asarray(grades), np.asarray(prior, float)
+    base = np.log(prior * np.array(SEVERITY_WEIGHTS))
+    base = base - base[:, :1]
+    use = (grades >= 0) & np.isfinite(scores).all(axis=-1)
+    study, level, side = np.nonzero(use)
+    z, y = _score_features(scores)[study, level, side], grades[study, level, side]
+    result = {"prior": prior.tolist(), "mean": [0.0, 0.0], "scale": [1.0, 1.0], "matrix": [[0.0] * 2] * 2,
+              "bias": [0.0, 0.0], "ridge": None, "rows": int(len(y))}
+    if len(np.unique(study)) < 4 or len(np.unique(y)) < 2:
+        return result
+    mean, scale = z.mean(axis=0), z.std(axis=0) + 1e-6
+    x = np.c_[np.ones(len(z)), (z - mean) / scale]
+    w = np.array(SEVERITY_WEIGHTS, float)[y]
+
+    def loss(flat, rows, ridge):
+        theta = flat.reshape(2, 3)
+        logits = base[level[rows]].copy()
+        logits[:, 1:] += x[rows] @ theta.T
+        top = logits.max(axis=1, keepdims=True)
+        logp = logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
+        residual = np.exp(logp)
+        residual[np.arange(len(rows)), y[rows]] -= 1
+        gradient = (w[rows, None] * residual)[:, 1:].T @ x[rows] + ridge * theta
+        value = -(w[rows] * logp[np.arange(len(rows)), y[rows]]).sum() + 0.5 * ridge * (flat ** 2).sum()
+        return value, gradient.ravel()
+
+    def fit(rows, ridge):
+        return minimize(loss, np.zeros(6), args=(rows, ridge), jac=True, method="L-BFGS-B").x
+
+    part = np.unique(study, return_inverse=True)[1] % 5
+    every = np.arange(len(y))
+    held_out = [sum(loss(fit(every[part != p], ridge), every[part == p], 0.0)[0] for p in np.unique(part))
+                for ridge in ridges]
+    ridge = ridges[int(np.argmin(held_out))]
+    theta = fit(every, ridge).reshape(2, 3)
+    return result | {"mean": mean.tolist(), "scale": scale.tolist(), "matrix": theta[:, 1:].tolist(),
+                     "bias": theta[:, 0].tolist(), "ridge": ridge}
+
+
+def yolo_probabilities(scores, calibration=None):
+    """Severity probabilities (..., 5 levels, sides, 3) float64 from raw scores of that shape; rows sum to 1.
+
+    calibration: of fit_yolo_calibration; None: scores times the weights 1/2/4, normalised (the weighted log loss is
+    least for p proportional to weight x posterior). Levels without scores (NaN) stay NaN for the ensemble to fill.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    missing = ~np.isfinite(scores).all(axis=-1)
+    safe = np.where(missing[..., None], 1.0, scores)
+    if calibration is None:
+        p = np.clip(safe, 1e-6, None) * np.array(SEVERITY_WEIGHTS, float)
+    else:
+        base = np.log(np.array(calibration["prior"]) * np.array(SEVERITY_WEIGHTS, float))[:, None, :]
+        z = (_score_features(safe) - np.array(calibration["mean"])) / np.array(calibration["scale"])
+        logits = np.broadcast_to(base, safe.shape).copy()
+        logits[..., 1:] += z @ np.array(calibration["matrix"]).T + np.array(calibration["bias"])
+        p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    return np.where(missing[..., None], np.nan, p)
+
+
+def cross_fitted_probabilities(scores, grades, parts=5):
+    """Calibrated probabilities in which no study saw its own labels, neither in the network nor in the calibration.
+
+    scores: (n, 5, sides, 3) out of fold, NaN throughout for studies that no detector held out: these serve the prior
+    alone. grades: (n, 5, sides), -1 missing. The held-out studies are dealt into `parts`, each is calibrated on the
+    others. Returns (n, 5, sides, 3), NaN where the scores are.
+    """
+    scores, grades = np.asarray(scores, float), np.asarray(grades)
+    held_out = np.isfinite(scores).any(axis=(1, 2, 3))
+    part = np.where(held_out, np.cumsum(held_out) % parts, -1)
+    result = np.full(scores.shape, np.nan)
+    for p in np.unique(part[held_out]):
+        others = part != p
+        calibration = fit_yolo_calibration(scores[others], grades[others], severity_prior(grades[others]))
+        result[~others] = yolo_probabilities(scores[~others], calibration)
+    return result
+
+
+def score_studies(detector, paths, levels, study_ids, batch=16):
+    """Raw scores of cached studies: (n, 5 levels, sides, 3), see yolo_scores.
+
+    paths: dict study_id -> file, of study_paths; levels: table of levels.csv. A study that is not cached gives NaN.
+    """
+    description, conditions = DETECTORS[detector.condition]
+    scores = np.full((len(study_ids), len(LEVELS), len(conditions), len(SEVERITIES)), np.nan)
+    for n, study_id in enumerate(progress(study_ids, f"scores {detector.condition}", len(study_ids))):
+        if int(study_id) in paths:
+            study = load_study(paths[int(study_id)], [description])
+            scores[n] = yolo_scores(detector, study, boxes_from_table(levels, int(study_id)), batch)
+    return scores
+
+
+def yolo_study(detector, study, boxes, condition=None):
+    """One detector's word on a study: (conditions, 5 levels, 3) probabilities with the calibration that the weights
+    carry, conditions in the order of DETECTORS; NaN rows where no slice shows a level. condition: checked if given.
+    """
+    if condition not in (None, detector.condition):
+        raise ValueError(f"these weights are a detector of '{detector.condition}', not of '{condition}'")
+    p = yolo_probabilities(yolo_scores(detector, study, boxes), detector.about.get("calibration"))
+    return p.transpose(1, 0, 2)
+
+
+def yolo_table(study_ids, probabilities, condition):
+    """Rows of a detector's conditions: table study_id, row_id, normal_mild, moderate, severe, sorted by row_id.
+
+    probabilities: (n, 5 levels, sides, 3); rows that are NaN are left out.
+    """
+    rows = [(int(study_id), f"{study_id}_{CONDITIONS[index]}_{level}", *probabilities[n, at, side])
+            for n, study_id in enumerate(study_ids) for side, index in enumerate(DETECTORS[condition][1])
+            for at, level in enumerate(LEVELS) if np.isfinite(probabilities[n, at, side]).all()]
+    return pd.DataFrame(rows, columns=["study_id", "row_id", *SEVERITIES]).sort_values("row_id", ignore_index=True)
+
+
+def yolo_loss_against_prior(grades, probabilities, folds):
+    """Weighted log loss of held-out probabilities, and of the class prior on the same rows.
+
+    grades (n, 5, sides), probabilities (n, 5, sides, 3) with NaN rows left out, folds (n,): each study's prior is
+    made of the other folds' grades. Returns {"weighted_log_loss", "class_prior", "gain", "rows"}, gain in 0..1.
+    """
+    use = (grades >= 0) & np.isfinite(probabilities).all(axis=-1)
+    if not use.any():
+        return {"weighted_log_loss": float("nan"), "class_prior": float("nan"), "gain": float("nan"), "rows": 0}
+    prior = np.zeros(probabilities.shape)
+    for fold in np.unique(folds):
+        counts = np.stack([(grades[folds != fold] == k).sum(axis=0) + 1.0 for k in range(len(SEVERITIES))], axis=-1)
+        counts *= np.array(SEVERITY_WEIGHTS)
+        prior[folds == fold] = counts / counts.sum(axis=-1, keepdims=True)
+    weight = np.array(SEVERITY_WEIGHTS, float)[grades[use]]
+    at = np.arange(int(use.sum())), grades[use]
+    loss, base = (float((weight * -np.log(np.clip(p[use][at], 1e-15, 1))).sum() / weight.sum())
+                  for p in (probabilities, prior))
+    return {"weighted_log_loss": loss, "class_prior": base, "gain": 1 - loss / base, "rows": int(use.sum())}
+
+
+def plot_detections(ax, patch, scores, centers_px, box_px, truth=(), threshold=0.1, top=8):
+    """Show a patch with the strongest anchors of dense_scores and, dashed, the label boxes. Returns ax.
+
+    patch: (rows, columns) uint8; scores: (anchors, 3); centers_px: (anchors, 2); box_px: side of the square drawn;
+    truth: rows (class, xc, yc, w, h) as in YOLO's label files.
+    """
+    from matplotlib.patches import Rectangle
+
+    colors = ("#4daf4a", "#ff9f1c", "#e41a1c")
+    ax.imshow(patch, cmap="gray", vmin=0, vmax=255)
+    height, width = patch.shape
+    for grade, x, y, w, h in truth:
+        ax.add_patch(Rectangle(((x - w / 2) * width - 0.5, (y - h / 2) * height - 0.5), w * width, h * height,
+                               fill=False, ls="--", lw=1.2, ec=colors[int(grade)]))
+    best, shown = scores.max(axis=1), []
+    for anchor in np.argsort(-best):
+        if len(shown) >= top or best[anchor] < threshold:
+            break
+        if any(np.abs(centers_px[anchor] - centers_px[other]).max() < box_px / 2 for other in shown):
+            continue
+        shown.append(anchor)
+        x, y = centers_px[anchor] - box_px / 2
+        color = colors[int(scores[anchor].argmax())]
+        ax.add_patch(Rectangle((x, y), box_px, box_px, fill=False, lw=1.2, ec=color))
+        ax.text(x, y - 1, f"{best[anchor]:.2f}", color=color, fontsize=7)
+    ax.set_axis_off()
+    return ax
+
+
+def plot_yolo_training(ax, results_csv, label=None):
+    """Training losses (box, class, distribution) per epoch of one run's results.csv, and mAP50 where it was measured,
+    on a second axis. Returns ax."""
+    table = pd.read_csv(results_csv)
+    table.columns = [name.strip() for name in table.columns]
+    for name in [name for name in table.columns if name.startswith("train/")]:
+        ax.plot(table["epoch"], table[name], label=f"{name[6:]}{'' if label is None else f' {label}'}")
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("training loss")
+    ax.legend(loc="upper right", fontsize=7)
+    measured = table[table["metrics/mAP50(B)"] > 0]
+    if len(measured):
+        right = ax.twinx()
+        right.plot(measured["epoch"], measured["metrics/mAP50(B)"], "k.--", lw=1)
+        right.set_ylim(0, 1)
+        right.set_ylabel("validation mAP50 (dashed)")
+    return ax

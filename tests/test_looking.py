@@ -1,0 +1,350 @@
+"""Plots return their axes; viewers and pages stand alone, escape what they show, and are small."""
+
+import re
+from dataclasses import replace
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+import utils
+
+HEAD, LEFT, BACK = np.array([0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 0.0])
+
+
+def make_volume(description, series_id, slice_step, row_step, column_step, origin, shape):
+    """Noise with a bright ball around the patient's origin, on a grid along the given steps (LPS mm)."""
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1], affine[:3, 2], affine[:3, 3] = slice_step, row_step, column_step, origin
+    volume = utils.Volume(np.zeros(shape, np.float32), affine, 7, series_id, description, 0, np.arange(shape[0]) + 1)
+    xyz = volume.voxel_to_lps(np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1))
+    noise = np.random.default_rng(series_id).random(shape) * 0.2
+    return replace(volume, array=(noise + 0.8 * np.exp(-(xyz**2).sum(-1) / 900)).astype(np.float16))
+
+
+@pytest.fixture(scope="module")
+def study():
+    """Two sagittal series and two axial stacks, the lower one tilted."""
+    sagittal = dict(
+        slice_step=-5 * LEFT, row_step=-2 * HEAD, column_step=2 * BACK, origin=[20, -80, 100], shape=(9, 100, 80)
+    )
+    tilted = -0.97 * HEAD + 0.24 * BACK
+    return utils.Study(
+        7,
+        [
+            make_volume("Sagittal T1", 11, **sagittal),
+            make_volume("Sagittal T2/STIR", 12, **sagittal),
+            make_volume("Axial T2", 13, -6 * HEAD, 2 * BACK, 2 * LEFT, [-64, -64, 60], (6, 64, 64)),
+            make_volume(
+                "Axial T2", 14, 6 * tilted, 2 * (0.97 * BACK + 0.24 * HEAD), 2 * LEFT, [-64, -64, -20], (6, 64, 64)
+            ),
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def boxes():
+    return [
+        utils.LevelBox(
+            level,
+            np.array([0.0, 0.0, 70.0 - 35 * n]),
+            np.stack([HEAD, LEFT, BACK]),
+            np.array([30.0, 60.0, 50.0]),
+            0.9 if n else 0.2,
+            "t2",
+        )
+        for n, level in enumerate(utils.LEVELS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def points():
+    return pd.DataFrame(
+        {
+            "study_id": [7, 7],
+            "series_id": [12, 13],
+            "instance_number": [5, 2],
+            "condition": ["spinal_canal_stenosis", "left_subarticular_stenosis"],
+            "level": ["l3_l4", "l1_l2"],
+            "x_px": [50.0, 40.0],
+            "y_px": [50.0, 40.0],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def graded():
+    """(truth (40, 5, 5) with missing labels, probabilities (40, 5, 5, 3) that come true as often as they say)."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet([2, 1, 0.5], (40, 5, 5))
+    truth = (rng.random((40, 5, 5, 1)) > probabilities.cumsum(-1)[..., :2]).sum(-1)
+    truth[rng.random(truth.shape) < 0.05] = -1
+    return truth, probabilities
+
+
+@pytest.fixture
+def ax():
+    figure, ax = plt.subplots()
+    yield ax
+    figure.canvas.draw()
+    plt.close(figure)
+
+
+def test_slice_plots_return_their_axes(ax, study, boxes, points):
+    volume = study.of("Sagittal T2/STIR")[0]
+    assert utils.plot_slice(ax, volume, 4, boxes=boxes) is ax
+    assert "at the spine's middle" in ax.get_title()
+    before = len(ax.lines)
+    assert utils.plot_level_boxes(ax, boxes, volume, 4) is ax
+    assert len(ax.lines) == before + 5
+    assert utils.plot_label_points(ax, points, volume, 4) is ax
+    assert [text.get_text() for text in ax.texts][-1] == "L3/L4 spinal canal"
+    assert utils.plot_case(ax, study, boxes[2], 1) is ax
+
+
+def test_statistics_plots_return_their_axes(ax, graded):
+    truth, probabilities = graded
+    history = pd.DataFrame({"epoch": [1, 2], "loss": [1, 0.5], "total": [np.nan, 0.7]})
+    for plot, arguments in (
+        (utils.plot_confusion, (truth, probabilities)),
+        (utils.plot_reliability, (truth, probabilities)),
+        (utils.plot_scores, ({"a": 0.5, "b": 0.7, "absent": np.nan}, {"uniform": 1.0})),
+        (utils.plot_learning_curves, ({"fold 0": history, "fold 1": history[["epoch", "loss"]]},)),
+        (utils.plot_grid, (utils.cell_losses(truth, probabilities), np.ones((5, 5)), np.ones((5, 5), int))),
+    ):
+        ax.clear()
+        assert plot(ax, *arguments) is ax
+
+
+def test_reliability_of_honest_probabilities_is_near_the_diagonal(ax, graded):
+    utils.plot_reliability(ax, *graded)
+    off = [float(re.search(r"off by ([\d.]+)", text.get_text()).group(1)) for text in ax.get_legend().get_texts()]
+    assert max(off) < 0.08
+
+
+def test_confusion_counts_what_is_labelled(ax, graded):
+    truth, probabilities = graded
+    utils.plot_confusion(ax, truth, probabilities)
+    counts = [int(re.search(r"\((\d+)\)", text.get_text()).group(1)) for text in ax.texts]
+    assert sum(counts) == (truth >= 0).sum()
+    assert sum(counts[::4]) == (probabilities.argmax(-1) == truth).sum()
+
+
+def test_level_crop_shows_three_planes(study, boxes):
+    crop, covered = utils.crop_level(study, boxes[2], (16, 20, 24))
+    figure, axes = plt.subplots(3, 3)
+    assert utils.plot_level_crop(axes, crop, covered) is axes
+    assert [ax.get_title() for ax in axes[0]] == ["sagittal", "coronal", "axial"]
+    assert axes[0, 0].images[0].get_array().shape == (16, 20)
+    assert axes[1, 1].images[0].get_array().shape == (16, 24)
+    assert axes[2, 2].images[0].get_array().shape == (20, 24)
+    plt.close(figure)
+
+
+def test_box_on_slice_is_the_cut_through_the_box(study, boxes):
+    volume = study.of("Sagittal T1")[0]
+    polygon = utils.box_on_slice(boxes[2], volume, 4)
+    corners = volume.voxel_to_lps(np.column_stack([np.full(4, 4), polygon[:, 1], polygon[:, 0]]))
+    assert len(polygon) == 4
+    np.testing.assert_allclose(corners.min(0), [0, -25, -15], atol=1e-6)
+    np.testing.assert_allclose(corners.max(0), [0, 25, 15], atol=1e-6)
+    small = replace(boxes[2], extent_mm=np.array([30.0, 4.0, 50.0]))
+    assert len(utils.box_on_slice(small, volume, 0)) == 0
+    tilted = study.of("Axial T2")[1]
+    polygon = utils.box_on_slice(boxes[3], tilted, 2)
+    cut = tilted.voxel_to_lps(np.column_stack([np.full(len(polygon), 2), polygon[:, 1], polygon[:, 0]]))
+    assert np.abs(boxes[3].from_lps(cut) / boxes[3].extent_mm).max() < 0.5 + 1e-6
+
+
+def test_sides_of_the_body(study):
+    sagittal, axial = study.of("Sagittal T1")[0], study.of("Axial T2")[0]
+    normal, down, right = utils.slice_axes(sagittal)
+    assert [utils.direction_letter(v) for v in (down, right)] == ["F", "P"]
+    assert [utils.direction_letter(v) for v in utils.slice_axes(axial)[1:]] == ["P", "L"]
+    assert "left of the stack's middle" in utils.slice_caption(sagittal, 0)
+    assert "right of the stack's middle" in utils.slice_caption(sagittal, 8)
+
+
+def no_network(page):
+    """What a browser would fetch: sources, links, imports and urls that are not inline."""
+    fetched = re.findall(r"""(?:\bsrc|\bhref|\baction)\s*=\s*["']?([^"'\s>]+)""", page)
+    fetched += re.findall(r"""url\(\s*["']?([^"')]+)""", page) + re.findall(r"""@import\s+["']?([^"';]+)""", page)
+    fetched += re.findall(r"""\bimport\(?\s*["']([^"']+)""", page)
+    return [target for target in fetched if not target.startswith(("data:", "#", "'data:"))]
+
+
+def test_viewer_stands_alone(study, boxes, points, graded):
+    truth, probabilities = graded[0][0], graded[1][0]
+    page = utils.study_html(study, boxes, points, probabilities, truth, title="<b>5 & 6</b></script>", page=True)
+    assert no_network(page) == [] and "http" not in page
+    assert page.count("<figure data-panel=") == page.count("aria-label='slice of ") == 3
+    assert len(re.findall(r'"i":"/9j/', page)) == sum(len(volume.array) for volume in study.volumes)
+    assert "&lt;b&gt;5 &amp; 6&lt;/b&gt;" in page and "<b>5 & 6" not in page
+    assert page.count("</script>") == 1
+    assert page.count("data-point=") == 25
+    assert len(page) < 3_000_000
+    assert "L3/L4 spinal canal" in page
+
+
+def test_viewers_on_one_page_have_ids_of_their_own(study):
+    identities = [re.findall(r"\bid=([^\s>]+)", utils.study_html(study)) for _ in range(2)]
+    assert len(identities[0]) == 1 and identities[0] != identities[1]
+
+
+def test_viewer_of_a_study_without_a_series(study):
+    page = utils.study_html(utils.Study(7, study.of("Axial T2")))
+    assert page.count("no such series") == 2 and page.count("<figure data-panel=") == 1
+    assert utils.study_html(utils.Study(7, [])).count("no such series") == 3
+
+
+@pytest.mark.parametrize("noise, kept", [(0.15, 150), (1.0, 75)])
+def test_viewer_of_a_large_study_stays_small(noise, kept):
+    """150 noisy slices of 384 px become coarser to fit; only pure noise, the worst case for JPEG, loses slices."""
+    array = (0.3 + noise * np.random.default_rng(0).random((150, 384, 384))).astype(np.float16)
+    page = utils.study_html(utils.Study(7, [utils.Volume(array, np.eye(4), 7, 1, "Axial T2", 0, np.arange(150))]))
+    assert len(page) < 3_000_000 and page.count('"i":"/9j/') == kept
+
+
+def test_score_table_agrees_with_the_metric(graded):
+    truth, probabilities = graded
+    canal_only = np.where(np.arange(5)[:, None, None] == 0, probabilities, np.nan)
+    table = utils.score_table(
+        truth, {"all": probabilities, "canal": canal_only, "none": np.full_like(probabilities, np.nan)}
+    )
+    assert table.loc["all", "total"] == pytest.approx(utils.score_arrays(truth, probabilities)["total"])
+    assert table.loc["canal", "spinal"] == pytest.approx(table.loc["all", "spinal"])
+    assert np.isnan(table.loc["canal", "total"]) and np.isnan(table.loc["none", "spinal"])
+    assert list(table["rows"]) == [(truth >= 0).sum(), (truth[:, 0] >= 0).sum(), 0]
+
+
+def test_cell_losses_pool_to_the_metric(graded):
+    truth, probabilities = graded
+    weight, _ = utils.row_losses(truth, probabilities)
+    losses = utils.cell_losses(truth, probabilities)
+    pooled = (losses[0] * weight.sum(0)[0]).sum() / weight.sum(0)[0].sum()
+    assert pooled == pytest.approx(utils.score_arrays(truth, probabilities)["spinal"])
+
+
+def test_worst_rows_come_in_order_one_a_study(graded):
+    truth, probabilities = graded
+    wrong = probabilities.copy()
+    wrong[3, 2, 1] = [1e-9 if k == truth[3, 2, 1] else 0.5 for k in range(3)]
+    # A moderate grading of a larger loss than a severe one's, which weighs more.
+    truth = np.where(np.arange(40)[:, None, None] == 5, 1, np.where(np.arange(40)[:, None, None] == 6, 2, truth))
+    wrong[5, 0, 0], wrong[6, 0, 0] = (0.9, 1e-5, 0.1), (0.9, 0.1, 1e-4)
+    worst = utils.worst_rows(np.arange(40) + 100, truth, wrong, 20)
+    assert worst.iloc[0][["study_id", "condition", "level"]].tolist() == [103, 2, 1]
+    assert worst["study_id"].is_unique and len(worst) == 20
+    cost = np.array(utils.SEVERITY_WEIGHTS)[worst["grade"].to_numpy(int)] * worst["loss"]
+    assert cost.is_monotonic_decreasing and not worst["loss"].is_monotonic_decreasing
+
+
+def test_out_of_fold_prior_never_sees_its_own_fold(graded):
+    truth, folds = graded[0].copy(), np.arange(40) % 2
+    before = utils.out_of_fold_prior(truth, folds)
+    truth[folds == 0] = 2
+    after = utils.out_of_fold_prior(truth, folds)
+    assert np.array_equal(before[folds == 0], after[folds == 0])
+    assert not np.allclose(before[folds == 1], after[folds == 1])
+
+
+def test_table_is_rounded_and_escaped():
+    table = pd.DataFrame({"name": ["a<b"], "loss_mm": [0.123456], "gone": [np.nan], "count": [1234]})
+    text = utils.table_html(table, "x & y")
+    assert "a&lt;b" in text and ">0.123<" in text and "&ndash;" in text and "1,234" in text and "x &amp; y" in text
+    assert "loss mm" in text
+
+
+def test_live_viewer_follows_its_controls(tmp_path, study, boxes, points):
+    utils.save_study(study, tmp_path / "7.safetensors")
+    utils.save_study(utils.Study(8, [], ["study 8: nothing"]), tmp_path / "8.safetensors")
+    viewer = utils.inspect_study(
+        {7: tmp_path / "7.safetensors", 8: tmp_path / "8.safetensors"},
+        utils.boxes_to_table(7, boxes),
+        points,
+        submission=utils.to_submission([7], np.full((1, 5, 5, 3), 1 / 3)),
+    )
+    picture, table = viewer.children[0].children[1], viewer.children[1]
+    assert "Normal/Mild 33%" in table.value
+    seen = {bytes(picture.value)}
+    for name, value in (("level", 1), ("condition", 1), ("slice", 2), ("window", (0.0, 0.5)), ("series", 2)):
+        viewer.controls[name].value = value
+        seen.add(bytes(picture.value))
+        if name == "condition":
+            assert study.volumes[viewer.controls["series"].value].description == "Sagittal T1"
+            assert viewer.controls["slice"].value == 1  # 17 mm to the left: x from 20 mm in steps of -5
+    assert len(seen) == 6 and all(png.startswith(b"\x89PNG") for png in seen)
+    viewer.controls["study"].value = 8
+    assert viewer.controls["series"].options == ()
+
+
+def test_exported_page_stands_alone_and_hides_code(tmp_path, study):
+    import nbformat
+    from nbformat import v4
+
+    picture = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    notebook = v4.new_notebook(
+        cells=[
+            v4.new_markdown_cell("# A report\nwith **words**"),
+            v4.new_code_cell(
+                "secret_code = 1",
+                outputs=[
+                    v4.new_output("display_data", {"image/png": picture, "text/plain": "figure"}),
+                    v4.new_output("display_data", {"text/html": utils.study_html(study)}),
+                    v4.new_output(
+                        "display_data",
+                        {"application/vnd.jupyter.widget-view+json": {"model_id": "w"}, "text/plain": "VBox()"},
+                    ),
+                    v4.new_output("stream", name="stderr", text="progress 50%"),
+                    v4.new_output("stream", name="stdout", text="a sentence"),
+                ],
+            ),
+        ]
+    )
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    page = utils.export_html(tmp_path / "n.ipynb", tmp_path / "n.html", printed=True).read_text(encoding="utf-8")
+    assert no_network(page) == []
+    assert "<title>A report</title>" in page and "<strong>words</strong>" in page and "a sentence" in page
+    assert "secret_code" not in page and "progress 50%" not in page and "VBox" not in page
+    assert picture[:40] in page and page.count("<figure data-panel=") == 3
+    assert "a sentence" not in utils.export_html(tmp_path / "n.ipynb", tmp_path / "n.html").read_text(encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="papermill"):
+        utils.export_html(tmp_path / "absent.ipynb", tmp_path / "n.html")
+
+
+def test_nested_ensemble_never_sees_its_own_fold(graded):
+    truth, probabilities = graded
+    study_ids, folds = np.arange(40) + 100, np.arange(40) % 2
+    table = pd.DataFrame(np.array(utils.GRADES)[truth.reshape(40, 25)], columns=utils.LABEL_COLUMNS)
+    labels = table.where(truth.reshape(40, 25) >= 0).assign(study_id=study_ids)
+    tables = {"level": utils.to_submission(study_ids, probabilities)}
+    ids, before = utils.nested_ensemble(labels, folds, tables)
+    assert list(ids) == list(study_ids) and np.allclose(before.sum(-1), 1)
+    labels.loc[folds == 0, list(utils.LABEL_COLUMNS)] = "Severe"
+    after = utils.nested_ensemble(labels, folds, tables)[1]
+    assert np.array_equal(before[folds == 0], after[folds == 0])
+    assert np.abs(before[folds == 1] - after[folds == 1]).max() > 0.05
+    one_fold = {"level": utils.to_submission(study_ids[folds == 0], probabilities[folds == 0])}
+    alone = utils.nested_ensemble(labels, folds, one_fold)[1]
+    assert np.isfinite(alone[folds == 0]).all() and np.isnan(alone[folds == 1]).all()
+    assert np.abs(alone[folds == 0] - probabilities[folds == 0]).max() > 0.05, "calibrated on the fold's other studies"
+
+
+def test_histories_are_found_and_split(tmp_path):
+    for name, text in (
+        ("02_a/history.csv", "step,loss,split\n1,2,train\n1,3,validation\n"),
+        ("03_b/runs/fold_0/results.csv", "epoch, train/cls_loss\n1,2\n"),
+        ("03_b.old-1/x_history.csv", "epoch,loss\n1,2\n"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    found = utils.read_histories(tmp_path)
+    assert {stage: list(runs) for stage, runs in found.items()} == {
+        "02_a": ["history train", "history validation"],
+        "03_b": ["fold_0"],
+    }
+    assert list(found["03_b"]["fold_0"].columns) == ["epoch", "train/cls_loss"]

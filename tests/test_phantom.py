@@ -1,0 +1,373 @@
+"""The phantom: files, geometry, truth, and that disease shows."""
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+
+import phantom
+import utils
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """1 + 1 studies, written by one process."""
+    out = tmp_path_factory.mktemp("phantom") / "data"
+    floor = phantom.make_dataset(out, train=1, test=1, seed=5, workers=1, prevalence=3, progress=False)
+    return out, floor
+
+
+def _anatomy(severity=None, seed=3, transitional=0.0):
+    severity = np.full((5, 5), .1) if severity is None else severity
+    return phantom.sample_anatomy(np.random.default_rng(seed), severity, transitional)
+
+
+def _paint(anatomy):
+    """The fine grid, a little coarser than usual: faster."""
+    return phantom.paint(anatomy, (1.2, 1.0, 1.1), (8, 8, 10))[0]
+
+
+@pytest.fixture(scope="session")
+def severity_series():
+    """The same spine at severity 0, 1, 2, 3 of one condition each: {(condition, severity): grid}."""
+    grids = {}
+    for condition in (0, 1, 3):
+        for grade in (0, 1, 2, 3):
+            if grade == 0 and condition:
+                grids[condition, 0] = grids[0, 0]
+                continue
+            severity = np.full((5, 5), .05)
+            severity[condition, 3] = grade
+            anatomy = _anatomy(severity)
+            grids[condition, grade] = anatomy, _paint(anatomy)
+    return grids
+
+
+def _amount(anatomy, grid, tissue, centre_mm, half_mm):
+    """Volume of a tissue in mm3 inside a box around an LPS point."""
+    box = grid.box(np.subtract(centre_mm, half_mm), np.add(centre_mm, half_mm))
+    t = phantom.TISSUE[tissue]
+    w = grid.share[box] / 255.0
+    return float(((grid.under[box] == t) * (1 - w) + (grid.over[box] == t) * w).sum() * np.prod(grid.step_mm))
+
+
+# ---- names and latent model ---------------------------------------------------------
+
+def test_names_are_those_of_the_kit():
+    assert phantom.CONDITIONS == utils.CONDITIONS and phantom.LEVELS == utils.LEVELS
+    assert list(phantom.LABEL_COLUMNS) == list(utils.LABEL_COLUMNS)
+
+
+def test_grades_have_the_real_frequencies():
+    _, grade = phantom.sample_severity(np.random.default_rng(0), 20000)
+    for k in range(3):
+        expected = phantom.REAL_COUNTS[..., k] / phantom.REAL_COUNTS.sum(-1)
+        assert np.abs((grade == k).mean(0) - expected).max() < .015
+
+
+def test_grades_have_the_real_correlations():
+    from scipy.stats import spearmanr
+    _, grade = phantom.sample_severity(np.random.default_rng(1), 30000)
+    r = spearmanr(grade.reshape(-1, 25)).statistic.reshape(5, 5, 5, 5)
+
+    def mean(a, b, apart=0):
+        return np.mean([r[a, i, b, i + apart] for i in range(5 - apart)])
+
+    for value, target in ((mean(1, 2), .31), (mean(3, 4), .48), (mean(0, 3), .48), (mean(0, 1), .26),
+                          (mean(1, 3), .34), (np.mean([mean(c, c, 1) for c in range(5)]), .385),
+                          (np.mean([mean(c, c, 2) for c in range(5)]), .24)):
+        assert abs(value - target) < .05
+
+
+def test_prevalence_three_leaves_about_sixty_percent_normal():
+    _, grade = phantom.sample_severity(np.random.default_rng(2), 4000, prevalence=3)
+    assert .55 < (grade == 0).mean() < .65
+
+
+def test_perfect_reader_beats_the_prior_but_is_not_perfect():
+    latent, grade = phantom.sample_severity(np.random.default_rng(3), 3000)
+    p = phantom.perfect_reader(latent)
+    assert np.allclose(p.sum(-1), 1)
+    best = utils.score_arrays(grade, p)["total"]
+    prior = utils.score_arrays(grade, np.broadcast_to(utils.class_prior(grade), p.shape))["total"]
+    assert .25 < best < .40
+    assert best < .55 * prior
+
+
+def test_perfect_reader_follows_its_own_reader():
+    """Where the latent sits on the moderate threshold, half the grades are above it."""
+    cut = phantom.grade_thresholds()[0, 3, 0] / phantom.READER_RELIABILITY
+    p = phantom.perfect_reader(np.full((1, 5, 5), cut))[0, 0, 3] / phantom.GRADE_WEIGHTS
+    assert p[0] / p.sum() == pytest.approx(.5, abs=1e-6)
+
+
+# ---- files --------------------------------------------------------------------------
+
+def test_layout_and_columns(made):
+    out, _ = made
+    train = pd.read_csv(out / "train.csv")
+    assert list(train.columns) == ["study_id", *utils.LABEL_COLUMNS] and len(train) == 1
+    values = set(pd.unique(train.drop(columns="study_id").to_numpy().ravel()))
+    assert values - {np.nan} <= set(phantom.GRADES) | {v for v in values if v != v}
+    points = pd.read_csv(out / "train_label_coordinates.csv")
+    assert list(points.columns) == ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
+    assert set(points["level"]) <= {"L1/L2", "L2/L3", "L3/L4", "L4/L5", "L5/S1"}
+    assert "Left Neural Foraminal Narrowing" in set(points["condition"])
+    for split, n in (("train", 1), ("test", 1)):
+        series = pd.read_csv(out / f"{split}_series_descriptions.csv")
+        assert list(series.columns) == ["study_id", "series_id", "series_description"]
+        assert series["study_id"].nunique() == n
+        assert set(series["series_description"]) <= set(phantom.SERIES)
+        on_disk = {(int(p.parent.name), int(p.name)) for p in (out / f"{split}_images").glob("*/*")}
+        assert on_disk == set(zip(series["study_id"], series["series_id"]))
+    for row in points.itertuples():
+        assert (out / "train_images" / str(row.study_id) / str(row.series_id) / f"{row.instance_number}.dcm").exists()
+    sample = pd.read_csv(out / "sample_submission.csv")
+    assert list(sample.columns) == ["row_id", "normal_mild", "moderate", "severe"] and len(sample) == 25
+    assert pd.read_csv(out / "phantom_test_labels.csv").shape == (1, 26)
+    vertebrae = pd.read_csv(out / "phantom_vertebrae.csv")
+    assert set(vertebrae["vertebra"]) == set(phantom.TRUTH_VERTEBRAE)
+    assert not (out / ".studies").exists()
+
+
+def test_perfect_submission_scores_the_floor(made):
+    out, floor = made
+    score = utils.competition_score(pd.read_csv(out / "phantom_test_labels.csv"), phantom.perfect_submission(out))
+    assert score["total"] == pytest.approx(floor["test"])
+
+
+def test_two_workers_write_the_same_bytes(made, tmp_path):
+    out, _ = made
+    other = tmp_path / "again"
+    phantom.make_dataset(other, train=1, test=1, seed=5, workers=2, prevalence=3, progress=False)
+    names = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    assert names == sorted(str(p.relative_to(other)) for p in other.rglob("*") if p.is_file())
+    assert all((out / n).read_bytes() == (other / n).read_bytes() for n in names)
+
+
+def test_refuses_another_data_set_and_keeps_a_finished_one(made, tmp_path):
+    out, floor = made
+    with pytest.raises(FileExistsError, match="another data set"):
+        phantom.make_dataset(out, train=1, test=1, seed=6, workers=1, prevalence=3, progress=False)
+    assert phantom.make_dataset(out, train=1, test=1, seed=5, workers=1, prevalence=3, progress=False) == floor
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="not empty"):
+        phantom.make_dataset(tmp_path, train=1, test=0, progress=False)
+
+
+def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    real, calls = phantom._make_study, []
+
+    def fragile(job):
+        calls.append(job["index"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return dict(study_id=job["study_id"], split="train", index=job["index"], series=[], points=[], vertebrae=[],
+                    latent=np.zeros((5, 5)).tolist(), severity=np.zeros((5, 5)).tolist(),
+                    grade=np.zeros((5, 5), int).tolist(), variant="none")
+
+    monkeypatch.setattr(phantom, "_make_study", fragile)
+    with pytest.raises(KeyboardInterrupt):
+        phantom.make_dataset(tmp_path / "d", train=2, test=0, workers=1, progress=False)
+    assert not (tmp_path / "d" / "train.csv").exists()
+    floor = phantom.make_dataset(tmp_path / "d", train=2, test=0, workers=1, progress=False)
+    assert calls == [1, 2, 1, 2] and "train" in floor
+    monkeypatch.setattr(phantom, "_make_study", real)
+    job = dict(out=str(tmp_path / "e"), study_id=7)
+    (tmp_path / "e" / ".studies").mkdir(parents=True)
+    (tmp_path / "e" / ".studies" / "7.json").write_text('{"study_id": 7}')
+    assert phantom._make_study(job) == {"study_id": 7}
+
+
+# ---- DICOM --------------------------------------------------------------------------
+
+def test_geometry_is_the_same_in_simpleitk(made):
+    sitk = pytest.importorskip("SimpleITK")
+    out, _ = made
+    seen = set()
+    for folder in (out / "train_images").glob("*/*"):
+        path = sorted(folder.iterdir())[len(list(folder.iterdir())) // 2]
+        ds, image = pydicom.dcmread(path), sitk.ReadImage(str(path))
+        rows, columns = ds.pixel_array.shape
+        assert image.GetSize()[:2] == (columns, rows)
+        spacing = np.array(ds.PixelSpacing, float)
+        cosines = np.array(ds.ImageOrientationPatient, float)
+        x, y = columns - 5, 7
+        ours = np.array(ds.ImagePositionPatient, float) + cosines[:3] * spacing[1] * x + cosines[3:] * spacing[0] * y
+        theirs = image.TransformIndexToPhysicalPoint((x, y, 0))
+        assert np.abs(ours - theirs).max() < 1e-3
+        slope = float(ds.get("RescaleSlope", 1))
+        assert np.array_equal(sitk.GetArrayFromImage(image)[0], ds.pixel_array * slope)
+        seen.add("axial" if abs(cosines[0]) > .9 else "sagittal")
+        if abs(cosines[0]) > .9:
+            assert cosines[4] > .8                     # rows run from front to back, columns to the left
+        else:
+            assert cosines[1] > .95 and cosines[5] < -.95
+    assert seen == {"axial", "sagittal"}
+
+
+@pytest.mark.parametrize("compress", ["none", "rle"])
+def test_pixels_survive_writing(tmp_path, compress):
+    plan = phantom.SeriesPlan("Axial T2", "T2", np.array([[0, 0, 0], [0, 0, 4.0]]), np.tile([1.0, 0, 0], (2, 1)),
+                              np.tile([0, 1.0, 0], (2, 1)), (.7, .6), (20, 30), 4.0, 4.0, np.array([3, 7]), 9)
+    image = np.random.default_rng(0).random((2, 20, 30)).astype(np.float32)
+    phantom.write_series(tmp_path, plan, image, study_id=1, number=1, patient="PHANTOM^0001",
+                         rng=np.random.default_rng(0), compress=compress)
+    ds = pydicom.dcmread(tmp_path / "7.dcm")
+    stored = ds.pixel_array.astype(float)
+    assert np.corrcoef(stored.ravel(), image[1].ravel())[0, 1] > .9999
+    assert ds.file_meta.TransferSyntaxUID.is_compressed == (compress == "rle")
+    assert ds.ImagePositionPatient[2] == 4 and list(ds.PixelSpacing) == [.7, .6]
+
+
+def test_dciodvfy_finds_no_error(made, tmp_path):
+    if not shutil.which("dciodvfy"):
+        pytest.skip("dciodvfy (Debian: dicom3tools) is not installed")
+    out, _ = made
+    files = [sorted(f.iterdir())[0] for f in (out / "train_images").glob("*/*")]
+    plan = phantom.SeriesPlan("Sagittal T2/STIR", "STIR", np.zeros((1, 3)), np.array([[0, 1.0, 0]]),
+                              np.array([[0, 0, -1.0]]), (1., 1.), (8, 8), 4.0, 4.0, np.array([1]), 9)
+    kinds = set()
+    for seed in range(40):                             # signed, unsigned, 12 and 16 bit, with and without slope
+        phantom.write_series(tmp_path / str(seed), plan, np.ones((1, 8, 8), np.float32), study_id=1, number=1,
+                             patient="PHANTOM^0001", rng=np.random.default_rng(seed))
+        ds = pydicom.dcmread(tmp_path / str(seed) / "1.dcm")
+        kinds.add((ds.PixelRepresentation, ds.BitsStored, "RescaleSlope" in ds))
+        files.append(tmp_path / str(seed) / "1.dcm")
+    assert len(kinds) >= 4
+    for path in files:
+        result = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True)
+        errors = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("Error")]
+        assert not errors, (path, errors)
+
+
+# ---- truth --------------------------------------------------------------------------
+
+def test_left_points_lie_on_the_patients_left(made):
+    out, _ = made
+    points = pd.read_csv(out / "train_label_coordinates.csv")
+    checked = set()
+    for (study, level), group in points.groupby(["study_id", "level"]):
+        lps = {}
+        for row in group.itertuples():
+            ds = pydicom.dcmread(out / "train_images" / str(study) / str(row.series_id) / f"{row.instance_number}.dcm",
+                                 stop_before_pixels=True)
+            c = np.array(ds.ImageOrientationPatient, float)
+            spacing = np.array(ds.PixelSpacing, float)
+            lps[row.condition] = np.array(ds.ImagePositionPatient, float) + c[:3] * spacing[1] * row.x \
+                + c[3:] * spacing[0] * row.y
+        for kind in ("Neural Foraminal Narrowing", "Subarticular Stenosis"):
+            if f"Left {kind}" in lps and f"Right {kind}" in lps:
+                assert lps[f"Left {kind}"][0] > lps[f"Right {kind}"][0] + 8
+                checked.add(kind)
+    assert len(checked) == 2
+
+
+def test_points_lie_in_their_tissue():
+    anatomy = _anatomy()
+    grid = _paint(anatomy)
+    points = anatomy.points_mm()
+    csf = [_amount(anatomy, grid, "csf", points[0, level], 3) for level in range(5)]
+    roots = [_amount(anatomy, grid, "root", points[0, level], 3) for level in range(5)]
+    box = np.prod(2 * np.ceil(3 / grid.step_mm) * grid.step_mm)
+    assert min(a + b for a, b in zip(csf, roots)) > .6 * box
+    for condition in (1, 2):
+        for level in range(5):
+            assert _amount(anatomy, grid, "fat", points[condition, level], 5) \
+                + _amount(anatomy, grid, "root", points[condition, level], 5) > 350
+    assert points[1, 2][0] > points[0, 2][0] + 10 and points[2, 2][0] < points[0, 2][0] - 10
+    assert points[3, 2][0] > points[0, 2][0] + 5 and points[4, 2][0] < points[0, 2][0] - 5
+
+
+def test_vertebrae_are_where_the_marrow_is():
+    anatomy = _anatomy()
+    grid = _paint(anatomy)
+    for name in ("T12", "L1", "L3", "L5", "S1"):
+        v = anatomy.vertebra(name)
+        marrow = sum(_amount(anatomy, grid, t, v.centre_mm - v.frame[:, 1] * 6, 4) for t in ("marrow", "fatty_marrow"))
+        assert marrow > 400
+        a_s, p_s, p_i, a_i = v.corners_mm()
+        assert a_s[1] < p_s[1] and a_i[1] < p_i[1] and a_s[2] > a_i[2] and p_s[2] > p_i[2]
+    z = [anatomy.vertebra(n).centre_mm[2] for n in phantom.TRUTH_VERTEBRAE]
+    assert all(a > b for a, b in zip(z, z[1:]))
+
+
+def test_canal_points_have_the_real_proportions():
+    """Spacings .270 .265 .249 .216 and sagittal offsets 0 -.054 -.089 -.078 -.019 of the path."""
+    spacings, offsets = [], []
+    for seed in range(80):
+        anatomy = _anatomy(seed=seed)
+        p = np.array([anatomy.points_mm()[0, level] for level in range(5)])[:, 1:]
+        step = np.linalg.norm(np.diff(p, axis=0), axis=1)
+        spacings.append(step / step.sum())
+        offsets.append((p[:, 0] - p[0, 0]) / step.sum())
+    assert np.abs(np.mean(spacings, 0) - [.270, .265, .249, .216]).max() < .02
+    assert np.abs(np.mean(offsets, 0) - [0, -.054, -.089, -.078, -.019]).max() < .035
+
+
+def test_transitional_spines_exist():
+    kinds = {_anatomy(seed=seed, transitional=1.0).variant for seed in range(12)}
+    assert kinds == {"sacralised L5", "lumbarised S1"}
+    assert {_anatomy(seed=seed).variant for seed in range(12)} == {"none"}
+
+
+# ---- disease shows ------------------------------------------------------------------
+
+def test_canal_stenosis_narrows_the_sac(severity_series):
+    csf = []
+    for grade in range(4):
+        anatomy, grid = severity_series[0, grade]
+        csf.append(_amount(anatomy, grid, "csf", anatomy.canal_to_lps(0., 0., anatomy.disc_s_mm[3]), (13, 9, 3)))
+    assert csf[0] > 1.2 * csf[1] > 1.2 * 1.2 * csf[2] and csf[3] < .3 * csf[0]
+
+
+def test_foraminal_narrowing_takes_the_fat_on_its_side_only(severity_series):
+    fat = {1: [], -1: []}
+    for grade in range(4):
+        anatomy, grid = severity_series[1, grade]
+        for side in fat:
+            at = anatomy.canal_to_lps(side * 17.5, phantom.FORAMEN_V_MM, anatomy.disc_s_mm[3] + phantom.FORAMEN_RISE_MM)
+            fat[side].append(_amount(anatomy, grid, "fat", at, (4, 5.5, 7)))
+    left, right = fat[1], fat[-1]
+    assert left[0] > 1.15 * left[1] > 1.15 * 1.15 * left[2] and left[3] < .5 * left[0]
+    assert min(right) > .85 * max(right)
+
+
+def test_subarticular_stenosis_closes_the_recess_on_its_side_only(severity_series):
+    free = {1: [], -1: []}
+    for grade in range(4):
+        anatomy, grid = severity_series[3, grade]
+        for side in free:
+            front = phantom.sac_section(anatomy, anatomy.disc_s_mm[3])["front"]
+            at = anatomy.canal_to_lps(side * (phantom.RECESS_U_MM + .5), front + 3, anatomy.disc_s_mm[3])
+            free[side].append(sum(_amount(anatomy, grid, t, at, (4.5, 4, 3)) for t in ("fat", "csf")))
+    left, right = free[1], free[-1]
+    assert left[0] > 1.1 * left[1] > 1.1 * 1.1 * left[2] and left[3] < .45 * left[0]
+    assert min(right) > .85 * max(right)
+
+
+def test_conditions_are_separable(severity_series):
+    """A narrow canal leaves the foramina open, a narrow foramen the canal."""
+    healthy, narrow_canal, narrow_foramen = (severity_series[k] for k in ((0, 0), (0, 3), (1, 3)))
+
+    def canal(item):
+        return _amount(*item, "csf", item[0].canal_to_lps(0., 0., item[0].disc_s_mm[3]), (13, 9, 3))
+
+    def foramen(item):
+        return _amount(*item, "fat", item[0].canal_to_lps(17.5, phantom.FORAMEN_V_MM,
+                                                          item[0].disc_s_mm[3] + phantom.FORAMEN_RISE_MM), (4, 5.5, 7))
+
+    assert foramen(narrow_canal) > .8 * foramen(healthy)
+    assert canal(narrow_foramen) > .8 * canal(healthy)
+
+
+def test_tissue_fractions_sum_to_one():
+    grid = phantom.TissueGrid.empty((0, 0, 0), (10, 10, 10), (1, 1, 1), "fat")
+    box = grid.box((0, 0, 0), (10, 10, 10))
+    x, y, z = grid.coordinates(box)
+    grid.lay(box, np.sqrt((x - 5) ** 2 + (y - 5) ** 2 + (z - 5) ** 2) - 3.2, "marrow")
+    assert np.allclose(grid.fractions().sum(0), 1)
+    volume = grid.fractions()[phantom.TISSUE["marrow"]].sum()
+    assert volume == pytest.approx(4 / 3 * np.pi * 3.2 ** 3, rel=.04)

@@ -1,0 +1,135 @@
+"""The whole way on a handful of phantom studies: from nothing to a scored submission and a report, without network."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import utils
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Imported by every Python process at its start: connections that leave this machine fail, and are written down.
+NO_NETWORK = '''
+import os, socket
+
+def _guarded(original):
+    def connect(self, address, *rest):
+        local = self.family == getattr(socket, "AF_UNIX", None) or str(address[0]) in ("127.0.0.1", "::1", "localhost")
+        if not local:
+            with open(os.environ["NETWORK_ATTEMPTS"], "a") as file:
+                file.write(f"{address}\\n")
+            raise OSError(101, "Network is unreachable")
+        return original(self, address, *rest)
+    return connect
+
+socket.socket.connect = _guarded(socket.socket.connect)
+socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
+_lookup = socket.getaddrinfo
+
+def _getaddrinfo(host, *rest, **named):
+    if host not in (None, "", "127.0.0.1", "::1", "localhost", socket.gethostname()):
+        with open(os.environ["NETWORK_ATTEMPTS"], "a") as file:
+            file.write(f"{host}\\n")
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+    return _lookup(host, *rest, **named)
+
+socket.getaddrinfo = _getaddrinfo
+'''
+
+
+def papermill(folder, **parameters):
+    """Run 00_pipeline as the README does, network cut. Returns (exit status, output)."""
+    guard = folder / "guard"
+    guard.mkdir(exist_ok=True)
+    (guard / "sitecustomize.py").write_text(NO_NETWORK)
+    environment = {**os.environ, "PYTHONPATH": str(guard), "NETWORK_ATTEMPTS": str(folder / "attempts.txt")}
+    command = [sys.executable, "-m", "papermill", "--log-output", "notebooks/00_pipeline.ipynb", str(folder / "run.ipynb")]
+    for name, value in parameters.items():
+        command += ["-p", name, str(value)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    status, output = papermill(folder, OUT=folder / "out", SIZE="smoke", TRAIN_STUDIES=10, TEST_STUDIES=2, SEED=5)
+    assert status == 0, output[-6000:]
+    return folder
+
+
+def test_a_run_ends_with_submission_report_and_manifest(run):
+    out = run / "out"
+    submission = pd.read_csv(out / "submission.csv")
+    assert list(submission.columns) == ["row_id", "normal_mild", "moderate", "severe"] and len(submission) == 2 * 25
+    sample = pd.read_csv(out / "data" / "sample_submission.csv")
+    assert sorted(sample["row_id"]) == sorted(submission["row_id"])
+    values = submission[list(utils.SEVERITIES)].to_numpy()
+    assert np.isfinite(values).all() and (values >= 0).all() and np.abs(values.sum(1) - 1).max() < 1e-9
+    labels = utils.read_labels(out / "data" / "phantom_test_labels.csv")
+    assert 0 < utils.competition_score(labels, submission)["total"] < 3
+
+    manifest = json.loads((out / "manifest.json").read_text())
+    names = ["01_preprocess", "02_train_spinenet", "03_train_yolo_nfn", "03_train_yolo_scs", "03_train_yolo_ss",
+             "04_train_vit_level", "04_train_vit_study", "05_inference", "06_report"]
+    assert sorted(manifest["stages"]) == names
+    for stage in manifest["stages"].values():
+        assert stage["seconds"] > 0 and stage["inputs"] and stage["outputs"] and stage["versions"]["torch"]
+    test_scores = manifest["stages"]["06_report"]["scores"]["test"]
+    assert test_scores["Ensemble"] == pytest.approx(utils.competition_score(labels, submission)["total"])
+
+    log = pd.read_csv(out / "05_inference" / "inference_log.csv")
+    assert len(log) == 2 and log["prior_rows"].max() == 0
+    report = (out / "report.html").read_text()
+    assert "<img" in report and 'type="range"' in report
+    assert 'src="http' not in report and "@import url(http" not in report
+
+
+def test_no_step_reaches_for_the_network(run):
+    attempts = run / "attempts.txt"
+    assert not attempts.exists(), attempts.read_text()
+
+
+def test_finished_work_is_found_and_deleted_work_is_done_again(run):
+    out = run / "out"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    shutil.rmtree(out / "06_report")
+    started = time.time()
+    status, output = papermill(run, OUT=out, SIZE="smoke", TRAIN_STUDIES=10, TEST_STUDIES=2, SEED=5)
+    assert status == 0, output[-3000:]
+    changed = [path for path, when in before.items() if path.stat().st_mtime_ns != when]
+    kept = {"06_report", "notebooks"}
+    assert all(path.name in ("manifest.json", "report.html") and path.parent == out
+               or kept & set(path.relative_to(out).parts) for path in changed), changed
+    assert output.count("found by its manifest") == 8
+    assert (out / "06_report" / "manifest.json").stat().st_mtime > started
+
+
+def test_a_mistyped_parameter_stops_the_run(run):
+    status, output = papermill(run, OUT=run / "other", SIZES="smoke")
+    assert status != 0 and "there is no parameter 'SIZES'" in output and "Did you mean SIZE" in output
+    assert not (run / "other").exists()
+
+
+def test_each_notebook_refuses_a_mistyped_parameter(run):
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        with pytest.raises(ValueError, match="no parameter 'DATTA'.*Did you mean DATA"):
+            utils.check_notebook_parameters(notebook, {"DATTA": "x"})
+
+
+def test_inspect_shows_a_study(run):
+    out = run / "out"
+    parameters = {"DATA": str(out / "data"), "PREPROCESSED": str(out / "01_preprocess"), "OUT": str(run),
+                  "LEVELS_DIR": str(out / "02_train_spinenet"), "PREDICTIONS": [str(out)]}
+    study_id = min(utils.study_paths(out / "01_preprocess"))
+    utils.run_notebook(ROOT / "notebooks" / "inspect.ipynb", run / "inspect.ipynb", {**parameters, "HTML_STUDIES": [study_id]})
+    text = (run / "inspect.ipynb").read_text()
+    assert "application/vnd.jupyter.widget-view+json" in text
+    assert 'type="range"' in (run / f"study_{study_id}.html").read_text()

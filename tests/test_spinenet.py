@@ -1,0 +1,579 @@
+"""SpineNet: targets, decoding, linking, naming, levels, training. Truth comes from a drawn spine, no network needed
+except in the training tests."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import utils
+
+NAMES = utils.VERTEBRAE  # T10 ... S2, head to foot
+
+
+def spine(seed=0, names=NAMES, shift_mm=(0, 0, 0)):
+    """True Vertebrae of a lordotic spine, built upwards from S2."""
+    rng = np.random.default_rng(seed)
+    size = rng.uniform(0.9, 1.1)
+    tilt_deg = dict(zip(NAMES, np.array([-14, -12, -11, -10, -6, 0, 8, 20, 38, 50]) * rng.uniform(0.7, 1.1)))
+    position, vertebrae = np.array([0.0, 25.0, -110.0]) + shift_mm + rng.uniform(-6, 6, 3), []
+    for name in NAMES[::-1]:
+        angle = np.radians(tilt_deg[name])
+        back, head = np.array([0, np.cos(angle), np.sin(angle)]), np.array([0, -np.sin(angle), np.cos(angle)])
+        height, depth = (20 if name == "S2" else 27) * size, (22 if name == "S2" else 34) * size
+        position = position + head * height / 2
+        low_back = 0.65 if name[0] == "S" else 1.0  # the sacrum tapers
+        corners = np.stack(
+            [
+                position + head * height / 2 - back * depth / 2,
+                position + head * height / 2 + back * depth / 2,
+                position - head * height / 2 + back * depth * (low_back - 0.5),
+                position - head * height / 2 - back * depth / 2,
+            ]
+        )
+        vertebrae.append(utils.Vertebra(corners, 46.0 * size, 1.0, name, "truth"))
+        position = position + head * (height / 2 + (3 if name == "S2" else 9) * size)
+    return [v for v in vertebrae[::-1] if v.name in names]
+
+
+def empty_volume(description="Sagittal T2/STIR", slices=13, rows=200, columns=110, spacing=(4.4, 2.0, 2.0)):
+    affine = np.zeros((4, 4))
+    affine[:3, 0], affine[:3, 1], affine[:3, 2] = [spacing[0], 0, 0], [0, 0, -spacing[1]], [0, spacing[2], 0]
+    affine[:, 3] = [-spacing[0] * (slices - 1) / 2, -spacing[2] * columns / 2, spacing[1] * rows / 2 + 60, 1]
+    series = {"Sagittal T2/STIR": 1, "Sagittal T1": 2, "Axial T2": 3}[description]
+    return utils.Volume(
+        np.zeros((slices, rows, columns), np.float32), affine, 7, series, description, 0, np.arange(1, slices + 1), 4.0
+    )
+
+
+def draw(volume, vertebrae, body=0.8):
+    """The volume with the bodies filled in."""
+    rows, columns = np.mgrid[: volume.array.shape[1], : volume.array.shape[2]]
+    points = np.stack([rows, columns], -1)
+    for index in range(len(volume.array)):
+        corners_px, offset_mm = utils.project_vertebrae(vertebrae, volume.affine, index)
+        for vertebra, corners, offset in zip(vertebrae, corners_px, offset_mm):
+            if abs(offset) < vertebra.width_mm / 2:
+                inside = np.ones(rows.shape, bool)
+                for k in range(4):
+                    edge, rest = corners[k] - corners[k - 1], points - corners[k - 1]
+                    inside &= edge[0] * rest[..., 1] - edge[1] * rest[..., 0] <= 0
+                volume.array[index][inside] = body
+    return volume
+
+
+class Oracle(torch.nn.Module):
+    """Answers with the targets of given Vertebrae. Its images say which volume and slice they are: every pixel is
+    (100 * series + slice) / 1000."""
+
+    def __init__(self, study, vertebrae_by_series, looks=0.9, resolution_mm=2.0):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+        self.resolution_mm, self.about, self.maps = resolution_mm, {}, {}
+        for volume in study.volumes:
+            volume.array[:] = ((100 * volume.series_id + np.arange(len(volume.array))) / 1000)[:, None, None]
+            vertebrae = vertebrae_by_series.get(volume.series_id, [])
+            images, affine = utils.sagittal_images(volume, resolution_mm)
+            for index in range(len(images)):
+                corners, offset = utils.project_vertebrae(vertebrae, affine, index)
+                seen = np.abs(offset) < [v.width_mm / 2 for v in vertebrae]
+                classes = torch.tensor([utils.spine_class(v.name) for v in vertebrae], dtype=torch.int64)[seen]
+                targets = utils.spinenet_targets(
+                    torch.tensor(corners[seen]),
+                    classes,
+                    torch.ones(int(seen.sum()), dtype=torch.bool),
+                    images.shape[2:],
+                    1.5,
+                )
+                heat = targets["heat"].clamp(1e-6, 1 - 1e-6).logit()
+                one_hot = torch.nn.functional.one_hot(targets["classes"].clamp(min=0), 4).permute(2, 0, 1)
+                logits = torch.log(one_hot * looks + (1 - looks) / 4)
+                self.maps[100 * volume.series_id + index] = torch.cat([heat, targets["vectors"], logits])
+
+    def forward(self, x):
+        return torch.stack([self.maps[int(round(float(image.mean()) * 1000))] for image in x])
+
+
+def prior_of(*spines):
+    """A prior from spines in studies whose sagittal series is centred at the origin."""
+    table = pd.concat([utils.vertebrae_to_table(k, v) for k, v in enumerate(spines)], ignore_index=True)
+    anchors = {k: {"sagittal": np.zeros(3), "axial": np.array([1.0, 2.0, -30.0])} for k in range(len(spines))}
+    return utils.fit_level_prior(anchors, table)
+
+
+PRIOR = prior_of(spine(1), spine(2), spine(3), spine(4))
+
+
+def errors(boxes, truth):
+    tables = utils.boxes_to_table(7, boxes), utils.vertebrae_to_table(7, truth)
+    return utils.level_errors(*tables).set_index("level")
+
+
+def test_left_is_left():
+    for vertebra in spine():
+        np.testing.assert_allclose(vertebra.left_lps, [1, 0, 0], atol=1e-12)
+
+
+def test_targets_point_from_corners_to_the_centroid():
+    corners = torch.tensor([[[10.0, 8], [10, 24], [22, 24], [22, 8]], [[28.0, 8], [28, 24], [40, 24], [40, 8]]])
+    targets = utils.spinenet_targets(corners, torch.tensor([1, 2]), torch.tensor([True, True]), (50, 40), 1.5)
+    assert targets["heat"].shape == (5, 50, 40)
+    for kind in range(4):
+        for body in range(2):
+            row, column = corners[body, kind].int().tolist()
+            assert targets["heat"][kind, row, column] == pytest.approx(1, abs=1e-6)
+            for d_row, d_column in ((0, 0), (1, 0), (0, -1)):
+                assert targets["near"][kind, row + d_row, column + d_column]
+                vector = targets["vectors"][2 * kind : 2 * kind + 2, row + d_row, column + d_column]
+                landed = vector + torch.tensor([row + d_row, column + d_column])
+                torch.testing.assert_close(landed, corners[body].mean(0))
+    assert targets["classes"][16, 16] == 1 and targets["classes"][34, 16] == 2 and targets["classes"][0, 0] == -1
+    assert (targets["weight"] == 1).all()
+
+
+def test_a_grazed_body_does_not_count():
+    corners = torch.tensor([[[10.0, 8], [10, 24], [22, 24], [22, 8]]])
+    targets = utils.spinenet_targets(corners, torch.tensor([1]), torch.tensor([False]), (50, 40), 1.5)
+    assert targets["heat"].max() == 0 and not targets["near"].any()
+    assert targets["weight"][0, 16, 16] == 0 and targets["weight"][0, 45, 16] == 1
+    empty = utils.spinenet_targets(
+        torch.zeros(0, 4, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool), (50, 40), 1.5
+    )
+    assert {k: v.shape for k, v in empty.items()} == {k: v.shape for k, v in targets.items()}
+
+
+@pytest.mark.parametrize("turn", ["as stored", "rows up", "columns forward", "transposed", "left first"])
+def test_images_keep_their_place_in_the_patient(turn):
+    volume = empty_volume(rows=120, columns=90, spacing=(4.4, 1.3, 1.1))
+    volume.array[6, 60:66, 40:46] = 1
+    spot = volume.voxel_to_lps([6, 62.5, 42.5])
+    array, affine = volume.array, volume.affine.copy()
+    flip = {"rows up": 1, "columns forward": 2, "left first": 0}.get(turn)
+    if flip is not None:
+        array = np.flip(array, flip)
+        affine[:3, 3] += affine[:3, flip] * (array.shape[flip] - 1)
+        affine[:3, flip] *= -1
+    if turn == "transposed":
+        array, affine = array.transpose(0, 2, 1), affine[:, [0, 2, 1, 3]]
+    images, image_affine = utils.sagittal_images(replace(volume, array=array, affine=affine), 2.0)
+    assert images.shape == (13, 1, 78, 50)  # 156 x 99 mm
+    assert image_affine[2, 1] < 0 < image_affine[1, 2]
+    weight = images[:, 0].numpy()
+    where = (np.stack(np.mgrid[:13, :78, :50], -1) * weight[..., None]).sum((0, 1, 2)) / weight.sum()
+    np.testing.assert_allclose(image_affine[:3, :3] @ where + image_affine[:3, 3], spot, atol=0.05)
+
+
+def test_axial_slices_are_refused():
+    volume = empty_volume()
+    volume.affine[:3, :3] = volume.affine[:3, [1, 0, 2]]
+    with pytest.raises(ValueError, match="axial, not sagittal"):
+        utils.sagittal_images(volume, 2.0)
+
+
+def test_polygon_iou():
+    square = np.array([[0, 0], [0, 2], [2, 2], [2, 0]])
+    assert utils.polygon_iou(square, square) == pytest.approx(1)
+    assert utils.polygon_iou(square, square[::-1] + [0, 1]) == pytest.approx(1 / 3)
+    assert utils.polygon_iou(square, square + 5) == 0
+    diamond = np.array([[1, -0.5], [2.5, 1], [1, 2.5], [-0.5, 1]])
+    assert utils.polygon_iou(square, diamond) == pytest.approx(3.5 / (4 + 4.5 - 3.5))
+
+
+def test_detection_recovers_the_drawn_spine():
+    truth = spine(5)
+    study = utils.Study(7, [empty_volume()])
+    found = utils.detect_vertebrae(Oracle(study, {1: truth}), study.volumes[0])
+    assert len(found) == len(truth)
+    for vertebra, true in zip(found, truth):
+        assert np.abs(vertebra.corners_lps_mm[:, 1:] - true.corners_lps_mm[:, 1:]).max() < 0.5
+        assert abs(vertebra.center_lps_mm[0] - true.center_lps_mm[0]) < 2.5
+        assert abs(vertebra.width_mm - true.width_mm) < 5
+        assert vertebra.confidence > 0.8 and vertebra.source == "t2"
+        assert np.exp(vertebra.appearance).sum() == pytest.approx(1)
+        assert vertebra.appearance.argmax() == utils.spine_class(true.name)
+
+
+def test_one_missing_corner_is_completed_and_two_are_not():
+    truth = spine(5, names=("L3",))
+    study = utils.Study(7, [empty_volume()])
+    oracle = Oracle(study, {1: truth})
+    for maps in oracle.maps.values():
+        maps[2] = -20.0  # no posterior-inferior corner anywhere
+    found = utils.detect_vertebrae(oracle, study.volumes[0])
+    assert len(found) == 1
+    assert np.abs(found[0].corners_lps_mm - truth[0].corners_lps_mm)[:, 1:].max() < 1
+    for maps in oracle.maps.values():
+        maps[3] = -20.0
+    maps = torch.stack(list(oracle.maps.values()))
+    maps[:, :5] = maps[:, :5].sigmoid()
+    assert not any(utils.decode_slices(maps, 2.0))
+    assert utils.detect_vertebrae(oracle, study.volumes[0]) == []
+
+
+def test_a_body_in_a_single_slice_is_dropped():
+    corners = np.array([[10.0, 8], [10, 24], [22, 24], [22, 8]])
+    detection = {"corners_px": corners, "score": 1.0, "logits": np.zeros(4)}
+    other = detection | {"corners_px": corners + [30, 0]}
+    tracks = utils.link_slices([[detection], [detection, other], [], [detection | {"corners_px": corners + 1}]])
+    assert sorted(len(track) for track in tracks) == [1, 3]  # the gap of one slice is bridged
+    assert sorted(len(t) for t in utils.link_slices([[detection], [], [], [detection]])) == [1, 1]
+
+
+def named(vertebrae):
+    return [v.name for v in utils.name_vertebrae(vertebrae, PRIOR)]
+
+
+def anonymous(vertebrae, looks=0.85, confidence=0.9):
+    """Detections: the true looks with this probability, all else alike."""
+    result = []
+    for v in vertebrae:
+        p = np.full(4, (1 - looks) / 3)
+        p[utils.spine_class(v.name)] = looks
+        result.append(replace(v, name="", source="t2", confidence=confidence, appearance=np.log(p)))
+    return result
+
+
+def test_naming_counts_up_from_the_sacrum():
+    truth = spine(6)
+    assert named(anonymous(truth)) == list(NAMES)
+    # T12 is taken for a lumbar body and L1 for a thoracic one: S1 decides.
+    chain = anonymous(truth)
+    chain[2], chain[3] = [replace(chain[k], appearance=chain[5 - k].appearance) for k in (2, 3)]
+    assert named(chain) == list(NAMES)
+    # Nothing but the sacrum looks like anything.
+    chain = [replace(v, appearance=np.log([0.45, 0.45, 0.05, 0.05])) if v is not chain[-2] else v for v in chain[:-1]]
+    assert named(chain) == list(NAMES[:-1])
+
+
+def test_naming_bridges_a_missed_body_and_drops_a_false_one():
+    truth = spine(6)
+    chain = anonymous(truth)
+    assert named(chain[:5] + chain[6:]) == [n for n in NAMES if n != "L3"]
+    false = replace(chain[5], corners_lps_mm=(chain[5].corners_lps_mm + chain[6].corners_lps_mm) / 2, confidence=0.35)
+    assert named(chain[:6] + [false] + chain[6:]) == list(NAMES)
+
+
+def test_naming_is_unsure_without_the_sacrum():
+    lumbar = [v for v in anonymous(spine(6)) if v.appearance.argmax() == 1][:3]
+    sure = utils.name_vertebrae(anonymous(spine(6)), PRIOR)
+    unsure = utils.name_vertebrae(lumbar, PRIOR)
+    assert min(v.confidence for v in sure) > 0.8
+    assert len(unsure) == 3 and max(v.confidence for v in unsure) < 0.6
+    assert utils.name_vertebrae([], PRIOR) == []
+
+
+def test_sideways_an_outlier_goes_and_a_scoliosis_stays():
+    bent = []
+    for v in spine(6):
+        x = 12 * np.cos((v.center_lps_mm[2] - 40) / 85)  # 12 mm to either side, a Cobb angle of 16 degrees
+        bent.append(replace(v, corners_lps_mm=v.corners_lps_mm + [x, 0, 0]))
+    smooth = utils.smooth_sideways(bent)
+    assert max(np.abs(a.center_lps_mm - b.center_lps_mm).max() for a, b in zip(smooth, bent)) < 2.5
+    straight = spine(6)
+    for k in (0, 4, 9):
+        chain = list(straight)
+        chain[k] = replace(chain[k], corners_lps_mm=chain[k].corners_lps_mm + [9, 0, 0])
+        smooth = utils.smooth_sideways(chain)
+        assert max(np.abs(a.center_lps_mm - b.center_lps_mm).max() for a, b in zip(smooth, straight)) < 2.5
+    assert utils.smooth_sideways(straight[:2]) == straight[:2]
+
+
+def test_levels_from_both_series():
+    truth = spine(8)
+    study = utils.Study(7, [empty_volume(), empty_volume("Sagittal T1")])
+    # The T2 series misses L2, the T1 series L4; patients move half a centimetre between series.
+    moved = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 3, 4]) for v in truth]
+    model = Oracle(study, {1: [v for v in truth if v.name != "L2"], 2: [v for v in moved if v.name != "L4"]})
+    boxes, vertebrae = utils.locate_levels(study, model, PRIOR)
+    assert [v.name for v in vertebrae] == list(NAMES)
+    assert [box.level for box in boxes] == list(utils.LEVELS)
+    table = errors(boxes, truth)
+    assert table["named"].all() and table["error_mm"].max() < 5
+    assert list(table["source"]) == ["t2+t1", "t2+t1", "t2", "t2", "t2"]
+    assert table.loc[["l3_l4", "l4_l5", "l5_s1"], "error_mm"].max() < 2.5
+    for box in boxes:
+        np.testing.assert_allclose(box.axes @ box.axes.T, np.eye(3), atol=1e-9)
+        assert box.axes[0, 2] > 0.5 and box.axes[1, 0] > 0.9 and box.axes[2, 1] > 0.5  # head, left, back
+        assert 25 < box.extent_mm[0] < 50 and 35 < box.extent_mm[1] < 60 and 25 < box.extent_mm[2] < 45
+    assert table["angle_deg"].max() < 2
+
+
+@pytest.mark.parametrize("seen", [("L5", "S1", "S2"), ("T12", "L1", "L2", "L4", "L5", "S1"), ("S1",)])
+def test_missing_levels_are_extrapolated(seen):
+    truth = spine(9)
+    study = utils.Study(7, [empty_volume()])
+    model = Oracle(study, {1: [v for v in truth if v.name in seen]}, looks=0.999)
+    model.about["prior"] = PRIOR
+    boxes, vertebrae = utils.locate_levels(study, model)
+    assert [box.level for box in boxes] == list(utils.LEVELS)
+    table = errors(boxes, truth)
+    if "L4" in seen:
+        assert table["named"].all() and table["error_mm"].max() < 3
+        assert list(table["source"]) == ["t2", "t2+extrapolated", "t2+extrapolated", "t2", "t2"]
+    else:
+        assert table["error_mm"].max() < 25
+        assert list(table["confidence"]) == sorted(table["confidence"])
+    by_source = table.groupby(table["source"].str.contains("extrapolated"))["confidence"]
+    if by_source.ngroups == 2:
+        assert by_source.max()[True] < by_source.min()[False]
+    assert {v.name for v in vertebrae} >= {"L1", "L2", "L3", "L4", "L5", "S1"}
+
+
+def test_nothing_found_gives_the_prior():
+    study = utils.Study(7, [empty_volume()])
+    model = Oracle(study, {})
+    for use in (model, None):
+        boxes, vertebrae = utils.locate_levels(study, use, PRIOR)
+        assert {box.source for box in boxes} == {"prior"} and {box.confidence for box in boxes} == {0.1}
+        assert len(boxes) == 5 and len(vertebrae) == 6
+    anchor = utils.study_anchors(study)["sagittal"]
+    layout = np.array(PRIOR["layout_mm"]["L3"]).mean(0)
+    np.testing.assert_allclose([v for v in vertebrae if v.name == "L3"][0].center_lps_mm, anchor + layout, atol=1e-9)
+    # Only axial slices: their centre stands for the sagittal one's.
+    axial = replace(
+        empty_volume("Axial T2"), affine=np.array([[0, 0, 1.0, 5], [0, 1, 0, 6], [4, 0, 0, 7], [0, 0, 0, 1]])
+    )
+    boxes, vertebrae = utils.locate_levels(utils.Study(7, [axial]), None, PRIOR)
+    center = utils.study_box(utils.Study(7, [axial]))[0]
+    np.testing.assert_allclose(vertebrae[2].center_lps_mm, center - PRIOR["axial_mm"] + layout, atol=1e-9)
+    boxes, _ = utils.locate_levels(utils.Study(7, []), None, PRIOR)
+    assert len(boxes) == 5 and {box.confidence for box in boxes} == {0.0}
+    with pytest.raises(ValueError, match="needs a prior"):
+        utils.locate_levels(study, None)
+
+
+def test_the_prior_becomes_the_patients_own():
+    paths_anchor = {k: {"sagittal": np.array([0.0, 10.0 * (k % 3), 0.0])} for k in range(25)}
+    seen = pd.concat([utils.vertebrae_to_table(k, [replace(v, source="t2") for v in spine(k)]) for k in range(25)])
+    own = utils.refit_level_prior(paths_anchor, seen, PRIOR)
+    assert own["studies"] == 25 and own["layout_mm"] != PRIOR["layout_mm"]
+    assert utils.refit_level_prior(paths_anchor, seen[seen["study_id"] < 10], PRIOR) is PRIOR
+    assert utils.refit_level_prior(paths_anchor, seen.assign(source="prior"), PRIOR) is PRIOR
+    boxes, vertebrae = utils.locate_levels(utils.Study(30, [empty_volume()]), None, PRIOR)
+    levels = pd.concat(
+        [utils.boxes_to_table(k, utils.level_boxes(spine(k))) for k in range(2)] + [utils.boxes_to_table(30, boxes)]
+    )
+    bodies = pd.concat([seen[seen["study_id"] < 2], utils.vertebrae_to_table(30, vertebrae)])
+    moved = PRIOR | {"layout_mm": {k: (np.array(v) + [0, 0, 5]).tolist() for k, v in PRIOR["layout_mm"].items()}}
+    anchors = {30: utils.study_anchors(utils.Study(30, [empty_volume()]))}
+    new_levels, new_bodies = utils.locate_unseen(levels, bodies, anchors, moved)
+    assert len(new_levels) == len(levels) and len(new_bodies) == len(bodies)
+    difference = new_levels.set_index(["study_id", "level"])["z_mm"] - levels.set_index(["study_id", "level"])["z_mm"]
+    assert (difference[30] - 5).abs().max() < 1e-9 and (difference.drop(30) == 0).all()
+
+
+def test_prior_names_what_it_lacks():
+    with pytest.raises(ValueError, match="L1"):
+        prior_of(spine(1, names=("L2", "L3", "L4", "L5", "S1")))
+
+
+def test_tables_keep_what_they_are_given():
+    truth = spine(3)
+    table = utils.vertebrae_to_table(12, truth)
+    assert list(table.columns) == utils.VERTEBRA_TABLE_COLUMNS
+    back = utils.vertebrae_from_table(table, 12)
+    for a, b in zip(truth, back):
+        np.testing.assert_allclose(a.corners_lps_mm, b.corners_lps_mm)
+        assert (a.name, a.width_mm, a.source) == (b.name, b.width_mm, b.source)
+    assert utils.vertebrae_from_table(table, 13) == []
+    json.dumps(PRIOR)
+
+
+def test_scores_tell_shifted_from_misnamed():
+    truth = spine(3)
+    table = utils.vertebrae_to_table(12, truth)
+    moved = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 0, 3.0], source="t2") for v in truth]
+
+    def score(vertebrae):
+        levels = utils.boxes_to_table(12, utils.level_boxes(vertebrae))
+        return utils.locating_scores(levels, utils.vertebrae_to_table(12, vertebrae), table)
+
+    scores = score(moved)
+    assert scores["right"] == scores["named"] == scores["vertebrae_found"] == scores["vertebrae_named"] == 1
+    assert scores["median_mm"] == pytest.approx(3) and scores["median_angle_deg"] == pytest.approx(0, abs=1e-3)
+    # Everything is called by the name of its upper neighbour; S1 was not seen.
+    wrong = [replace(v, name=NAMES[k]) for k, v in enumerate(moved[1:])]
+    wrong = [replace(v, source="t2+extrapolated") if v.name == "L5" else v for v in wrong]
+    scores = score(wrong)
+    assert scores["named"] < 0.3 and scores["right"] == scores["vertebrae_named"] == 0
+    assert scores["vertebrae_found"] == pytest.approx(5 / 6)
+
+
+def test_phantom_truth_becomes_a_vertebra_table(tmp_path):
+    table = utils.vertebrae_to_table(12, spine(3)).drop(columns=["width_mm", "confidence", "source"])
+    table = table.assign(split=["train"] * 6 + ["test"] * 4, half_width_mm=21.5, normal_x=0.0)
+    table.to_csv(tmp_path / "phantom_vertebrae.csv", index=False)
+    truth = utils.read_vertebra_truth(tmp_path / "phantom_vertebrae.csv", "train")
+    assert len(truth) == 6 and utils.vertebrae_from_table(truth, 12)[0].width_mm == 43
+    with pytest.raises(FileNotFoundError, match="only phantom data"):
+        utils.read_vertebra_truth(tmp_path / "absent.csv")
+    table.drop(columns="ps_y_mm").to_csv(tmp_path / "broken.csv", index=False)
+    with pytest.raises(ValueError, match="ps_y_mm"):
+        utils.read_vertebra_truth(tmp_path / "broken.csv")
+
+
+def test_merging_joins_what_both_series_saw():
+    first, second = anonymous(spine(6), looks=0.9), anonymous(spine(6), looks=0.5)
+    second = [replace(v, corners_lps_mm=v.corners_lps_mm + [2, 3, 4], source="t1") for v in second]
+    merged = utils.merge_vertebrae(first[2:6], second[4:])
+    assert [v.source for v in merged] == ["t2"] * 4 + ["t1"] * 4
+    both = np.exp(merged[3].appearance)
+    assert both.sum() == pytest.approx(1) and 0.5 < both.max() < 0.9
+    assert np.exp(merged[0].appearance).max() == pytest.approx(0.9)
+    sure = replace(second[4], confidence=1.0)
+    assert utils.merge_vertebrae([replace(first[4], confidence=0.2)], [sure])[0].source == "t1"
+
+
+def test_label_points_in_the_frame_of_their_box():
+    truth = spine(3)
+    volume = empty_volume()
+    boxes = utils.level_boxes(truth)
+    rows = []
+    for box in boxes:
+        slice_, row, column = volume.lps_to_voxel(box.center_lps_mm)
+        rows.append(
+            {
+                "series_id": 1,
+                "instance_number": int(round(slice_)) + 1,
+                "level": box.level,
+                "x_px": column,
+                "y_px": row,
+                "condition": "spinal_canal_stenosis",
+            }
+        )
+    rows.append(rows[0] | {"instance_number": 999})  # no such file
+    rows.append(rows[0] | {"level": "l2_l3"})  # labelled one too low
+    table = utils.compare_with_labels(boxes, pd.DataFrame(rows), utils.Study(7, [volume]))
+    assert len(table) == 6
+    assert table["head_mm"][:5].abs().max() < 1e-6 and table["left_mm"].abs().max() <= 2.3
+    assert list(table["nearest"]) == ["l1_l2", "l2_l3", "l3_l4", "l4_l5", "l5_s1", "l1_l2"]
+    assert table["head_mm"][5] > 20
+
+
+def small_records(count=3):
+    records = []
+    for seed in range(count):
+        truth = spine(20 + seed)
+        volume = draw(empty_volume(), truth)
+        records += utils.spinenet_records(utils.Study(seed, [volume]), truth, 2.0)
+    return records
+
+
+def test_records_hold_bodies_where_the_image_shows_them():
+    records = small_records(1)
+    middle = records[len(records) // 2]
+    assert middle["image"].dtype == torch.float16 and len(middle["corners_px"]) == len(NAMES)
+    assert middle["certain"].all() and not all(record["certain"].all() for record in records)
+    for corners in middle["corners_px"]:
+        row, column = corners.mean(0).round().int().tolist()
+        assert middle["image"][row, column] > 0.7
+        outside = (corners[0] + (corners[0] - corners.mean(0)) * 0.25).round().int().tolist()
+        assert middle["image"][outside[0], outside[1]] < 0.3
+
+
+def test_crops_move_image_and_corners_alike():
+    data = utils.SpineSlices(small_records(1)[5:8], 40, (96, 64), 1.5, seed=3)
+    data._contrast = lambda image, rng: image
+    inside = []
+    for k in range(len(data)):
+        item = data[k]
+        assert item["image"].shape == (1, 96, 64) and item["heat"].shape == (5, 96, 64)
+        peaks = torch.nonzero(item["heat"][4] > 0.98)
+        inside += [float(item["image"][0, r, c]) for r, c in peaks]
+    assert len(inside) > 60 and np.mean(np.array(inside) > 0.7) > 0.97
+    again, first = data[7], utils.SpineSlices(small_records(1)[5:8], 40, (96, 64), 1.5, seed=3)
+    first._contrast = data._contrast
+    torch.testing.assert_close(again["image"], first[7]["image"], rtol=0, atol=0)
+
+
+def test_training_set_holds_studies_out(tmp_path):
+    tables = []
+    for seed in range(5):
+        truth = spine(seed)
+        tables.append(utils.vertebrae_to_table(seed, truth))
+        study = utils.Study(seed, [draw(empty_volume(slices=5 + seed), truth)])
+        utils.save_study(utils.normalise_study(study), tmp_path / f"{seed}.safetensors")
+    paths, truth = {seed: tmp_path / f"{seed}.safetensors" for seed in range(5)}, pd.concat(tables)
+    records, validation, held_out, prior = utils.spinenet_training_set(paths, truth, 2.0, hold_out=0.2, seed=4)
+    assert len(held_out) == 1 and prior["studies"] == 4
+    assert len(validation) == 5 + held_out.copy().pop() and len(records) + len(validation) == 5 + 6 + 7 + 8 + 9
+    with pytest.raises(ValueError, match="different data sets"):
+        utils.spinenet_training_set(paths, truth.assign(study_id=99), 2.0)
+
+
+SMALL = dict(widths=(8, 16), steps=24, batch_size=4, crop_px=(64, 48), learning_rate=5e-3)
+
+
+def test_training_learns_and_continues_after_a_kill(tmp_path, monkeypatch):
+    records = small_records(2)
+    whole, history = utils.train_spinenet(records, tmp_path / "whole", validation=records[:4], **SMALL)
+    loss = history[history["split"] == "train"]["loss"].to_numpy()
+    assert len(loss) == 24 and loss[-4:].mean() < 0.8 * loss[:4].mean()
+    assert len(history[history["split"] == "validation"]) == 8
+
+    calls = []
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return loss_function(*args, **kwargs)
+
+    loss_function = utils.spinenet_loss
+    monkeypatch.setattr("lumbar.spinenet.spinenet_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        utils.train_spinenet(records, tmp_path / "cut", save_every_s=0, **SMALL)
+    monkeypatch.setattr("lumbar.spinenet.spinenet_loss", loss_function)
+    continued, history_cut = utils.train_spinenet(records, tmp_path / "cut", **SMALL)
+    assert list(history_cut["step"]) == list(range(1, 25))
+    for (name, a), b in zip(whole.state_dict().items(), continued.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_training_needs_images(tmp_path):
+    with pytest.raises(ValueError, match="no training image"):
+        utils.train_spinenet([], tmp_path)
+
+
+def test_weights_survive_the_file(tmp_path):
+    model = utils.SpineNet((8, 16), 2, 1.5).eval()
+    model.about = {"prior": PRIOR}
+    utils.save_spinenet(model, tmp_path / "spinenet.safetensors")
+    loaded = utils.load_spinenet(tmp_path / "spinenet.safetensors")
+    assert loaded.about == model.about and loaded.resolution_mm == 1.5 and not loaded.training
+    images = torch.rand(2, 1, 37, 50)  # any size
+    output = loaded(images)
+    assert output.shape == (2, 17, 37, 50)
+    torch.testing.assert_close(output, model(images))
+    # Whatever an untrained network answers, every level gets a box.
+    study = utils.Study(7, [draw(empty_volume(), spine(2))])
+    boxes, _ = utils.locate_levels(study, loaded)
+    assert [box.level for box in boxes] == list(utils.LEVELS)
+    with pytest.raises(FileNotFoundError, match="02_train_spinenet"):
+        utils.load_spinenet(tmp_path / "absent.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="without SpineNet's metadata"):
+        utils.load_spinenet(tmp_path / "other.safetensors")
+
+
+def test_plot_returns_its_axes():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    truth = spine(3)
+    figure, ax = plt.subplots()
+    assert utils.plot_vertebrae(ax, draw(empty_volume(), truth), 6, truth, utils.level_boxes(truth)) is ax
+    assert {text.get_text() for text in ax.texts} >= {"L1", "S1"}
+    assert utils.plot_spinenet_target(ax, utils.SpineSlices(small_records(1), 2, (96, 64), 1.5)[0]) is ax
+    history = pd.DataFrame({"step": [1, 2, 2], "loss": [2.0, 1.0, 1.5], "split": ["train", "train", "validation"]})
+    assert utils.plot_spinenet_history(ax, history) is ax
+    table = utils.level_errors(utils.boxes_to_table(7, utils.level_boxes(truth)), utils.vertebrae_to_table(7, truth))
+    assert utils.plot_level_errors(ax, table, [7]) is ax
+    plt.close(figure)

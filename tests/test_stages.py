@@ -1,0 +1,135 @@
+"""Checked parameters, stages that are found or continued, and the loop that runs notebooks."""
+
+import json
+
+
+from pathlib import Path
+
+import nbformat
+import pytest
+import utils
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_parameters_cell_must_hold_literals():
+    assert utils.assigned_literals('A = 1  # mm\nB = [1.0, "x"]\n') == {"A": 1, "B": [1.0, "x"]}
+    with pytest.raises(ValueError, match="must be a literal"):
+        utils.assigned_literals("A = 1\nB = A / 2\n")
+    with pytest.raises(ValueError, match="one `NAME = literal` a line"):
+        utils.assigned_literals("A, B = 1, 2\n")
+
+
+def test_mistyped_and_mistaken_parameters_are_refused():
+    defaults = {"EPOCHS": 40, "RATE": 0.1, "FOLDS": [0]}
+    assert utils.check_values(defaults, {"RATE": 1})["RATE"] == 1.0
+    with pytest.raises(ValueError, match="Did you mean EPOCHS"):
+        utils.check_values(defaults, {"EPOCH": 3})
+    for wrong in ({"EPOCHS": "40"}, {"EPOCHS": 4.0}, {"FOLDS": 1}, {"EPOCHS": True}):
+        with pytest.raises(TypeError, match="must be"):
+            utils.check_values(defaults, wrong)
+
+
+def test_notebook_parameters_reads_the_running_cells():
+    cell = "# Parameters: full size\nEPOCHS = 40\nNAME = 'a'"
+    assert utils.notebook_parameters(["", cell], {"EPOCHS": 40, "NAME": "a"}) == {"EPOCHS": 40, "NAME": "a"}
+    injected = "# Parameters\nEPOCHS = 2\n"
+    assert utils.notebook_parameters([cell, injected], {"EPOCHS": 2, "NAME": "a"})["EPOCHS"] == 2
+    with pytest.raises(ValueError, match="no parameter 'EPOCH'"):
+        utils.notebook_parameters([cell, "# Parameters\nEPOCH = 2\n"], {"EPOCHS": 40, "NAME": "a"})
+    with pytest.raises(ValueError, match="run the parameters cell"):
+        utils.notebook_parameters([""], {})
+
+
+def test_a_stage_is_found_continued_or_moved_aside(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.csv").write_text("study_id\n1\n")
+    stage = utils.open_stage(tmp_path, "s", {"A": 1, "WORKERS": 2}, [data])
+    (stage.dir / "half.txt").write_text("half")
+    assert not stage.done
+    again = utils.open_stage(tmp_path, "s", {"A": 1, "WORKERS": 9}, [data])
+    assert not again.done and (again.dir / "half.txt").exists()
+    with pytest.raises(FileNotFoundError, match="did not write"):
+        again.close(outputs=["whole.txt"])
+    again.close(outputs=["half.txt"], scores={"x": 1.0})
+    found = utils.open_stage(tmp_path, "s", {"A": 1, "WORKERS": 2}, [data])
+    assert found.done and found.close()["scores"] == {"x": 1.0}
+    other = utils.open_stage(tmp_path, "s", {"A": 2, "WORKERS": 2}, [data])
+    assert not other.done and not (other.dir / "half.txt").exists()
+    assert (tmp_path / "s.old-1" / "half.txt").exists()
+    (data / "train.csv").write_text("study_id\n2\n")
+    assert (utils.open_stage(tmp_path, "s", {"A": 2}, [data]).dir.parent / "s.old-2").exists()
+    with pytest.raises(FileNotFoundError, match="run the stage that writes it"):
+        utils.open_stage(tmp_path, "t", {}, [tmp_path / "nothing"])
+
+
+def write_notebook(path, body):
+    cells = [
+        nbformat.v4.new_code_cell("# Parameters: of a test\nOUT = ''\nWAIT = 0.0", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(body),
+    ]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
+def test_stages_run_side_by_side_in_order(tmp_path, capfd):
+    notebook = write_notebook(
+        tmp_path / "n.ipynb",
+        "import time\nstart = time.time()\ntime.sleep(WAIT)\nprint('said')\nopen(OUT, 'w').write(f'{start} {time.time()}')",
+    )
+    stages = [
+        {
+            "name": name,
+            "notebook": notebook,
+            "after": after,
+            "threads": 1,
+            "parameters": {"OUT": str(tmp_path / name), "WAIT": 4.0 if name in "ab" else 0.0},
+        }
+        for name, after in (("a", []), ("b", []), ("c", ["a", "b"]))
+    ]
+    seconds = utils.run_stages(stages, tmp_path / "runs", workers=2)
+    times = {name: [float(v) for v in (tmp_path / name).read_text().split()] for name in "abc"}
+    assert list(seconds)[-1] == "c" and times["c"][0] > max(times["a"][1], times["b"][1])
+    assert max(times["a"][0], times["b"][0]) < min(times["a"][1], times["b"][1])
+    assert "[a] said" in capfd.readouterr().out
+
+
+def test_a_failing_stage_stops_the_run_with_its_reason(tmp_path):
+    bad = write_notebook(tmp_path / "bad.ipynb", "raise ValueError('the spoon is missing')")
+    stages = [
+        {"name": "a", "notebook": bad, "after": [], "threads": 1, "parameters": {}},
+        {"name": "b", "notebook": bad, "after": ["a"], "threads": 1, "parameters": {}},
+    ]
+    with pytest.raises(RuntimeError, match="the spoon is missing"):
+        utils.run_stages(stages, tmp_path / "runs")
+    assert not (tmp_path / "runs" / "b.ipynb").exists()
+    with pytest.raises(ValueError, match="no parameter 'WIAT'.*WAIT"):
+        utils.run_stages([{**stages[0], "parameters": {"WIAT": 1.0}}], tmp_path / "runs")
+
+
+def test_pipeline_table(tmp_path):
+    stages = utils.pipeline_stages(ROOT / "notebooks", tmp_path, tmp_path / "out")
+    names = [stage["name"] for stage in stages]
+    for position, stage in enumerate(stages):
+        assert set(stage["after"]) <= set(names[:position])
+        utils.check_notebook_parameters(stage["notebook"], stage["parameters"])
+    for stage in utils.pipeline_stages(ROOT / "notebooks", tmp_path, tmp_path / "out", "full", [0, 1]):
+        utils.check_notebook_parameters(stage["notebook"], stage["parameters"])
+    only = utils.choose_stages(stages, ["05_inference"])
+    assert [s["name"] for s in only] == ["05_inference"] and only[0]["after"] == []
+    with pytest.raises(ValueError, match="no stage '5_inference'"):
+        utils.choose_stages(stages, ["5_inference"])
+    with pytest.raises(ValueError, match="SIZE must be"):
+        utils.pipeline_stages(ROOT / "notebooks", tmp_path, tmp_path, "small")
+
+
+def test_json_is_replaced_whole(tmp_path):
+    utils.write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError):
+        circular = []
+        circular.append(circular)
+        utils.write_json(tmp_path / "a.json", circular)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}

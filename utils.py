@@ -1,0 +1,37 @@
+"""The lumbar kit: one front for all shared code, in the order in which data flows.
+
+ 1. lumbar/names.py        conditions, levels, severities, the columns of tables, progress bars
+ 2. lumbar/stages.py       checked parameters; one folder and one manifest a stage; running notebooks
+ 3. lumbar/files.py        train.csv and friends, submissions, competition_score, folds
+ 4. lumbar/dicom.py        DICOM files -> Volume(array, affine to LPS mm) -> Study
+ 5. lumbar/geometry.py     level boxes, crops, whole-study grids, the point cloud
+ 6. lumbar/spinenet.py     vertebrae by vector-field regression, named; a box per level
+ 7. lumbar/yolo.py         detectors: data sets, training, dense class scores, side and level by geometry
+ 8. lumbar/classifiers.py  timm_3d backbones, cumulative logits, crops and their views, training
+ 9. lumbar/ensemble.py     test-time views, calibration, weights
+10. lumbar/inference.py    a study in, 25 rows out, whatever is broken
+11. lumbar/looking.py      plots, viewers, HTML pages
+12. lumbar/kaggle.py       where inputs are mounted, pushing kernels
+
+Everything public is reached as `utils.name`. Heavy libraries (ultralytics, open3d, timm_3d, pydicom) are imported
+where they are used.
+
+Frames: patient coordinates are DICOM LPS in millimetres (x to the patient's left, y to the back, z to the head);
+names end in _lps or _mm. Arrays have the axes (slice, row, column); pixel coordinates in tables are x = column and
+y = row of a pixel's centre, names end in _px. Crops have the axes (channel, head to foot, front to back, right to
+left). Probabilities have the axes (study, condition, level, severity).
+"""
+
+# ruff: noqa: F403
+from lumbar.classifiers import *
+from lumbar.dicom import *
+from lumbar.ensemble import *
+from lumbar.files import *
+from lumbar.geometry import *
+from lumbar.inference import *
+from lumbar.kaggle import *
+from lumbar.looking import *
+from lumbar.names import *
+from lumbar.spinenet import *
+from lumbar.stages import *
+from lumbar.yolo import *
