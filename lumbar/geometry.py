@@ -23,8 +23,8 @@ def _open3d():
 class LevelBox:
     """The oriented box of one disc level.
 
-    center_lps_mm: (3,) the disc's centre; axes: (3, 3), rows are unit vectors in LPS: towards the head along the
-    disc's normal, to the patient's left, to the back; extent_mm: (3,) full edge lengths along these axes.
+    center_lps_mm: (3,) the disc's centre; axes: (3, 3), rows are unit vectors in LPS, a right-handed frame: towards
+    the head along the disc's normal, to the patient's left, to the back; extent_mm: (3,) full edge lengths along them.
     """
 
     level: str
@@ -49,11 +49,9 @@ class LevelBox:
     def as_open3d(self):
         """The box as open3d.geometry.OrientedBoundingBox; its axes are the columns of R."""
         o3d = _open3d()
-        axes = np.array(self.axes)
-        if np.linalg.det(axes) < 0:
-            # (head, left, back) is left-handed in LPS, Open3D wants a rotation: the box is the same either way.
-            axes[2] *= -1
-        return o3d.geometry.OrientedBoundingBox(np.asarray(self.center_lps_mm), axes.T, np.asarray(self.extent_mm))
+        return o3d.geometry.OrientedBoundingBox(
+            np.asarray(self.center_lps_mm), np.asarray(self.axes).T, np.asarray(self.extent_mm)
+        )
 
 
 def boxes_to_table(study_id, boxes):

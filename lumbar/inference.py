@@ -25,7 +25,7 @@ from .names import (
     write_json,
 )
 from .spinenet import load_spinenet, locate_levels
-from .yolo import load_yolo, yolo_probabilities, yolo_scores
+from .yolo import load_yolo, yolo_study
 
 
 @dataclass
@@ -78,7 +78,7 @@ def load_members(folders, members=MEMBERS, device="auto"):
         raise FileNotFoundError(
             f"no member's weights in {', '.join(map(str, folders))}: attach the outputs of 03 and 04"
         )
-    priors = [about["prior"] for about in abouts] or [m.about["prior"] for models in yolo.values() for m in models]
+    priors = [about["prior"] for about in abouts + [model.about for models in yolo.values() for model in models]]
     return Members(
         load_spinenet(spinenet[0], device),
         yolo,
@@ -145,10 +145,7 @@ def predict_study(study, members, views=TTA_VIEWS[:2]):
         result = empty.copy()
         for condition, models in members.yolo.items():
             if models:
-                rows = [
-                    yolo_probabilities(yolo_scores(model, study, boxes), model.meta["calibration"]).swapaxes(0, 1)
-                    for model in models
-                ]
+                rows = [yolo_study(model, study, boxes) for model in models]
                 indices = list(DETECTORS[condition][1])
                 result[indices] = np.mean(rows, 0)
         return result

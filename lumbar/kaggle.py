@@ -1,6 +1,7 @@
 """Kaggle: where inputs are mounted, pushing kernels."""
 
-
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -102,3 +103,30 @@ def kaggle_push(folder, owner=None, environment=None):
     ):
         raise RuntimeError(f"kaggle kernels push failed (exit status {run.returncode}): {run.stdout.strip()}")
     return run.stdout.strip()
+
+
+# What the kit imports and Kaggle's image lacks: module -> package.
+NEEDED = {"timm_3d": "timm-3d", "ultralytics": "ultralytics-opencv-headless", "pydicom": "pydicom"}
+
+
+def install_missing(needed=NEEDED, root="/kaggle/input"):
+    """Install the packages that are not there from wheels in an attached data set, without network.
+
+    needed: module -> package; root: where data sets are mounted. Does nothing where all modules are found. The
+    image's own torch, numpy and pandas stay: dependencies are not touched. Returns the packages installed.
+    Raises ModuleNotFoundError, saying what to do, where a package is missing and no wheel of it is attached.
+    """
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if not missing:
+        return []
+    folders = sorted({path.parent for depth in ("*", "*/*", "*/*/*") for path in Path(root).glob(f"{depth}/*.whl")})
+    links = [argument for folder in folders for argument in ("--find-links", str(folder))]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", *links, *missing]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) if folders else None
+    if done is None or done.returncode:
+        raise ModuleNotFoundError(
+            f"{', '.join(missing)} not installed: on Kaggle attach a data set of their wheels, elsewhere run "
+            f"`pip install -r requirements.txt`. {done.stdout.strip() if done else ''}".strip()
+        )
+    importlib.invalidate_caches()
+    return missing

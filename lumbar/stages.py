@@ -103,7 +103,7 @@ def fingerprint(path):
     """A short hash that changes when a stage's input does.
 
     A folder of an earlier stage is known by its manifest, a data folder by the contents of its CSV files and the
-    names of its studies, a file by its size and time.
+    names of its studies, weights and other files by size and time.
     """
     path = Path(path)
     digest = hashlib.sha256()
@@ -114,6 +114,8 @@ def fingerprint(path):
             digest.update(table.name.encode() + table.read_bytes())
         for folder in sorted(path.glob("*_images/*")):
             digest.update(folder.name.encode())
+        for weights in sorted(path.glob("*.safetensors")):
+            digest.update(f"{weights.name} {weights.stat().st_size} {weights.stat().st_mtime_ns}".encode())
     elif path.is_file():
         digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     else:
@@ -217,6 +219,18 @@ def check_notebook_parameters(notebook, given):
     return check_values(assigned_literals(source), given, Path(notebook).name)
 
 
+# What papermill and the kernel say of themselves, and what pictures look like as text.
+_LOG_NOISE = (
+    "Executing ",
+    "Ending Cell",
+    "Input Notebook",
+    "Output Notebook",
+    "[IPKernelApp]",
+    "<Figure",
+    "<IPython.core",
+)
+
+
 def run_notebook(notebook, output, parameters, threads=1):
     """Run a notebook by papermill in a process of its own; its log goes to this process' stdout, a line at a time.
 
@@ -254,7 +268,7 @@ def run_notebook(notebook, output, parameters, threads=1):
     ) as process:
         for line in process.stdout:
             line = line.rstrip().split("\r")[-1]
-            if line and not line.startswith(("Executing Cell", "Ending Cell", "Input Notebook", "Output Notebook")):
+            if line and not line.startswith(_LOG_NOISE):
                 tail = [*tail[-29:], line]
                 print(f"[{output.stem}] {line}", flush=True)
     if process.returncode:
@@ -314,9 +328,26 @@ def run_stages(stages, runs, workers=2):
 
 # Settings by stage or notebook; what is not named keeps the notebooks' full-size defaults.
 DEMO = {
-    "01_preprocess": {"YOLO_IMGSZ": 192},
-    "02_train_spinenet": {"RESOLUTION_MM": 2.0, "WIDTHS": [32, 48, 64, 96], "BLOCKS": 1, "STEPS": 400, "BATCH": 4, "CROP_PX": [128, 96], "LEARNING_RATE": 4.0e-3},
-    "03_train_yolo": {"MODEL": "yolov10n.yaml", "EPOCHS": 12, "BATCH": 8},
+    "01_preprocess": {"YOLO_IMGSZ": 256},
+    "02_train_spinenet": {
+        "RESOLUTION_MM": 2.0,
+        "WIDTHS": [32, 48, 64, 96],
+        "BLOCKS": 1,
+        "STEPS": 400,
+        "BATCH": 4,
+        "CROP_PX": [128, 96],
+        "LEARNING_RATE": 3.0e-3,
+    },
+    "03_train_yolo": {
+        "MODEL": "yolov10n.yaml",
+        "EPOCHS": 6,
+        "BATCH": 4,
+        "LEARNING_RATE": 3.0e-3,
+        "TRANSLATE": 0.05,
+        "SCALE": 0.0,
+        "ROTATE": 0.0,
+    },
+    "03_train_yolo_ss": {"EPOCHS": 4, "BATCH": 8},
     "04_train_vit_level": {
         "BACKBONE": "tiny",
         "SHAPE": [32, 48, 48],
@@ -345,6 +376,7 @@ SMOKE = {
     "01_preprocess": {"YOLO_IMGSZ": 128},
     "02_train_spinenet": {"STEPS": 60},
     "03_train_yolo": {"EPOCHS": 1},
+    "03_train_yolo_ss": {"EPOCHS": 1},
     "04_train_vit_level": {"EPOCHS": 2, "SHAPE": [16, 32, 32]},
     "04_train_vit_study": {"EPOCHS": 2, "SHAPE": [48, 32, 16]},
 }
@@ -368,7 +400,7 @@ def pipeline_stages(notebooks, data, out, size="demo", folds=(), seed=0, workers
     def add(name, notebook, after, threads=workers, **parameters):
         parameters = {"OUT": out, "DATA": data, **parameters}
         for preset in presets:
-            parameters |= preset.get(name) or preset.get(notebook, {})
+            parameters |= preset.get(notebook, {}) | preset.get(name, {})
         path = notebooks / f"{notebook}.ipynb"
         stages.append({"name": name, "notebook": path, "after": after, "threads": threads, "parameters": parameters})
 

@@ -1,4 +1,5 @@
 """The YOLO detectors: data sets, training, dense class scores, side and level by geometry."""
+
 import json
 import logging
 import os
@@ -56,9 +57,26 @@ YOLO_VIEWS = {
 # AdamW with an equal nominal batch, a gentle warm-up and a strong class term trains from random weights within few
 # epochs; no mosaic or scaling because every patch has the same millimetres a pixel. rect keeps patches unpadded.
 YOLO_SETTINGS = {
-    "optimizer": "AdamW", "lr0": 0.003, "lrf": 0.01, "cos_lr": True, "warmup_epochs": 1.0, "warmup_bias_lr": 0.003,
-    "cls": 1.0, "cls_pw": 0.5, "mosaic": 0.0, "scale": 0.0, "translate": 0.05, "degrees": 0.0, "hsv_h": 0.0, "hsv_s": 0.0,
-    "hsv_v": 0.0, "fliplr": 0.0, "flipud": 0.0, "erasing": 0.0, "auto_augment": None, "patience": 0,
+    "optimizer": "AdamW",
+    "lr0": 0.003,
+    "lrf": 0.01,
+    "cos_lr": True,
+    "warmup_epochs": 1.0,
+    "warmup_bias_lr": 0.003,
+    "cls": 1.0,
+    "cls_pw": 0.5,
+    "mosaic": 0.0,
+    "scale": 0.0,
+    "translate": 0.05,
+    "degrees": 0.0,
+    "hsv_h": 0.0,
+    "hsv_s": 0.0,
+    "hsv_v": 0.0,
+    "fliplr": 0.0,
+    "flipud": 0.0,
+    "erasing": 0.0,
+    "auto_augment": None,
+    "patience": 0,
 }
 
 
@@ -69,7 +87,7 @@ def yolo_shape_px(view, imgsz):
     Raises ValueError when imgsz is no positive multiple of 32 (the largest stride).
     """
     if imgsz <= 0 or imgsz % 32:
-        raise ValueError(f"the image size must be a positive multiple of 32 (the detectors' largest stride), not {imgsz}")
+        raise ValueError(f"image size {imgsz}: must be a positive multiple of 32, the detectors' largest stride")
     mm_per_px = SAGITTAL_FIELD_MM / imgsz / view.detail
     return tuple(int(32 * np.ceil(side / mm_per_px / 32 - 1e-6)) for side in view.field_mm), mm_per_px
 
@@ -83,8 +101,11 @@ def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px):
     px (x, y, 1) to (column, row, 1) of the slice. Outside the slice the patch is 0.
     """
     step_row, step_column = volume.affine[:3, 1], volume.affine[:3, 2]
-    down, right = (np.array([0, 0, -1.0]), np.array([0, 1.0, 0])) if volume.plane == "sagittal" else \
-                  (np.array([0, 1.0, 0]), np.array([1.0, 0, 0]))
+    down, right = (
+        (np.array([0, 0, -1.0]), np.array([0, 1.0, 0]))
+        if volume.plane == "sagittal"
+        else (np.array([0, 1.0, 0]), np.array([1.0, 0, 0]))
+    )
     height, width = volume.array.shape[1:]
     spacing_row, spacing_column = volume.spacing_mm[1:]
     new = max(1, round(height * spacing_row / mm_per_px)), max(1, round(width * spacing_column / mm_per_px))
@@ -106,7 +127,7 @@ def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px):
     top, bottom = max(y0, 0), min(y0 + shape_px[0], new[0])
     left, right_end = max(x0, 0), min(x0 + shape_px[1], new[1])
     if top < bottom and left < right_end:
-        patch[top - y0:bottom - y0, left - x0:right_end - x0] = image[top:bottom, left:right_end]
+        patch[top - y0 : bottom - y0, left - x0 : right_end - x0] = image[top:bottom, left:right_end]
     to_slice = to_slice @ np.array([[1.0, 0, x0], [0, 1, y0], [0, 0, 1]])
     return (np.clip(patch, 0, 1) * 255 + 0.5).astype(np.uint8), to_slice
 
@@ -142,8 +163,10 @@ def _locate_examples(study, points):
     points = points[[key is not None for key in keys]].copy()
     keys = np.array([key for key in keys if key is not None], dtype=int).reshape(-1, 2)
     points["volume"], points["slice"] = keys[:, 0], keys[:, 1]
-    xyz = [study.volumes[v].voxel_to_lps(np.array([k, y, x], dtype=np.float64))
-           for v, k, x, y in zip(points["volume"], points["slice"], points["x_px"], points["y_px"])]
+    xyz = [
+        study.volumes[v].voxel_to_lps(np.array([k, y, x], dtype=np.float64))
+        for v, k, x, y in zip(points["volume"], points["slice"], points["x_px"], points["y_px"])
+    ]
     points[["x_mm", "y_mm", "z_mm"]] = np.array(xyz, dtype=np.float64).reshape(-1, 3)
     return points
 
@@ -177,9 +200,15 @@ def write_yolo_dataset(out_dir, condition, volumes_dir, coordinates, study_ids, 
     fold_of = dict(zip(folds["study_id"].astype(int), folds["fold"].astype(int)))
     points = points[points["study_id"].isin(fold_of)]
     settings = {
-        "condition": condition, "names": list(SEVERITIES), "imgsz": max(shape_px), "shape_px": list(shape_px),
-        "mm_per_px": mm_per_px, "box_mm": view.box_mm, "label_reach_mm": view.label_reach_mm,
-        "points": len(points), "folds": sorted(set(fold_of.values())),
+        "condition": condition,
+        "names": list(SEVERITIES),
+        "imgsz": max(shape_px),
+        "shape_px": list(shape_px),
+        "mm_per_px": mm_per_px,
+        "box_mm": view.box_mm,
+        "label_reach_mm": view.label_reach_mm,
+        "points": len(points),
+        "folds": sorted(set(fold_of.values())),
         "studies": len(fold_of),
     }
     done = out_dir / "dataset.json"
@@ -236,14 +265,19 @@ def write_yolo_dataset(out_dir, condition, volumes_dir, coordinates, study_ids, 
             for fold in lists:
                 lists[fold]["val" if fold_of[int(study_id)] == fold else "train"].append(f"./images/{name}.png")
     if not located:
-        raise ValueError(f"no label point of '{condition}' lies in a cached series of {volumes_dir}: "
-                         "check that series and instance numbers of the coordinates match the volumes")
+        raise ValueError(
+            f"no label point of '{condition}' lies in a cached series of {volumes_dir}: "
+            "check that series and instance numbers of the coordinates match the volumes"
+        )
     pd.concat(located).drop(columns=["volume", "slice"]).to_csv(out_dir / "points.csv", index=False)
     for fold, parts in lists.items():
         for part, names in parts.items():
             (out_dir / f"{part}_{fold}.txt").write_text("\n".join(sorted(names)) + "\n")
-    result = settings | {"images": sum(len(p["val"]) for p in lists.values()), "outside_field": outside,
-                         "without_slice": unlabelled}
+    result = settings | {
+        "images": sum(len(p["val"]) for p in lists.values()),
+        "outside_field": outside,
+        "without_slice": unlabelled,
+    }
     write_json(done, result)
     return result
 
@@ -289,8 +323,10 @@ def prepare_ultralytics(config_dir):
 
     config_dir = Path(config_dir)
     if "ultralytics" in sys.modules and os.environ.get("YOLO_OFFLINE") != "1":
-        raise RuntimeError("ultralytics was imported before prepare_ultralytics: it may use the network. "
-                           "Call prepare_ultralytics first, in a fresh process.")
+        raise RuntimeError(
+            "ultralytics was imported before prepare_ultralytics: it may use the network. "
+            "Call prepare_ultralytics first, in a fresh process."
+        )
     if "ultralytics" not in sys.modules:
         os.environ.update(YOLO_OFFLINE="1", YOLO_AUTOINSTALL="0", YOLO_CONFIG_DIR=str(config_dir.resolve()))
         font = config_dir / "Ultralytics" / "Arial.ttf"
@@ -315,9 +351,21 @@ def _yolo_trainer_class():
     class PatchTrainer(DetectionTrainer):
         def build_dataset(self, img_path, mode="train", batch=None):
             return YOLODataset(
-                img_path=img_path, imgsz=self.args.imgsz, batch_size=batch, augment=mode == "train", hyp=self.args,
-                rect=self.args.rect, cache=self.args.cache or None, single_cls=False, stride=32, pad=0.0,
-                prefix=f"{mode}: ", task="detect", classes=None, data=self.data, fraction=1.0,
+                img_path=img_path,
+                imgsz=self.args.imgsz,
+                batch_size=batch,
+                augment=mode == "train",
+                hyp=self.args,
+                rect=self.args.rect,
+                cache=self.args.cache or None,
+                single_cls=False,
+                stride=32,
+                pad=0.0,
+                prefix=f"{mode}: ",
+                task="detect",
+                classes=None,
+                data=self.data,
+                fraction=1.0,
             )
 
     return PatchTrainer
@@ -345,14 +393,29 @@ def _yolo_model_yaml(model, width, folder):
     return str(path)
 
 
-def train_yolo(dataset_dir, condition, fold, out_dir, model="yolov10x.yaml", width=None, epochs=100, batch=16, seed=0,
-               device="auto", workers=4, initial_weights=None, point_offsets=None, prior=None, settings=None):
+def train_yolo(
+    dataset_dir,
+    condition,
+    fold,
+    out_dir,
+    model="yolov10x.yaml",
+    width=None,
+    epochs=100,
+    batch=16,
+    seed=0,
+    device="auto",
+    workers=4,
+    initial_weights=None,
+    point_offsets=None,
+    prior=None,
+    settings=None,
+):
     """Train one detector on one fold from random (or given) weights and write yolo_<condition>_<fold>.safetensors.
 
     dataset_dir: of write_yolo_dataset. model: name of an ultralytics description; width: other width factor (None =
     the description's). initial_weights: a file of this function to start from (shapes that differ are skipped).
     point_offsets: result of fit_point_offsets, prior: (5, 5, 3) of class_prior; both are kept with the weights.
-    settings: changes to YOLO_SETTINGS (ultralytics' names). device: "cpu", "0", ...; "auto" = the first GPU if there is one.
+    settings: changes to YOLO_SETTINGS (ultralytics' names). device: "cpu", "0", ...; "auto" = the first GPU, if any.
 
     A killed run continues with its last finished epoch when called again with the same arguments; a finished one
     returns at once. What is shipped are the averaged (EMA) weights of the last epoch: mAP on a handful of validation
@@ -362,8 +425,9 @@ def train_yolo(dataset_dir, condition, fold, out_dir, model="yolov10x.yaml", wid
     """
     dataset_dir, out_dir = Path(dataset_dir).resolve(), Path(out_dir).resolve()
     if not (dataset_dir / "dataset.json").exists():
-        raise FileNotFoundError(f"{dataset_dir}: no dataset.json, the data set is missing or unfinished; "
-                                "run 01_preprocess")
+        raise FileNotFoundError(
+            f"{dataset_dir}: no dataset.json, the data set is missing or unfinished; run 01_preprocess"
+        )
     info = json.loads((dataset_dir / "dataset.json").read_text())
     for part in ("train", "val"):
         listing = dataset_dir / f"{part}_{fold}.txt"
@@ -372,9 +436,17 @@ def train_yolo(dataset_dir, condition, fold, out_dir, model="yolov10x.yaml", wid
     if device in (None, "auto", "cuda"):
         device = "0" if torch.cuda.is_available() else "cpu"
     chosen = YOLO_SETTINGS | (settings or {})
-    arguments = {"dataset": info, "fold": int(fold), "model": str(model), "width": width, "epochs": int(epochs),
-                 "batch": int(batch), "seed": int(seed), "settings": chosen,
-                 "initial_weights": None if initial_weights is None else str(initial_weights)}
+    arguments = {
+        "dataset": info,
+        "fold": int(fold),
+        "model": str(model),
+        "width": width,
+        "epochs": int(epochs),
+        "batch": int(batch),
+        "seed": int(seed),
+        "settings": chosen,
+        "initial_weights": None if initial_weights is None else str(initial_weights),
+    }
     weights = out_dir / f"yolo_{condition}_{fold}.safetensors"
     if weights.exists() and _read_yolo_metadata(weights).get("arguments") == json.loads(json.dumps(arguments)):
         return weights
@@ -388,29 +460,54 @@ def train_yolo(dataset_dir, condition, fold, out_dir, model="yolov10x.yaml", wid
         state_file.write_text(json.dumps(arguments))
     # Absolute paths are written here, not with the data set, so that a moved data set still trains.
     data_yaml = run / f"data_{fold}.yaml"
-    data_yaml.write_text(json.dumps({
-        "path": str(dataset_dir), "train": str(dataset_dir / f"train_{fold}.txt"),
-        "val": str(dataset_dir / f"val_{fold}.txt"), "nc": len(SEVERITIES), "channels": 1,
-        "names": dict(enumerate(SEVERITIES)),
-    }))
+    data_yaml.write_text(
+        json.dumps(
+            {
+                "path": str(dataset_dir),
+                "train": str(dataset_dir / f"train_{fold}.txt"),
+                "val": str(dataset_dir / f"val_{fold}.txt"),
+                "nc": len(SEVERITIES),
+                "channels": 1,
+                "names": dict(enumerate(SEVERITIES)),
+            }
+        )
+    )
     reached = -2
     if last.exists():
         reached = torch.load(last, map_location="cpu", weights_only=False)["epoch"]
     if reached != -1:  # ultralytics marks a finished run's checkpoint with epoch -1
         overrides = {
-            "task": "detect", "mode": "train", "model": _yolo_model_yaml(model, width, run), "data": str(data_yaml),
-            "imgsz": info["imgsz"], "epochs": int(epochs), "batch": int(batch), "nbs": int(batch), "seed": int(seed),
-            "device": device, "workers": 0 if device == "cpu" else workers, "cache": "ram", "rect": True,
-            "amp": device != "cpu", "pretrained": False, "plots": False, "verbose": False, "project": str(out_dir),
-            "name": run.name, "exist_ok": True, "val": device != "cpu", **chosen,
+            "task": "detect",
+            "mode": "train",
+            "model": _yolo_model_yaml(model, width, run),
+            "data": str(data_yaml),
+            "imgsz": info["imgsz"],
+            "epochs": int(epochs),
+            "batch": int(batch),
+            "nbs": int(batch),
+            "seed": int(seed),
+            "device": device,
+            "workers": 0 if device == "cpu" else workers,
+            "cache": "ram",
+            "rect": True,
+            "amp": device != "cpu",
+            "pretrained": False,
+            "plots": False,
+            "verbose": False,
+            "project": str(out_dir),
+            "name": run.name,
+            "exist_ok": True,
+            "val": device != "cpu",
+            **chosen,
         }
         if reached >= 0:
             overrides["resume"] = str(last)
         trainer = _yolo_trainer_class()(overrides=overrides)
         if initial_weights is not None and reached < 0:
             trainer.add_callback("on_pretrain_routine_end", lambda t: _start_from(t, initial_weights))
-        bar = progress(range(int(epochs) - max(reached + 1, 0)), f"yolo {condition} fold {fold}",
-                       int(epochs) - max(reached + 1, 0))
+        bar = progress(
+            range(int(epochs) - max(reached + 1, 0)), f"yolo {condition} fold {fold}", int(epochs) - max(reached + 1, 0)
+        )
         steps = iter(bar)
         trainer.add_callback("on_train_epoch_start", lambda t: next(steps, None))
         trainer.train()
@@ -418,10 +515,21 @@ def train_yolo(dataset_dir, condition, fold, out_dir, model="yolov10x.yaml", wid
     checkpoint = torch.load(last, map_location="cpu", weights_only=False)
     network = checkpoint.get("ema") or checkpoint["model"]
     metadata = {
-        "kind": "yolo", "condition": condition, "fold": int(fold), "cfg": network.yaml, "names": list(SEVERITIES),
-        "channels": 1, "shape_px": info["shape_px"], "mm_per_px": info["mm_per_px"], "imgsz": info["imgsz"],
-        "box_mm": info["box_mm"], "point_offsets": point_offsets,
-        "prior": None if prior is None else np.asarray(prior).tolist(), "calibration": None, "arguments": arguments, "licence": "AGPL-3.0 (ultralytics)",
+        "kind": "yolo",
+        "condition": condition,
+        "fold": int(fold),
+        "cfg": network.yaml,
+        "names": list(SEVERITIES),
+        "channels": 1,
+        "shape_px": info["shape_px"],
+        "mm_per_px": info["mm_per_px"],
+        "imgsz": info["imgsz"],
+        "box_mm": info["box_mm"],
+        "point_offsets": point_offsets,
+        "prior": None if prior is None else np.asarray(prior).tolist(),
+        "calibration": None,
+        "arguments": arguments,
+        "licence": "AGPL-3.0 (ultralytics)",
     }
     _write_yolo(weights, network.state_dict(), metadata)
     return weights
@@ -443,8 +551,9 @@ def _write_yolo(path, state, metadata):
     from safetensors.torch import save_file
 
     temporary = Path(path).with_suffix(".tmp")
-    save_file({k: v.contiguous().cpu() for k, v in state.items()}, str(temporary),
-              metadata={"metadata": json.dumps(metadata)})
+    save_file(
+        {k: v.contiguous().cpu() for k, v in state.items()}, str(temporary), metadata={"metadata": json.dumps(metadata)}
+    )
     os.replace(temporary, path)
 
 
@@ -528,7 +637,7 @@ def dense_scores(detector, patches, batch=16):
     found = []
     with torch.inference_mode():
         for start in range(0, len(patches), batch):
-            x = torch.from_numpy(patches[start:start + batch]).to(device)[:, None].float() / 255
+            x = torch.from_numpy(patches[start : start + batch]).to(device)[:, None].float() / 255
             _, raw = detector.net(x)
             heads = [raw[name]["scores"] for name in ("one2one", "one2many") if name in raw] or [raw["scores"]]
             found.append(torch.stack([h.sigmoid() for h in heads]).mean(0).permute(0, 2, 1).float().cpu().numpy())
@@ -596,8 +705,9 @@ def yolo_scores(detector, study, boxes, batch=16):
     for patch_scores, seen in zip(scores, views):
         volume = study.volumes[seen["volume"]]
         columns_rows = (seen["to_slice"] @ homogeneous.T).T
-        at_lps = volume.voxel_to_lps(np.c_[np.full(len(centers), seen["slice"]), columns_rows[:, 1],
-                                           columns_rows[:, 0]])
+        at_lps = volume.voxel_to_lps(
+            np.c_[np.full(len(centers), seen["slice"]), columns_rows[:, 1], columns_rows[:, 0]]
+        )
         normal = volume.affine[:3, 0] / np.linalg.norm(volume.affine[:3, 0])
         for level, side, point, away in seen["targets"]:
             offset = at_lps - point
@@ -627,54 +737,75 @@ def _score_features(scores):
     return logs[..., 1:] - logs[..., :1]
 
 
-def fit_yolo_calibration(scores, grades, prior, ridges=(0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e4)):
+def _calibration_logits(scores, level, calibration):
+    """Logits (rows, 3) of scores (rows, 3) at levels (rows,), and the standardised log ratios (rows, 2)."""
+    trust, prior = calibration["trust"], np.asarray(calibration["prior"], float)
+    ratios = _score_features(scores)
+    z = (ratios - np.array(calibration["mean"])) / np.array(calibration["scale"])
+    evidence = np.concatenate([np.zeros_like(ratios[:, :1]), ratios], axis=1)
+    base = np.log(np.array(SEVERITY_WEIGHTS, float)) + trust * evidence + (1 - trust) * np.log(prior)[level]
+    base[:, 1:] += z @ np.array(calibration["matrix"]).T + np.array(calibration["bias"])
+    return base, z
+
+
+def fit_yolo_calibration(scores, grades, prior, ridges=(1.0, 3.0, 10.0, 30.0, 100.0, 1e4)):
     """Fit scores -> probabilities by weighted log loss (weights 1/2/4) on out-of-fold rows.
 
     scores: (n, 5, sides, 3) of yolo_scores; grades: (n, 5, sides), -1 missing; prior: (5, 3) of severity_prior.
-    Model: logit_k = log(weight_k prior_level,k) + b_k + sum_j A_kj z_j with z the standardised log ratios of the
-    scores; normal has logit 0 for b and A. A ridge draws A and b to 0, that is to the level's class prior, and its
-    strength is chosen from `ridges` by five-fold cross validation over studies: with useless scores the largest wins
-    and nothing is lost against the prior. Returns a dict for JSON; without usable rows A and b are 0.
+    A multinomial logistic regression that starts from one of two calibrations which need no fitting, and is drawn
+    back to it by a ridge on its correction b_k + sum_j A_kj z_j (z: standardised log ratios of the scores):
+        trust 1: probability ~ weight_k * score_k;    trust 0: probability ~ weight_k * class prior of the level.
+    Which one, and the ridge's strength, is decided by five-fold cross validation over studies: good scores are
+    trusted although rows are few, and useless ones lose nothing against the class prior. Returns a dict for JSON;
+    with fewer than four graded studies it is the prior.
     """
     from scipy.optimize import minimize
 
-    scores, grades, prior = np.asarray(scores, float), np.asarray(grades), np.asarray(prior, float)
-    base = np.log(prior * np.array(SEVERITY_WEIGHTS))
-    base = base - base[:, :1]
-    use = (grades >= 0) & np.isfinite(scores).all(axis=-1)
-    study, level, side = np.nonzero(use)
-    z, y = _score_features(scores)[study, level, side], grades[study, level, side]
-    result = {"prior": prior.tolist(), "mean": [0.0, 0.0], "scale": [1.0, 1.0], "matrix": [[0.0] * 2] * 2,
-              "bias": [0.0, 0.0], "ridge": None, "rows": int(len(y))}
+    scores, grades = np.asarray(scores, float), np.asarray(grades)
+    study, level, side = np.nonzero((grades >= 0) & np.isfinite(scores).all(axis=-1))
+    start = {
+        "prior": np.asarray(prior, float).tolist(),
+        "trust": 0.0,
+        "mean": [0.0, 0.0],
+        "scale": [1.0, 1.0],
+        "matrix": [[0.0] * 2] * 2,
+        "bias": [0.0, 0.0],
+        "ridge": None,
+        "rows": len(study),
+    }
+    rows, y = scores[study, level, side], grades[study, level, side]
     if len(np.unique(study)) < 4 or len(np.unique(y)) < 2:
-        return result
-    mean, scale = z.mean(axis=0), z.std(axis=0) + 1e-6
-    x = np.c_[np.ones(len(z)), (z - mean) / scale]
+        return start
+    ratios = _score_features(rows)
+    start |= {"mean": ratios.mean(axis=0).tolist(), "scale": (ratios.std(axis=0) + 1e-6).tolist()}
     w = np.array(SEVERITY_WEIGHTS, float)[y]
+    bases = {trust: _calibration_logits(rows, level, start | {"trust": trust}) for trust in (1.0, 0.0)}
 
-    def loss(flat, rows, ridge):
-        theta = flat.reshape(2, 3)
-        logits = base[level[rows]].copy()
-        logits[:, 1:] += x[rows] @ theta.T
-        top = logits.max(axis=1, keepdims=True)
-        logp = logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
+    def loss(flat, part, ridge, trust):
+        base, z = bases[trust]
+        logits, x = base[part].copy(), np.c_[np.ones(len(part)), z[part]]
+        logits[:, 1:] += x @ flat.reshape(2, 3).T
+        logits -= logits.max(axis=1, keepdims=True)
+        logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        at = np.arange(len(part)), y[part]
         residual = np.exp(logp)
-        residual[np.arange(len(rows)), y[rows]] -= 1
-        gradient = (w[rows, None] * residual)[:, 1:].T @ x[rows] + ridge * theta
-        value = -(w[rows] * logp[np.arange(len(rows)), y[rows]]).sum() + 0.5 * ridge * (flat ** 2).sum()
-        return value, gradient.ravel()
+        residual[at] -= 1
+        gradient = ((w[part, None] * residual)[:, 1:].T @ x).ravel() + ridge * flat
+        return -(w[part] * logp[at]).sum() + 0.5 * ridge * (flat**2).sum(), gradient
 
-    def fit(rows, ridge):
-        return minimize(loss, np.zeros(6), args=(rows, ridge), jac=True, method="L-BFGS-B").x
+    def fit(part, ridge, trust):
+        return minimize(loss, np.zeros(6), args=(part, ridge, trust), jac=True, method="L-BFGS-B").x
 
-    part = np.unique(study, return_inverse=True)[1] % 5
+    block = np.unique(study, return_inverse=True)[1] % 5
     every = np.arange(len(y))
-    held_out = [sum(loss(fit(every[part != p], ridge), every[part == p], 0.0)[0] for p in np.unique(part))
-                for ridge in ridges]
-    ridge = ridges[int(np.argmin(held_out))]
-    theta = fit(every, ridge).reshape(2, 3)
-    return result | {"mean": mean.tolist(), "scale": scale.tolist(), "matrix": theta[:, 1:].tolist(),
-                     "bias": theta[:, 0].tolist(), "ridge": ridge}
+    choices = [(trust, ridge) for trust in bases for ridge in ridges]
+    held_out = [
+        sum(loss(fit(every[block != b], ridge, trust), every[block == b], 0.0, trust)[0] for b in np.unique(block))
+        for trust, ridge in choices
+    ]
+    trust, ridge = choices[int(np.argmin(held_out))]
+    theta = fit(every, ridge, trust).reshape(2, 3)
+    return start | {"trust": trust, "matrix": theta[:, 1:].tolist(), "bias": theta[:, 0].tolist(), "ridge": ridge}
 
 
 def yolo_probabilities(scores, calibration=None):
@@ -689,10 +820,8 @@ def yolo_probabilities(scores, calibration=None):
     if calibration is None:
         p = np.clip(safe, 1e-6, None) * np.array(SEVERITY_WEIGHTS, float)
     else:
-        base = np.log(np.array(calibration["prior"]) * np.array(SEVERITY_WEIGHTS, float))[:, None, :]
-        z = (_score_features(safe) - np.array(calibration["mean"])) / np.array(calibration["scale"])
-        logits = np.broadcast_to(base, safe.shape).copy()
-        logits[..., 1:] += z @ np.array(calibration["matrix"]).T + np.array(calibration["bias"])
+        level = np.broadcast_to(np.arange(len(LEVELS))[:, None], missing.shape)
+        logits = _calibration_logits(safe.reshape(-1, 3), level.ravel(), calibration)[0].reshape(safe.shape)
         p = np.exp(logits - logits.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
     return np.where(missing[..., None], np.nan, p)
@@ -745,9 +874,13 @@ def yolo_table(study_ids, probabilities, condition):
 
     probabilities: (n, 5 levels, sides, 3); rows that are NaN are left out.
     """
-    rows = [(int(study_id), f"{study_id}_{CONDITIONS[index]}_{level}", *probabilities[n, at, side])
-            for n, study_id in enumerate(study_ids) for side, index in enumerate(DETECTORS[condition][1])
-            for at, level in enumerate(LEVELS) if np.isfinite(probabilities[n, at, side]).all()]
+    rows = [
+        (int(study_id), f"{study_id}_{CONDITIONS[index]}_{level}", *probabilities[n, at, side])
+        for n, study_id in enumerate(study_ids)
+        for side, index in enumerate(DETECTORS[condition][1])
+        for at, level in enumerate(LEVELS)
+        if np.isfinite(probabilities[n, at, side]).all()
+    ]
     return pd.DataFrame(rows, columns=["study_id", "row_id", *SEVERITIES]).sort_values("row_id", ignore_index=True)
 
 
@@ -767,8 +900,9 @@ def yolo_loss_against_prior(grades, probabilities, folds):
         prior[folds == fold] = counts / counts.sum(axis=-1, keepdims=True)
     weight = np.array(SEVERITY_WEIGHTS, float)[grades[use]]
     at = np.arange(int(use.sum())), grades[use]
-    loss, base = (float((weight * -np.log(np.clip(p[use][at], 1e-15, 1))).sum() / weight.sum())
-                  for p in (probabilities, prior))
+    loss, base = (
+        float((weight * -np.log(np.clip(p[use][at], 1e-15, 1))).sum() / weight.sum()) for p in (probabilities, prior)
+    )
     return {"weighted_log_loss": loss, "class_prior": base, "gain": 1 - loss / base, "rows": int(use.sum())}
 
 
@@ -784,8 +918,17 @@ def plot_detections(ax, patch, scores, centers_px, box_px, truth=(), threshold=0
     ax.imshow(patch, cmap="gray", vmin=0, vmax=255)
     height, width = patch.shape
     for grade, x, y, w, h in truth:
-        ax.add_patch(Rectangle(((x - w / 2) * width - 0.5, (y - h / 2) * height - 0.5), w * width, h * height,
-                               fill=False, ls="--", lw=1.2, ec=colors[int(grade)]))
+        ax.add_patch(
+            Rectangle(
+                ((x - w / 2) * width - 0.5, (y - h / 2) * height - 0.5),
+                w * width,
+                h * height,
+                fill=False,
+                ls="--",
+                lw=1.2,
+                ec=colors[int(grade)],
+            )
+        )
     best, shown = scores.max(axis=1), []
     for anchor in np.argsort(-best):
         if len(shown) >= top or best[anchor] < threshold:

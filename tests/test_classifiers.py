@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 import utils
 
 CROP = {"scope": "level", "shape": [32, 32, 32], "extent_mm": [32.0, 48.0, 64.0], "shift_mm": [0.0, 0.0, 0.0]}

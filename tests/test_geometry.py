@@ -3,9 +3,10 @@
 import numpy as np
 import pydicom
 import pytest
-import utils
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+import utils
 
 
 def rotation(rng):

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -143,3 +144,21 @@ def test_find_input_takes_a_path_and_says_where_it_looked(tmp_path):
         (tmp_path / "datasets" / owner / "twins-data").mkdir(parents=True)
     with pytest.raises(ValueError, match="anna.*ben"):
         utils.find_input("twins-data", roots=(tmp_path,))
+
+
+def test_missing_packages_come_from_attached_wheels_or_are_named(tmp_path, monkeypatch):
+    assert utils.install_missing({"json": "json"}) == []
+    with pytest.raises(ModuleNotFoundError, match="no-such-thing not installed: on Kaggle attach"):
+        utils.install_missing({"no_such_thing": "no-such-thing"}, tmp_path)
+    wheels = tmp_path / "lumbar-spine-wheels" / "wheels"
+    wheels.mkdir(parents=True)
+    info = "Metadata-Version: 2.1\nName: no-such-thing\nVersion: 1.0\n"
+    tag = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(wheels / "no_such_thing-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("no_such_thing.py", "answer = 42\n")
+        wheel.writestr("no_such_thing-1.0.dist-info/METADATA", info)
+        wheel.writestr("no_such_thing-1.0.dist-info/WHEEL", tag)
+        wheel.writestr("no_such_thing-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "site"))
+    assert utils.install_missing({"no_such_thing": "no-such-thing"}, tmp_path) == ["no-such-thing"]
+    assert (tmp_path / "site" / "no_such_thing.py").is_file()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
 import utils
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +88,8 @@ def test_a_run_ends_with_submission_report_and_manifest(run):
 
     log = pd.read_csv(out / "05_inference" / "inference_log.csv")
     assert len(log) == 2 and log["prior_rows"].max() == 0
+    said = log["members"] + " " + log["partial"].fillna("")
+    assert said.str.split().apply(set).eq({"yolo", "level", "study"}).all(), log.to_dict("records")
     report = (out / "report.html").read_text()
     assert "<img" in report and 'type="range"' in report
     assert 'src="http' not in report and "@import url(http" not in report

@@ -1,14 +1,12 @@
 """Checked parameters, stages that are found or continued, and the loop that runs notebooks."""
 
 import json
-
-
 from pathlib import Path
 
 import nbformat
 import pytest
-import utils
 
+import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 

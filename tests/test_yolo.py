@@ -1,4 +1,5 @@
 """Section 6 of utils.py: data sets, training and reading of the YOLO detectors."""
+
 import json
 import os
 import shutil
@@ -20,8 +21,10 @@ LEVEL_Z_MM = np.array([36.0, 18.0, 0.0, -18.0, -36.0])
 def boxes():
     """Five level boxes along patient z; label points lie 20 mm behind them, +-12 mm to the side."""
     axes = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
-    return [utils.LevelBox(level, np.array([0.0, -20.0, z]), axes, np.array([20.0, 40, 30]), 1.0, "labels")
-            for level, z in zip(utils.LEVELS, LEVEL_Z_MM)]
+    return [
+        utils.LevelBox(level, np.array([0.0, -20.0, z]), axes, np.array([20.0, 40, 30]), 1.0, "labels")
+        for level, z in zip(utils.LEVELS, LEVEL_Z_MM)
+    ]
 
 
 def sagittal_volume(marks=(), description="Sagittal T1", flip_rows=False, flip_columns=False, left_first=False):
@@ -40,7 +43,7 @@ def sagittal_volume(marks=(), description="Sagittal T1", flip_rows=False, flip_c
     volume = utils.Volume(array, affine, 1, 11, description, 0, np.arange(13) * 3 + 5)
     for mark in marks:
         k, row, column = np.round(volume.lps_to_voxel(np.asarray(mark, float))).astype(int)
-        volume.array[k, row - 1:row + 2, column - 1:column + 2] = 1.0
+        volume.array[k, row - 1 : row + 2, column - 1 : column + 2] = 1.0
     return volume
 
 
@@ -69,8 +72,13 @@ class BrightNet(torch.nn.Module):
 
 
 def bright_detector(condition, point_mm=(0.0, 12.0, 20.0)):
-    meta = {"condition": condition, "shape_px": (96, 64), "mm_per_px": 1.0, "names": list(utils.SEVERITIES),
-            "point_offsets": {"point_mm": list(point_mm), "spread_mm": [1, 1, 1], "n": 50}}
+    meta = {
+        "condition": condition,
+        "shape_px": (96, 64),
+        "mm_per_px": 1.0,
+        "names": list(utils.SEVERITIES),
+        "point_offsets": {"point_mm": list(point_mm), "spread_mm": [1, 1, 1], "n": 50},
+    }
     return utils.YoloDetector(BrightNet().eval(), meta)
 
 
@@ -87,6 +95,15 @@ def test_patch_shows_the_marked_point_where_the_transform_says(flips):
     # Below the middle of the patch means towards the feet, right of it towards the back: in every storage order.
     assert row > 48 + 8 and column > 32 + 3
     np.testing.assert_allclose([row, column], [47.5 + 13.5, 31.5 + 6], atol=1.2)
+
+
+@pytest.mark.parametrize("flips", [{}, {"flip_rows": True, "flip_columns": True}])
+def test_coarse_patches_are_not_shifted(flips):
+    volume = sagittal_volume(**flips)
+    volume.array[6, 40:52, 30:42] = 1.0
+    patch, to_slice = utils.slice_patch(volume, 6, [0, 0, 0], (32, 32), 3.3)
+    row, column = (np.indices(patch.shape) * patch).sum((1, 2)) / patch.sum()
+    np.testing.assert_allclose((to_slice @ [column, row, 1])[:2], [35.5, 45.5], atol=0.3)
 
 
 def test_patch_has_square_pixels_and_zeros_outside():
@@ -124,7 +141,7 @@ def test_side_and_level_come_from_patient_coordinates(flips):
 def test_axial_sides_and_levels_without_slices():
     volume = axial_volume(LEVEL_Z_MM[3])
     k, row, column = np.round(volume.lps_to_voxel([12.0, 0.0, LEVEL_Z_MM[3]])).astype(int)
-    volume.array[k, row - 1:row + 2, column - 1:column + 2] = 1
+    volume.array[k, row - 1 : row + 2, column - 1 : column + 2] = 1
     scores = utils.yolo_scores(bright_detector("ss"), utils.Study(1, [volume]), boxes())
     assert np.isnan(scores[[0, 1, 2, 4]]).all() and np.isfinite(scores[3]).all()
     assert scores[3, 0, 2] > 10 * scores[3, 1, 2]
@@ -136,24 +153,57 @@ def test_study_without_the_series_gives_nan_rows_only():
     assert np.isnan(utils.yolo_probabilities(scores)).all()
 
 
-def test_calibration_beats_prior_with_signal_and_equals_it_without():
+def weighted_loss(p, grades):
+    w = np.array(utils.SEVERITY_WEIGHTS)[grades]
+    return (w * -np.log(np.take_along_axis(p, grades[..., None], -1)[..., 0])).sum() / w.sum()
+
+
+LEVEL_FREQUENCIES = np.array([[97, 2, 1], [90, 7, 3], [60, 25, 15], [30, 40, 30], [90, 5, 5]]) / 100
+
+
+def draw_grades(rng, studies):
+    return np.stack([rng.choice(3, size=(studies, 2), p=p) for p in LEVEL_FREQUENCIES], axis=1)
+
+
+def prior_probabilities(grades):
+    p = utils.severity_prior(grades) * np.array(utils.SEVERITY_WEIGHTS)
+    return np.broadcast_to((p / p.sum(-1, keepdims=True))[:, None], (*grades.shape, 3))
+
+
+def test_calibration_corrects_a_class_that_scores_low():
     rng = np.random.default_rng(0)
-    grades = rng.choice(3, size=(60, 5, 2), p=[0.7, 0.2, 0.1])
-    prior = utils.severity_prior(grades)
-    weights = np.array(utils.SEVERITY_WEIGHTS)
+    grades = draw_grades(rng, 60)
+    scores = 0.05 + 0.3 * np.eye(3)[grades] + 0.2 * rng.random((*grades.shape, 3))
+    scores[..., 2] *= 0.1
+    fitted = weighted_loss(utils.cross_fitted_probabilities(scores, grades), grades)
+    assert fitted < 0.6 * weighted_loss(prior_probabilities(grades), grades)
+    assert fitted < 0.9 * weighted_loss(utils.yolo_probabilities(scores), grades)
 
-    def loss(p):
-        w = weights[grades]
-        return (w * -np.log(np.take_along_axis(p, grades[..., None], -1)[..., 0])).sum() / w.sum()
 
-    only_prior = np.broadcast_to((prior * weights / (prior * weights).sum(-1, keepdims=True))[:, None], (60, 5, 2, 3))
-    useful = 0.05 + 0.3 * np.eye(3)[grades] + 0.2 * rng.random((60, 5, 2, 3))
-    useful[..., 2] *= 0.1  # a class that scores low throughout: the bias has to learn that
-    useless = 0.1 + rng.random((60, 5, 2, 3))
-    fitted = utils.cross_fitted_probabilities(useful, grades)
-    assert loss(fitted) < 0.6 * loss(only_prior)
-    assert loss(fitted) < loss(utils.yolo_probabilities(useful))
-    assert loss(utils.cross_fitted_probabilities(useless, grades)) < 1.03 * loss(only_prior)
+def test_useless_scores_lose_nothing_against_the_class_prior():
+    rng = np.random.default_rng(1)
+    grades = draw_grades(rng, 60)
+    scores = 0.1 + rng.random((*grades.shape, 3))
+    base = weighted_loss(prior_probabilities(grades), grades)
+    assert weighted_loss(utils.cross_fitted_probabilities(scores, grades), grades) < 1.05 * base
+    assert weighted_loss(utils.yolo_probabilities(scores), grades) > 1.2 * base  # so the line above means something
+
+
+def test_few_rows_do_not_spoil_good_scores():
+    rng = np.random.default_rng(3)
+    grades = rng.choice(3, size=(240, 5, 2), p=[0.7, 0.2, 0.1])
+    # Exactly calibrated: the likelihood ratio of x ~ N(2 onehot, 1) is exp(2 x).
+    scores = np.array([0.7, 0.2, 0.1]) * np.exp(2 * (2 * np.eye(3)[grades] + rng.normal(size=(*grades.shape, 3))))
+    scores /= scores.sum(-1, keepdims=True)
+    prior, plain = utils.severity_prior(grades), weighted_loss(utils.yolo_probabilities(scores), grades)
+    fitted = [
+        weighted_loss(
+            utils.yolo_probabilities(scores, utils.fit_yolo_calibration(scores[i : i + 8], grades[i : i + 8], prior)),
+            grades,
+        )
+        for i in range(0, 240, 8)
+    ]
+    assert np.mean(fitted) < 1.1 * plain
 
 
 def test_calibration_survives_json_missing_labels_and_few_rows():
@@ -189,8 +239,17 @@ def dataset(tmp_path_factory):
             for condition, side in ((1, 1), (2, -1)):
                 grades[n, condition, level] = rng.integers(0, 3)
                 k, row, column = volume.lps_to_voxel([side * 12.0, 0.0, LEVEL_Z_MM[level]])
-                rows.append((study_id, 11, int(volume.instance_numbers[int(round(k))]), utils.CONDITIONS[condition],
-                             utils.LEVELS[level], column, row))
+                rows.append(
+                    (
+                        study_id,
+                        11,
+                        int(volume.instance_numbers[int(round(k))]),
+                        utils.CONDITIONS[condition],
+                        utils.LEVELS[level],
+                        column,
+                        row,
+                    )
+                )
     grades[0, 1, 0] = -1  # a point without a grade
     rows.append((ids[1], 11, 999, utils.CONDITIONS[1], utils.LEVELS[0], 5.0, 5.0))  # a slice that is not there
     names = ["study_id", "series_id", "instance_number", "condition", "level", "x_px", "y_px"]
@@ -216,7 +275,7 @@ def test_dataset_boxes_sit_on_the_marks(dataset):
         lines = (path.parent.parent / "labels" / f"{path.stem}.txt").read_text().split("\n")[:-1]
         for cls, x, y, w, h in (map(float, line.split()) for line in lines):
             row, column = int(y * patch.shape[0]), int(x * patch.shape[1])
-            assert patch[row - 1:row + 2, column - 1:column + 2].max() > 100
+            assert patch[row - 1 : row + 2, column - 1 : column + 2].max() > 100
             assert abs(w * patch.shape[1] - 16) < 1.5 and abs(h * patch.shape[0] - 16) < 1.5
             seen += 1
     assert seen == (dataset["grades"] >= 0).sum()
@@ -264,30 +323,34 @@ print(path)
 
 @pytest.fixture(scope="module")
 def trained(dataset):
-    """Trained from a moved copy of the data set, killed after two epochs, continued: (weights, run folder)."""
+    """Trained from a moved copy of the data set, killed after two epochs, continued: (weights, run folder,
+    results.csv at the kill)."""
     moved = dataset["root"] / "elsewhere" / "nfn"
     shutil.copytree(dataset["dir"], moved)
     out = dataset["root"] / "out"
     environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent), "OMP_NUM_THREADS": "1"}
 
     def child(how):
-        return subprocess.run([sys.executable, "-c", CHILD, moved, out, how], env=environment, capture_output=True,
-                              text=True, timeout=600)
+        return subprocess.run(
+            [sys.executable, "-c", CHILD, moved, out, how], env=environment, capture_output=True, text=True, timeout=600
+        )
 
     killed = child("kill")
     assert killed.returncode == 9, killed.stderr[-2000:]
     assert not (out / "yolo_nfn_0.safetensors").exists()
-    epochs_before = len((out / "run_nfn_0" / "results.csv").read_text().splitlines()) - 1
+    before = (out / "run_nfn_0" / "results.csv").read_text()
     finished = child("go")
     assert finished.returncode == 0, finished.stderr[-2000:]
-    return out / "yolo_nfn_0.safetensors", out / "run_nfn_0", epochs_before
+    return out / "yolo_nfn_0.safetensors", out / "run_nfn_0", before
 
 
 def test_training_resumes_after_a_kill(trained):
-    weights, run, epochs_before = trained
+    weights, run, before = trained
     assert weights.exists()
     epochs = pd.read_csv(run / "results.csv")["epoch"].tolist()
-    assert epochs_before == 2 and epochs == [1, 2, 3, 4]
+    assert epochs == [1, 2, 3, 4]
+    # The lines of the first two epochs, their times included, are those of the killed run.
+    assert len(before.splitlines()) == 3 and (run / "results.csv").read_text().startswith(before)
 
 
 def test_loaded_weights_predict_what_ultralytics_does(trained):
@@ -348,6 +411,9 @@ def test_loss_against_prior_is_the_metric():
     wide[:, 0], full[:, 0] = grades[..., 0], p[:, :, 0]
     assert found["weighted_log_loss"] == pytest.approx(utils.score_arrays(wide, full)["spinal"])
     assert found["rows"] == 200 and found["gain"] < 0
+    for fold in range(4):
+        full[np.arange(40) % 4 == fold, 0] = utils.class_prior(wide[np.arange(40) % 4 != fold])[0]
+    assert found["class_prior"] == pytest.approx(utils.score_arrays(wide, full)["spinal"])
 
 
 def test_missing_files_are_named(tmp_path):
