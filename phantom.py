@@ -27,6 +27,7 @@ coordinates in tables are (x = column, y = row) of a pixel's centre.
 Canal coordinates (u, v, s): u = left of the canal's middle, v = behind it, s = distance along
 it from the head downwards, all in mm.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -44,27 +45,49 @@ from scipy import ndimage
 from scipy.interpolate import CubicSpline, PchipInterpolator
 from scipy.special import ndtr, ndtri
 
-VERSION = 2           # goes up when the same seed gives other pixels
+VERSION = 2  # goes up when the same seed gives other pixels
 
 # =====================================================================================
 # 1. Names
 # =====================================================================================
 
-CONDITIONS = ("spinal_canal_stenosis", "left_neural_foraminal_narrowing",
-              "right_neural_foraminal_narrowing", "left_subarticular_stenosis",
-              "right_subarticular_stenosis")
+CONDITIONS = (
+    "spinal_canal_stenosis",
+    "left_neural_foraminal_narrowing",
+    "right_neural_foraminal_narrowing",
+    "left_subarticular_stenosis",
+    "right_subarticular_stenosis",
+)
 LEVELS = ("l1_l2", "l2_l3", "l3_l4", "l4_l5", "l5_s1")
 GRADES = ("Normal/Mild", "Moderate", "Severe")
 LABEL_COLUMNS = tuple(f"{c}_{level}" for c in CONDITIONS for level in LEVELS)
-VERTEBRAE = ("T8", "T9", "T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5",
-             "S1", "S2", "S3", "S4", "S5")
+VERTEBRAE = ("T8", "T9", "T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5", "S1", "S2", "S3", "S4", "S5")
 TRUTH_VERTEBRAE = VERTEBRAE[2:12]
-CORNERS = ("as", "ps", "pi", "ai")      # anterior-superior, posterior-superior, ...
+CORNERS = ("as", "ps", "pi", "ai")  # anterior-superior, posterior-superior, ...
 SERIES = ("Sagittal T1", "Sagittal T2/STIR", "Axial T2")
 
-TISSUES = ("air", "fat", "muscle", "csf", "cord", "root", "cortex", "marrow", "annulus",
-           "nucleus", "flavum", "blood", "vein", "fluid", "liver", "kidney", "bowel", "skin",
-           "fatty_marrow", "fascia")
+TISSUES = (
+    "air",
+    "fat",
+    "muscle",
+    "csf",
+    "cord",
+    "root",
+    "cortex",
+    "marrow",
+    "annulus",
+    "nucleus",
+    "flavum",
+    "blood",
+    "vein",
+    "fluid",
+    "liver",
+    "kidney",
+    "bowel",
+    "skin",
+    "fatty_marrow",
+    "fascia",
+)
 TISSUE = {name: i for i, name in enumerate(TISSUES)}
 
 
@@ -86,15 +109,19 @@ def level_title(level: str) -> str:
 _SCS = [(1886, 67, 21), (1770, 151, 53), (1622, 230, 122), (1482, 237, 255), (1904, 51, 19)]
 _NFN = [(1900, 63, 8), (1791, 171, 11), (1522, 411, 40), (1204, 629, 140), (1264, 508, 198)]
 _SS = [(1690, 93, 28), (1555, 255, 83), (1324, 454, 194), (887, 624, 461), (1408, 409, 147)]
-REAL_COUNTS = np.array([_SCS, _NFN, _NFN, _SS, _SS], float)          # (condition, level, grade)
+REAL_COUNTS = np.array([_SCS, _NFN, _NFN, _SS, _SS], float)  # (condition, level, grade)
 
 # Latent correlations; grades, which are mostly "normal", show about two thirds of them.
-_CONDITION_CORRELATION = np.array([[1.00, .56, .56, .87, .87],
-                                   [.56, 1.00, .62, .65, .55],
-                                   [.56, .62, 1.00, .55, .65],
-                                   [.87, .65, .55, 1.00, .80],
-                                   [.87, .55, .65, .80, 1.00]])
-_LEVEL_CORRELATION = np.array([1.0, .71, .51, .41, .33])             # by distance in levels
+_CONDITION_CORRELATION = np.array(
+    [
+        [1.00, 0.56, 0.56, 0.87, 0.87],
+        [0.56, 1.00, 0.62, 0.65, 0.55],
+        [0.56, 0.62, 1.00, 0.55, 0.65],
+        [0.87, 0.65, 0.55, 1.00, 0.80],
+        [0.87, 0.55, 0.65, 0.80, 1.00],
+    ]
+)
+_LEVEL_CORRELATION = np.array([1.0, 0.71, 0.51, 0.41, 0.33])  # by distance in levels
 
 # Correlation of a reader's graded variable with the latent: below 1, nobody scores zero.
 READER_RELIABILITY = 0.93
@@ -125,7 +152,7 @@ def sample_severity(rng: np.random.Generator, n: int, prevalence: float = 1.0):
     root = np.linalg.cholesky(np.kron(_CONDITION_CORRELATION, levels) + 1e-9 * np.eye(25))
     latent = (rng.standard_normal((n, 25)) @ root.T).reshape(n, 5, 5)
     noise = rng.standard_normal((n, 5, 5))
-    seen = READER_RELIABILITY * latent + np.sqrt(1 - READER_RELIABILITY ** 2) * noise
+    seen = READER_RELIABILITY * latent + np.sqrt(1 - READER_RELIABILITY**2) * noise
     grade = (seen[..., None] > grade_thresholds(prevalence)).sum(-1)
     return latent, grade
 
@@ -148,7 +175,7 @@ def perfect_reader(latent: np.ndarray, prevalence: float = 1.0) -> np.ndarray:
 
     latent (n, condition, level) -> (n, condition, level, grade), rows sum to 1."""
     cut = grade_thresholds(prevalence)
-    spread = np.sqrt(1 - READER_RELIABILITY ** 2)
+    spread = np.sqrt(1 - READER_RELIABILITY**2)
     below = ndtr((cut - READER_RELIABILITY * latent[..., None]) / spread)
     edges = np.concatenate([np.zeros_like(below[..., :1]), below, np.ones_like(below[..., :1])], -1)
     p = np.maximum(np.diff(edges), 1e-9) * GRADE_WEIGHTS
@@ -169,7 +196,7 @@ def perfect_submission(folder, split: str = "test") -> pd.DataFrame:
     table = table[table["split"] == split]
     prevalence = json.loads((Path(folder) / "phantom.json").read_text())["prevalence"]
     ids = list(dict.fromkeys(table["study_id"]))
-    latent = table["latent"].to_numpy().reshape(len(ids), 5, 5)     # written condition-major
+    latent = table["latent"].to_numpy().reshape(len(ids), 5, 5)  # written condition-major
     return submission_table(ids, perfect_reader(latent, prevalence))
 
 
@@ -177,49 +204,52 @@ def perfect_submission(folder, split: str = "test") -> pd.DataFrame:
 # 3. Anatomy
 # =====================================================================================
 
+
 @dataclass
 class Vertebra:
     """A vertebral body. frame columns: left, back, head (unit vectors in LPS)."""
+
     name: str
     centre_mm: np.ndarray
     frame: np.ndarray
-    depth_mm: float          # front to back
-    width_mm: float          # left to right
-    height_mm: float         # in the middle of the body
-    wedge: float             # radians; positive: taller in front
+    depth_mm: float  # front to back
+    width_mm: float  # left to right
+    height_mm: float  # in the middle of the body
+    wedge: float  # radians; positive: taller in front
     shape: dict = field(default_factory=dict)
 
     def corners_mm(self) -> np.ndarray:
         """Mid-sagittal corners (4, 3) in LPS: anterior-superior, posterior-superior,
         posterior-inferior, anterior-inferior."""
         h, d, t = self.height_mm / 2, self.depth_mm / 2, np.tan(self.wedge / 2)
-        local = np.array([[0, -d, h + d * t], [0, d, h - d * t],
-                          [0, d, -h + d * t], [0, -d, -h - d * t]])
+        local = np.array([[0, -d, h + d * t], [0, d, h - d * t], [0, d, -h + d * t], [0, -d, -h - d * t]])
         return self.centre_mm + local @ self.frame.T
 
 
 @dataclass
 class Disc:
     """The disc below vertebra `above`."""
+
     above: str
     centre_mm: np.ndarray
     frame: np.ndarray
     depth_mm: float
     width_mm: float
     height_mm: float
-    water: float             # 1 young nucleus, 0 black disc
+    water: float  # 1 young nucleus, 0 black disc
     bulge_mm: float = 0.0
 
 
 @dataclass
 class Anatomy:
     """Everything that `paint` needs. severity is (condition, level) in grade units."""
+
     vertebrae: list
     discs: list
     severity: np.ndarray
-    path_mm: np.ndarray      # canal middle, (n, 3) LPS, every 0.5 mm from head to tail
-    path_s_mm: np.ndarray    # (n,) distance along it
-    disc_s_mm: np.ndarray    # (5,) s of the five graded discs
+    path_mm: np.ndarray  # canal middle, (n, 3) LPS, every 0.5 mm from head to tail
+    path_s_mm: np.ndarray  # (n,) distance along it
+    disc_s_mm: np.ndarray  # (5,) s of the five graded discs
     canal_ap_mm: float
     canal_lr_mm: float
     conus_s_mm: float
@@ -246,7 +276,7 @@ class Anatomy:
         c = np.stack([np.interp(s, self.path_s_mm, self.path_mm[:, k]) for k in range(3)], -1)
         d = np.gradient(self.path_mm, self.path_s_mm, axis=0)
         t = np.stack([np.interp(s, self.path_s_mm, d[:, k]) for k in range(3)], -1)
-        t[..., 0] = 0           # bending to the side is small: sections stay sagittal
+        t[..., 0] = 0  # bending to the side is small: sections stay sagittal
         return c, t / np.linalg.norm(t, axis=-1, keepdims=True)
 
     def points_mm(self) -> dict:
@@ -257,10 +287,8 @@ class Anatomy:
             sac = sac_section(self, s)
             points[0, level] = self.canal_to_lps(0.0, (sac["front"] + sac["rear"]) / 2, s)
             for side, sign in ((0, 1), (1, -1)):
-                points[1 + side, level] = self.canal_to_lps(
-                    sign * 18.0, FORAMEN_V_MM, s + FORAMEN_RISE_MM + 3)
-                points[3 + side, level] = self.canal_to_lps(
-                    sign * RECESS_U_MM, sac["front"] + 3.0, s)
+                points[1 + side, level] = self.canal_to_lps(sign * 18.0, FORAMEN_V_MM, s + FORAMEN_RISE_MM + 3)
+                points[3 + side, level] = self.canal_to_lps(sign * RECESS_U_MM, sac["front"] + 3.0, s)
         return points
 
 
@@ -275,52 +303,51 @@ def _frame(sagittal, coronal, axial):
 
 
 #            T8   T9   T10  T11  T12  L1   L2   L3   L4   L5   S1   S2   S3   S4   S5
-_HEIGHT = [21., 22., 23., 24.5, 26., 27., 28., 28., 27.5, 27., 27., 23., 19., 16., 13.]
-_DEPTH = [27., 28., 29., 30., 31., 32., 33., 34., 34.5, 34., 30., 21., 15., 12., 9.]
-_WIDTH = [30., 32., 34., 37., 40., 42., 44., 46., 48., 50., 48., 38., 32., 28., 24.]
-_WEDGE = [-4., -4., -4., -4., -3., -2., -1., 1., 3., 8., 7., 4., 2., 0., 0.]     # degrees
-_DISC = [4.5, 5., 5.5, 6., 7., 8., 9., 10., 10.5, 9.5, 2.5, 1.0, .5, .5]         # below each
-_DISC_WEDGE = [0., 0., 1., 1., 2., 4., 6., 8., 10., 12., -8., -10., -12., -12.]
+_HEIGHT = [21.0, 22.0, 23.0, 24.5, 26.0, 27.0, 28.0, 28.0, 27.5, 27.0, 27.0, 23.0, 19.0, 16.0, 13.0]
+_DEPTH = [27.0, 28.0, 29.0, 30.0, 31.0, 32.0, 33.0, 34.0, 34.5, 34.0, 30.0, 21.0, 15.0, 12.0, 9.0]
+_WIDTH = [30.0, 32.0, 34.0, 37.0, 40.0, 42.0, 44.0, 46.0, 48.0, 50.0, 48.0, 38.0, 32.0, 28.0, 24.0]
+_WEDGE = [-4.0, -4.0, -4.0, -4.0, -3.0, -2.0, -1.0, 1.0, 3.0, 8.0, 7.0, 4.0, 2.0, 0.0, 0.0]  # degrees
+_DISC = [4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 9.0, 10.0, 10.5, 9.5, 2.5, 1.0, 0.5, 0.5]  # below each
+_DISC_WEDGE = [0.0, 0.0, 1.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, -8.0, -10.0, -12.0, -12.0]
 
 
-def sample_anatomy(rng: np.random.Generator, severity: np.ndarray,
-                   transitional: float = 0.0) -> Anatomy:
+def sample_anatomy(rng: np.random.Generator, severity: np.ndarray, transitional: float = 0.0) -> Anatomy:
     """Draw a spine. severity (condition, level) in grade units (`visible_severity`)."""
     n = len(VERTEBRAE)
-    size = rng.normal(1, .06)
+    size = rng.normal(1, 0.06)
     variant = "none"
     if rng.random() < transitional:
         variant = str(rng.choice(["sacralised L5", "lumbarised S1"]))
-    age = np.clip(rng.normal(.45, .22), 0, 1)
-    height = np.array(_HEIGHT) * size * rng.normal(1, .025, n)
-    depth = np.array(_DEPTH) * size * rng.normal(1, .02, n)
-    width = np.array(_WIDTH) * size * rng.normal(1, .02, n)
-    lordosis = np.clip(rng.normal(.92, .15), .6, 1.25)
-    wedge = np.radians(np.array(_WEDGE) * np.where(np.array(_WEDGE) > 0, lordosis, 1)
-                       + rng.normal(0, 1.0, n))
-    disc_h = np.array(_DISC) * size * rng.normal(1, .07, n - 1)
+    age = np.clip(rng.normal(0.45, 0.22), 0, 1)
+    height = np.array(_HEIGHT) * size * rng.normal(1, 0.025, n)
+    depth = np.array(_DEPTH) * size * rng.normal(1, 0.02, n)
+    width = np.array(_WIDTH) * size * rng.normal(1, 0.02, n)
+    lordosis = np.clip(rng.normal(0.92, 0.15), 0.6, 1.25)
+    wedge = np.radians(np.array(_WEDGE) * np.where(np.array(_WEDGE) > 0, lordosis, 1) + rng.normal(0, 1.0, n))
+    disc_h = np.array(_DISC) * size * rng.normal(1, 0.07, n - 1)
     disc_w = np.radians(np.array(_DISC_WEDGE) * lordosis + rng.normal(0, 1.0, n - 1))
 
     # Discs dry out and sink with age and with the disease of their level.
-    water = np.clip(rng.normal(1.05 - .75 * age, .13, n - 1), .02, 1)
+    water = np.clip(rng.normal(1.05 - 0.75 * age, 0.13, n - 1), 0.02, 1)
     first = VERTEBRAE.index("L1")
     for level in range(5):
-        disease = .45 * severity[0, level] + .3 * severity[1:3, level].mean() \
-            + .3 * severity[3:5, level].mean()
-        water[first + level] = np.clip(water[first + level] - .33 * disease, .02, 1)
-        disc_h[first + level] *= 1 - .12 * min(disease, 3) - .08 * (water[first + level] < .25)
+        disease = 0.45 * severity[0, level] + 0.3 * severity[1:3, level].mean() + 0.3 * severity[3:5, level].mean()
+        water[first + level] = np.clip(water[first + level] - 0.33 * disease, 0.02, 1)
+        disc_h[first + level] *= 1 - 0.12 * min(disease, 3) - 0.08 * (water[first + level] < 0.25)
     if variant == "sacralised L5":
         disc_h[VERTEBRAE.index("L5")] = 3.5 * size
-        disc_w[VERTEBRAE.index("L5")] *= .3
+        disc_w[VERTEBRAE.index("L5")] *= 0.3
     if variant == "lumbarised S1":
         disc_h[VERTEBRAE.index("S1")] = 7.5 * size
         disc_w[VERTEBRAE.index("S1")] = np.radians(5)
         depth[VERTEBRAE.index("S1")] *= 1.06
         depth[VERTEBRAE.index("S2")] *= 1.2
 
-    coronal = np.radians(rng.normal(0, 1.6) * np.sin(np.linspace(0, np.pi * rng.uniform(1, 2.2), n)
-                                                     + rng.uniform(0, 6)) + rng.normal(0, .8))
-    axial = np.radians(rng.normal(0, 2)) + coronal * rng.normal(0, .5)
+    coronal = np.radians(
+        rng.normal(0, 1.6) * np.sin(np.linspace(0, np.pi * rng.uniform(1, 2.2), n) + rng.uniform(0, 6))
+        + rng.normal(0, 0.8)
+    )
+    axial = np.radians(rng.normal(0, 2)) + coronal * rng.normal(0, 0.5)
     pose = np.radians(rng.normal(0, 2.5))
 
     # Stack from the top end plate of S1: upwards to T8, downwards to S5.
@@ -349,23 +376,40 @@ def sample_anatomy(rng: np.random.Generator, severity: np.ndarray,
 
     middle = vertebrae[VERTEBRAE.index("L3")][0]
     shift = np.array([rng.normal(0, 4), rng.normal(0, 6), rng.normal(0, 6)]) - middle
-    bodies = [Vertebra(VERTEBRAE[i], vertebrae[i][0] + shift, vertebrae[i][1], depth[i], width[i],
-                       height[i], wedge[i],
-                       dict(waist=rng.uniform(.07, .12), concave_mm=rng.uniform(.8, 2.2),
-                            modic=float(rng.random() < .25)))
-              for i in range(n)]
-    plates = [Disc(VERTEBRAE[i], discs[i][0] + shift, discs[i][1],
-                   min(depth[i], depth[i + 1]) + .6, min(width[i], width[i + 1]) + .6,
-                   disc_h[i], water[i]) for i in range(n - 1)]
+    bodies = [
+        Vertebra(
+            VERTEBRAE[i],
+            vertebrae[i][0] + shift,
+            vertebrae[i][1],
+            depth[i],
+            width[i],
+            height[i],
+            wedge[i],
+            dict(waist=rng.uniform(0.07, 0.12), concave_mm=rng.uniform(0.8, 2.2), modic=float(rng.random() < 0.25)),
+        )
+        for i in range(n)
+    ]
+    plates = [
+        Disc(
+            VERTEBRAE[i],
+            discs[i][0] + shift,
+            discs[i][1],
+            min(depth[i], depth[i + 1]) + 0.6,
+            min(width[i], width[i + 1]) + 0.6,
+            disc_h[i],
+            water[i],
+        )
+        for i in range(n - 1)
+    ]
 
     # The canal runs behind the bodies at half its own depth.
-    canal_ap = np.clip(rng.normal(17.0, 1.0), 15, 19) * size ** .5
-    canal_lr = np.clip(rng.normal(23.5, 1.2), 21, 26) * size ** .5
+    canal_ap = np.clip(rng.normal(17.0, 1.0), 15, 19) * size**0.5
+    canal_lr = np.clip(rng.normal(23.5, 1.2), 21, 26) * size**0.5
     knots = []
     for i in range(n):
-        gap = canal_ap / 2 * (1 if i <= s1 else max(.35, 1 - .25 * (i - s1)))
+        gap = canal_ap / 2 * (1 if i <= s1 else max(0.35, 1 - 0.25 * (i - s1)))
         v = bodies[i]
-        knots.append(v.centre_mm + v.frame[:, 1] * (v.depth_mm * (1 - .5 * v.shape["waist"]) / 2 + gap))
+        knots.append(v.centre_mm + v.frame[:, 1] * (v.depth_mm * (1 - 0.5 * v.shape["waist"]) / 2 + gap))
         if i < n - 1 and i < s1:
             d = plates[i]
             rear = (bodies[i].depth_mm + bodies[i + 1].depth_mm) / 4
@@ -373,8 +417,8 @@ def sample_anatomy(rng: np.random.Generator, severity: np.ndarray,
     knots = np.array(knots)
     knots = np.concatenate([knots[:1] * 2 - knots[1:2], knots, knots[-1:] * 2 - knots[-2:-1]])
     chord = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(knots, axis=0), axis=1))])
-    spline = CubicSpline(chord, ndimage.gaussian_filter1d(knots, .6, axis=0, mode="nearest"))
-    fine = spline(np.arange(0, chord[-1], .5))
+    spline = CubicSpline(chord, ndimage.gaussian_filter1d(knots, 0.6, axis=0, mode="nearest"))
+    fine = spline(np.arange(0, chord[-1], 0.5))
     s = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(fine, axis=0), axis=1))])
     disc_s = []
     for level in range(5):
@@ -384,23 +428,41 @@ def sample_anatomy(rng: np.random.Generator, severity: np.ndarray,
         disc_s.append(s[np.argmin(np.where(near, at, 1e9))])
     l1 = bodies[first]
     conus = s[np.argmin(np.linalg.norm(fine - l1.centre_mm, axis=1))] + rng.normal(2, 9)
-    body = dict(fat_back_mm=rng.uniform(9, 26), fat_side_mm=rng.uniform(12, 30),
-                half_width_mm=rng.uniform(145, 180), half_depth_mm=rng.uniform(102, 128),
-                muscle=rng.normal(1, .08), infiltration=np.clip(.15 + .75 * age + rng.normal(0, .12), 0, 1),
-                marrow_fat=np.clip(age + rng.normal(0, .15), 0, 1), age=age)
-    return Anatomy(bodies, plates, np.asarray(severity, float), fine, s, np.array(disc_s),
-                   canal_ap, canal_lr, conus, variant, body, int(rng.integers(2 ** 31)))
+    body = dict(
+        fat_back_mm=rng.uniform(9, 26),
+        fat_side_mm=rng.uniform(12, 30),
+        half_width_mm=rng.uniform(145, 180),
+        half_depth_mm=rng.uniform(102, 128),
+        muscle=rng.normal(1, 0.08),
+        infiltration=np.clip(0.15 + 0.75 * age + rng.normal(0, 0.12), 0, 1),
+        marrow_fat=np.clip(age + rng.normal(0, 0.15), 0, 1),
+        age=age,
+    )
+    return Anatomy(
+        bodies,
+        plates,
+        np.asarray(severity, float),
+        fine,
+        s,
+        np.array(disc_s),
+        canal_ap,
+        canal_lr,
+        conus,
+        variant,
+        body,
+        int(rng.integers(2**31)),
+    )
 
 
 # ---- how disease shapes canal, recess and foramen: the only place where severity acts ----
 
-FORAMEN_V_MM = -3.0        # the foramen's middle lies a little in front of the canal's
-FORAMEN_RISE_MM = -8.5     # ... and above the disc (s grows downwards)
+FORAMEN_V_MM = -3.0  # the foramen's middle lies a little in front of the canal's
+FORAMEN_RISE_MM = -8.5  # ... and above the disc (s grows downwards)
 RECESS_U_MM = 9.5
 
 
 def _bump(s_mm, centre_mm, sigma_mm):
-    return np.exp(-.5 * ((s_mm - centre_mm) / sigma_mm) ** 2)
+    return np.exp(-0.5 * ((s_mm - centre_mm) / sigma_mm) ** 2)
 
 
 def sac_section(anatomy: Anatomy, s_mm) -> dict:
@@ -411,65 +473,88 @@ def sac_section(anatomy: Anatomy, s_mm) -> dict:
     ap, lr = a.canal_ap_mm - 2.6, a.canal_lr_mm - 4.5
     # Below L5/S1 the sac tapers and ends at S2, with fat around it.
     end = a.disc_s_mm[4] + 55
-    taper = np.clip((end - s) / 62, 0.02, 1) ** .6
+    taper = np.clip((end - s) / 62, 0.02, 1) ** 0.6
     # In front of it there is hardly any fat above L5.
     low = np.clip((s - a.disc_s_mm[3] - 8) / 30, 0, 1)
-    front = (-a.canal_ap_mm / 2 + .3 + 2.8 * low) * taper
-    rear = front + (ap + .2 - 1.4 * low) * taper
+    front = (-a.canal_ap_mm / 2 + 0.3 + 2.8 * low) * taper
+    rear = front + (ap + 0.2 - 1.4 * low) * taper
     left, right, crowding = lr / 2 * taper, lr / 2 * taper, np.zeros_like(s)
     for level in range(5):
         c = a.severity[0, level]
-        g = _bump(s, a.disc_s_mm[level], 4.0 + .8 * c)
-        limit = taper                                     # nothing narrower than nothing
-        front = front + g * (1.75 * c + .5) * limit
-        rear = rear - g * (1.45 * c + .3) * limit
-        left = left - g * .9 * c * limit
-        right = right - g * .9 * c * limit
-        crowding = np.maximum(crowding, g * np.clip((c - .7) / 1.7, 0, .92))
+        g = _bump(s, a.disc_s_mm[level], 4.0 + 0.8 * c)
+        limit = taper  # nothing narrower than nothing
+        front = front + g * (1.75 * c + 0.5) * limit
+        rear = rear - g * (1.45 * c + 0.3) * limit
+        left = left - g * 0.9 * c * limit
+        right = right - g * 0.9 * c * limit
+        crowding = np.maximum(crowding, g * np.clip((c - 0.7) / 1.7, 0, 0.92))
         left = left - g * 1.2 * a.severity[3, level] * limit
         right = right - g * 1.2 * a.severity[4, level] * limit
-    middle, half = (front + rear) / 2, np.maximum((rear - front) / 2, .8 * taper)
-    return dict(front=middle - half, rear=middle + half, left=np.maximum(left, 2 * taper),
-                right=np.maximum(right, 2 * taper), crowding=crowding, taper=taper)
+    middle, half = (front + rear) / 2, np.maximum((rear - front) / 2, 0.8 * taper)
+    return dict(
+        front=middle - half,
+        rear=middle + half,
+        left=np.maximum(left, 2 * taper),
+        right=np.maximum(right, 2 * taper),
+        crowding=crowding,
+        taper=taper,
+    )
 
 
 def foramen_section(severity: float) -> dict:
     """Half-axes in mm of the foramen's upper and lower part and of the root at one severity."""
     f = severity
-    return dict(upper_v=max(6.4 - 1.45 * f, 2.1), upper_s=max(8.0 - 1.75 * f, 2.9),
-                lower_v=max(4.6 - 2.0 * f, .2), lower_s=max(6.0 - 1.8 * f, .2),
-                root_v=max(3.1 - .3 * f, 2.2), root_s=max(3.8 - .25 * f, 3.0))
+    return dict(
+        upper_v=max(6.4 - 1.45 * f, 2.1),
+        upper_s=max(8.0 - 1.75 * f, 2.9),
+        lower_v=max(4.6 - 2.0 * f, 0.2),
+        lower_s=max(6.0 - 1.8 * f, 0.2),
+        root_v=max(3.1 - 0.3 * f, 2.2),
+        root_s=max(3.8 - 0.25 * f, 3.0),
+    )
 
 
 def recess_section(severity: float) -> dict:
     """Half-axes in mm of the lateral recess and of the traversing root, and its displacement."""
     a = severity
-    return dict(u=max(5.4 - 1.7 * a, .3), v=max(4.0 - 1.1 * a, .4), root=max(2.0 - .25 * a, 1.2),
-                inward=.9 * a, backward=.5 * a)
+    return dict(
+        u=max(5.4 - 1.7 * a, 0.3),
+        v=max(4.0 - 1.1 * a, 0.4),
+        root=max(2.0 - 0.25 * a, 1.2),
+        inward=0.9 * a,
+        backward=0.5 * a,
+    )
 
 
 # =====================================================================================
 # 4. Tissue grids
 # =====================================================================================
 
+
 @dataclass
 class TissueGrid:
     """Soft labels on a regular grid in LPS, arrays indexed (x, y, z).
 
     A voxel holds two tissues: `under` with weight 1 - share/255 and `over` with share/255."""
+
     origin_mm: np.ndarray
     step_mm: np.ndarray
-    under: np.ndarray        # uint8
-    over: np.ndarray         # uint8
-    share: np.ndarray        # uint8
+    under: np.ndarray  # uint8
+    over: np.ndarray  # uint8
+    share: np.ndarray  # uint8
 
     @classmethod
     def empty(cls, low_mm, high_mm, step_mm, tissue="air"):
         step = np.asarray(step_mm, float)
         shape = tuple(int(k) for k in np.ceil((np.asarray(high_mm) - low_mm) / step) + 1)
         t = TISSUE[tissue]
-        return cls(np.asarray(low_mm, float), step, np.full(shape, t, np.uint8),
-                   np.full(shape, t, np.uint8), np.zeros(shape, np.uint8))
+        return cls(
+            np.asarray(low_mm, float),
+            step,
+            np.full(shape, t, np.uint8),
+            np.full(shape, t, np.uint8),
+            np.zeros(shape, np.uint8),
+        )
 
     @property
     def shape(self):
@@ -516,12 +601,12 @@ class TissueGrid:
         near = distance_mm[touched]
         if near.size:
             near *= -1 / edge
-            near += .5
+            near += 0.5
             self._write(box, touched, np.minimum(near, 1) * np.float32(255 * strength), tissue)
 
     def blend(self, box, alpha, tissue: str):
         """Paint a tissue with weights alpha (0..1)."""
-        touched = alpha > .004
+        touched = alpha > 0.004
         self._write(box, touched, alpha[touched] * np.float32(255), tissue)
 
     def _write(self, box, touched, weight, tissue):
@@ -529,15 +614,15 @@ class TissueGrid:
         if not weight.size:
             return
         t = TISSUE[tissue]
-        a = (weight + np.float32(.5)).astype(np.uint8)
+        a = (weight + np.float32(0.5)).astype(np.uint8)
         if isinstance(box[0], slice):
             under, over, share = self.under[box], self.over[box], self.share[box]
             where = touched
-        else:                                     # broadcast index arrays: pick the flat list
+        else:  # broadcast index arrays: pick the flat list
             under, over, share = self.under, self.over, self.share
             where = tuple(np.broadcast_to(b, touched.shape)[touched] for b in box)
         u, o, w = under[where], over[where], share[where]
-        grow = (o == t) & (w > 0)                 # a second piece of the same tissue: union
+        grow = (o == t) & (w > 0)  # a second piece of the same tissue: union
         u = np.where((w > 127) & ~grow, o, u)
         under[where], over[where] = u, t
         share[where] = np.where(grow, np.maximum(w, a), a)
@@ -552,7 +637,7 @@ def _local(grid, box, centre, frame):
 
 
 def _smooth_min(a, b, k):
-    h = np.clip(.5 + .5 * (b - a) / k, 0, 1)
+    h = np.clip(0.5 + 0.5 * (b - a) / k, 0, 1)
     return b + (a - b) * h - k * h * (1 - h)
 
 
@@ -572,13 +657,13 @@ class _Noise:
         coarse = ndimage.gaussian_filter(white, 2.2, mode="wrap")
         self.coarse = coarse / coarse.std()
         # Muscle: fine grains on longer strands.
-        self.fibre = .75 * self.fine + .7 * self.coarse
+        self.fibre = 0.75 * self.fine + 0.7 * self.coarse
         self.size = size
 
     def __call__(self, grid, box, voxel_mm, which="fine"):
         """Noise at a box's voxels; voxel_mm (3,) is the size of a noise voxel (stretch)."""
         i, j = (np.round(grid.axis_mm(k)[box[k]] / voxel_mm[k]).astype(int) % self.size for k in (0, 1))
-        z = grid.axis_mm(2)[box[2]] / np.float32(voxel_mm[2])     # the stretched axis: interpolate
+        z = grid.axis_mm(2)[box[2]] / np.float32(voxel_mm[2])  # the stretched axis: interpolate
         k = np.floor(z).astype(int)
         block = getattr(self, which)
         low, high = block[:, :, k % self.size], block[:, :, (k + 1) % self.size]
@@ -589,20 +674,24 @@ class _Noise:
 # 5. Painting
 # =====================================================================================
 
-def paint(anatomy: Anatomy, spine_step_mm=(.95, .8, .85), body_step_mm=(1.7, 1.7, 3.0)):
+
+def paint(anatomy: Anatomy, spine_step_mm=(0.95, 0.8, 0.85), body_step_mm=(1.7, 1.7, 3.0)):
     """Anatomy -> (spine, body): a fine TissueGrid around the spine and a coarse one around it."""
     a = anatomy
     tail, head = a.vertebra("S3").centre_mm[2], a.vertebra("T10").centre_mm[2] + 10
     used = [v for v in a.vertebrae if tail - 5 < v.centre_mm[2] < head + 20]
     front = min((v.centre_mm - v.frame[:, 1] * v.depth_mm / 2)[1] for v in used) - 14
     inside = (a.path_mm[:, 2] > tail) & (a.path_mm[:, 2] < head)
-    back = max(a.path_mm[(a.path_mm[:, 2] > a.vertebra("S1").centre_mm[2]) & inside, 1].max() + 42,
-               a.path_mm[inside, 1].max() + 22)
+    back = max(
+        a.path_mm[(a.path_mm[:, 2] > a.vertebra("S1").centre_mm[2]) & inside, 1].max() + 42,
+        a.path_mm[inside, 1].max() + 22,
+    )
     x = np.mean([a.path_mm[inside, 0].max(), a.path_mm[inside, 0].min()])
     spine = TissueGrid.empty((x - 50, front, tail), (x + 50, back, head), spine_step_mm, "fat")
     mid = a.vertebra("L3").centre_mm
-    body = TissueGrid.empty((mid[0] - 118, mid[1] - 190, mid[2] - 185),
-                            (mid[0] + 118, mid[1] + 125, mid[2] + 185), body_step_mm, "air")
+    body = TissueGrid.empty(
+        (mid[0] - 118, mid[1] - 190, mid[2] - 185), (mid[0] + 118, mid[1] + 125, mid[2] + 185), body_step_mm, "air"
+    )
     noise = _Noise(a.seed)
     for grid in (body, spine):
         _paint_body(grid, a, noise)
@@ -621,28 +710,71 @@ def paint(anatomy: Anatomy, spine_step_mm=(.95, .8, .85), body_step_mm=(1.7, 1.7
 # relative to the canal's middle: x (left side), y, half-width, half-depth.
 _AT = np.arange(-2, 9)
 _MUSCLES = {
-    "erector": ([30, 31, 32, 34, 36, 38, 40, 40, 36, 32, 28], [20, 22, 24, 25, 25, 25, 24, 21, 17, 12, 8],
-                [18, 19, 20, 22, 24, 26, 26, 23, 15, 8, 1], [15, 16, 17, 18, 19, 20, 19, 16, 10, 5, 1]),
-    "multifidus": ([10, 10, 11, 12, 13, 14, 16, 18, 20, 18, 14], [24, 26, 28, 30, 31, 31, 31, 29, 25, 19, 14],
-                   [8, 8, 9, 10, 11, 12, 14, 16, 17, 13, 6], [9, 9, 10, 11, 12, 14, 15, 16, 14, 9, 5]),
-    "quadratus": ([48, 48, 48, 51, 56, 60, 64, 68, 70, 70, 70], [4, 4, 4, 3, 1, -1, -3, -6, -8, -8, -8],
-                  [0, 0, 4, 9, 12, 13, 12, 7, 0, 0, 0], [0, 0, 3, 6, 7, 8, 9, 6, 0, 0, 0]),
-    "psoas": ([26, 26, 26, 29, 32, 36, 40, 45, 52, 58, 62], [-20, -20, -20, -22, -24, -26, -30, -40, -58, -74, -88],
-              [0, 0, 2, 7, 11, 16, 19, 20, 20, 19, 18], [0, 0, 3, 9, 13, 18, 21, 23, 22, 20, 19]),
-    "gluteus": ([80, 80, 80, 80, 80, 80, 80, 85, 78, 72, 72], [20, 20, 20, 20, 20, 20, 20, 20, 15, 5, 0],
-                [0, 0, 0, 0, 0, 0, 0, 10, 30, 40, 46], [0, 0, 0, 0, 0, 0, 0, 8, 20, 24, 28]),
+    "erector": (
+        [30, 31, 32, 34, 36, 38, 40, 40, 36, 32, 28],
+        [20, 22, 24, 25, 25, 25, 24, 21, 17, 12, 8],
+        [18, 19, 20, 22, 24, 26, 26, 23, 15, 8, 1],
+        [15, 16, 17, 18, 19, 20, 19, 16, 10, 5, 1],
+    ),
+    "multifidus": (
+        [10, 10, 11, 12, 13, 14, 16, 18, 20, 18, 14],
+        [24, 26, 28, 30, 31, 31, 31, 29, 25, 19, 14],
+        [8, 8, 9, 10, 11, 12, 14, 16, 17, 13, 6],
+        [9, 9, 10, 11, 12, 14, 15, 16, 14, 9, 5],
+    ),
+    "quadratus": (
+        [48, 48, 48, 51, 56, 60, 64, 68, 70, 70, 70],
+        [4, 4, 4, 3, 1, -1, -3, -6, -8, -8, -8],
+        [0, 0, 4, 9, 12, 13, 12, 7, 0, 0, 0],
+        [0, 0, 3, 6, 7, 8, 9, 6, 0, 0, 0],
+    ),
+    "psoas": (
+        [26, 26, 26, 29, 32, 36, 40, 45, 52, 58, 62],
+        [-20, -20, -20, -22, -24, -26, -30, -40, -58, -74, -88],
+        [0, 0, 2, 7, 11, 16, 19, 20, 20, 19, 18],
+        [0, 0, 3, 9, 13, 18, 21, 23, 22, 20, 19],
+    ),
+    "gluteus": (
+        [80, 80, 80, 80, 80, 80, 80, 85, 78, 72, 72],
+        [20, 20, 20, 20, 20, 20, 20, 20, 15, 5, 0],
+        [0, 0, 0, 0, 0, 0, 0, 10, 30, 40, 46],
+        [0, 0, 0, 0, 0, 0, 0, 8, 20, 24, 28],
+    ),
 }
 # Vessels: x, y, radius, from level to level.
 _VESSELS = (
-    ("aorta", [4, 6, 8, 9, 10, 10, 11, 20, 34, 44, 50], [-49, -50, -52, -54, -55, -55, -56, -56, -60, -72, -84],
-     [10, 10, 9.5, 9, 8.5, 8.5, 8, 5, 5, 4.5, 4.5], -2, 8),
-    ("right iliac", [0, 0, 0, 0, 0, 0, 6, -10, -30, -42, -50], [-55] * 6 + [-56, -58, -62, -74, -86],
-     [0] * 6 + [6, 5, 5, 4.5, 4.5], 4.2, 8),
-    ("cava", [-16, -16, -17, -18, -18, -18, -18, -20, -32, -42, -48],
-     [-56, -54, -50, -50, -50, -50, -50, -50, -54, -66, -78],
-     [10, 10, 10, 10, 10, 10, 10, 7, 6, 5.5, 5], -2, 8),
-    ("left iliac vein", [0] * 6 + [-12, 4, 26, 38, 44], [-50] * 6 + [-50, -50, -54, -66, -78],
-     [0] * 6 + [5, 6.5, 6, 5.5, 5], 4.6, 8),
+    (
+        "aorta",
+        [4, 6, 8, 9, 10, 10, 11, 20, 34, 44, 50],
+        [-49, -50, -52, -54, -55, -55, -56, -56, -60, -72, -84],
+        [10, 10, 9.5, 9, 8.5, 8.5, 8, 5, 5, 4.5, 4.5],
+        -2,
+        8,
+    ),
+    (
+        "right iliac",
+        [0, 0, 0, 0, 0, 0, 6, -10, -30, -42, -50],
+        [-55] * 6 + [-56, -58, -62, -74, -86],
+        [0] * 6 + [6, 5, 5, 4.5, 4.5],
+        4.2,
+        8,
+    ),
+    (
+        "cava",
+        [-16, -16, -17, -18, -18, -18, -18, -20, -32, -42, -48],
+        [-56, -54, -50, -50, -50, -50, -50, -50, -54, -66, -78],
+        [10, 10, 10, 10, 10, 10, 10, 7, 6, 5.5, 5],
+        -2,
+        8,
+    ),
+    (
+        "left iliac vein",
+        [0] * 6 + [-12, 4, 26, 38, 44],
+        [-50] * 6 + [-50, -50, -54, -66, -78],
+        [0] * 6 + [5, 6.5, 6, 5.5, 5],
+        4.6,
+        8,
+    ),
 )
 
 
@@ -673,19 +805,24 @@ def _paint_body(grid, a: Anatomy, noise):
     mid = a.vertebra("L3").centre_mm
     # The back's surface follows the canal at half its curve.
     canal = np.interp(mid[2], c.z, c.y)
-    rear = canal + 50 + b["fat_back_mm"] + .45 * (ndimage.gaussian_filter1d(c.y, 20 / grid.step_mm[2]) - canal) \
-        + 14 * np.exp(-.5 * ((c.level - 8) / 1.5) ** 2)
+    rear = (
+        canal
+        + 50
+        + b["fat_back_mm"]
+        + 0.45 * (ndimage.gaussian_filter1d(c.y, 20 / grid.step_mm[2]) - canal)
+        + 14 * np.exp(-0.5 * ((c.level - 8) / 1.5) ** 2)
+    )
     middle_y = (rear - b["half_depth_mm"]).astype(np.float32)
     if grid.step_mm[0] > 1:
         p = np.abs((x - mid[0]) / np.float32(b["half_width_mm"]))
         q = np.abs((y - middle_y) / np.float32(b["half_depth_mm"]))
-        outside = p ** 2.4 + q ** 2.4            # first order around the surface
+        outside = p**2.4 + q**2.4  # first order around the surface
         stretch = 1 + np.float32(b["half_width_mm"] / b["half_depth_mm"] - 1) * np.minimum(p * p, 1)
         outside = (outside - 1) * (np.float32(b["half_depth_mm"] / 2.4) * stretch)
         grid.lay(everything, outside, "skin")
         grid.lay(everything, outside + 2.2, "fat")
         # Abdominal wall: a ring of muscle that is open behind.
-        wall = np.abs(outside + b["fat_side_mm"] + 6) - 6 + np.maximum(0, y - (c.y - 5)) * .8
+        wall = np.abs(outside + b["fat_side_mm"] + 6) - 6 + np.maximum(0, y - (c.y - 5)) * 0.8
         grid.lay(everything, wall, "muscle")
         _paint_organs(grid, a, c, outside + b["fat_side_mm"] + 12)
     else:
@@ -704,22 +841,25 @@ def _paint_body(grid, a: Anatomy, noise):
         on = np.flatnonzero((hu > 1) & (hv > 1))
         if not len(on):
             continue
-        infiltration = b["infiltration"] * {"multifidus": 1.0, "erector": .75}.get(name, .3)
+        infiltration = b["infiltration"] * {"multifidus": 1.0, "erector": 0.75}.get(name, 0.3)
         # Slabs along z keep the boxes tight around a muscle that drifts sideways.
         slab = max(1, int(45 / grid.step_mm[2]))
         for first in range(on[0], on[-1] + 1, slab):
             ks = np.arange(first, min(first + slab, on[-1] + 1))
             for side in (1, -1):
-                _paint_muscle(grid, c, ks, c.x + side * cx, c.y + cy, hu, hv, noise, infiltration,
-                              medial=name == "multifidus")
+                _paint_muscle(
+                    grid, c, ks, c.x + side * cx, c.y + cy, hu, hv, noise, infiltration, medial=name == "multifidus"
+                )
     for _, cx, cy, r, start, stop in _VESSELS:
         cx, cy, r = c.table(cx), c.table(cy), c.table(r)
         r = np.where((c.level > start) & (c.level < stop), r, 0)
         on = np.flatnonzero(r > 1)
         if not len(on):
             continue
-        box = grid.box([(c.x + cx - r)[on].min() - 3, (c.y + cy - r)[on].min() - 3, c.z[on[0]]],
-                       [(c.x + cx + r)[on].max() + 3, (c.y + cy + r)[on].max() + 3, c.z[on[-1]]])
+        box = grid.box(
+            [(c.x + cx - r)[on].min() - 3, (c.y + cy - r)[on].min() - 3, c.z[on[0]]],
+            [(c.x + cx + r)[on].max() + 3, (c.y + cy + r)[on].max() + 3, c.z[on[-1]]],
+        )
         if box is None:
             continue
         x, y, _ = grid.coordinates(box)
@@ -731,33 +871,35 @@ def _paint_body(grid, a: Anatomy, noise):
 
 def _paint_muscle(grid, c, ks, at_x, at_y, half_x, half_y, noise, infiltration, medial):
     """One muscle on z indices ks: an elliptic cross-section with fat between its fibres."""
-    box = grid.box([(at_x - half_x)[ks].min() - 2, (at_y - half_y)[ks].min() - 2, c.z[ks[0]]],
-                   [(at_x + half_x)[ks].max() + 2, (at_y + half_y)[ks].max() + 2, c.z[ks[-1]]])
+    box = grid.box(
+        [(at_x - half_x)[ks].min() - 2, (at_y - half_y)[ks].min() - 2, c.z[ks[0]]],
+        [(at_x + half_x)[ks].max() + 2, (at_y + half_y)[ks].max() + 2, c.z[ks[-1]]],
+    )
     if box is None:
         return
     box = (box[0], box[1], slice(int(ks[0]), int(ks[-1]) + 1))
     x, y, _ = grid.coordinates(box)
     k = box[2]
-    q = (y - at_y[k]) / np.maximum(half_y[k], .5)
-    p = (x - at_x[k]) / np.maximum(half_x[k], .5)
+    q = (y - at_y[k]) / np.maximum(half_y[k], 0.5)
+    p = (x - at_x[k]) / np.maximum(half_x[k], 0.5)
     d = p * p + q * q
     np.sqrt(d, out=d)
     d -= 1
     d *= np.minimum(half_x, half_y)[k]
-    d += (.5 * np.sin(x / 5.1 + c.z[k] / 17)) + (.5 * np.sin(y / 4.3 - c.z[k] / 23)).astype(np.float32)
+    d += (0.5 * np.sin(x / 5.1 + c.z[k] / 17)) + (0.5 * np.sin(y / 4.3 - c.z[k] / 23)).astype(np.float32)
     d[:, :, np.minimum(half_x, half_y)[k] < 1] = 9
     if grid.step_mm[0] < 1:
-        grid.lay(box, d - .6, "fascia")
+        grid.lay(box, d - 0.6, "fascia")
     grid.lay(box, d, "muscle")
     # Fat between the fibres, most in the multifidus and low down.
-    low = (.65 + .35 * np.clip(c.level / 5, 0, 1))[k].astype(np.float32)
+    low = (0.65 + 0.35 * np.clip(c.level / 5, 0, 1))[k].astype(np.float32)
     if medial:
-        low = low + .35 * np.clip(-q, 0, 1)
-    fat = noise(grid, box, (.95, .8, 5.0), "fibre")
+        low = low + 0.35 * np.clip(-q, 0, 1)
+    fat = noise(grid, box, (0.95, 0.8, 5.0), "fibre")
     fat += np.float32(1.3 * infiltration) * low - np.float32(1.5)
-    fat = np.float32(.09) + np.float32(.06) * fat + np.float32(.33) * np.maximum(fat, 0)
-    np.minimum(fat, np.float32(-.5) * d, out=fat)
-    grid.blend(box, np.minimum(fat, np.float32(.8)), "fat")
+    fat = np.float32(0.09) + np.float32(0.06) * fat + np.float32(0.33) * np.maximum(fat, 0)
+    np.minimum(fat, np.float32(-0.5) * d, out=fat)
+    grid.blend(box, np.minimum(fat, np.float32(0.8)), "fat")
 
 
 def _paint_organs(grid, a, c, inside_mm):
@@ -771,8 +913,9 @@ def _paint_organs(grid, a, c, inside_mm):
         if box is None:
             return
         x, y, z = grid.coordinates(box)
-        d = np.sqrt(((x - centre[0]) / half[0]) ** 2 + ((y - centre[1]) / half[1]) ** 2
-                    + ((z - centre[2]) / half[2]) ** 2)
+        d = np.sqrt(
+            ((x - centre[0]) / half[0]) ** 2 + ((y - centre[1]) / half[1]) ** 2 + ((z - centre[2]) / half[2]) ** 2
+        )
         d = (d - 1) * np.float32(min(half))
         grid.lay(box, d if inside_mm is None else np.maximum(d, inside_mm[box] + 2), tissue)
 
@@ -784,9 +927,9 @@ def _paint_organs(grid, a, c, inside_mm):
     for _ in range(230):
         at = l4 + (rng.uniform(-115, 115), rng.uniform(-135, -48), rng.uniform(-125, 125))
         r = rng.uniform(8, 16)
-        half = np.array((r * rng.uniform(.9, 2.0), r * rng.uniform(.8, 1.1), r * rng.uniform(.8, 1.3)))
+        half = np.array((r * rng.uniform(0.9, 2.0), r * rng.uniform(0.8, 1.1), r * rng.uniform(0.8, 1.3)))
         blob(at, half, "muscle")
-        blob(at, half - 1.6, str(rng.choice(["bowel", "fluid", "air", "liver"], p=[.55, .1, .1, .25])))
+        blob(at, half - 1.6, str(rng.choice(["bowel", "fluid", "air", "liver"], p=[0.55, 0.1, 0.1, 0.25])))
 
 
 def _capsule(points, p, q, radius, scale=(1, 1, 1), turn=0.0):
@@ -801,8 +944,9 @@ def _capsule(points, p, q, radius, scale=(1, 1, 1), turn=0.0):
     d = np.array([(q[0] - p[0]) / sx, (q[1] - p[1]) / sy, (q[2] - p[2]) / sz], np.float32)
     ax, ay, az = (x - p[0]) / sx, (y - p[1]) / sy, (z - p[2]) / sz
     t = np.clip((ax * d[0] + ay * d[1] + az * d[2]) / max(float(d @ d), 1e-6), 0, 1)
-    return (np.sqrt((ax - t * d[0]) ** 2 + (ay - t * d[1]) ** 2 + (az - t * d[2]) ** 2)
-            - np.float32(radius)) * np.float32(min(scale))
+    return (
+        np.sqrt((ax - t * d[0]) ** 2 + (ay - t * d[1]) ** 2 + (az - t * d[2]) ** 2) - np.float32(radius)
+    ) * np.float32(min(scale))
 
 
 def _paint_bone(grid, centre, frame, pieces, marrow="marrow", smooth_mm=2.5, shell_mm=1.0):
@@ -835,19 +979,23 @@ def _paint_pelvis(grid, a: Anatomy):
     """Sacral wings and iliac bones."""
     s1 = a.vertebra("S1")
     for side in (1, -1):
-        wing = [((side * 18, 3, 1), (side * 44, 9, -9), 8.5, (1, 1.15, 1.5)),
-                ((side * 15, 5, -24), (side * 38, 11, -28), 8, (1, 1, 1.8)),
-                ((side * 14, 6, -46), (side * 26, 10, -48), 6, (1, 1, 2))]
+        wing = [
+            ((side * 18, 3, 1), (side * 44, 9, -9), 8.5, (1, 1.15, 1.5)),
+            ((side * 15, 5, -24), (side * 38, 11, -28), 8, (1, 1, 1.8)),
+            ((side * 14, 6, -46), (side * 26, 10, -48), 6, (1, 1, 2)),
+        ]
         _paint_bone(grid, s1.centre_mm, s1.frame, wing, shell_mm=1.3, smooth_mm=6)
         upright = np.eye(3)
         at = s1.centre_mm
-        ilium = [((side * 56, 38, -8), (side * 74, -20, 16), 7, (1, 1, 2.2)),
-                 ((side * 74, -20, 16), (side * 100, -62, 14), 6, (1, 1, 2.2)),
-                 ((side * 52, 44, -30), (side * 72, -12, -40), 8, (1, 1, 2.6))]
+        ilium = [
+            ((side * 56, 38, -8), (side * 74, -20, 16), 7, (1, 1, 2.2)),
+            ((side * 74, -20, 16), (side * 100, -62, 14), 6, (1, 1, 2.2)),
+            ((side * 52, 44, -30), (side * 72, -12, -40), 8, (1, 1, 2.6)),
+        ]
         _paint_bone(grid, at, upright, ilium, shell_mm=1.6)
 
 
-def _outline(x, y, depth, width, hollow=.13):
+def _outline(x, y, depth, width, hollow=0.13):
     """Radius of a point relative to a kidney-shaped outline of the given size (1 = on it); hollow is
     the rear wall's dent as a share of the half-depth."""
     p, q = x / np.float32(width / 2), y / np.float32(depth / 2)
@@ -860,7 +1008,7 @@ def _rounded(p, q):
     p, q = p * p, q * q
     r = np.sqrt(p + q)
     r += np.sqrt(np.sqrt(p * p + q * q))
-    r *= np.float32(.5)
+    r *= np.float32(0.5)
     return r
 
 
@@ -870,20 +1018,20 @@ def _paint_disc(grid, a: Anatomy, disc: Disc, noise):
     if box is None:
         return
     x, y, z = _local(grid, box, disc.centre_mm, disc.frame)
-    rho = _outline(x, y, disc.depth_mm, disc.width_mm, .06)
+    rho = _outline(x, y, disc.depth_mm, disc.width_mm, 0.06)
     sunk = np.clip(1 - disc.water, 0, 1)
     radial = (rho - 1) * (disc.depth_mm / 2) - 1.2 * sunk
     # Rounded between the rims, and reaching under the end plates' hollows.
     hug = np.maximum(0, np.abs(z) - disc.height_mm / 2 + 1.5)
-    d = np.maximum(radial + .45 * hug * hug, np.abs(z) - disc.height_mm / 2 - 4.5)
-    d = np.where(rho < .9, np.abs(z) - disc.height_mm / 2 - 4.5, d)
+    d = np.maximum(radial + 0.45 * hug * hug, np.abs(z) - disc.height_mm / 2 - 4.5)
+    d = np.where(rho < 0.9, np.abs(z) - disc.height_mm / 2 - 4.5, d)
     grid.lay(box, d, "annulus")
     # A lens with soft edges.
-    p, q = rho * np.float32(1 / .8), z * np.float32(1 / (disc.height_mm / 2 + .8))
+    p, q = rho * np.float32(1 / 0.8), z * np.float32(1 / (disc.height_mm / 2 + 0.8))
     p, q = p * p, q * q
     nucleus = np.clip((1 - np.sqrt(p * p + q * q)) * np.float32(2.4), 0, 1)
-    cleft = 1 - .35 * np.exp(-(z / .9) ** 2) * np.clip((.6 - rho) * 4, 0, 1)
-    nucleus = nucleus * cleft * disc.water * (1 + .12 * noise(grid, box, (1.6, 1.6, 1.6), "coarse"))
+    cleft = 1 - 0.35 * np.exp(-((z / 0.9) ** 2)) * np.clip((0.6 - rho) * 4, 0, 1)
+    nucleus = nucleus * cleft * disc.water * (1 + 0.12 * noise(grid, box, (1.6, 1.6, 1.6), "coarse"))
     grid.blend(box, np.clip(nucleus, 0, 1), "nucleus")
 
 
@@ -896,7 +1044,7 @@ def _paint_vertebra(grid, a: Anatomy, v: Vertebra, noise):
         x, y, z = _local(grid, box, v.centre_mm, v.frame)
         h = v.height_mm / 2
         rho = _outline(x, y, v.depth_mm, v.width_mm)
-        waist = 1 - v.shape["waist"] * np.clip(1 - (z / h) ** 2, 0, 1) * np.where(y > 0, .55, 1)
+        waist = 1 - v.shape["waist"] * np.clip(1 - (z / h) ** 2, 0, 1) * np.where(y > 0, 0.55, 1)
         radial = (rho - waist) * (v.depth_mm / 2)
         dip = v.shape["concave_mm"] * np.clip(1 - rho * rho, 0, 1)
         slant = y * np.float32(np.tan(v.wedge / 2))
@@ -904,18 +1052,18 @@ def _paint_vertebra(grid, a: Anatomy, v: Vertebra, noise):
         bottom = -z - (h - slant - dip)
         d = -_smooth_min(-radial, -np.maximum(top, bottom), 1.8)
         grid.lay(box, d, "cortex")
-        deep = np.maximum(np.maximum(top, bottom) + .4, d) + 1.0
+        deep = np.maximum(np.maximum(top, bottom) + 0.4, d) + 1.0
         grid.lay(box, deep, "marrow")
         grain = noise(grid, box, (1.3, 1.3, 1.3), "fibre")
-        fat = np.clip(a.body["marrow_fat"] * .35 + .12 * grain, 0, .8) * (deep < -.5)
+        fat = np.clip(a.body["marrow_fat"] * 0.35 + 0.12 * grain, 0, 0.8) * (deep < -0.5)
         grid.blend(box, fat, "fatty_marrow")
         if v.shape["modic"]:
-            low = np.clip((bottom + 6) / 4, 0, 1) * np.clip((.9 - rho) * 4, 0, 1) * (deep < -.4)
-            grid.blend(box, low * .7, "fatty_marrow")
+            low = np.clip((bottom + 6) / 4, 0, 1) * np.clip((0.9 - rho) * 4, 0, 1) * (deep < -0.4)
+            grid.blend(box, low * 0.7, "fatty_marrow")
         if not sacral:
-            vein = np.maximum(np.hypot(x * .35, z) - 1.5, -y)
+            vein = np.maximum(np.hypot(x * 0.35, z) - 1.5, -y)
             vein = np.maximum(vein, rho * 16 - 16)
-            grid.lay(box, vein, "vein", strength=.75)
+            grid.lay(box, vein, "vein", strength=0.75)
     if sacral:
         _paint_sacral_arch(grid, a, v)
     else:
@@ -927,33 +1075,49 @@ def _paint_arch(grid, a: Anatomy, v: Vertebra):
     back = v.depth_mm / 2
     canal = a.canal_ap_mm
     lumbar = v.name[0] == "L"
-    wide = a.canal_lr_mm / 2 + {"L4": .8, "L5": 3.0}.get(v.name, 0)
+    wide = a.canal_lr_mm / 2 + {"L4": 0.8, "L5": 3.0}.get(v.name, 0)
     h = v.height_mm / 2
     lamina = back + canal + 2.5
-    level_below = int(v.name[1]) - 1 if lumbar else -1            # index of the disc below
-    pieces = [((0, lamina + 4, -h * .55), (0, lamina + 26, -h * .85), 3.6, (.85, 1, 2.3 if lumbar else 1.3))]
+    level_below = int(v.name[1]) - 1 if lumbar else -1  # index of the disc below
+    pieces = [((0, lamina + 4, -h * 0.55), (0, lamina + 26, -h * 0.85), 3.6, (0.85, 1, 2.3 if lumbar else 1.3))]
     for side in (1, -1):
+
         def grow(level):
             if not 0 <= level < 5:
                 return 0.0
             k = 0 if side == 1 else 1
-            return min(3, .6 * a.severity[1 + k, level] + .5 * a.severity[3 + k, level])
+            return min(3, 0.6 * a.severity[1 + k, level] + 0.5 * a.severity[3 + k, level])
+
         above, below = grow(level_below - 1), grow(level_below)
         p = wide + 4.5
         pieces += [
-            ((side * p, back - 6, h * .36), (side * (p + 1), back + 12, h * .34), 3.6, (1, 1, 1.9)),
+            ((side * p, back - 6, h * 0.36), (side * (p + 1), back + 12, h * 0.34), 3.6, (1, 1, 1.9)),
             # Superior articular process: a shell in front of the joint, up past the disc above;
             # isthmus; inferior one: behind the joint, down past the disc below.
-            ((side * (p + 3.5), back + canal / 2 + 4.6, h * .25), (side * (p + 4.2), back + canal / 2 + 5.2, h + 8),
-             3.8 + .25 * above, (1.65, 1, 1.3), side * .75),
-            ((side * (p + .5), back + 14, h * .2), (side * (p - 1.0), lamina - 1, -h * .6), 4.2, (1, .9, 1.2)),
-            ((side * (p - 1.5), lamina - .8, -h * .6), (side * (p - 2.4), lamina - 1.2, -h - 9),
-             4.5 + .2 * below, (1.6, 1, 1.2), side * .8),
+            (
+                (side * (p + 3.5), back + canal / 2 + 4.6, h * 0.25),
+                (side * (p + 4.2), back + canal / 2 + 5.2, h + 8),
+                3.8 + 0.25 * above,
+                (1.65, 1, 1.3),
+                side * 0.75,
+            ),
+            ((side * (p + 0.5), back + 14, h * 0.2), (side * (p - 1.0), lamina - 1, -h * 0.6), 4.2, (1, 0.9, 1.2)),
+            (
+                (side * (p - 1.5), lamina - 0.8, -h * 0.6),
+                (side * (p - 2.4), lamina - 1.2, -h - 9),
+                4.5 + 0.2 * below,
+                (1.6, 1, 1.2),
+                side * 0.8,
+            ),
             # lamina
-            ((side * (p - 1), lamina - 1.5, -h * .35), (0, lamina + 4, -h * .65), 3.0, (1, 1, 3.0)),
+            ((side * (p - 1), lamina - 1.5, -h * 0.35), (0, lamina + 4, -h * 0.65), 3.0, (1, 1, 3.0)),
             # transverse process
-            ((side * (p + 2), back + 9, h * .3), (side * (p + (24 if lumbar else 12)), back + 15, h * .35),
-             3.2 + (1.5 if v.name == "L5" and a.variant == "sacralised L5" else 0), (1, 1, 1.5)),
+            (
+                (side * (p + 2), back + 9, h * 0.3),
+                (side * (p + (24 if lumbar else 12)), back + 15, h * 0.35),
+                3.2 + (1.5 if v.name == "L5" and a.variant == "sacralised L5" else 0),
+                (1, 1, 1.5),
+            ),
         ]
     _paint_bone(grid, v.centre_mm, v.frame, pieces)
 
@@ -963,17 +1127,20 @@ def _paint_sacral_arch(grid, a: Anatomy, v: Vertebra):
     if v.name not in ("S1", "S2", "S3"):
         return
     i = int(v.name[1])
-    wide = a.canal_lr_mm / 2 * (1.1 - .2 * i)
-    canal = a.canal_ap_mm * (1.0 - .22 * i)
+    wide = a.canal_lr_mm / 2 * (1.1 - 0.2 * i)
+    canal = a.canal_ap_mm * (1.0 - 0.22 * i)
     h = v.height_mm / 2
-    pieces = [((0, back + canal + 3, h * .5), (0, back + canal + 9 - 2 * i, -h * .5), 3.2, (1, 1, 1.4))]
+    pieces = [((0, back + canal + 3, h * 0.5), (0, back + canal + 9 - 2 * i, -h * 0.5), 3.2, (1, 1, 1.4))]
     for side in (1, -1):
-        pieces += [((side * (wide + 5), back - 4, 0), (side * (wide + 5), back + canal * .7, 0), 4.5, (1, 1, 1.9)),
-                   ((side * (wide + 4), back + canal * .7, 0), (0, back + canal + 3, 0), 2.6, (1, 1, 3.2))]
-        if i == 1:      # the articular processes for L5
+        pieces += [
+            ((side * (wide + 5), back - 4, 0), (side * (wide + 5), back + canal * 0.7, 0), 4.5, (1, 1, 1.9)),
+            ((side * (wide + 4), back + canal * 0.7, 0), (0, back + canal + 3, 0), 2.6, (1, 1, 3.2)),
+        ]
+        if i == 1:  # the articular processes for L5
             at = a.canal_lr_mm / 2 + 9.5
-            pieces.append(((side * at, back + 13, h * .4), (side * at, back + 14, h + 7), 3.9, (1.75, 1, 1.2),
-                           side * .8))
+            pieces.append(
+                ((side * at, back + 13, h * 0.4), (side * at, back + 14, h + 7), 3.9, (1.75, 1, 1.2), side * 0.8)
+            )
     _paint_bone(grid, v.centre_mm, v.frame, pieces)
 
 
@@ -990,7 +1157,7 @@ def canal_coordinates(anatomy: Anatomy, y_mm, z_mm):
     for _ in range(6):
         dy = y_mm - np.interp(s, s_tab, path[:, 1])
         dz = z_mm - np.interp(s, s_tab, path[:, 2])
-        s = s + .8 * (dy * np.interp(s, s_tab, ty) + dz * np.interp(s, s_tab, tz))
+        s = s + 0.8 * (dy * np.interp(s, s_tab, ty) + dz * np.interp(s, s_tab, tz))
     dy = y_mm - np.interp(s, s_tab, path[:, 1])
     dz = z_mm - np.interp(s, s_tab, path[:, 2])
     # back = tangent turned by 90 degrees: (ty, tz) -> (-tz, ty)
@@ -1008,22 +1175,22 @@ def _paint_canal(grid, a: Anatomy, noise):
     xs = grid.axis_mm(0)
     i = np.flatnonzero(np.abs(xs - centre.mean()) < 34)
     index = (i[:, None], j[None, :], k[None, :])
-    u = xs[i][:, None] - centre[None, :]                        # (nx, n)
+    u = xs[i][:, None] - centre[None, :]  # (nx, n)
     au = np.abs(u)
     sac = {name: value.astype(np.float32) for name, value in sac_section(a, s).items()}
     disc_near = np.max([_bump(s, c, 6.5) for c in a.disc_s_mm], 0).astype(np.float32)
     sacral = np.clip((s - a.disc_s_mm[4] - 12) / 8, 0, 1)
     ap, lr = a.canal_ap_mm / 2, a.canal_lr_mm / 2
-    narrow = np.clip(1 - .012 * np.maximum(0, s - a.disc_s_mm[4] - 10), .3, 1)
+    narrow = np.clip(1 - 0.012 * np.maximum(0, s - a.disc_s_mm[4] - 10), 0.3, 1)
 
     wide_u, wide_index = u, index
     core = au.min(1) < lr + 4
     u, au, index = u[core], au[core], (index[0][core], index[1], index[2])
     # The bony canal, lined with fat; deeper in the midline between the laminae.
-    tent = np.maximum(0, 3.2 - .55 * au) * disc_near * (1 - sacral)
+    tent = np.maximum(0, 3.2 - 0.55 * au) * disc_near * (1 - sacral)
     d = np.hypot(u / (lr * narrow), np.where(v > 0, v / (ap * narrow + tent), v / (ap * narrow))) - 1
     d = d * ap
-    d = np.where(v < -ap * narrow + .4, np.maximum(d, -v - ap * narrow), d)
+    d = np.where(v < -ap * narrow + 0.4, np.maximum(d, -v - ap * narrow), d)
     grid.lay(index, d, "fat")
 
     # Foramina: fat, then the root, both sides and every level; severity closes them.
@@ -1032,23 +1199,23 @@ def _paint_canal(grid, a: Anatomy, noise):
             _paint_foramen(grid, a, wide_index, sign * wide_u, v, s, level, a.severity[1 + side, level])
 
     # Yellow ligament and disc bulge: all that lies between the wall and the sac at disc level.
-    roof = .30 * au + v                                          # lines parallel to the laminae
+    roof = 0.30 * au + v  # lines parallel to the laminae
     thick = np.zeros_like(s)
     push = np.zeros_like(s)
     for level in range(5):
         c = a.severity[0, level]
-        g = _bump(s, a.disc_s_mm[level], 5.0 + .6 * c)
+        g = _bump(s, a.disc_s_mm[level], 5.0 + 0.6 * c)
         thick = np.maximum(thick, g * (2.6 + 1.2 * c))
-        push = np.maximum(push, _bump(s, a.disc_s_mm[level], 3.4 + .8 * c) * (.4 + 1.8 * c))
+        push = np.maximum(push, _bump(s, a.disc_s_mm[level], 3.4 + 0.8 * c) * (0.4 + 1.8 * c))
     outer = ap + 1.2
-    gap = np.maximum(0, 1.9 - au) * 1.2                          # the two halves meet loosely
+    gap = np.maximum(0, 1.9 - au) * 1.2  # the two halves meet loosely
     d = np.maximum(np.abs(roof - (outer - thick / 2)) - (thick / 2 - gap), au - lr - 1)
-    grid.lay(index, np.where(disc_near > .3, d, 9), "flavum")
-    bulge = v + ap + .3 - push * np.clip(1.25 - (au / (lr + 1)) ** 2, 0, 1)
-    bulge = -_smooth_min(-bulge, lr - .5 - au, 5.0)              # round shoulders
-    grid.lay(index, np.where(push > .15, bulge, 9), "annulus")
-    rim = np.maximum(np.abs(bulge) - .5, au - lr + 2)
-    grid.lay(index, np.where(disc_near > .05, rim, 9), "cortex", strength=.8)
+    grid.lay(index, np.where(disc_near > 0.3, d, 9), "flavum")
+    bulge = v + ap + 0.3 - push * np.clip(1.25 - (au / (lr + 1)) ** 2, 0, 1)
+    bulge = -_smooth_min(-bulge, lr - 0.5 - au, 5.0)  # round shoulders
+    grid.lay(index, np.where(push > 0.15, bulge, 9), "annulus")
+    rim = np.maximum(np.abs(bulge) - 0.5, au - lr + 2)
+    grid.lay(index, np.where(disc_near > 0.05, rim, 9), "cortex", strength=0.8)
 
     for level in range(5):
         for side, sign in ((0, 1), (1, -1)):
@@ -1059,10 +1226,10 @@ def _paint_canal(grid, a: Anatomy, noise):
     middle, half = (sac["front"] + sac["rear"]) / 2, (sac["rear"] - sac["front"]) / 2
     d = (_rounded(u / wide, ((v - middle) / half)[None, :]) - 1) * np.minimum(half, wide)
     d = np.where(s < a.disc_s_mm[4] + 54, d, 9)
-    grid.lay(index, d - .5, "flavum", strength=.7)
+    grid.lay(index, d - 0.5, "flavum", strength=0.7)
     grid.lay(index, d, "csf")
-    inside = (d < -.2) & (sac["crowding"] > .03)
-    grid.blend(index, np.where(inside, sac["crowding"], 0) * np.float32(.95), "root")
+    inside = (d < -0.2) & (sac["crowding"] > 0.03)
+    grid.blend(index, np.where(inside, sac["crowding"], 0) * np.float32(0.95), "root")
     _paint_nerves(grid, a, index, u, v, s, sac, d)
 
 
@@ -1078,26 +1245,26 @@ def _paint_foramen(grid, a, index, u, v, s, level, severity):
     f = foramen_section(severity)
     ps, pv = s - (at + FORAMEN_RISE_MM), v - FORAMEN_V_MM
     upper = np.hypot(pv / f["upper_v"], ps / f["upper_s"]) - 1
-    lower = np.hypot((pv + .8) / f["lower_v"], (ps - 8.5) / f["lower_s"]) - 1
+    lower = np.hypot((pv + 0.8) / f["lower_v"], (ps - 8.5) / f["lower_s"]) - 1
     d = _smooth_min(upper * min(f["upper_v"], f["upper_s"]), lower * min(f["lower_v"], f["lower_s"]), 2.0)
     inner, outer = a.canal_lr_mm / 2 - 2.5, a.canal_lr_mm / 2 + 13.5
     tunnel = np.maximum(d, np.maximum(inner - u, u - outer))
     # What closes it is tissue of disc and joint capsule: dark on T1 and T2.
     healthy = foramen_section(0)
     full = np.hypot(pv / healthy["upper_v"], ps / healthy["upper_s"]) - 1
-    full2 = np.hypot((pv + .8) / healthy["lower_v"], (ps - 8.5) / healthy["lower_s"]) - 1
-    plug = np.minimum(full * 5, full2 * 4) + 9 * np.clip(np.abs(u - (inner + outer) / 2) / 8 - .35, 0, 2) ** 2
-    grid.lay(sub, plug + .8 - .5 * min(severity, 3), "annulus")
+    full2 = np.hypot((pv + 0.8) / healthy["lower_v"], (ps - 8.5) / healthy["lower_s"]) - 1
+    plug = np.minimum(full * 5, full2 * 4) + 9 * np.clip(np.abs(u - (inner + outer) / 2) / 8 - 0.35, 0, 2) ** 2
+    grid.lay(sub, plug + 0.8 - 0.5 * min(severity, 3), "annulus")
     grid.lay(sub, tunnel, "fat")
     # The exiting root runs down and forward as it leaves.
-    run = np.clip((u - inner) / 14, -.3, 1.2)
-    root = np.hypot((pv + .8 * run) / f["root_v"], (ps + 1.0 - 3.0 * (run - .5)) / f["root_s"]) - 1
+    run = np.clip((u - inner) / 14, -0.3, 1.2)
+    root = np.hypot((pv + 0.8 * run) / f["root_v"], (ps + 1.0 - 3.0 * (run - 0.5)) / f["root_s"]) - 1
     root = np.maximum(root * min(f["root_v"], f["root_s"]), np.maximum(inner - 1 - u, u - outer - 6))
     grid.lay(sub, root, "root")
     # Veins in the fat: two dots.
     for dv, ds in ((2.8, -4.5), (-3.0, 3.5)):
-        vein = np.hypot(pv - dv * f["upper_v"] / 6.4, ps - ds) - .9
-        grid.lay(sub, np.maximum(vein, tunnel + 1.2), "vein", strength=.6)
+        vein = np.hypot(pv - dv * f["upper_v"] / 6.4, ps - ds) - 0.9
+        grid.lay(sub, np.maximum(vein, tunnel + 1.2), "vein", strength=0.6)
 
 
 def _paint_recess(grid, a, index, u, v, s, level, severity):
@@ -1114,24 +1281,24 @@ def _paint_recess(grid, a, index, u, v, s, level, severity):
     side_v = sac["front"] + 2.6
     g = np.clip((13 - np.abs(s - at)) / 4, 0, 1)
     # Dark tissue takes the recess; the fat that is left lies against the sac.
-    plug = np.hypot((u - RECESS_U_MM - 1.2) / 5.8, (v - side_v + .9) / 5.6) - 1
-    plug = np.where(g > .3, plug * 5.4, 9) + 1.2 * max(0, 1 - severity)
-    if severity > .15:
+    plug = np.hypot((u - RECESS_U_MM - 1.2) / 5.8, (v - side_v + 0.9) / 5.6) - 1
+    plug = np.where(g > 0.3, plug * 5.4, 9) + 1.2 * max(0, 1 - severity)
+    if severity > 0.15:
         grid.lay(sub, plug, "annulus")
-    free = np.hypot((u - RECESS_U_MM + .6 * severity) / r["u"], (v - side_v - .3 * severity) / r["v"]) - 1
-    grid.lay(sub, np.where(g > .3, free * min(r["u"], r["v"]), 9), "fat")
-    root_u = RECESS_U_MM - .2 - r["inward"] - .12 * (at - s)
+    free = np.hypot((u - RECESS_U_MM + 0.6 * severity) / r["u"], (v - side_v - 0.3 * severity) / r["v"]) - 1
+    grid.lay(sub, np.where(g > 0.3, free * min(r["u"], r["v"]), 9), "fat")
+    root_u = RECESS_U_MM - 0.2 - r["inward"] - 0.12 * (at - s)
     root = np.hypot(u - root_u, (v - side_v - r["backward"]) * 1.15) - r["root"]
-    grid.lay(sub, np.where(g > .1, root, 9), "root")
+    grid.lay(sub, np.where(g > 0.1, root, 9), "root")
 
 
 def _paint_nerves(grid, a, index, u, v, s, sac, inside_mm):
     """Cord down to the conus, then the roots of the cauda equina, which lie behind."""
     middle, half = (sac["front"] + sac["rear"]) / 2, (sac["rear"] - sac["front"]) / 2
-    thin = np.clip((a.conus_s_mm - s) / 30, 0, 1) ** .6
-    cord = np.hypot(u / np.maximum(4.6 * thin, .2), (v - middle - .6) / np.maximum(3.9 * thin, .2)) - 1
-    cord = np.where(thin > .02, cord, 9)
-    grid.lay(index, cord * 3.5 * np.maximum(thin, .1), "cord")
+    thin = np.clip((a.conus_s_mm - s) / 30, 0, 1) ** 0.6
+    cord = np.hypot(u / np.maximum(4.6 * thin, 0.2), (v - middle - 0.6) / np.maximum(3.9 * thin, 0.2)) - 1
+    cord = np.where(thin > 0.02, cord, 9)
+    grid.lay(index, cord * 3.5 * np.maximum(thin, 0.1), "cord")
     rng = np.random.default_rng(a.seed + 2)
     start = a.conus_s_mm - 45
     below = np.flatnonzero((s > start) & (np.abs(v) < half.max() + 1) & (s < a.disc_s_mm[4] + 50))
@@ -1147,16 +1314,18 @@ def _paint_nerves(grid, a, index, u, v, s, sac, inside_mm):
         for n in range(9):
             # Roots that leave lower lie nearer to the midline and further back.
             leaves = a.disc_s_mm[min(n, 4)] - 12 if n < 5 else a.disc_s_mm[4] + 40
-            across = side * (.82 - .085 * n + rng.normal(0, .03))
-            depth = .35 + .055 * n - .25 * abs(across) + rng.normal(0, .09)
-            wave = .05 * np.sin(s / rng.uniform(14, 30) + rng.uniform(0, 6))
-            out = np.clip((s - leaves + 35) / 35, 0, 1) ** 2      # towards the exit
-            ru = wide * (across + wave * .6) * (.35 + .65 * down) + side * out * (wide * .85 - np.abs(across) * wide)
-            rv = middle + half * ((depth + wave) * (.3 + .7 * down) - out * 1.0)
-            r = .85 + .15 * rng.random()
+            across = side * (0.82 - 0.085 * n + rng.normal(0, 0.03))
+            depth = 0.35 + 0.055 * n - 0.25 * abs(across) + rng.normal(0, 0.09)
+            wave = 0.05 * np.sin(s / rng.uniform(14, 30) + rng.uniform(0, 6))
+            out = np.clip((s - leaves + 35) / 35, 0, 1) ** 2  # towards the exit
+            ru = wide * (across + wave * 0.6) * (0.35 + 0.65 * down) + side * out * (
+                wide * 0.85 - np.abs(across) * wide
+            )
+            rv = middle + half * ((depth + wave) * (0.3 + 0.7 * down) - out * 1.0)
+            r = 0.85 + 0.15 * rng.random()
             d = np.hypot(u - ru, v - rv) - r
             nearest = np.minimum(nearest, np.where((s < leaves + 4), d, 9))
-    grid.lay(sub, np.maximum(nearest, inside + .3), "root", strength=.85)
+    grid.lay(sub, np.maximum(nearest, inside + 0.3), "root", strength=0.85)
 
 
 # =====================================================================================
@@ -1166,26 +1335,26 @@ def _paint_nerves(grid, a, index, u, v, s, sac, inside_mm):
 # Relative brightness per tissue.
 _CONTRAST = {
     #            T1    T2    STIR
-    "air":      (.012, .012, .012),
-    "fat":      (1.00, .74, .09),
-    "muscle":   (.37, .17, .22),
-    "csf":      (.17, 1.00, 1.00),
-    "cord":     (.43, .42, .45),
-    "root":     (.40, .28, .36),
-    "cortex":   (.05, .04, .04),
-    "marrow":   (.58, .40, .16),
-    "annulus":  (.28, .12, .12),
-    "nucleus":  (.36, .74, .80),
-    "flavum":   (.24, .13, .13),
-    "blood":    (.10, .05, .07),
-    "vein":     (.40, .62, .50),
-    "fluid":    (.24, .88, .85),
-    "liver":    (.47, .24, .30),
-    "kidney":   (.42, .50, .55),
-    "bowel":    (.40, .42, .40),
-    "skin":     (.50, .30, .20),
-    "fatty_marrow": (.92, .72, .08),
-    "fascia":   (.12, .07, .07),
+    "air": (0.012, 0.012, 0.012),
+    "fat": (1.00, 0.74, 0.09),
+    "muscle": (0.37, 0.17, 0.22),
+    "csf": (0.17, 1.00, 1.00),
+    "cord": (0.43, 0.42, 0.45),
+    "root": (0.40, 0.28, 0.36),
+    "cortex": (0.05, 0.04, 0.04),
+    "marrow": (0.58, 0.40, 0.16),
+    "annulus": (0.28, 0.12, 0.12),
+    "nucleus": (0.36, 0.74, 0.80),
+    "flavum": (0.24, 0.13, 0.13),
+    "blood": (0.10, 0.05, 0.07),
+    "vein": (0.40, 0.62, 0.50),
+    "fluid": (0.24, 0.88, 0.85),
+    "liver": (0.47, 0.24, 0.30),
+    "kidney": (0.42, 0.50, 0.55),
+    "bowel": (0.40, 0.42, 0.40),
+    "skin": (0.50, 0.30, 0.20),
+    "fatty_marrow": (0.92, 0.72, 0.08),
+    "fascia": (0.12, 0.07, 0.07),
 }
 
 
@@ -1194,8 +1363,8 @@ def contrast_table(kind: str, rng: np.random.Generator | None = None):
     column = ("T1", "T2", "STIR").index(kind)
     grey = np.array([_CONTRAST[t][column] for t in TISSUES], np.float32)
     if rng is not None:
-        grey = grey * np.exp(rng.normal(0, .07, len(grey))).astype(np.float32)
-        grey = grey ** np.float32(np.exp(rng.normal(0, .08)))
+        grey = grey * np.exp(rng.normal(0, 0.07, len(grey))).astype(np.float32)
+        grey = grey ** np.float32(np.exp(rng.normal(0, 0.08)))
     return grey
 
 
@@ -1213,18 +1382,20 @@ def render(grid: TissueGrid, grey: np.ndarray) -> np.ndarray:
 # 7. Protocol
 # =====================================================================================
 
+
 @dataclass
 class SeriesPlan:
     """Geometry of one series. Slices in file order."""
+
     description: str
     contrast: str
-    position_mm: np.ndarray      # (n, 3) LPS of the first pixel's centre
-    row_cosine: np.ndarray       # (n, 3) direction of increasing column
-    column_cosine: np.ndarray    # (n, 3) direction of increasing row
-    spacing_mm: tuple            # (between rows, between columns)
-    shape: tuple                 # (rows, columns)
+    position_mm: np.ndarray  # (n, 3) LPS of the first pixel's centre
+    row_cosine: np.ndarray  # (n, 3) direction of increasing column
+    column_cosine: np.ndarray  # (n, 3) direction of increasing row
+    spacing_mm: tuple  # (between rows, between columns)
+    shape: tuple  # (rows, columns)
     thickness_mm: float
-    gap_mm: float                # distance between slice centres
+    gap_mm: float  # distance between slice centres
     instances: np.ndarray
     series_id: int = 0
 
@@ -1245,11 +1416,11 @@ class SeriesPlan:
 def _instances(rng, n, anomalies):
     """Mostly 1..n; some start elsewhere or have gaps."""
     start, numbers = 1, np.arange(n)
-    if anomalies and rng.random() < .06:
+    if anomalies and rng.random() < 0.06:
         start = int(rng.integers(2, 40))
-    if anomalies and rng.random() < .04:
+    if anomalies and rng.random() < 0.04:
         numbers = np.sort(rng.choice(int(n * 1.6), n, replace=False))
-    if anomalies and rng.random() < .004:
+    if anomalies and rng.random() < 0.004:
         numbers = np.sort(rng.choice(5000, n, replace=False))
     return start + numbers
 
@@ -1258,8 +1429,9 @@ def _plan(description, contrast, centres, rows_dir, cols_dir, spacing, shape, th
     """Slices given by their middle points."""
     ext = np.array([(shape[1] - 1) / 2 * spacing[1], (shape[0] - 1) / 2 * spacing[0]])
     position = centres - rows_dir * ext[0] - cols_dir * ext[1]
-    return SeriesPlan(description, contrast, position, rows_dir, cols_dir, tuple(spacing),
-                      tuple(shape), thickness, gap, instances)
+    return SeriesPlan(
+        description, contrast, position, rows_dir, cols_dir, tuple(spacing), tuple(shape), thickness, gap, instances
+    )
 
 
 def sample_protocol(rng: np.random.Generator, anatomy: Anatomy, anomalies: str = "real") -> list:
@@ -1268,40 +1440,51 @@ def sample_protocol(rng: np.random.Generator, anatomy: Anatomy, anomalies: str =
     plans = []
     middle = a.canal_to_lps(0.0, 0.0, a.disc_s_mm[2])
     lean = np.radians(rng.normal(0, 1.5, 2))
-    gap = float(np.clip(rng.normal(4.4, .35), 3.3, 5.5))
+    gap = float(np.clip(rng.normal(4.4, 0.35), 3.3, 5.5))
     count = int(np.clip(np.round(rng.normal(17, 2.2)), 11, 27))
     fov = rng.uniform(260, 320)
     centre = middle + [rng.normal(0, 2), rng.normal(-12, 8), rng.normal(2, 9)]
     for description in ("Sagittal T1", "Sagittal T2/STIR"):
-        if odd and rng.random() < (.001 if "T1" in description else .0005):
+        if odd and rng.random() < (0.001 if "T1" in description else 0.0005):
             continue
-        contrast = "T1" if "T1" in description else ("STIR" if rng.random() < .12 else "T2")
-        size = int(rng.choice([256, 288, 320, 352, 384, 448], p=[.2, .12, .34, .12, .17, .05]))
+        contrast = "T1" if "T1" in description else ("STIR" if rng.random() < 0.12 else "T2")
+        size = int(rng.choice([256, 288, 320, 352, 384, 448], p=[0.2, 0.12, 0.34, 0.12, 0.17, 0.05]))
         shape = (size, size)
-        if rng.random() < .136:
-            shape = (size, int(size * rng.choice([.75, .8125, .875])))
+        if rng.random() < 0.136:
+            shape = (size, int(size * rng.choice([0.75, 0.8125, 0.875])))
         across = np.array([np.cos(lean[1]), 0, np.sin(lean[1])])
         row = np.array([lean[0], 1, 0.0])
         row = row - across * (row @ across)
         row = row / np.linalg.norm(row)
-        col = np.cross(across, row)                     # completes the frame ...
-        col = -col if col[2] > 0 else col               # ... pointing to the feet
+        col = np.cross(across, row)  # completes the frame ...
+        col = -col if col[2] > 0 else col  # ... pointing to the feet
         n = count + int(rng.integers(-1, 2))
-        offsets = (np.arange(n) - (n - 1) / 2) * gap + rng.normal(0, .5)
-        left_first = rng.random() < (.36 if "T1" in description else .25)
+        offsets = (np.arange(n) - (n - 1) / 2) * gap + rng.normal(0, 0.5)
+        left_first = rng.random() < (0.36 if "T1" in description else 0.25)
         if left_first:
             offsets = offsets[::-1]
         centres = centre + offsets[:, None] * across
         spacing = (fov / size, fov / size)
-        plans.append(_plan(description, contrast, centres, np.tile(row, (n, 1)), np.tile(col, (n, 1)),
-                           spacing, shape, round(gap - rng.choice([0, .4, .4, .8]), 2), gap,
-                           _instances(rng, n, odd)))
+        plans.append(
+            _plan(
+                description,
+                contrast,
+                centres,
+                np.tile(row, (n, 1)),
+                np.tile(col, (n, 1)),
+                spacing,
+                shape,
+                round(gap - rng.choice([0, 0.4, 0.4, 0.8]), 2),
+                gap,
+                _instances(rng, n, odd),
+            )
+        )
     # Axial: one oblique pack, or a block per disc.
-    number = int(rng.choice([1, 2, 3], p=[.83, .155, .015])) if odd else 1
-    tilted = rng.random() < .45
+    number = int(rng.choice([1, 2, 3], p=[0.83, 0.155, 0.015])) if odd else 1
+    tilted = rng.random() < 0.45
     levels = [list(range(5))]
     if number == 2:
-        levels = [[0, 1, 2], [3, 4]] if rng.random() < .5 else [list(range(5))] * 2
+        levels = [[0, 1, 2], [3, 4]] if rng.random() < 0.5 else [list(range(5))] * 2
     if number == 3:
         levels = [[0, 1], [2, 3], [4]]
     for group in levels:
@@ -1310,7 +1493,7 @@ def sample_protocol(rng: np.random.Generator, anatomy: Anatomy, anomalies: str =
 
 
 def _axial(rng, a, group, tilted, odd):
-    size = int(rng.choice([256, 288, 320], p=[.45, .2, .35]))
+    size = int(rng.choice([256, 288, 320], p=[0.45, 0.2, 0.35]))
     fov = rng.uniform(170, 215)
     thickness = float(rng.choice([3.5, 4.0, 4.0, 4.0, 4.5]))
     gap = round(thickness * rng.choice([1.0, 1.1, 1.1, 1.2]), 2)
@@ -1320,7 +1503,7 @@ def _axial(rng, a, group, tilted, odd):
         for level in group:
             n = int(rng.integers(4, 8))
             d = a.disc(level)
-            f = d.frame @ _frame(slack[0] * .6 + np.radians(rng.normal(0, 2)), slack[1], 0)
+            f = d.frame @ _frame(slack[0] * 0.6 + np.radians(rng.normal(0, 2)), slack[1], 0)
             at = a.canal_to_lps(0.0, -6.0, a.disc_s_mm[level])
             for offset in ((n - 1) / 2 - np.arange(n)) * gap:
                 centres.append(at + f[:, 2] * offset)
@@ -1330,7 +1513,7 @@ def _axial(rng, a, group, tilted, odd):
         f = _frame(np.radians(rng.normal(5, 4)) + slack[0], slack[1], 0)
         length = (top - bottom) @ f[:, 2] + rng.uniform(14, 30)
         n = int(np.clip(np.round(length / gap) + 1, 6, 44))
-        mid = (a.canal_to_lps(0., -6., a.disc_s_mm[group[0]]) + a.canal_to_lps(0., -6., a.disc_s_mm[group[-1]])) / 2
+        mid = (a.canal_to_lps(0.0, -6.0, a.disc_s_mm[group[0]]) + a.canal_to_lps(0.0, -6.0, a.disc_s_mm[group[-1]])) / 2
         for offset in ((n - 1) / 2 - np.arange(n)) * gap:
             centres.append(mid + f[:, 2] * offset)
             tilts.append(f)
@@ -1340,7 +1523,7 @@ def _axial(rng, a, group, tilted, odd):
     col = tilts[:, :, 1]
     spacing = (fov / size, fov / size)
     instances = _instances(rng, len(centres), odd)
-    if odd and rng.random() < .12:                      # caudal first
+    if odd and rng.random() < 0.12:  # caudal first
         centres, row, col = centres[::-1], row[::-1], col[::-1]
     return _plan("Axial T2", "T2", centres, row, col, spacing, (size, size), thickness, gap, instances)
 
@@ -1349,8 +1532,10 @@ def _axial(rng, a, group, tilted, odd):
 # 8. Acquisition
 # =====================================================================================
 
-def acquire(rng: np.random.Generator, grids, plan: SeriesPlan, images, back_mm: float,
-            spine_front_mm: np.ndarray) -> np.ndarray:
+
+def acquire(
+    rng: np.random.Generator, grids, plan: SeriesPlan, images, back_mm: float, spine_front_mm: np.ndarray
+) -> np.ndarray:
     """Slices (n, rows, columns) float32, brightest anatomy near 1.
 
     grids: (spine, body) TissueGrids; images: their renderings under the series' contrast;
@@ -1359,15 +1544,15 @@ def acquire(rng: np.random.Generator, grids, plan: SeriesPlan, images, back_mm: 
     spine, body = grids
     n, (rows, cols) = len(plan.position_mm), plan.shape
     out = np.empty((n, rows, cols), np.float32)
-    sharp = rng.uniform(.25, .5)                        # blur in pixels
-    sigma = rng.uniform(.010, .028)
-    reach = rng.uniform(90, 200)                        # mm, of the surface coil
-    tilt = rng.normal(0, .08, 3)
+    sharp = rng.uniform(0.25, 0.5)  # blur in pixels
+    sigma = rng.uniform(0.010, 0.028)
+    reach = rng.uniform(90, 200)  # mm, of the surface coil
+    tilt = rng.normal(0, 0.08, 3)
     # A saturation band in front of the spine against moving bowel, in most sagittal series.
-    band = rng.uniform(.15, .5) if "Sagittal" in plan.description and rng.random() < .55 else 1.0
+    band = rng.uniform(0.15, 0.5) if "Sagittal" in plan.description and rng.random() < 0.55 else 1.0
     grain = ndimage.gaussian_filter(rng.standard_normal((rows + 64, cols + 64), dtype=np.float32), 1.3)
-    grain *= np.float32(.03) / grain.std()
-    upright = abs(plan.normal[0, 0]) > .7
+    grain *= np.float32(0.03) / grain.std()
+    upright = abs(plan.normal[0, 0]) > 0.7
     if not upright:
         images = [np.ascontiguousarray(i.transpose(2, 1, 0)) for i in images]
     gains = {}
@@ -1377,9 +1562,18 @@ def acquire(rng: np.random.Generator, grids, plan: SeriesPlan, images, back_mm: 
         normal = plan.normal[k]
         origin = plan.position_mm[k]
         # The coarse grid needs only every second pixel.
-        image = _sample(body, images[1], upright, origin - .5 * (step_r + step_c), normal, 2 * step_r, 2 * step_c,
-                        (rows // 2 + 2, cols // 2 + 2), (0.0,))
-        image = _double(_double(image).T).T[1:rows + 1, 1:cols + 1].copy()
+        image = _sample(
+            body,
+            images[1],
+            upright,
+            origin - 0.5 * (step_r + step_c),
+            normal,
+            2 * step_r,
+            2 * step_c,
+            (rows // 2 + 2, cols // 2 + 2),
+            (0.0,),
+        )
+        image = _double(_double(image).T).T[1 : rows + 1, 1 : cols + 1].copy()
         # Only the part of the slice that the fine grid covers.
         corners = _grid_corners(spine) - origin
         c = corners @ plan.row_cosine[k] / plan.spacing_mm[1]
@@ -1388,8 +1582,17 @@ def acquire(rng: np.random.Generator, grids, plan: SeriesPlan, images, back_mm: 
         r0, r1 = max(0, int(r.min())), min(rows, int(r.max()) + 2)
         if c1 > c0 and r1 > r0:
             start = origin + c0 * step_c + r0 * step_r
-            part = _sample(spine, images[0], upright, start, normal, step_r, step_c, (r1 - r0, c1 - c0),
-                           (-.25 * plan.thickness_mm, .25 * plan.thickness_mm))
+            part = _sample(
+                spine,
+                images[0],
+                upright,
+                start,
+                normal,
+                step_r,
+                step_c,
+                (r1 - r0, c1 - c0),
+                (-0.25 * plan.thickness_mm, 0.25 * plan.thickness_mm),
+            )
             w = _coverage(spine, start, step_r, step_c, (r1 - r0, c1 - c0))
             view = image[r0:r1, c0:c1]
             view += (part - view) * w
@@ -1398,7 +1601,7 @@ def acquire(rng: np.random.Generator, grids, plan: SeriesPlan, images, back_mm: 
             gains[same] = _gain(plan, k, back_mm, spine_front_mm, reach, tilt, band)
         gain = gains[same]
         shift = rng.integers(0, 64, 2)
-        image *= gain * (1 + grain[shift[0]:shift[0] + rows, shift[1]:shift[1] + cols])
+        image *= gain * (1 + grain[shift[0] : shift[0] + rows, shift[1] : shift[1] + cols])
         image = ndimage.gaussian_filter(image, sharp)
         out[k] = image
     # Rician: noise in both channels; the imaginary one borrows the next slice's.
@@ -1420,12 +1623,12 @@ def _gain(plan, k, back_mm, spine_front_mm, reach_mm, tilt, band):
     step_r = (plan.column_cosine[k] * plan.spacing_mm[0]).astype(np.float32)
     origin = plan.position_mm[k].astype(np.float32)
     y = origin[1] + step_c[1] * column + step_r[1] * row
-    gain = .35 + .95 * np.exp(-np.maximum(back_mm + 15 - y, 0) / np.float32(reach_mm))
+    gain = 0.35 + 0.95 * np.exp(-np.maximum(back_mm + 15 - y, 0) / np.float32(reach_mm))
     if band < 1:
         z = origin[2] + step_c[2] * cols / 2 + step_r[2] * row[:, 0]
         front = np.interp(z, spine_front_mm[::-1, 1], spine_front_mm[::-1, 0]).astype(np.float32)[:, None]
         gain = gain * (band + (1 - band) / (1 + np.exp(np.clip((front - 17 - y) / 5, -30, 30))))
-    gain = gain * (1 + np.float32(tilt[0]) * (column / cols - .5) + np.float32(tilt[1]) * (row / rows - .5))
+    gain = gain * (1 + np.float32(tilt[0]) * (column / cols - 0.5) + np.float32(tilt[1]) * (row / rows - 0.5))
     return gain.astype(np.float32)
 
 
@@ -1434,15 +1637,21 @@ def _double(image):
     out = np.empty((2 * len(image), image.shape[1]), np.float32)
     ahead = np.concatenate([image[1:], image[-1:]])
     behind = np.concatenate([image[:1], image[:-1]])
-    out[0::2] = .75 * image + .25 * behind
-    out[1::2] = .75 * image + .25 * ahead
+    out[0::2] = 0.75 * image + 0.25 * behind
+    out[1::2] = 0.75 * image + 0.25 * ahead
     return out
 
 
 def _grid_corners(grid):
     hi = grid.origin_mm + grid.step_mm * (np.array(grid.shape) - 1)
-    return np.array([[x, y, z] for x in (grid.origin_mm[0], hi[0])
-                     for y in (grid.origin_mm[1], hi[1]) for z in (grid.origin_mm[2], hi[2])])
+    return np.array(
+        [
+            [x, y, z]
+            for x in (grid.origin_mm[0], hi[0])
+            for y in (grid.origin_mm[1], hi[1])
+            for z in (grid.origin_mm[2], hi[2])
+        ]
+    )
 
 
 def _sample(grid, image, upright, origin, normal, step_r, step_c, shape, offsets_mm):
@@ -1458,8 +1667,7 @@ def _sample(grid, image, upright, origin, normal, step_r, step_c, shape, offsets
     total = None
     for offset in offsets_mm:
         start = ((origin + normal * offset - grid.origin_mm) / grid.step_mm)[axes]
-        part = ndimage.affine_transform(image, matrix, start, size, np.float32, order=1,
-                                        mode="constant", cval=0.012)[0]
+        part = ndimage.affine_transform(image, matrix, start, size, np.float32, order=1, mode="constant", cval=0.012)[0]
         total = part if total is None else total + part
     total = total / np.float32(len(offsets_mm))
     return total.T if upright else total
@@ -1475,7 +1683,7 @@ def _coverage(grid, origin, step_r, step_c, shape, ramp=6.0):
         at = across[None, :] + down[:, None]
         low, high = 1 / ramp, (grid.shape[k] - 2) / ramp
         if at[[0, 0, -1, -1], [0, -1, 0, -1]].min() > low + 1 and at[[0, 0, -1, -1], [0, -1, 0, -1]].max() < high - 1:
-            continue                                    # wholly inside along this axis
+            continue  # wholly inside along this axis
         np.minimum(w, at - np.float32(low), out=w)
         np.minimum(w, np.float32(high) - at, out=w)
     return np.maximum(w, 0, out=w)
@@ -1485,13 +1693,24 @@ def _coverage(grid, origin, step_r, step_c, shape, ramp=6.0):
 # 9. DICOM
 # =====================================================================================
 
+
 def _uid(*parts) -> str:
     """A deterministic UID under the 2.25 root."""
     return "2.25." + str(int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:15], "big"))
 
 
-def write_series(folder: Path, plan: SeriesPlan, image: np.ndarray, *, study_id: int, number: int,
-                 patient: str, rng: np.random.Generator, compress: str = "none", anomalies: str = "real"):
+def write_series(
+    folder: Path,
+    plan: SeriesPlan,
+    image: np.ndarray,
+    *,
+    study_id: int,
+    number: int,
+    patient: str,
+    rng: np.random.Generator,
+    compress: str = "none",
+    anomalies: str = "real",
+):
     """Write a series as MR Image Storage, explicit VR little endian, 16 bit; one file a slice,
     named after its instance number."""
     import pydicom
@@ -1500,11 +1719,11 @@ def write_series(folder: Path, plan: SeriesPlan, image: np.ndarray, *, study_id:
 
     folder.mkdir(parents=True, exist_ok=True)
     odd = anomalies == "real"
-    signed = odd and rng.random() < .12
-    bits = 16 if signed or rng.random() < .5 else 12
-    slope = float(rng.choice([.5, 2.0])) if odd and rng.random() < .08 else None
+    signed = odd and rng.random() < 0.12
+    bits = 16 if signed or rng.random() < 0.5 else 12
+    slope = float(rng.choice([0.5, 2.0])) if odd and rng.random() < 0.08 else None
     scale = rng.uniform(500, 1400)
-    stored = np.clip(np.round(image * scale / (slope or 1)), 0, 2 ** 12 - 1)
+    stored = np.clip(np.round(image * scale / (slope or 1)), 0, 2**12 - 1)
     stored = stored.astype(np.int16 if signed else np.uint16)
     t1 = plan.contrast == "T1"
     series_uid = _uid(study_id, plan.series_id)
@@ -1553,7 +1772,7 @@ def write_series(folder: Path, plan: SeriesPlan, image: np.ndarray, *, study_id:
         ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, bits, bits - 1
         ds.PixelRepresentation = int(signed)
         top = float(stored[k].max()) * (slope or 1)
-        ds.WindowCenter, ds.WindowWidth = f"{top * .4:.1f}", f"{top * .8 + 1:.1f}"
+        ds.WindowCenter, ds.WindowWidth = f"{top * 0.4:.1f}", f"{top * 0.8 + 1:.1f}"
         if slope:
             ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = "0", f"{slope:g}", "US"
         ds.PixelData = stored[k].tobytes()
@@ -1563,8 +1782,10 @@ def write_series(folder: Path, plan: SeriesPlan, image: np.ndarray, *, study_id:
         ds.file_meta.MediaStorageSOPClassUID = MRImageStorage
         ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
         if compress != "none":
-            ds.compress({"rle": pydicom.uid.RLELossless, "j2k": pydicom.uid.JPEG2000Lossless}[compress],
-                        generate_instance_uid=False)
+            ds.compress(
+                {"rle": pydicom.uid.RLELossless, "j2k": pydicom.uid.JPEG2000Lossless}[compress],
+                generate_instance_uid=False,
+            )
         ds.save_as(folder / f"{int(plan.instances[k])}.dcm", enforce_file_format=True)
 
 
@@ -1572,7 +1793,8 @@ def write_series(folder: Path, plan: SeriesPlan, image: np.ndarray, *, study_id:
 # 10. Data set
 # =====================================================================================
 
-def simulate(seed, prevalence=1.0, transitional=.03, anomalies="real", severity=None):
+
+def simulate(seed, prevalence=1.0, transitional=0.03, anomalies="real", severity=None):
     """One study in memory: (anatomy, latent, grade, grids, plans, rng). severity (condition,
     level) in grade units replaces the sampled one."""
     rng = np.random.default_rng(seed)
@@ -1587,7 +1809,7 @@ def simulate(seed, prevalence=1.0, transitional=.03, anomalies="real", severity=
 
 def back_of(anatomy: Anatomy) -> float:
     """y of the skin of the back at L3 in LPS mm."""
-    return float(anatomy.canal_to_lps(0., 0., anatomy.disc_s_mm[2])[1] + 50 + anatomy.body["fat_back_mm"])
+    return float(anatomy.canal_to_lps(0.0, 0.0, anatomy.disc_s_mm[2])[1] + 50 + anatomy.body["fat_back_mm"])
 
 
 def acquire_study(rng, anatomy, grids, plans) -> list:
@@ -1604,12 +1826,12 @@ def acquire_study(rng, anatomy, grids, plans) -> list:
 
 def _missing(rng, anomalies):
     """Which cells have no grade, no coordinates: two masks (condition, level)."""
-    rate = np.full((5, 5), .0015)
-    rate[3:, :2] = .055
-    rate[3:, 2:] = .009
+    rate = np.full((5, 5), 0.0015)
+    rate[3:, :2] = 0.055
+    rate[3:, 2:] = 0.009
     no_grade = rng.random((5, 5)) < rate
-    no_point = no_grade & (rng.random((5, 5)) < .94)
-    no_point |= ~no_grade & (rng.random((5, 5)) < .003)
+    no_point = no_grade & (rng.random((5, 5)) < 0.94)
+    no_point |= ~no_grade & (rng.random((5, 5)) < 0.003)
     if anomalies != "real":
         no_grade[:] = no_point[:] = False
     return no_grade, no_point
@@ -1621,63 +1843,104 @@ def _make_study(job: dict) -> dict:
     if done.exists():
         return json.loads(done.read_text())
     anatomy, latent, grade, grids, plans, rng = simulate(
-        job["seed"], job["prevalence"], job["transitional"], job["anomalies"])
+        job["seed"], job["prevalence"], job["transitional"], job["anomalies"]
+    )
     stacks = acquire_study(rng, anatomy, grids, plans)
     base = Path(job["out"]) / f"{job['split']}_images" / str(job["study_id"])
     used = set()
     for number, (plan, stack) in enumerate(zip(plans, stacks), 1):
         while plan.series_id == 0 or plan.series_id in used:
-            plan.series_id = int(rng.integers(1e6, 2 ** 32))
+            plan.series_id = int(rng.integers(1e6, 2**32))
         used.add(plan.series_id)
-        write_series(base / str(plan.series_id), plan, stack, study_id=job["study_id"], number=number,
-                     patient=f"PHANTOM^{job['index']:04d}", rng=rng, compress=job["compress"],
-                     anomalies=job["anomalies"])
+        write_series(
+            base / str(plan.series_id),
+            plan,
+            stack,
+            study_id=job["study_id"],
+            number=number,
+            patient=f"PHANTOM^{job['index']:04d}",
+            rng=rng,
+            compress=job["compress"],
+            anomalies=job["anomalies"],
+        )
     no_grade, no_point = _missing(rng, job["anomalies"])
     points = []
     for (c, level), where in sorted(anatomy.points_mm().items()):
         kind = "Sagittal T2/STIR" if c == 0 else "Sagittal T1" if c < 3 else "Axial T2"
-        jitter = rng.normal(0, 1.0, 2)                                   # mm: readers click
+        jitter = rng.normal(0, 1.0, 2)  # mm: readers click
         if no_point[c, level]:
             continue
         found = [(*p.project(where), p) for p in plans if p.description == kind]
-        found = [f for f in found if f[3] < .75 * f[4].gap_mm + 1]
+        found = [f for f in found if f[3] < 0.75 * f[4].gap_mm + 1]
         if not found:
             continue
         k, x, y, _, plan = min(found, key=lambda f: f[3])
-        points.append([plan.series_id, int(plan.instances[k]), condition_title(CONDITIONS[c]),
-                       level_title(LEVELS[level]), x + jitter[0] / plan.spacing_mm[1],
-                       y + jitter[1] / plan.spacing_mm[0]])
+        points.append(
+            [
+                plan.series_id,
+                int(plan.instances[k]),
+                condition_title(CONDITIONS[c]),
+                level_title(LEVELS[level]),
+                x + jitter[0] / plan.spacing_mm[1],
+                y + jitter[1] / plan.spacing_mm[0],
+            ]
+        )
     vertebrae = []
     for v in anatomy.vertebrae:
         if v.name in TRUTH_VERTEBRAE:
             vertebrae.append([v.name, *v.centre_mm, *v.corners_mm().ravel(), *v.frame[:, 2], v.width_mm / 2])
     grade = np.where(no_grade, -1, grade)
-    row = dict(study_id=job["study_id"], split=job["split"], index=job["index"],
-               series=[[p.series_id, p.description] for p in plans],
-               latent=latent.tolist(), grade=grade.tolist(), points=points,
-               vertebrae=[[v[0], *map(float, v[1:])] for v in vertebrae], variant=anatomy.variant,
-               severity=anatomy.severity.tolist())
+    row = dict(
+        study_id=job["study_id"],
+        split=job["split"],
+        index=job["index"],
+        series=[[p.series_id, p.description] for p in plans],
+        latent=latent.tolist(),
+        grade=grade.tolist(),
+        points=points,
+        vertebrae=[[v[0], *map(float, v[1:])] for v in vertebrae],
+        variant=anatomy.variant,
+        severity=anatomy.severity.tolist(),
+    )
     temporary = done.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(row))
     temporary.replace(done)
     return row
 
 
-def make_dataset(out, train: int = 60, test: int = 12, seed: int = 0, workers: int = 2,
-                 prevalence: float = 1.0, transitional: float = .03, compress: str = "none",
-                 anomalies: str = "real", progress: bool = True) -> dict:
+def make_dataset(
+    out,
+    train: int = 60,
+    test: int = 12,
+    seed: int = 0,
+    workers: int = 2,
+    prevalence: float = 1.0,
+    transitional: float = 0.03,
+    compress: str = "none",
+    anomalies: str = "real",
+    progress: bool = True,
+) -> dict:
     """Write a data set and return its floor (the perfect reader's scores).
 
     The same arguments give the same bytes for any number of workers. An interrupted run goes on
     where it stopped; a folder that holds another data set is refused."""
     out = Path(out)
-    settings = dict(version=VERSION, train=train, test=test, seed=seed, prevalence=prevalence,
-                    transitional=transitional, compress=compress, anomalies=anomalies)
+    settings = dict(
+        version=VERSION,
+        train=train,
+        test=test,
+        seed=seed,
+        prevalence=prevalence,
+        transitional=transitional,
+        compress=compress,
+        anomalies=anomalies,
+    )
     marker = out / "phantom.json"
     if marker.exists():
         if json.loads(marker.read_text()) != settings:
-            raise FileExistsError(f"{out} holds another data set ({marker.read_text().strip()}); "
-                                  "choose another folder or delete it")
+            raise FileExistsError(
+                f"{out} holds another data set ({marker.read_text().strip()}); choose another folder or delete it"
+            )
         if (out / "phantom_floor.json").exists():
             return json.loads((out / "phantom_floor.json").read_text())
     elif out.exists() and any(out.iterdir()):
@@ -1687,9 +1950,20 @@ def make_dataset(out, train: int = 60, test: int = 12, seed: int = 0, workers: i
 
     ids = np.random.default_rng([seed, 77]).choice(4_290_000_000, train + test, replace=False) + 1_000_000
     seeds = np.random.SeedSequence(seed).spawn(train + test)
-    jobs = [dict(out=str(out), study_id=int(ids[i]), split="train" if i < train else "test", index=i + 1,
-                 seed=seeds[i], prevalence=prevalence, transitional=transitional, compress=compress,
-                 anomalies=anomalies) for i in range(train + test)]
+    jobs = [
+        dict(
+            out=str(out),
+            study_id=int(ids[i]),
+            split="train" if i < train else "test",
+            index=i + 1,
+            seed=seeds[i],
+            prevalence=prevalence,
+            transitional=transitional,
+            compress=compress,
+            anomalies=anomalies,
+        )
+        for i in range(train + test)
+    ]
     rows = list(_run(jobs, workers, progress))
     floor = _write_tables(out, rows, prevalence)
     for file in (out / ".studies").iterdir():
@@ -1700,6 +1974,7 @@ def make_dataset(out, train: int = 60, test: int = 12, seed: int = 0, workers: i
 
 def _run(jobs, workers, progress):
     from tqdm import tqdm
+
     bar = tqdm(total=len(jobs), desc="phantom", unit="study", disable=not progress)
     if workers <= 1:
         for job in jobs:
@@ -1733,20 +2008,39 @@ def _write_tables(out: Path, rows: list, prevalence: float) -> dict:
     for k in by:
         series(by[k]).to_csv(out / f"{k}_series_descriptions.csv", index=False)
     columns = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
-    pd.DataFrame([[r["study_id"], *p] for r in by["train"] for p in r["points"]],
-                 columns=columns).to_csv(out / "train_label_coordinates.csv", index=False)
+    pd.DataFrame([[r["study_id"], *p] for r in by["train"] for p in r["points"]], columns=columns).to_csv(
+        out / "train_label_coordinates.csv", index=False
+    )
     test_ids = [r["study_id"] for r in by["test"]]
     uniform = np.full((len(test_ids), 5, 5, 3), 1 / 3)
     submission_table(test_ids, uniform).to_csv(out / "sample_submission.csv", index=False)
-    columns = ["study_id", "split", "vertebra", "x_mm", "y_mm", "z_mm",
-               *[f"{c}_{k}_mm" for c in CORNERS for k in "xyz"],
-               "normal_x", "normal_y", "normal_z", "half_width_mm", "variant"]
-    pd.DataFrame([[r["study_id"], k, *v, r["variant"]] for k in by for r in by[k] for v in r["vertebrae"]],
-                 columns=columns).round(4).to_csv(out / "phantom_vertebrae.csv", index=False)
-    pd.DataFrame([[r["study_id"], k, CONDITIONS[c], LEVELS[v], r["latent"][c][v], r["severity"][c][v], r["grade"][c][v]]
-                  for k in by for r in by[k] for c in range(5) for v in range(5)],
-                 columns=["study_id", "split", "condition", "level", "latent", "severity", "grade"]
-                 ).round(6).to_csv(out / "phantom_severity.csv", index=False)
+    columns = [
+        "study_id",
+        "split",
+        "vertebra",
+        "x_mm",
+        "y_mm",
+        "z_mm",
+        *[f"{c}_{k}_mm" for c in CORNERS for k in "xyz"],
+        "normal_x",
+        "normal_y",
+        "normal_z",
+        "half_width_mm",
+        "variant",
+    ]
+    pd.DataFrame(
+        [[r["study_id"], k, *v, r["variant"]] for k in by for r in by[k] for v in r["vertebrae"]], columns=columns
+    ).round(4).to_csv(out / "phantom_vertebrae.csv", index=False)
+    pd.DataFrame(
+        [
+            [r["study_id"], k, CONDITIONS[c], LEVELS[v], r["latent"][c][v], r["severity"][c][v], r["grade"][c][v]]
+            for k in by
+            for r in by[k]
+            for c in range(5)
+            for v in range(5)
+        ],
+        columns=["study_id", "split", "condition", "level", "latent", "severity", "grade"],
+    ).round(6).to_csv(out / "phantom_severity.csv", index=False)
     floor = {}
     for k in by:
         if by[k]:
@@ -1758,6 +2052,7 @@ def _write_tables(out: Path, rows: list, prevalence: float) -> dict:
 # =====================================================================================
 # 11. Figure and command line
 # =====================================================================================
+
 
 def _panel(ax, image, title, centre=None, half_mm=None, spacing_mm=1.0, window=None):
     """Show a slice, or the square of +-half_mm around a pixel (x, y)."""
@@ -1773,6 +2068,7 @@ def _panel(ax, image, title, centre=None, half_mm=None, spacing_mm=1.0, window=N
 def figure(out_png, seed: int = 3):
     """Draw one study in three planes, and one level healthy beside the same level severe."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -1788,7 +2084,7 @@ def figure(out_png, seed: int = 3):
         return stacks[i][k], (x, y), plans[i].spacing_mm[0], plans[i], k
 
     level = 3
-    mild = np.full((5, 5), .1)
+    mild = np.full((5, 5), 0.1)
     ill = {name: mild.copy() for name in ("canal", "foramen", "recess")}
     ill["canal"][0, level] = ill["foramen"][1, level] = ill["recess"][3, level] = 2.6
     healthy, made = study(mild), {k: study(v) for k, v in ill.items()}
@@ -1811,16 +2107,19 @@ def figure(out_png, seed: int = 3):
     _panel(axes[2], cut(healthy, (1, 2))[0], "Sagittal T1 through the left foramina")
     _panel(axes[3], cut(healthy, (3, 2))[0], "Axial T2 at L3/L4")
     axes = bottom.subplots(2, 4)
-    shows = (("canal", (0, level), 42, "Canal, sagittal T2"), ("canal", (3, level), 42, "Canal, axial T2"),
-             ("foramen", (1, level), 38, "Left foramen, sagittal T1"),
-             ("recess", (3, level), 34, "Left recess, axial T2"))
+    shows = (
+        ("canal", (0, level), 42, "Canal, sagittal T2"),
+        ("canal", (3, level), 42, "Canal, axial T2"),
+        ("foramen", (1, level), 38, "Left foramen, sagittal T1"),
+        ("recess", (3, level), 34, "Left recess, axial T2"),
+    )
     for column, (which, key, half, title) in enumerate(shows):
         for row, (one, word) in enumerate(((healthy, "healthy"), (made[which], "severe"))):
             image, (x, y), spacing, *_ = cut(one, key)
             if which == "canal" and key[0] == 3:
                 x -= RECESS_U_MM / spacing
             r = int(half / spacing)
-            inside = image[max(0, int(y) - r):int(y) + r, max(0, int(x) - r):int(x) + r]
+            inside = image[max(0, int(y) - r) : int(y) + r, max(0, int(x) - r) : int(x) + r]
             window = 1.05 * np.percentile(inside, 99)
             _panel(axes[row, column], image, f"{title}: {word}", (x, y), half, spacing, window)
     Path(out_png).parent.mkdir(parents=True, exist_ok=True)
@@ -1836,7 +2135,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--prevalence", type=float, default=1.0, help="factor on the odds of disease")
-    parser.add_argument("--transitional", type=float, default=.03, help="share of transitional vertebrae")
+    parser.add_argument("--transitional", type=float, default=0.03, help="share of transitional vertebrae")
     parser.add_argument("--compress", choices=("none", "rle", "j2k"), default="none")
     parser.add_argument("--anomalies", choices=("real", "none"), default="real")
     parser.add_argument("--figure", metavar="PNG", help="draw an example instead")
@@ -1847,13 +2146,13 @@ def main(arguments=None):
     if not a.out:
         parser.error("OUT is missing")
     try:
-        floor = make_dataset(a.out, a.train, a.test, a.seed, a.workers, a.prevalence, a.transitional,
-                             a.compress, a.anomalies)
+        floor = make_dataset(
+            a.out, a.train, a.test, a.seed, a.workers, a.prevalence, a.transitional, a.compress, a.anomalies
+        )
     except FileExistsError as error:
         print(error, file=sys.stderr)
         return 2
-    print("floor (score of a reader who knows the anatomy): "
-          + ", ".join(f"{k} {v:.4f}" for k, v in floor.items()))
+    print("floor (score of a reader who knows the anatomy): " + ", ".join(f"{k} {v:.4f}" for k, v in floor.items()))
     return 0
 
 

@@ -1,6 +1,7 @@
 """DICOM series to volumes: files -> slices -> Volume(array, affine to LPS mm) -> Study."""
 
 import json
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,6 +85,20 @@ def _numbers(dataset, keyword, count):
     return values
 
 
+def _number(dataset, keyword, default):
+    """One optional number. Raises DicomProblem where it is there and cannot be used: a wrong scale is no default."""
+    value = dataset.get(keyword)
+    if value in (None, ""):
+        return default
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DicomProblem(f"{keyword} is not usable")
+    return number
+
+
 def read_slice(path):
     """One single-frame MR file -> dict: pixels (h, w) float32, position_lps (3,), row_lps (3,), column_lps (3,),
     spacing_mm (2,) (between rows, between columns), thickness_mm, instance_number.
@@ -98,7 +113,7 @@ def read_slice(path):
         dataset = pydicom.dcmread(path)
     except Exception as error:  # pydicom raises many kinds, also from inside its decoders
         raise DicomProblem(f"no readable DICOM file ({type(error).__name__}: {error})") from None
-    if int(dataset.get("NumberOfFrames") or 1) > 1:
+    if _number(dataset, "NumberOfFrames", 1) > 1:
         raise DicomProblem("several frames in one file are not supported")
     orientation = _numbers(dataset, "ImageOrientationPatient", 6)
     row, column = orientation[:3], orientation[3:]
@@ -114,32 +129,31 @@ def read_slice(path):
         raise DicomProblem(f"pixels cannot be decoded ({type(error).__name__}: {error})") from None
     if pixels.ndim != 2 or pixels.size == 0:
         raise DicomProblem(f"pixels have the shape {pixels.shape}, not (rows, columns)")
-    slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
+    slope, intercept = _number(dataset, "RescaleSlope", 1.0), _number(dataset, "RescaleIntercept", 0.0)
     pixels = pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
         pixels = pixels.max() + pixels.min() - pixels
     stem = Path(path).stem
-    thickness = dataset.get("SpacingBetweenSlices") or dataset.get("SliceThickness") or 4.0
+    thickness_mm = _number(dataset, "SliceThickness", 0.0) or 4.0
     return {
         "pixels": pixels,
         "position_lps": position,
         "row_lps": row / np.linalg.norm(row),
         "column_lps": column / np.linalg.norm(column),
         "spacing_mm": spacing,
-        "thickness_mm": float(dataset.get("SliceThickness") or thickness),
-        "step_mm": float(thickness),
+        "thickness_mm": thickness_mm,
+        "step_mm": _number(dataset, "SpacingBetweenSlices", 0.0) or thickness_mm,
         # The competition's tables name a slice by its file.
-        "instance_number": int(stem) if stem.isdigit() else int(dataset.get("InstanceNumber") or 0),
+        "instance_number": int(stem) if stem.isdigit() else int(_number(dataset, "InstanceNumber", 0)),
     }
 
 
-def stack_slices(slices, study_id, series_id, description, problems):
-    """Slices of one series -> list of Volumes; what is left out or doubtful is said in `problems`.
+def _parallel_stacks(slices):
+    """Slices of one series -> lists that each lie one behind the other, ordered along their normal.
 
-    Slices are grouped by orientation (within half a degree), matrix and pixel spacing, ordered by position along
-    the normal, and cut where a step exceeds 1.75 times the usual one: each piece is one volume.
+    Same orientation (within half a degree), matrix and pixel spacing; and from one slice to the next no step sideways
+    of more than half a slice step and a millimetre: two discs with the same tilt have two stacks beside each other.
     """
-    name = f"study {study_id}, series {series_id}"
     groups = []
     for item in slices:
         axes = np.concatenate([item["row_lps"], item["column_lps"]])
@@ -150,13 +164,37 @@ def stack_slices(slices, study_id, series_id, description, problems):
                 break
         else:
             groups.append({"key": key, "axes": axes, "slices": [item]})
-    volumes = []
+    stacks = []
     for group in groups:
-        row, column = group["slices"][0]["row_lps"], group["slices"][0]["column_lps"]
+        row, column = group["axes"][:3], group["axes"][3:]
         normal = np.cross(row, column)
-        items = sorted(group["slices"], key=lambda s: (float(s["position_lps"] @ normal), s["instance_number"]))
+        own = []
+        for item in sorted(group["slices"], key=lambda s: (float(s["position_lps"] @ normal), s["instance_number"])):
+            aside = [
+                np.hypot(*((item["position_lps"] - stack[-1]["position_lps"]) @ np.stack([row, column], 1)))
+                for stack in own
+            ]
+            if aside and min(aside) <= 1.0 + 0.5 * item["step_mm"]:
+                own[int(np.argmin(aside))].append(item)
+            else:
+                own.append([item])
+        stacks += own
+    return stacks
+
+
+def stack_slices(slices, study_id, series_id, description, problems):
+    """Slices of one series -> list of Volumes; what is left out or doubtful is said in `problems`.
+
+    See _parallel_stacks for what belongs together. A stack is cut where a step exceeds 1.75 times the usual one: each
+    piece is one volume.
+    """
+    name = f"study {study_id}, series {series_id}"
+    volumes = []
+    for stack in _parallel_stacks(slices):
+        row, column = stack[0]["row_lps"], stack[0]["column_lps"]
+        normal = np.cross(row, column)
         unique = []
-        for item in items:
+        for item in stack:
             if unique and (item["position_lps"] - unique[-1]["position_lps"]) @ normal < 0.01:
                 problems.append(
                     f"{name}: file {item['instance_number']} lies at the same place as "
@@ -164,8 +202,8 @@ def stack_slices(slices, study_id, series_id, description, problems):
                 )
             else:
                 unique.append(item)
-        depth = np.array([item["position_lps"] @ normal for item in unique])
-        steps = np.diff(depth)
+        position = np.array([item["position_lps"] for item in unique])
+        steps = np.diff(position @ normal)
         usual = np.median(steps) if len(steps) else unique[0]["step_mm"]
         cuts = np.flatnonzero(steps > 1.75 * usual) + 1
         for piece in np.split(np.arange(len(unique)), cuts):
@@ -173,7 +211,8 @@ def stack_slices(slices, study_id, series_id, description, problems):
             affine = np.eye(4)
             if len(piece) > 1:
                 affine[:3, 0] = (last["position_lps"] - first["position_lps"]) / (len(piece) - 1)
-                error = np.abs(depth[piece] - np.linspace(depth[piece[0]], depth[piece[-1]], len(piece))).max()
+                regular = first["position_lps"] + np.arange(len(piece))[:, None] * affine[:3, 0]
+                error = np.linalg.norm(position[piece] - regular, axis=1).max()
                 if error > 0.25 * usual:
                     problems.append(f"{name}: slices are not equally spaced (up to {error:.1f} mm off)")
             else:
@@ -181,18 +220,22 @@ def stack_slices(slices, study_id, series_id, description, problems):
             affine[:3, 1] = column * first["spacing_mm"][0]
             affine[:3, 2] = row * first["spacing_mm"][1]
             affine[:3, 3] = first["position_lps"]
-            volumes.append(
-                Volume(
-                    np.stack([unique[i]["pixels"] for i in piece]),
-                    affine,
-                    study_id,
-                    series_id,
-                    description,
-                    len(volumes),
-                    np.array([unique[i]["instance_number"] for i in piece]),
-                    first["thickness_mm"],
-                )
+            volume = Volume(
+                np.stack([unique[i]["pixels"] for i in piece]),
+                affine,
+                study_id,
+                series_id,
+                description,
+                len(volumes),
+                np.array([unique[i]["instance_number"] for i in piece]),
+                first["thickness_mm"],
             )
+            if volume.plane != description.split()[0].lower():
+                problems.append(
+                    f"{name}: {len(piece)} {volume.plane} slices in a series called {description}, left out"
+                )
+            else:
+                volumes.append(volume)
     return volumes
 
 
@@ -221,10 +264,18 @@ def read_study(folder, descriptions):
                 slices.append(read_slice(path))
             except DicomProblem as problem:
                 study.problems.append(f"{name}: {path.name}: {problem}")
+            except Exception as error:  # whatever else a damaged file can do, it costs one slice
+                study.problems.append(f"{name}: {path.name}: {type(error).__name__}: {error}")
         if not slices:
             study.problems.append(f"{name}: no readable slice")
             continue
         study.volumes += stack_slices(slices, study_id, series_id, description, study.problems)
+    try:
+        there = {path.name for path in folder.iterdir() if path.is_dir()}
+    except OSError:
+        there = set()
+    for series_id in sorted(there - {str(series_id) for series_id in descriptions}):
+        study.problems.append(f"study {study_id}, series {series_id}: not in the descriptions table, not used")
     for description in DESCRIPTIONS:
         if not study.of(description):
             study.problems.append(f"study {study_id}: no {description} series")

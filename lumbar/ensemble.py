@@ -144,18 +144,27 @@ def read_out_of_fold(folders):
             ):
                 if any(path.parent.glob(pattern)):
                     tables.setdefault(member, {})[path.resolve()] = pd.read_csv(path)
-    return {member: pd.concat(found.values(), ignore_index=True) for member, found in tables.items()}
+    # The same fold's table may be attached twice.
+    return {
+        member: pd.concat(found.values(), ignore_index=True).drop_duplicates("row_id", ignore_index=True)
+        for member, found in tables.items()
+    }
 
 
 def ensemble_for(folders, data, members=MEMBERS):
-    """The ensemble's weights: ensemble.json of the folders; else fitted on their oof.csv files and data/train.csv;
-    else the defaults. See fit_ensemble."""
+    """The ensemble's weights: an ensemble.json that lies with the weights (05_inference writes one, keep it there);
+    else fitted on the oof.csv files that lie there and data/train.csv; else the defaults. See fit_ensemble.
+
+    folders: as weight_folders finds them. Prints which of the three it was.
+    """
     for folder in folders:
         if (Path(folder) / "ensemble.json").is_file():
+            print(f"the ensemble's weights are those of {Path(folder) / 'ensemble.json'}")
             return json.loads((Path(folder) / "ensemble.json").read_text())
     tables = {m: t for m, t in read_out_of_fold(folders).items() if m in members}
     labels = Path(data) / "train.csv"
     if not tables or not labels.is_file():
         print("no out-of-fold predictions or no train.csv: the ensemble's default weights stand")
         return default_ensemble([m for m in MEMBERS if m in members])
+    print(f"the ensemble's weights are fitted on out-of-fold predictions of {', '.join(tables)}")
     return fit_ensemble(read_labels(labels), tables, members=[m for m in MEMBERS if m in members])

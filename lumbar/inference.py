@@ -119,6 +119,9 @@ def predict_study(study, members, views=TTA_VIEWS[:2]):
     A member that fails costs only its own contribution: its rows are NaN and the sentence says why.
     """
     problems = list(study.problems)
+    if not study.volumes:
+        problems.append("no readable image: every row is the prior")
+        return {}, None, problems
     empty = np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan)
     predictions = {}
     boxes = None
@@ -135,11 +138,16 @@ def predict_study(study, members, views=TTA_VIEWS[:2]):
             problems.append(f"{name}: {type(error).__name__}: {error}")
 
     def classify(models, scope):
-        # Folds see the same crops, so they are cut once and go through all models.
-        crop = {**models[0][1]["crop"], "scope": scope}
-        crops = cut_crops(study, boxes, crop)
-        levels = np.arange(len(LEVELS)) if scope == "level" else None
-        return crops_to_studies(predict_crops([m for m, _ in models], crops, crop, levels, views), scope)[0]
+        # Folds mostly see the same crops: those are cut once and go through all their models.
+        results = []
+        for crop in {json.dumps(about["crop"]): about["crop"] for _, about in models}.values():
+            crops = cut_crops(study, boxes, crop)
+            levels = np.arange(len(LEVELS)) if scope == "level" else None
+            own = [model for model, about in models if about["crop"] == crop]
+            predicted = predict_crops(own, crops, crop, levels, views)
+            results += [np.log(crops_to_studies(predicted, scope)[0])] * len(own)
+        mean = np.exp(np.mean(results, 0))
+        return mean / mean.sum(-1, keepdims=True)
 
     def detect():
         result = empty.copy()
@@ -150,9 +158,6 @@ def predict_study(study, members, views=TTA_VIEWS[:2]):
                 result[indices] = np.mean(rows, 0)
         return result
 
-    if not study.volumes:
-        problems.append("no readable image: every row is the prior")
-        return {}, boxes, problems
     if any(members.yolo.values()) and boxes is not None:
         attempt("yolo", detect)
     if members.level and boxes is not None:
@@ -162,24 +167,40 @@ def predict_study(study, members, views=TTA_VIEWS[:2]):
     return predictions, boxes, problems
 
 
+def studies_to_predict(data, split):
+    """dict study_id -> dict series_id -> description: every study that a submission must have rows of.
+
+    The descriptions table names the series; studies that only have a folder in {split}_images or rows in
+    sample_submission.csv come with no series, and so with the prior.
+    """
+    table = read_descriptions(data, split)
+    jobs = {
+        int(study_id): dict(zip(group["series_id"], group["description"], strict=True))
+        for study_id, group in table.groupby("study_id")
+    }
+    others = {path.name for path in (Path(data) / f"{split}_images").glob("*") if path.name.isdigit()}
+    sample = Path(data) / "sample_submission.csv"
+    if split == "test" and sample.is_file():
+        others |= set(pd.read_csv(sample)["row_id"].astype(str).str.split("_").str[0])
+    return jobs | {study_id: {} for study_id in sorted(map(int, others)) if study_id not in jobs}
+
+
 def infer_studies(data, split, members, ensemble, out, views=TTA_VIEWS[:2]):
     """Predict every study of a split: (submission DataFrame, log DataFrame, member tables dict, levels DataFrame).
 
-    Studies come from {split}_series_descriptions.csv; reads the next study while one is predicted. Each finished
-    study is saved in out/studies, so a restart continues; memory does not grow with their number.
+    Studies: see studies_to_predict. Reads the next study while one is predicted. Each finished study is saved in
+    out/studies, so a restart continues; memory does not grow with their number.
 
     Where a member has nothing to say the others carry its weight; where none has, the training set's prior for
-    the condition and level stands, and the log names it.
+    the condition and level stands, and the log names it. Raises RuntimeError when a member that was loaded failed in
+    every study: that is a mistake in the set-up, not bad luck with the data (while Kaggle scores a submission it is
+    printed instead, a submission without that member being better than none).
     """
     from concurrent.futures import ThreadPoolExecutor
 
     folder = Path(out) / "studies"
     folder.mkdir(parents=True, exist_ok=True)
-    table = read_descriptions(data, split)
-    jobs = {
-        int(study_id): dict(zip(group["series_id"], group["description"]))
-        for study_id, group in table.groupby("study_id")
-    }
+    jobs = studies_to_predict(data, split)
     todo = [study_id for study_id in jobs if not (folder / f"{study_id}.json").is_file()]
 
     def read(study_id):
@@ -239,6 +260,15 @@ def infer_studies(data, split, members, ensemble, out, views=TTA_VIEWS[:2]):
             }
         )
     ids = np.array(list(jobs), np.int64)
+    for member in [m for m in MEMBERS if m not in names or not np.isfinite(stack[m]).any()]:
+        loaded = {"yolo": any(members.yolo.values()), "level": members.level, "study": members.study}[member]
+        readable = [r for r in results.values() if r["levels"]]
+        if loaded and readable:
+            reason = next((p for r in readable for p in r["problems"] if p.startswith(f"{member}:")), "no reason given")
+            message = f"{member} failed in each of {len(readable)} readable studies ({reason})"
+            if not os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
+                raise RuntimeError(message)
+            print(message)
     tables = {
         m: to_submission(ids, combine_members({m: stack[m]}, default_ensemble([m]), members.prior)[0]) for m in names
     }

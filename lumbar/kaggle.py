@@ -17,7 +17,8 @@ KAGGLE_OWNER_PLACEHOLDER = "your-kaggle-user"
 def find_input(name, roots=("/kaggle/input",)):
     """Folder (or file) of an input, wherever this machine keeps it.
 
-    name: what the input is called: a path that exists, the slug of a data set, competition or notebook output
+    name: what the input is called: a path that exists or once did below a root, the slug of a data set, competition or
+        notebook output
         ("lumbar-spine-weights"), "owner/slug", or "model/framework/variation" for a Kaggle model (its newest
         version is taken).
     roots: folders to look in, in this order: Kaggle's mount point and, for local runs, your data folders. Known
@@ -26,10 +27,12 @@ def find_input(name, roots=("/kaggle/input",)):
     Returns a Path. Raises FileNotFoundError with the places looked at and what is there instead, ValueError where
     several owners' inputs have the same slug.
     """
-    name = str(name).strip("/") if not os.path.exists(str(name)) else str(name)
+    name, roots = str(name), [Path(root) for root in ([roots] if isinstance(roots, (str, Path)) else roots)]
     if name and os.path.exists(name):
         return Path(name)
-    roots = [Path(root) for root in ([roots] if isinstance(roots, (str, Path)) else roots)]
+    for root in roots:  # /kaggle/input/<slug> where this machine mounts it as /kaggle/input/competitions/<slug>
+        name = name.removeprefix(f"{root}/")
+    name = name.strip("/")
     owner, _, slug = name.rpartition("/")
     looked = []
     for root in roots:

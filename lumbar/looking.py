@@ -581,6 +581,9 @@ def read_histories(out):
             table = pd.read_csv(path)
             name = path.parent.name if path.name == "results.csv" else path.stem.replace("_history", "")
             table = table.rename(columns=str.strip)
+            if path.name == "results.csv":  # an epoch without validation is written as zeros
+                measured = [column for column in table if column.startswith(("metrics/", "val/"))]
+                table[measured] = table[measured].where((table[measured] != 0).any(axis=1))
             parts = table.groupby("split", sort=False) if "split" in table else [("", table)]
             for split, part in parts:
                 found.setdefault(stage, {})[f"{name} {split}".strip()] = part

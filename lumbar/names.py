@@ -79,5 +79,7 @@ def write_csv(path, table):
 
 
 def device_for(name="auto"):
-    """`auto` -> cuda if there is one, else cpu; other names are taken as they are."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """`auto` -> cuda if there is one, else cpu; a GPU's number as text -> cuda:<number>; other names as they are."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{name}" if name.isdigit() else name

@@ -1064,7 +1064,11 @@ def locate_studies(paths, model, prior=None):
     levels, vertebrae, anchors = [], [], {}
     for study_id, path in progress(paths.items(), "locating levels", len(paths)):
         study = load_study(path)
-        boxes, bodies = locate_levels(study, model, prior)
+        try:
+            boxes, bodies = locate_levels(study, model, prior)
+        except Exception as error:  # one odd study must not stop the others
+            print(f"study {study_id}: detection failed ({type(error).__name__}: {error}); the mean layout stands in")
+            boxes, bodies = locate_levels(replace(study, volumes=[]), model, prior)
         levels.append(boxes_to_table(study_id, boxes))
         vertebrae.append(vertebrae_to_table(study_id, bodies))
         anchors[study_id] = study_anchors(study)

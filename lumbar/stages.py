@@ -103,7 +103,7 @@ def fingerprint(path):
     """A short hash that changes when a stage's input does.
 
     A folder of an earlier stage is known by its manifest, a data folder by the contents of its CSV files and the
-    names of its studies, weights and other files by size and time.
+    names of its studies and series, weights and other files by size and time.
     """
     path = Path(path)
     digest = hashlib.sha256()
@@ -112,8 +112,8 @@ def fingerprint(path):
     elif path.is_dir():
         for table in sorted(path.glob("*.csv")):
             digest.update(table.name.encode() + table.read_bytes())
-        for folder in sorted(path.glob("*_images/*")):
-            digest.update(folder.name.encode())
+        for folder in sorted(path.glob("*_images/*/*")):
+            digest.update(f"{folder.parent.name}/{folder.name}".encode())
         for weights in sorted(path.glob("*.safetensors")):
             digest.update(f"{weights.name} {weights.stat().st_size} {weights.stat().st_mtime_ns}".encode())
     elif path.is_file():
@@ -154,6 +154,7 @@ class Stage:
             "seconds": round(time.time() - self.started, 1),
             "peak_memory_mb": round(peak_memory_mb()),
             "versions": versions(),
+            "code": code_fingerprint(),
             "scores": scores or {},
             "counts": counts or {},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -162,11 +163,44 @@ class Stage:
         return manifest
 
 
+def code_fingerprint():
+    """A short hash of the kit's modules, to tell results of an older version."""
+    digest = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def peak_memory_mb():
-    """The largest resident memory of this process so far, in MB (Linux: ru_maxrss is in KiB)."""
+    """The largest resident memory of this process or one of its children so far, in MB (Linux: ru_maxrss is in KiB)."""
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+
+
+def _is_complete(folder):
+    """True if a stage's folder has a manifest and everything that it lists."""
+    path = Path(folder) / "manifest.json"
+    return path.is_file() and all((path.parent / name).exists() for name in json.loads(path.read_text())["outputs"])
+
+
+_LOCKS = {}  # stage folder -> open file, kept for as long as this process lives
+
+
+def _lock(folder):
+    """Keep a second process from writing into the same stage; the system frees the lock when this process ends."""
+    import fcntl
+
+    if folder in _LOCKS:
+        return
+    file = open(folder.with_name(f".{folder.name}.lock"), "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"another process is working in {folder}: wait until it ends, or stop it") from None
+    except OSError:
+        pass  # a file system without locks
+    _LOCKS[folder] = file
 
 
 def open_stage(out, name, parameters, inputs=()):
@@ -176,7 +210,9 @@ def open_stage(out, name, parameters, inputs=()):
     Finished work with the same parameters and inputs is found (`.done`); a killed run with the same ones continues;
     anything else is moved aside to name.old-1, .old-2, ... so that results never mix and nothing is lost.
     """
-    folder = Path(out) / name
+    folder = Path(out).resolve() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _lock(folder)
     identity = {
         "parameters": {k: v for k, v in parameters.items() if k not in PARAMETERS_WITHOUT_EFFECT},
         "inputs": {str(path): fingerprint(path) for path in inputs},
@@ -192,20 +228,23 @@ def open_stage(out, name, parameters, inputs=()):
     folder.mkdir(parents=True, exist_ok=True)
     if not begun.is_file():
         write_json(begun, identity)
-    done = (folder / "manifest.json").is_file()
+    done = _is_complete(folder)
     print(f"{name}: " + ("already finished, found by its manifest" if done else f"working in {folder}"))
     return Stage(folder, name, done, identity, time.time())
 
 
 def is_finished(stage):
     """True if a stage of the table has a manifest with these parameters and with inputs that have not changed since."""
-    path = Path(stage["parameters"].get("OUT", "")) / stage["name"] / "manifest.json"
-    if not path.is_file():
+    folder = Path(stage["parameters"].get("OUT", "")) / stage["name"]
+    if not _is_complete(folder):
         return False
-    manifest = json.loads(path.read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
     parameters = check_notebook_parameters(stage["notebook"], stage["parameters"])
     same = {k: v for k, v in parameters.items() if k not in PARAMETERS_WITHOUT_EFFECT} == manifest["parameters"]
-    return same and all(Path(p).exists() and fingerprint(p) == known for p, known in manifest["inputs"].items())
+    same = same and all(Path(p).exists() and fingerprint(p) == known for p, known in manifest["inputs"].items())
+    if same and manifest["code"] != code_fingerprint():
+        print(f"{stage['name']}: finished by another version of lumbar/; delete {folder} to do it again")
+    return same
 
 
 def check_notebook_parameters(notebook, given):
@@ -438,8 +477,12 @@ def choose_stages(stages, names):
     return [{**stage, "after": [a for a in stage["after"] if a in [s["name"] for s in chosen]]} for stage in chosen]
 
 
-def write_run_manifest(out, parameters, seconds):
-    """OUT/manifest.json: the run's parameters and every finished stage's manifest. Returns it."""
+def write_run_manifest(out, parameters, seconds, wall_seconds):
+    """OUT/manifest.json: the run's parameters and every finished stage's manifest. Returns it.
+
+    seconds: of the stages that ran this time, as run_stages returns them; wall_seconds: of the whole run. Stages run
+    side by side, so theirs add up to more.
+    """
     out = Path(out)
     stages = {
         path.parent.name: json.loads(path.read_text())
@@ -452,7 +495,8 @@ def write_run_manifest(out, parameters, seconds):
         "parameters": parameters,
         "versions": versions(),
         "stages": stages,
-        "seconds": round(sum(stage["seconds"] for stage in stages.values()), 1),
+        "wall_seconds_of_this_run": round(wall_seconds, 1),
+        "seconds_of_all_stages": round(sum(stage["seconds"] for stage in stages.values()), 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
     write_json(out / "manifest.json", manifest)

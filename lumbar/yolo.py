@@ -227,7 +227,7 @@ def write_yolo_dataset(out_dir, condition, volumes_dir, coordinates, study_ids, 
         path = volumes_dir / f"{study_id}.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"{path}: no volumes for a labelled study; run 01_preprocess for it first")
-        study = load_study(path)
+        study = load_study(path, [DETECTORS[condition][0]])
         here = _locate_examples(study, of_study)
         unlabelled += len(of_study) - len(here)
         if here.empty:
@@ -512,6 +512,7 @@ def train_yolo(
         trainer.add_callback("on_train_epoch_start", lambda t: next(steps, None))
         trainer.train()
         next(steps, None)
+    # ultralytics' checkpoint is a pickle of the whole model; this run wrote it itself.
     checkpoint = torch.load(last, map_location="cpu", weights_only=False)
     network = checkpoint.get("ema") or checkpoint["model"]
     metadata = {
@@ -532,6 +533,7 @@ def train_yolo(
         "licence": "AGPL-3.0 (ultralytics)",
     }
     _write_yolo(weights, network.state_dict(), metadata)
+    shutil.rmtree(run / "weights")  # what is kept and shared is no pickle
     return weights
 
 
@@ -859,12 +861,10 @@ def score_studies(detector, paths, levels, study_ids, batch=16):
     return scores
 
 
-def yolo_study(detector, study, boxes, condition=None):
+def yolo_study(detector, study, boxes):
     """One detector's word on a study: (conditions, 5 levels, 3) probabilities with the calibration that the weights
-    carry, conditions in the order of DETECTORS; NaN rows where no slice shows a level. condition: checked if given.
+    carry, conditions in the order of DETECTORS; NaN rows where no slice shows a level.
     """
-    if condition not in (None, detector.condition):
-        raise ValueError(f"these weights are a detector of '{detector.condition}', not of '{condition}'")
     p = yolo_probabilities(yolo_scores(detector, study, boxes), detector.about.get("calibration"))
     return p.transpose(1, 0, 2)
 

@@ -44,9 +44,14 @@ def write_series(folder, array, affine, instances=None, **tags):
         ds.save_as(folder / f"{name}.dcm", enforce_file_format=True)
 
 
-def random_affine(rng, spacing=(4.4, 0.7, 0.6)):
-    """Slices along the normal of (row, column): the geometry of an ordinary MR series."""
-    axes = rotation(rng)
+def random_affine(rng, spacing=(4.4, 0.7, 0.6), plane="Sagittal"):
+    """Slices along the normal of (row, column), up to 25 degrees oblique: the geometry of an ordinary MR series."""
+    tilt = rotation(rng)
+    while np.trace(tilt) < 1 + 2 * np.cos(np.deg2rad(25)):
+        tilt = rotation(rng)
+    # Columns of `axes`: direction of growing row index, of growing column index.
+    upright = np.array([[0, 0, -1.0], [0, 1.0, 0]]) if plane == "Sagittal" else np.array([[0, 1.0, 0], [1.0, 0, 0]])
+    axes = tilt @ upright.T
     affine = np.eye(4)
     affine[:3, 1], affine[:3, 2] = axes[:, 0] * spacing[1], axes[:, 1] * spacing[2]
     affine[:3, 0] = np.cross(axes[:, 1], axes[:, 0]) * spacing[0]
@@ -103,12 +108,50 @@ def test_patient_coordinates_and_back():
 
 def test_blocks_of_different_tilt_become_volumes(tmp_path):
     rng = np.random.default_rng(2)
-    first, second = random_affine(rng), random_affine(rng)
+    first, second = random_affine(rng, plane="Axial"), random_affine(rng, plane="Axial")
     write_series(tmp_path / "5/11", rng.integers(0, 99, (4, 6, 6)), first, [1, 2, 3, 4])
     write_series(tmp_path / "5/11", rng.integers(0, 99, (3, 6, 6)), second, [5, 6, 7])
     study = read_one(tmp_path / "5", "Axial T2")
     assert sorted(len(v.array) for v in study.volumes) == [3, 4]
     assert [v.block for v in study.volumes] == [0, 1]
+
+
+@pytest.mark.parametrize("deep", [0.0, 2.2, 22.0])
+def test_stacks_of_equal_tilt_beside_each_other_stay_apart(tmp_path, deep):
+    # Two discs of the same tilt: one stack each, shifted within the plane, here also interleaved or contiguous.
+    rng = np.random.default_rng(6)
+    first = random_affine(rng, plane="Axial")
+    second = first.copy()
+    second[:3, 3] += first[:3, 1] / np.linalg.norm(first[:3, 1]) * 25 + first[:3, 0] / 4.4 * deep
+    array = rng.integers(0, 99, (10, 6, 6))
+    write_series(tmp_path / "5/11", array[:5], first, [1, 2, 3, 4, 5])
+    write_series(tmp_path / "5/11", array[5:], second, [6, 7, 8, 9, 10])
+    study = read_one(tmp_path / "5", "Axial T2")
+    assert len(study.volumes) == 2
+    for volume in study.volumes:
+        for affine, numbers in ((first, range(1, 6)), (second, range(6, 11))):
+            for index, number in enumerate(numbers):
+                if (place := volume.slice_of(number)) is not None:
+                    np.testing.assert_allclose(
+                        volume.voxel_to_lps([place, 0, 0]), affine[:3] @ [index, 0, 0, 1], atol=1e-3
+                    )
+
+
+def test_a_stack_stepping_aside_a_little_is_one_volume(tmp_path):
+    # Oblique slices whose positions follow the patient's axis: each lies a little aside of the one before.
+    rng = np.random.default_rng(7)
+    affine = random_affine(rng, plane="Axial")
+    affine[:3, 0] += affine[:3, 1] / np.linalg.norm(affine[:3, 1]) * 1.6
+    write_series(tmp_path / "5/11", rng.integers(0, 99, (6, 5, 5)), affine)
+    (volume,) = read_one(tmp_path / "5", "Axial T2").volumes
+    np.testing.assert_allclose(np.abs(volume.affine[:3, 0]), np.abs(affine[:3, 0]), atol=1e-4)
+
+
+def test_a_series_of_another_plane_than_its_name_is_left_out(tmp_path):
+    rng = np.random.default_rng(8)
+    write_series(tmp_path / "5/11", rng.integers(0, 99, (4, 6, 6)), random_affine(rng, plane="Axial"))
+    study = read_one(tmp_path / "5", "Sagittal T1")
+    assert not study.volumes and any("4 axial slices in a series called Sagittal T1" in p for p in study.problems)
 
 
 def test_a_gap_cuts_a_series_and_a_repeated_slice_is_left_out(tmp_path):
@@ -148,6 +191,10 @@ def test_broken_files_are_named_with_their_reason(tmp_path):
     ds = pydicom.dcmread(folder / "2.dcm")
     ds.PixelSpacing = [0, 1]
     ds.save_as(folder / "73.dcm")
+    text = (folder / "4.dcm").read_bytes()
+    thickness = pydicom.dcmread(folder / "4.dcm")["SliceThickness"].value.original_string.encode()
+    (folder / "74.dcm").write_bytes(text.replace(thickness, thickness.replace(b".", b","), 1))
+    (tmp_path / "5/99").mkdir()
     study = utils.read_study(tmp_path / "5", {11: "Sagittal T1", 12: "Axial T2", 13: "Localizer"})
     assert len(study.volumes) == 1 and study.volumes[0].array.shape == (4, 6, 6)
     said = "\n".join(study.problems)
@@ -159,6 +206,8 @@ def test_broken_files_are_named_with_their_reason(tmp_path):
         "series 12: no readable slice",
         "unknown series description 'Localizer'",
         "no Sagittal T2/STIR",
+        "74.dcm:",
+        "series 99: not in the descriptions table",
     ):
         assert words in said
 

@@ -135,6 +135,12 @@ def test_find_input_knows_the_mounts(tmp_path, mounted, asked):
     assert utils.find_input(asked, roots=(tmp_path / "nowhere", tmp_path)) == tmp_path / mounted
 
 
+def test_find_input_takes_a_path_that_is_mounted_elsewhere(tmp_path):
+    place = tmp_path / "input" / "competitions" / COMPETITION
+    place.mkdir(parents=True)
+    assert utils.find_input(f"{tmp_path}/input/{COMPETITION}", [tmp_path / "input"]) == place
+
+
 def test_find_input_takes_a_path_and_says_where_it_looked(tmp_path):
     (tmp_path / "something-else").mkdir()
     assert utils.find_input(tmp_path) == tmp_path

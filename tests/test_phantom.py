@@ -1,4 +1,5 @@
 """The phantom: files, geometry, truth, and that disease shows."""
+
 import shutil
 import subprocess
 
@@ -20,7 +21,7 @@ def made(tmp_path_factory):
 
 
 def _anatomy(severity=None, seed=3, transitional=0.0):
-    severity = np.full((5, 5), .1) if severity is None else severity
+    severity = np.full((5, 5), 0.1) if severity is None else severity
     return phantom.sample_anatomy(np.random.default_rng(seed), severity, transitional)
 
 
@@ -38,7 +39,7 @@ def severity_series():
             if grade == 0 and condition:
                 grids[condition, 0] = grids[0, 0]
                 continue
-            severity = np.full((5, 5), .05)
+            severity = np.full((5, 5), 0.05)
             severity[condition, 3] = grade
             anatomy = _anatomy(severity)
             grids[condition, grade] = anatomy, _paint(anatomy)
@@ -55,6 +56,7 @@ def _amount(anatomy, grid, tissue, centre_mm, half_mm):
 
 # ---- names and latent model ---------------------------------------------------------
 
+
 def test_names_are_those_of_the_kit():
     assert phantom.CONDITIONS == utils.CONDITIONS and phantom.LEVELS == utils.LEVELS
     assert list(phantom.LABEL_COLUMNS) == list(utils.LABEL_COLUMNS)
@@ -64,26 +66,33 @@ def test_grades_have_the_real_frequencies():
     _, grade = phantom.sample_severity(np.random.default_rng(0), 20000)
     for k in range(3):
         expected = phantom.REAL_COUNTS[..., k] / phantom.REAL_COUNTS.sum(-1)
-        assert np.abs((grade == k).mean(0) - expected).max() < .015
+        assert np.abs((grade == k).mean(0) - expected).max() < 0.015
 
 
 def test_grades_have_the_real_correlations():
     from scipy.stats import spearmanr
+
     _, grade = phantom.sample_severity(np.random.default_rng(1), 30000)
     r = spearmanr(grade.reshape(-1, 25)).statistic.reshape(5, 5, 5, 5)
 
     def mean(a, b, apart=0):
         return np.mean([r[a, i, b, i + apart] for i in range(5 - apart)])
 
-    for value, target in ((mean(1, 2), .31), (mean(3, 4), .48), (mean(0, 3), .48), (mean(0, 1), .26),
-                          (mean(1, 3), .34), (np.mean([mean(c, c, 1) for c in range(5)]), .385),
-                          (np.mean([mean(c, c, 2) for c in range(5)]), .24)):
-        assert abs(value - target) < .05
+    for value, target in (
+        (mean(1, 2), 0.31),
+        (mean(3, 4), 0.48),
+        (mean(0, 3), 0.48),
+        (mean(0, 1), 0.26),
+        (mean(1, 3), 0.34),
+        (np.mean([mean(c, c, 1) for c in range(5)]), 0.385),
+        (np.mean([mean(c, c, 2) for c in range(5)]), 0.24),
+    ):
+        assert abs(value - target) < 0.05
 
 
 def test_prevalence_three_leaves_about_sixty_percent_normal():
     _, grade = phantom.sample_severity(np.random.default_rng(2), 4000, prevalence=3)
-    assert .55 < (grade == 0).mean() < .65
+    assert 0.55 < (grade == 0).mean() < 0.65
 
 
 def test_perfect_reader_beats_the_prior_but_is_not_perfect():
@@ -92,18 +101,19 @@ def test_perfect_reader_beats_the_prior_but_is_not_perfect():
     assert np.allclose(p.sum(-1), 1)
     best = utils.score_arrays(grade, p)["total"]
     prior = utils.score_arrays(grade, np.broadcast_to(utils.class_prior(grade), p.shape))["total"]
-    assert .25 < best < .40
-    assert best < .55 * prior
+    assert 0.25 < best < 0.40
+    assert best < 0.55 * prior
 
 
 def test_perfect_reader_follows_its_own_reader():
     """Where the latent sits on the moderate threshold, half the grades are above it."""
     cut = phantom.grade_thresholds()[0, 3, 0] / phantom.READER_RELIABILITY
     p = phantom.perfect_reader(np.full((1, 5, 5), cut))[0, 0, 3] / phantom.GRADE_WEIGHTS
-    assert p[0] / p.sum() == pytest.approx(.5, abs=1e-6)
+    assert p[0] / p.sum() == pytest.approx(0.5, abs=1e-6)
 
 
 # ---- files --------------------------------------------------------------------------
+
 
 def test_layout_and_columns(made):
     out, _ = made
@@ -164,9 +174,18 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
         calls.append(job["index"])
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return dict(study_id=job["study_id"], split="train", index=job["index"], series=[], points=[], vertebrae=[],
-                    latent=np.zeros((5, 5)).tolist(), severity=np.zeros((5, 5)).tolist(),
-                    grade=np.zeros((5, 5), int).tolist(), variant="none")
+        return dict(
+            study_id=job["study_id"],
+            split="train",
+            index=job["index"],
+            series=[],
+            points=[],
+            vertebrae=[],
+            latent=np.zeros((5, 5)).tolist(),
+            severity=np.zeros((5, 5)).tolist(),
+            grade=np.zeros((5, 5), int).tolist(),
+            variant="none",
+        )
 
     monkeypatch.setattr(phantom, "_make_study", fragile)
     with pytest.raises(KeyboardInterrupt):
@@ -182,6 +201,7 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 # ---- DICOM --------------------------------------------------------------------------
+
 
 def test_geometry_is_the_same_in_simpleitk(made):
     sitk = pytest.importorskip("SimpleITK")
@@ -200,26 +220,45 @@ def test_geometry_is_the_same_in_simpleitk(made):
         assert np.abs(ours - theirs).max() < 1e-3
         slope = float(ds.get("RescaleSlope", 1))
         assert np.array_equal(sitk.GetArrayFromImage(image)[0], ds.pixel_array * slope)
-        seen.add("axial" if abs(cosines[0]) > .9 else "sagittal")
-        if abs(cosines[0]) > .9:
-            assert cosines[4] > .8                     # rows run from front to back, columns to the left
+        seen.add("axial" if abs(cosines[0]) > 0.9 else "sagittal")
+        if abs(cosines[0]) > 0.9:
+            assert cosines[4] > 0.8  # rows run from front to back, columns to the left
         else:
-            assert cosines[1] > .95 and cosines[5] < -.95
+            assert cosines[1] > 0.95 and cosines[5] < -0.95
     assert seen == {"axial", "sagittal"}
 
 
 @pytest.mark.parametrize("compress", ["none", "rle"])
 def test_pixels_survive_writing(tmp_path, compress):
-    plan = phantom.SeriesPlan("Axial T2", "T2", np.array([[0, 0, 0], [0, 0, 4.0]]), np.tile([1.0, 0, 0], (2, 1)),
-                              np.tile([0, 1.0, 0], (2, 1)), (.7, .6), (20, 30), 4.0, 4.0, np.array([3, 7]), 9)
+    plan = phantom.SeriesPlan(
+        "Axial T2",
+        "T2",
+        np.array([[0, 0, 0], [0, 0, 4.0]]),
+        np.tile([1.0, 0, 0], (2, 1)),
+        np.tile([0, 1.0, 0], (2, 1)),
+        (0.7, 0.6),
+        (20, 30),
+        4.0,
+        4.0,
+        np.array([3, 7]),
+        9,
+    )
     image = np.random.default_rng(0).random((2, 20, 30)).astype(np.float32)
-    phantom.write_series(tmp_path, plan, image, study_id=1, number=1, patient="PHANTOM^0001",
-                         rng=np.random.default_rng(0), compress=compress)
+    phantom.write_series(
+        tmp_path,
+        plan,
+        image,
+        study_id=1,
+        number=1,
+        patient="PHANTOM^0001",
+        rng=np.random.default_rng(0),
+        compress=compress,
+    )
     ds = pydicom.dcmread(tmp_path / "7.dcm")
     stored = ds.pixel_array.astype(float)
-    assert np.corrcoef(stored.ravel(), image[1].ravel())[0, 1] > .9999
+    assert np.corrcoef(stored.ravel(), image[1].ravel())[0, 1] > 0.9999
     assert ds.file_meta.TransferSyntaxUID.is_compressed == (compress == "rle")
-    assert ds.ImagePositionPatient[2] == 4 and list(ds.PixelSpacing) == [.7, .6]
+    assert ds.ImagePositionPatient[2] == 4 and list(ds.PixelSpacing) == [0.7, 0.6]
 
 
 def test_dciodvfy_finds_no_error(made, tmp_path):
@@ -227,12 +266,30 @@ def test_dciodvfy_finds_no_error(made, tmp_path):
         pytest.skip("dciodvfy (Debian: dicom3tools) is not installed")
     out, _ = made
     files = [sorted(f.iterdir())[0] for f in (out / "train_images").glob("*/*")]
-    plan = phantom.SeriesPlan("Sagittal T2/STIR", "STIR", np.zeros((1, 3)), np.array([[0, 1.0, 0]]),
-                              np.array([[0, 0, -1.0]]), (1., 1.), (8, 8), 4.0, 4.0, np.array([1]), 9)
+    plan = phantom.SeriesPlan(
+        "Sagittal T2/STIR",
+        "STIR",
+        np.zeros((1, 3)),
+        np.array([[0, 1.0, 0]]),
+        np.array([[0, 0, -1.0]]),
+        (1.0, 1.0),
+        (8, 8),
+        4.0,
+        4.0,
+        np.array([1]),
+        9,
+    )
     kinds = set()
-    for seed in range(40):                             # signed, unsigned, 12 and 16 bit, with and without slope
-        phantom.write_series(tmp_path / str(seed), plan, np.ones((1, 8, 8), np.float32), study_id=1, number=1,
-                             patient="PHANTOM^0001", rng=np.random.default_rng(seed))
+    for seed in range(40):  # signed, unsigned, 12 and 16 bit, with and without slope
+        phantom.write_series(
+            tmp_path / str(seed),
+            plan,
+            np.ones((1, 8, 8), np.float32),
+            study_id=1,
+            number=1,
+            patient="PHANTOM^0001",
+            rng=np.random.default_rng(seed),
+        )
         ds = pydicom.dcmread(tmp_path / str(seed) / "1.dcm")
         kinds.add((ds.PixelRepresentation, ds.BitsStored, "RescaleSlope" in ds))
         files.append(tmp_path / str(seed) / "1.dcm")
@@ -245,6 +302,7 @@ def test_dciodvfy_finds_no_error(made, tmp_path):
 
 # ---- truth --------------------------------------------------------------------------
 
+
 def test_left_points_lie_on_the_patients_left(made):
     out, _ = made
     points = pd.read_csv(out / "train_label_coordinates.csv")
@@ -252,12 +310,15 @@ def test_left_points_lie_on_the_patients_left(made):
     for (study, level), group in points.groupby(["study_id", "level"]):
         lps = {}
         for row in group.itertuples():
-            ds = pydicom.dcmread(out / "train_images" / str(study) / str(row.series_id) / f"{row.instance_number}.dcm",
-                                 stop_before_pixels=True)
+            ds = pydicom.dcmread(
+                out / "train_images" / str(study) / str(row.series_id) / f"{row.instance_number}.dcm",
+                stop_before_pixels=True,
+            )
             c = np.array(ds.ImageOrientationPatient, float)
             spacing = np.array(ds.PixelSpacing, float)
-            lps[row.condition] = np.array(ds.ImagePositionPatient, float) + c[:3] * spacing[1] * row.x \
-                + c[3:] * spacing[0] * row.y
+            lps[row.condition] = (
+                np.array(ds.ImagePositionPatient, float) + c[:3] * spacing[1] * row.x + c[3:] * spacing[0] * row.y
+            )
         for kind in ("Neural Foraminal Narrowing", "Subarticular Stenosis"):
             if f"Left {kind}" in lps and f"Right {kind}" in lps:
                 assert lps[f"Left {kind}"][0] > lps[f"Right {kind}"][0] + 8
@@ -272,11 +333,14 @@ def test_points_lie_in_their_tissue():
     csf = [_amount(anatomy, grid, "csf", points[0, level], 3) for level in range(5)]
     roots = [_amount(anatomy, grid, "root", points[0, level], 3) for level in range(5)]
     box = np.prod(2 * np.ceil(3 / grid.step_mm) * grid.step_mm)
-    assert min(a + b for a, b in zip(csf, roots)) > .6 * box
+    assert min(a + b for a, b in zip(csf, roots)) > 0.6 * box
     for condition in (1, 2):
         for level in range(5):
-            assert _amount(anatomy, grid, "fat", points[condition, level], 5) \
-                + _amount(anatomy, grid, "root", points[condition, level], 5) > 350
+            assert (
+                _amount(anatomy, grid, "fat", points[condition, level], 5)
+                + _amount(anatomy, grid, "root", points[condition, level], 5)
+                > 350
+            )
     assert points[1, 2][0] > points[0, 2][0] + 10 and points[2, 2][0] < points[0, 2][0] - 10
     assert points[3, 2][0] > points[0, 2][0] + 5 and points[4, 2][0] < points[0, 2][0] - 5
 
@@ -303,8 +367,8 @@ def test_canal_points_have_the_real_proportions():
         step = np.linalg.norm(np.diff(p, axis=0), axis=1)
         spacings.append(step / step.sum())
         offsets.append((p[:, 0] - p[0, 0]) / step.sum())
-    assert np.abs(np.mean(spacings, 0) - [.270, .265, .249, .216]).max() < .02
-    assert np.abs(np.mean(offsets, 0) - [0, -.054, -.089, -.078, -.019]).max() < .035
+    assert np.abs(np.mean(spacings, 0) - [0.270, 0.265, 0.249, 0.216]).max() < 0.02
+    assert np.abs(np.mean(offsets, 0) - [0, -0.054, -0.089, -0.078, -0.019]).max() < 0.035
 
 
 def test_transitional_spines_exist():
@@ -315,12 +379,13 @@ def test_transitional_spines_exist():
 
 # ---- disease shows ------------------------------------------------------------------
 
+
 def test_canal_stenosis_narrows_the_sac(severity_series):
     csf = []
     for grade in range(4):
         anatomy, grid = severity_series[0, grade]
-        csf.append(_amount(anatomy, grid, "csf", anatomy.canal_to_lps(0., 0., anatomy.disc_s_mm[3]), (13, 9, 3)))
-    assert csf[0] > 1.2 * csf[1] > 1.2 * 1.2 * csf[2] and csf[3] < .3 * csf[0]
+        csf.append(_amount(anatomy, grid, "csf", anatomy.canal_to_lps(0.0, 0.0, anatomy.disc_s_mm[3]), (13, 9, 3)))
+    assert csf[0] > 1.2 * csf[1] > 1.2 * 1.2 * csf[2] and csf[3] < 0.3 * csf[0]
 
 
 def test_foraminal_narrowing_takes_the_fat_on_its_side_only(severity_series):
@@ -331,8 +396,8 @@ def test_foraminal_narrowing_takes_the_fat_on_its_side_only(severity_series):
             at = anatomy.canal_to_lps(side * 17.5, phantom.FORAMEN_V_MM, anatomy.disc_s_mm[3] + phantom.FORAMEN_RISE_MM)
             fat[side].append(_amount(anatomy, grid, "fat", at, (4, 5.5, 7)))
     left, right = fat[1], fat[-1]
-    assert left[0] > 1.15 * left[1] > 1.15 * 1.15 * left[2] and left[3] < .5 * left[0]
-    assert min(right) > .85 * max(right)
+    assert left[0] > 1.15 * left[1] > 1.15 * 1.15 * left[2] and left[3] < 0.5 * left[0]
+    assert min(right) > 0.85 * max(right)
 
 
 def test_subarticular_stenosis_closes_the_recess_on_its_side_only(severity_series):
@@ -341,11 +406,11 @@ def test_subarticular_stenosis_closes_the_recess_on_its_side_only(severity_serie
         anatomy, grid = severity_series[3, grade]
         for side in free:
             front = phantom.sac_section(anatomy, anatomy.disc_s_mm[3])["front"]
-            at = anatomy.canal_to_lps(side * (phantom.RECESS_U_MM + .5), front + 3, anatomy.disc_s_mm[3])
+            at = anatomy.canal_to_lps(side * (phantom.RECESS_U_MM + 0.5), front + 3, anatomy.disc_s_mm[3])
             free[side].append(sum(_amount(anatomy, grid, t, at, (4.5, 4, 3)) for t in ("fat", "csf")))
     left, right = free[1], free[-1]
-    assert left[0] > 1.1 * left[1] > 1.1 * 1.1 * left[2] and left[3] < .45 * left[0]
-    assert min(right) > .85 * max(right)
+    assert left[0] > 1.1 * left[1] > 1.1 * 1.1 * left[2] and left[3] < 0.45 * left[0]
+    assert min(right) > 0.85 * max(right)
 
 
 def test_conditions_are_separable(severity_series):
@@ -353,14 +418,18 @@ def test_conditions_are_separable(severity_series):
     healthy, narrow_canal, narrow_foramen = (severity_series[k] for k in ((0, 0), (0, 3), (1, 3)))
 
     def canal(item):
-        return _amount(*item, "csf", item[0].canal_to_lps(0., 0., item[0].disc_s_mm[3]), (13, 9, 3))
+        return _amount(*item, "csf", item[0].canal_to_lps(0.0, 0.0, item[0].disc_s_mm[3]), (13, 9, 3))
 
     def foramen(item):
-        return _amount(*item, "fat", item[0].canal_to_lps(17.5, phantom.FORAMEN_V_MM,
-                                                          item[0].disc_s_mm[3] + phantom.FORAMEN_RISE_MM), (4, 5.5, 7))
+        return _amount(
+            *item,
+            "fat",
+            item[0].canal_to_lps(17.5, phantom.FORAMEN_V_MM, item[0].disc_s_mm[3] + phantom.FORAMEN_RISE_MM),
+            (4, 5.5, 7),
+        )
 
-    assert foramen(narrow_canal) > .8 * foramen(healthy)
-    assert canal(narrow_foramen) > .8 * canal(healthy)
+    assert foramen(narrow_canal) > 0.8 * foramen(healthy)
+    assert canal(narrow_foramen) > 0.8 * canal(healthy)
 
 
 def test_tissue_fractions_sum_to_one():
@@ -370,4 +439,4 @@ def test_tissue_fractions_sum_to_one():
     grid.lay(box, np.sqrt((x - 5) ** 2 + (y - 5) ** 2 + (z - 5) ** 2) - 3.2, "marrow")
     assert np.allclose(grid.fractions().sum(0), 1)
     volume = grid.fractions()[phantom.TISSUE["marrow"]].sum()
-    assert volume == pytest.approx(4 / 3 * np.pi * 3.2 ** 3, rel=.04)
+    assert volume == pytest.approx(4 / 3 * np.pi * 3.2**3, rel=0.04)

