@@ -521,7 +521,7 @@ def train_classifier(out, name, train, valid, config, seed=0, device="auto", wor
             bar.set_postfix(loss=f"{np.mean(losses):.3f}", score=f"{scores['total']:.3f}", refresh=False)
             bar.update()
             # Of few held-out studies a term may have no label at all; then the others decide.
-            reached = np.nanmean([scores[term] for term in (*GROUPS, "any_severe")])
+            reached = float(np.nanmean([scores[term] for term in (*GROUPS, "any_severe")]))
             if reached < best or epoch == 0:
                 best = reached
                 save_classifier(

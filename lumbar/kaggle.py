@@ -17,10 +17,9 @@ KAGGLE_OWNER_PLACEHOLDER = "your-kaggle-user"
 def find_input(name, roots=("/kaggle/input",)):
     """Folder (or file) of an input, wherever this machine keeps it.
 
-    name: what the input is called: a path that exists or once did below a root, the slug of a data set, competition or
-        notebook output
-        ("lumbar-spine-weights"), "owner/slug", or "model/framework/variation" for a Kaggle model (its newest
-        version is taken).
+    name: what the input is called: a path that exists or is meant below a root, the slug of a data set, competition
+        or notebook output ("lumbar-spine-weights"), "owner/slug", or "model/framework/variation" for a Kaggle model
+        (its newest version is taken).
     roots: folders to look in, in this order: Kaggle's mount point and, for local runs, your data folders. Known
         layouts below a root: <slug>, competitions/<slug>, datasets/<owner>/<slug>, notebooks/<owner>/<slug>,
         [models/<owner>/]<model>/<framework>/<variation>/<version>.

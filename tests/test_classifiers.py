@@ -160,12 +160,9 @@ def test_training_learns_sides_and_mirrored_views_agree(tmp_path):
 
 def test_a_killed_training_continues_to_the_same_result(tmp_path, monkeypatch):
     train, valid = Blobs(4, 0), Blobs(2, 1)
-    whole = (
-        utils.train_classifier(tmp_path / "whole", "a", train, valid, CONFIG)
-        if (tmp_path / "whole").mkdir() is None
-        else 0
-    )
-    (tmp_path / "killed").mkdir()
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = utils.train_classifier(tmp_path / "whole", "a", train, valid, CONFIG)
     calls = []
 
     def killed(*args, **kwargs):

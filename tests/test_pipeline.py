@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def test_a_run_ends_with_submission_report_and_manifest(run):
 
     manifest = json.loads((out / "manifest.json").read_text())
     names = [
+        "00_phantom",
         "01_preprocess",
         "02_train_spinenet",
         "03_train_yolo_nfn",
@@ -97,8 +99,9 @@ def test_a_run_ends_with_submission_report_and_manifest(run):
         "06_report",
     ]
     assert sorted(manifest["stages"]) == names
-    for stage in manifest["stages"].values():
-        assert stage["seconds"] > 0 and stage["inputs"] and stage["outputs"] and stage["versions"]["torch"]
+    for name, stage in manifest["stages"].items():
+        assert stage["seconds"] > 0 and stage["outputs"] and stage["versions"]["torch"]
+        assert stage["inputs"] or name == "00_phantom"
     test_scores = manifest["stages"]["06_report"]["scores"]["test"]
     assert test_scores["Ensemble"] == pytest.approx(utils.competition_score(labels, submission), abs=1e-6)
 
@@ -107,7 +110,7 @@ def test_a_run_ends_with_submission_report_and_manifest(run):
     said = log["members"] + " " + log["partial"].fillna("")
     assert said.str.split().apply(set).eq({"yolo", "level", "study"}).all(), log.to_dict("records")
     report = (out / "report.html").read_text()
-    assert "<img" in report and 'type="range"' in report
+    assert "<img" in report and re.search('type="?range', report)
     assert 'src="http' not in report and "@import url(http" not in report
 
 
@@ -118,7 +121,7 @@ def test_no_step_reaches_for_the_network(run):
 
 def test_finished_work_is_found_and_deleted_work_is_done_again(run):
     out = run / "out"
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.suffix != ".lock"}
     shutil.rmtree(out / "06_report")
     started = time.time()
     status, output = papermill(run, OUT=out, SIZE="smoke", TRAIN_STUDIES=10, TEST_STUDIES=2, SEED=5)
@@ -129,7 +132,7 @@ def test_finished_work_is_found_and_deleted_work_is_done_again(run):
         path.name in ("manifest.json", "report.html") and path.parent == out or kept & set(path.relative_to(out).parts)
         for path in changed
     ), changed
-    assert output.count("found by its manifest") == 8
+    assert output.count("found by its manifest") == 9  # all but the report, and the phantom
     assert (out / "06_report" / "manifest.json").stat().st_mtime > started
 
 
@@ -160,4 +163,4 @@ def test_inspect_shows_a_study(run):
     )
     text = (run / "inspect.ipynb").read_text()
     assert "application/vnd.jupyter.widget-view+json" in text
-    assert 'type="range"' in (run / f"study_{study_id}.html").read_text()
+    assert re.search('type="?range', (run / f"study_{study_id}.html").read_text())
