@@ -45,22 +45,14 @@ from scipy import ndimage
 from scipy.interpolate import CubicSpline, PchipInterpolator
 from scipy.special import ndtr, ndtri
 
+from lumbar.names import CONDITIONS, GRADES, LABEL_COLUMNS, LEVELS
+
 VERSION = 2  # goes up when the same seed gives other pixels
 
 # =====================================================================================
 # 1. Names
 # =====================================================================================
 
-CONDITIONS = (
-    "spinal_canal_stenosis",
-    "left_neural_foraminal_narrowing",
-    "right_neural_foraminal_narrowing",
-    "left_subarticular_stenosis",
-    "right_subarticular_stenosis",
-)
-LEVELS = ("l1_l2", "l2_l3", "l3_l4", "l4_l5", "l5_s1")
-GRADES = ("Normal/Mild", "Moderate", "Severe")
-LABEL_COLUMNS = tuple(f"{c}_{level}" for c in CONDITIONS for level in LEVELS)
 VERTEBRAE = ("T8", "T9", "T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5", "S1", "S2", "S3", "S4", "S5")
 TRUTH_VERTEBRAE = VERTEBRAE[2:12]
 CORNERS = ("as", "ps", "pi", "ai")  # anterior-superior, posterior-superior, ...

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 CONDITIONS = (
@@ -80,6 +79,8 @@ def write_csv(path, table):
 
 def device_for(name="auto"):
     """`auto` -> cuda if there is one, else cpu; a GPU's number as text -> cuda:<number>; other names as they are."""
+    import torch  # not at the top: the phantom's workers need these names, and no torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{name}" if name.isdigit() else name
