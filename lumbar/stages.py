@@ -276,6 +276,8 @@ def run_notebook(notebook, output, parameters, threads=1):
     A process and not papermill's function: stages can then run side by side with their own number of threads.
     Raises RuntimeError with the last lines when it fails; what ran until then is in `output`.
     """
+    import ctypes
+    import signal
     import subprocess
 
     check_notebook_parameters(notebook, parameters)
@@ -301,9 +303,17 @@ def run_notebook(notebook, output, parameters, threads=1):
         "--autosave-cell-every",
         "60",
     ]
+    # A run that is killed outright takes its stages with it (prctl's PR_SET_PDEATHSIG is 1): they would go on unseen.
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     tail = []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        preexec_fn=(lambda: libc.prctl(1, signal.SIGTERM)) if libc else None,
     ) as process:
         for line in process.stdout:
             line = line.rstrip().split("\r")[-1]
