@@ -267,6 +267,8 @@ def infer_studies(data, split, members, ensemble, out, views=TTA_VIEWS[:2]):
             reason = next((p for r in readable for p in r["problems"] if p.startswith(f"{member}:")), "no reason given")
             message = f"{member} failed in each of {len(readable)} readable studies ({reason})"
             if not os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
+                for study_id in jobs:  # what failed for this reason must not be found as finished work
+                    (folder / f"{study_id}.json").unlink()
                 raise RuntimeError(message)
             print(message)
     tables = {

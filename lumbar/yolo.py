@@ -474,6 +474,7 @@ def train_yolo(
     )
     reached = -2
     if last.exists():
+        # ultralytics' own checkpoint, a pickle; an earlier start of this run wrote it.
         reached = torch.load(last, map_location="cpu", weights_only=False)["epoch"]
     if reached != -1:  # ultralytics marks a finished run's checkpoint with epoch -1
         overrides = {

@@ -114,6 +114,7 @@ def test_a_member_that_fails_everywhere_is_an_error_except_while_kaggle_scores(d
     monkeypatch.setattr(inference, "cut_crops", cut_crops)
     with pytest.raises(RuntimeError, match="level failed in each of 2 readable studies .*wrong weights"):
         infer(data, members(), tmp_path / "out")
+    assert not list((tmp_path / "out" / "studies").glob("*.json"))  # the next run tries again
     monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
     found, _, _ = infer(data, members(), tmp_path / "out")
     np.testing.assert_allclose(found[1], PRIOR, atol=1e-9)
