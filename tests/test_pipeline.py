@@ -52,6 +52,8 @@ def papermill(folder, **parameters):
     guard.mkdir(exist_ok=True)
     (guard / "sitecustomize.py").write_text(NO_NETWORK)
     environment = {**os.environ, "PYTHONPATH": str(guard), "NETWORK_ATTEMPTS": str(folder / "attempts.txt")}
+    # Set on many machines without a screen; the pages must show their pictures all the same.
+    environment["MPLBACKEND"] = "Agg"
     command = [
         sys.executable,
         "-m",
