@@ -1,7 +1,11 @@
 """Synthetic lumbar MRI in exactly the layout of the RSNA 2024 Lumbar Spine competition.
 
     python phantom.py OUT --train 60 --test 12 --seed 1 --workers 2 --prevalence 3
+    python phantom.py OUT --variety wide
     python phantom.py --figure docs/phantom.png
+
+The standard variety is a mostly healthy adult; the wide one adds fractures, slips, scoliosis,
+implants and every look of marrow, discs, gut and fat, for training on phantoms alone.
 
 A study is made in five steps that can each be used alone:
 
@@ -31,6 +35,7 @@ it from the head downwards, all in mm.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import multiprocessing
@@ -79,7 +84,22 @@ TISSUES = (
     "skin",
     "fatty_marrow",
     "fascia",
+    # Only in anatomies of wide variety; appended, so that the indices above stay.
+    "red_marrow",
+    "oedema",
+    "sclerosis",
+    "haemangioma",
+    "lesion",
+    "extruded",
+    "slow_blood",
+    "vessel_wall",
+    "uterus",
+    "stool",
+    "scar",
+    "metal",
+    "metal_rim",
 )
+STANDARD_TISSUES = 20  # how many of them the standard variety uses
 TISSUE = {name: i for i, name in enumerate(TISSUES)}
 
 
@@ -230,6 +250,7 @@ class Disc:
     height_mm: float
     water: float  # 1 young nucleus, 0 black disc
     bulge_mm: float = 0.0
+    shape: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -248,6 +269,7 @@ class Anatomy:
     variant: str
     body: dict
     seed: int
+    wide: dict | None = None  # what only the wide variety has; None: standard
 
     def vertebra(self, name: str) -> Vertebra:
         return next(v for v in self.vertebrae if v.name == name)
@@ -303,8 +325,265 @@ _DISC = [4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 9.0, 10.0, 10.5, 9.5, 2.5, 1.0, 0.5, 0.5]
 _DISC_WEDGE = [0.0, 0.0, 1.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, -8.0, -10.0, -12.0, -12.0]
 
 
-def sample_anatomy(rng: np.random.Generator, severity: np.ndarray, transitional: float = 0.0) -> Anatomy:
-    """Draw a spine. severity (condition, level) in grade units (`visible_severity`)."""
+def _vary_spine(w, n, size, height, depth, width, wedge, disc_h, disc_w, water, coronal, axial, slope):
+    """Spread a spine's parameters in place (arrays over `VERTEBRAE` or the discs below them; mm and
+    radians). Returns the slope of S1, slips (disc,) in mm, and the shapes of bodies and discs."""
+    s1, t11, l1 = (VERTEBRAE.index(k) for k in ("S1", "T11", "L1"))
+
+    def lean(top):
+        """Angle of the chord from S1 to T12 for a slope of 0 (radians, forward positive)."""
+        tilt, y, z = 0.0, 0.0, 0.0
+        for i in range(s1 - 1, top - 1, -1):
+            for long, turn in ((disc_h[i], disc_w[i]), (height[i], wedge[i])):
+                y, z = y + long * np.sin(tilt - turn / 2), z + long * np.cos(tilt - turn / 2)
+                tilt -= turn
+        return np.arctan2(y, z)
+
+    usual = slope + lean(t11 + 1)
+    for array, spread, each in ((height, 0.07, 0.035), (depth, 0.06, 0.025), (width, 0.06, 0.03)):
+        array *= size * np.exp(w.normal(0, spread)) * w.normal(1, each, n)
+    disc_h *= size * np.exp(w.normal(0, 0.17)) * w.normal(1, 0.12, n - 1)
+    kind = w.choice(4, p=[0.45, 0.22, 0.1, 0.23])  # usual, flat, kyphotic, hollow back
+    curve = w.uniform(*((0.75, 1.2), (0.25, 0.75), (-0.2, 0.25), (1.2, 1.5))[kind])
+    base_w, base_d = np.radians(_WEDGE), np.radians(_DISC_WEDGE)
+    up = slice(0, s1)
+    # The lowest levels stay hollow in a flat back, too: the sacrum always slopes.
+    part = np.full(n, curve)
+    part[s1 - 2 : s1] = max(curve, w.uniform(0.6, 1.0))
+    wedge[up] = base_w[up] * np.where(base_w[up] > 0, np.clip(part[up], 0.4, 1.4), 1)
+    wedge += w.normal(0, np.radians(1.8), n)
+    disc_w[up] = base_d[up] * part[up] + w.normal(0, np.radians(2), s1)
+    if kind == 2:
+        wedge[t11 : l1 + 2] -= np.radians(w.uniform(0, 4))
+    # The sacrum: its curve, and the angle and height of the remnant below S1.
+    bend = w.uniform(0.2, 2.0)
+    wedge[s1:] = base_w[s1:] + w.normal(0, np.radians(2), n - s1)
+    disc_w[s1:] = base_d[s1:] * bend + w.normal(0, np.radians(3), n - 1 - s1)
+    disc_w[s1] += w.normal(0, np.radians(7))
+    height[s1:] *= w.uniform(0.88, 1.15)
+    depth[s1 + 1 :] *= w.uniform(0.85, 1.3)
+    remnant = w.random()
+    disc_h[s1] = w.uniform(0.3, 1.2) if remnant < 0.25 else w.uniform(1.2, 3.5) if remnant < 0.75 else w.uniform(3.5, 7)
+    disc_h[s1 + 1] *= w.uniform(0.4, 2.5)
+
+    old = np.clip(w.normal(0.5, 0.3), 0, 1)
+    bodies = [
+        dict(
+            waist=w.uniform(0.02, 0.17),
+            rear_waist=w.uniform(0.2, 0.8),
+            hollow=w.uniform(0.0, 0.12),
+            concave_mm=w.uniform(0.3, 3.0),
+            modic=0.0,
+            top=w.uniform(0.5, 1.4),
+            bottom=w.uniform(0.5, 1.4),
+            rearward=w.uniform(-0.1, 0.7),
+            round_mm=w.uniform(1.0, 2.6),
+            shell_mm=w.uniform(0.35, 1.3),
+            lips={},
+            nodes=[],
+            bands=[],
+            spots=[],
+            base="marrow",
+            mix=0.0,
+            process=w.uniform(0.75, 1.15),
+        )
+        for _ in range(n)
+    ]
+    discs = [
+        dict(
+            slip=0.0,
+            over_mm=w.uniform(-0.8, 1.6),
+            fill=w.uniform(0.6, 0.95),
+            cleft=w.choice([0, w.uniform(0.2, 0.9)]),
+            gas=False,
+            zone=False,
+            hernia=None,
+            fused=False,
+            reach=5.5,
+        )
+        for _ in range(n - 1)
+    ]
+    dark = w.random()
+    if dark < 0.12:
+        water[:] = w.uniform(0.0, 0.2)
+    elif dark < 0.26:
+        water[:] = w.uniform(0.8, 1.2, n - 1)
+    elif dark < 0.8:
+        some = w.random(n - 1) < 0.6
+        water[some] = w.uniform(0, 1.15, some.sum())
+    low = s1 - 3  # L3/4 and below carry most of the wear
+    for i in range(2, s1):
+        worn = (0.05 + 0.13 * (i >= low)) * (0.4 + 1.2 * old)
+        draw = w.random()
+        if draw < worn:
+            disc_h[i] = w.uniform(1.0, 3.5)
+            water[i] = w.uniform(0, 0.25)
+            discs[i]["gas"] = w.random() < 0.35
+            discs[i]["over_mm"] = w.uniform(0, 3)
+        elif draw < worn + 0.15:
+            disc_h[i] *= w.uniform(0.5, 0.8)
+        discs[i]["zone"] = w.random() < 0.12
+        if i >= l1 - 1 and w.random() < 0.13:
+            discs[i]["hernia"] = (
+                w.uniform(3, 7.5),
+                w.uniform(2.5, 8),
+                w.normal(0, 5),
+                w.normal(0, 5),
+                w.random() < 0.5,
+            )
+    if w.random() < 0.05:
+        i = int(w.integers(t11, s1 - 1))
+        discs[i].update(fused=True, gas=False, zone=False, hernia=None)
+        disc_h[i] = w.uniform(0.8, 2.0)
+        disc_w[i] *= 0.3
+
+    # Bodies lose height: wedge (front only), biconcave (middle only), plana (everywhere).
+    if w.random() < 0.28:
+        p = np.array([0, 0, 0.3, 0.8, 1.5, 1.6, 1.2, 1.0, 0.8, 0.6])
+        for i in w.choice(10, int(w.integers(1, 3)), replace=False, p=p / p.sum()):
+            loss, tall = w.uniform(0.15, 0.5), height[i]
+            how = w.choice(3, p=[0.5, 0.3, 0.2])
+            if how == 0:
+                height[i] = tall * (1 - loss / 2)
+                wedge[i] = -2 * np.arctan(loss * tall / (2 * depth[i]))
+            elif how == 1:
+                height[i] = tall * w.uniform(0.9, 1)
+                bodies[i]["concave_mm"] = loss * tall * 0.45
+            else:
+                height[i] = tall * (1 - loss)
+                depth[i] *= 1 + 0.2 * loss
+            if w.random() < 0.4:
+                bodies[i]["bands"].append(("oedema", "top", w.uniform(5, 25), 0.0, w.uniform(0.5, 0.95)))
+            elif w.random() < 0.4:
+                bodies[i]["bands"].append(("sclerosis", "top", w.uniform(1.5, 4), 0.0, w.uniform(0.4, 0.9)))
+    if w.random() < 0.12:  # soft bones: every end plate gives way
+        for b in bodies[:s1]:
+            b["concave_mm"] = w.uniform(2.5, 6.0)
+    for b in bodies[s1:]:
+        b["concave_mm"] = min(b["concave_mm"], 1.0)
+
+    # Nodes, lips and bands at the end plates.
+    scheuermann = w.random() < 0.12
+    lipped = w.choice([0.0, 0.25, 0.7], p=[0.45, 0.35, 0.2]) * (0.3 + old)
+    for i in range(s1):
+        for b, end in ((bodies[i], "bottom"), (bodies[i + 1], "top")):
+            if i + 1 < s1 or end == "bottom":
+                for _ in range(1 + int(w.random() < 0.25)):
+                    if w.random() < (0.35 if scheuermann and i < l1 + 3 else 0.035):
+                        b["nodes"].append((end, w.normal(0, 6), w.normal(0, 5), w.uniform(2, 4.5), w.uniform(2, 6)))
+            if w.random() < lipped * (1.5 if water[i] < 0.3 else 0.6):
+                b["lips"][end] = (w.uniform(1, 6) * w.choice([0.3, 1]), w.uniform(0, 2.5) * (w.random() < 0.5))
+        if w.random() < (0.26 if water[i] < 0.4 else 0.07):
+            tissue = str(w.choice(["oedema", "fatty_marrow", "sclerosis"], p=[0.3, 0.5, 0.2]))
+            bias, strength = w.normal(0, 0.8), w.uniform(0.4, 0.95)
+            for b, end in ((bodies[i], "bottom"), (bodies[i + 1], "top")):
+                if w.random() < 0.85:
+                    b["bands"].append((tissue, end, w.uniform(2.5, 13), bias, strength))
+
+    # Marrow: one kind for all, each a little different, some with spots.
+    base = str(w.choice(["marrow", "red_marrow", "fatty_marrow"], p=[0.6, 0.25, 0.15]))
+    mix, spread = w.uniform(0.0, 0.6), w.uniform(0.01, 0.12)
+    many = w.random() < 0.05
+    for b in bodies:
+        b["base"], b["mix"] = base, mix + w.normal(0, spread)
+        if w.random() < 0.025:
+            b["base"], b["mix"] = str(w.choice(["lesion", "oedema", "sclerosis"])), 0.0
+        for tissue, chance in (("haemangioma", 0.07), ("fatty_marrow", 0.12), ("lesion", 0.5 if many else 0.035)):
+            if w.random() < chance:
+                r = w.uniform(2.5, 9)
+                b["spots"].append((tissue, *w.uniform(-0.6, 0.6, 3), r, w.uniform(0.6, 1)))
+
+    # A disc cannot be thinner than nothing on its narrow side.
+    limit = 2 * np.arctan(0.85 * np.maximum(disc_h, 0.4) / np.minimum(depth[:-1], depth[1:]))
+    disc_w[up] = np.clip(disc_w, -limit, limit)[up]
+    slip = np.zeros(n - 1)
+    if w.random() < 0.2:
+        slip[s1 - 2 + int(w.random() < 0.45)] = w.uniform(3, 12) * size
+    for i in range(l1, s1):
+        if slip[i] == 0 and w.random() < 0.06:
+            slip[i] = -w.uniform(2, 4)
+        discs[i]["slip"] = slip[i]
+        bodies[i]["lysis_mm"] = 0.8 * slip[i] if slip[i] > 6 and w.random() < 0.7 else 0.0
+        if slip[i] > 4:
+            water[i] = min(water[i], w.uniform(0, 0.5))
+
+    # Scoliosis: the bodies turn with the curve.
+    if w.random() < 0.35:
+        cobb = np.radians(w.uniform(6, 25)) * w.choice([-1, 1])
+        apex, span = w.uniform(l1 - 1, l1 + 3), w.uniform(2.5, 4.5)
+        at = (np.arange(n) - apex) / span
+        coronal += 0.82 * cobb * at * np.exp(0.5 - at * at / 2) * (np.arange(n) <= s1)
+        axial += cobb * w.uniform(0.2, 0.7) * np.exp(-at * at / 2)
+    coronal += np.radians(w.normal(0, 2.5))
+    for i in range(n - 1):
+        dips = [bodies[k]["concave_mm"] * 1.4 + max([q[4] for q in bodies[k]["nodes"]], default=0) for k in (i, i + 1)]
+        discs[i]["reach"] = max(dips) + 1.5
+        discs[i]["dip"] = (
+            bodies[i]["concave_mm"] * bodies[i]["bottom"],
+            bodies[i + 1]["concave_mm"] * bodies[i + 1]["top"],
+        )
+    # Lying on the table, the chord of the lumbar spine is nearly level whatever its curve.
+    usual, most = usual * np.clip(0.2 + 0.7 * curve, 0.1, 1.1) + np.radians(w.normal(0, 3.5)), w.uniform(48, 56)
+    while usual - lean(t11 + 1) > np.radians(most):  # no sacrum lies flat
+        disc_w[up] -= np.radians(0.5)
+    slope = max(usual - lean(t11 + 1), np.radians(w.uniform(12, 22)))
+    tilt = slope
+    for i in range(s1, n - 1):
+        tilt += wedge[i]
+        disc_w[i] = min(disc_w[i], np.radians(62) - tilt)
+        tilt += disc_w[i]
+    return slope, slip, bodies, discs
+
+
+def _vary_rest(w, ahead_mm, body):
+    """What surrounds the spine in the wide variety; changes `body` in place. ahead_mm: how far the
+    foremost body lies in front of the canal."""
+    back = float(np.clip(np.exp(w.normal(np.log(15), 0.75)), 4, 70))
+    side = w.uniform(5, 16) + 0.5 * back
+    visceral = w.uniform(45, 120)
+    body.update(
+        fat_back_mm=back,
+        fat_side_mm=side,
+        half_width_mm=w.uniform(135, 185),
+        half_depth_mm=(50 + back + ahead_mm + visceral + 12 + side) / 2,
+        muscle=np.clip(w.normal(0.97, 0.13), 0.65, 1.25),
+        infiltration=w.choice([w.uniform(0, 0.2), w.uniform(0.2, 1), w.uniform(1, 2.2)], p=[0.3, 0.5, 0.2]),
+    )
+    l1, s1 = VERTEBRAE.index("L1"), VERTEBRAE.index("S1")
+    first = int(w.integers(l1 + 1, s1))
+    last = min(s1, first + int(w.integers(1, 3)))
+    operated = w.random()
+    return dict(
+        sac_end_mm=w.normal(0, 13),
+        lipomatosis=w.uniform(0.2, 0.5) if w.random() < 0.1 else 0.0,
+        filum_fat=bool(w.random() < 0.1),
+        cysts=int(w.choice([0, 1, 2, 3], p=[0.88, 0.06, 0.04, 0.02])),
+        laminectomy=list(VERTEBRAE[first:last]) if 0.07 < operated < 0.2 else [],
+        screws=list(VERTEBRAE[first : last + 1]) if operated < 0.1 else [],
+        cage=bool(w.random() < 0.5),
+        gap_mm=min(w.uniform(3, 40) * w.choice([0.4, 1]), 0.4 * visceral),
+        visceral_mm=visceral,
+        loops=int(w.integers(40, 120)),
+        grain=(w.uniform(0.02, 0.1), w.uniform(0.0, 0.45) ** 2, w.uniform(0, 0.14), w.uniform(1.5, 4.5)),
+        haze=w.uniform(0.0, 0.35),
+        shift_mm=tuple(w.permutation([np.clip(w.normal(0, 0.4), -0.6, 0.6), 0.0])),
+        vein=(w.uniform(0.8, 2.4), w.uniform(0.0, 3.0), w.uniform(0.2, 1.0)),
+        pelvis=str(w.choice(["uterus", "none"])),
+        ligament=w.uniform(0.3, 1.0),
+    )
+
+
+def sample_anatomy(
+    rng: np.random.Generator, severity: np.ndarray, transitional: float = 0.0, variety: str = "standard"
+) -> Anatomy:
+    """Draw a spine. severity (condition, level) in grade units (`visible_severity`).
+
+    variety: 'standard', or 'wide' for what training on the phantom alone needs: fractures, slips,
+    curves, implants, and every look of marrow, discs and what lies around them."""
+    if variety not in ("standard", "wide"):
+        raise ValueError(f"variety is 'standard' or 'wide', not {variety!r}")
+    # A generator of its own: the standard spine's numbers stay the same.
+    w = np.random.default_rng((int(copy.deepcopy(rng).integers(2**31)), 1)) if variety == "wide" else None
     n = len(VERTEBRAE)
     size = rng.normal(1, 0.06)
     variant = "none"
@@ -345,11 +624,22 @@ def sample_anatomy(rng: np.random.Generator, severity: np.ndarray, transitional:
     # Stack from the top end plate of S1: upwards to T8, downwards to S5.
     s1 = VERTEBRAE.index("S1")
     slope = np.radians(38 * lordosis - 4.5 + rng.normal(0, 3)) + pose
+    slip, body_shapes, disc_shapes = np.zeros(n - 1), None, None
+    if w is not None:
+        factor = np.clip(w.normal(1, 0.1), 0.8, 1.2) / size
+        size *= factor
+        slope, slip, body_shapes, disc_shapes = _vary_spine(
+            w, n, factor, height, depth, width, wedge, disc_h, disc_w, water, coronal, axial, slope
+        )
     vertebrae, discs = [None] * n, [None] * (n - 1)
     point, tilt = np.zeros(3), slope
     for i in range(s1 - 1, -1, -1):
         f = _frame(tilt - disc_w[i] / 2, coronal[i], axial[i])
-        discs[i] = (point + f[:, 2] * disc_h[i] / 2, f)
+        if slip[i]:  # all that stands on this disc goes along
+            discs[i] = (point + f[:, 2] * disc_h[i] / 2 - f[:, 1] * slip[i] / 2, f)
+            point = point - f[:, 1] * slip[i]
+        else:
+            discs[i] = (point + f[:, 2] * disc_h[i] / 2, f)
         point, tilt = point + f[:, 2] * disc_h[i], tilt - disc_w[i]
         f = _frame(tilt - wedge[i] / 2, coronal[i], axial[i])
         vertebrae[i] = (point + f[:, 2] * height[i] / 2, f)
@@ -394,6 +684,10 @@ def sample_anatomy(rng: np.random.Generator, severity: np.ndarray, transitional:
         for i in range(n - 1)
     ]
 
+    if w is not None:
+        for item, shape in zip(bodies + plates, body_shapes + disc_shapes):
+            item.shape.update(shape)
+
     # The canal runs behind the bodies at half its own depth.
     canal_ap = np.clip(rng.normal(17.0, 1.0), 15, 19) * size**0.5
     canal_lr = np.clip(rng.normal(23.5, 1.2), 21, 26) * size**0.5
@@ -430,6 +724,15 @@ def sample_anatomy(rng: np.random.Generator, severity: np.ndarray, transitional:
         marrow_fat=np.clip(age + rng.normal(0, 0.15), 0, 1),
         age=age,
     )
+    wide = None
+    if w is not None:
+        # The belly follows the canal at half its curve, as the back does (see `_paint_body`), and stays
+        # in front of the fine grid, whose face lies before the foremost body.
+        canal = fine[np.argmin(np.abs(s - disc_s[2])), 1]
+        foremost = min(v.centre_mm[1] - v.frame[1, 1] * v.depth_mm / 2 for v in bodies[2 : s1 + 1])
+        used = (fine[:, 2] > bodies[s1 + 1].centre_mm[2]) & (fine[:, 2] < bodies[2].centre_mm[2])
+        ahead = canal + max(0, 0.45 * (fine[used, 1].max() - canal)) - foremost
+        wide = _vary_rest(w, ahead, body)
     return Anatomy(
         bodies,
         plates,
@@ -443,6 +746,7 @@ def sample_anatomy(rng: np.random.Generator, severity: np.ndarray, transitional:
         variant,
         body,
         int(rng.integers(2**31)),
+        wide,
     )
 
 
@@ -464,13 +768,17 @@ def sac_section(anatomy: Anatomy, s_mm) -> dict:
     a = anatomy
     ap, lr = a.canal_ap_mm - 2.6, a.canal_lr_mm - 4.5
     # Below L5/S1 the sac tapers and ends at S2, with fat around it.
-    end = a.disc_s_mm[4] + 55
+    end = a.disc_s_mm[4] + 55 + (a.wide["sac_end_mm"] if a.wide else 0)
     taper = np.clip((end - s) / 62, 0.02, 1) ** 0.6
     # In front of it there is hardly any fat above L5.
     low = np.clip((s - a.disc_s_mm[3] - 8) / 30, 0, 1)
     front = (-a.canal_ap_mm / 2 + 0.3 + 2.8 * low) * taper
     rear = front + (ap + 0.2 - 1.4 * low) * taper
     left, right, crowding = lr / 2 * taper, lr / 2 * taper, np.zeros_like(s)
+    if a.wide and a.wide["lipomatosis"]:
+        squeeze = a.wide["lipomatosis"] * np.clip((s - a.disc_s_mm[2]) / 30, 0, 1)
+        rear = rear - squeeze * (rear - front)
+        left, right = left * (1 - 0.7 * squeeze), right * (1 - 0.7 * squeeze)
     for level in range(5):
         c = a.severity[0, level]
         g = _bump(s, a.disc_s_mm[level], 4.0 + 0.8 * c)
@@ -534,6 +842,7 @@ class TissueGrid:
     under: np.ndarray  # uint8
     over: np.ndarray  # uint8
     share: np.ndarray  # uint8
+    keep: np.ndarray | None = None  # bool: voxels that nothing may overwrite now
 
     @classmethod
     def empty(cls, low_mm, high_mm, step_mm, tissue="air"):
@@ -613,6 +922,10 @@ class TissueGrid:
         else:  # broadcast index arrays: pick the flat list
             under, over, share = self.under, self.over, self.share
             where = tuple(np.broadcast_to(b, touched.shape)[touched] for b in box)
+        if self.keep is not None:
+            free = ~(self.keep[box] if isinstance(box[0], slice) else self.keep)[where]
+            a = a[free]
+            where = tuple(k[free] for k in (np.nonzero(where) if isinstance(where, np.ndarray) else where))
         u, o, w = under[where], over[where], share[where]
         grow = (o == t) & (w > 0)  # a second piece of the same tissue: union
         u = np.where((w > 127) & ~grow, o, u)
@@ -671,6 +984,8 @@ def paint(anatomy: Anatomy, spine_step_mm=(0.95, 0.8, 0.85), body_step_mm=(1.7, 
     """Anatomy -> (spine, body): a fine TissueGrid around the spine and a coarse one around it."""
     a = anatomy
     tail, head = a.vertebra("S3").centre_mm[2], a.vertebra("T10").centre_mm[2] + 10
+    if a.wide:  # a steep S1 hangs lower than its neighbours
+        tail = min(tail, *(a.vertebra(n).corners_mm()[:, 2].min() - 5 for n in ("S1", "S2")))
     used = [v for v in a.vertebrae if tail - 5 < v.centre_mm[2] < head + 20]
     front = min((v.centre_mm - v.frame[:, 1] * v.depth_mm / 2)[1] for v in used) - 14
     inside = (a.path_mm[:, 2] > tail) & (a.path_mm[:, 2] < head)
@@ -681,8 +996,14 @@ def paint(anatomy: Anatomy, spine_step_mm=(0.95, 0.8, 0.85), body_step_mm=(1.7, 
     x = np.mean([a.path_mm[inside, 0].max(), a.path_mm[inside, 0].min()])
     spine = TissueGrid.empty((x - 50, front, tail), (x + 50, back, head), spine_step_mm, "fat")
     mid = a.vertebra("L3").centre_mm
+    deep = 125
+    if a.wide:
+        deep = max(deep + a.body["fat_back_mm"] - 25, a.path_mm[inside, 1].max() - mid[1] + 48)
     body = TissueGrid.empty(
-        (mid[0] - 118, mid[1] - 190, mid[2] - 185), (mid[0] + 118, mid[1] + 125, mid[2] + 185), body_step_mm, "air"
+        (mid[0] - 118, mid[1] - 190, mid[2] - (210 if a.wide else 185)),
+        (mid[0] + 118, mid[1] + deep, mid[2] + 185),
+        body_step_mm,
+        "air",
     )
     noise = _Noise(a.seed)
     for grid in (body, spine):
@@ -691,10 +1012,20 @@ def paint(anatomy: Anatomy, spine_step_mm=(0.95, 0.8, 0.85), body_step_mm=(1.7, 
     for disc in a.discs:
         for grid in (body, spine) if disc.above in ("T8", "T9", "T10", "S3", "S4") else (spine,):
             _paint_disc(grid, a, disc, noise)
+    if a.wide:
+        _paint_ligaments(spine, a)
+        kept = np.zeros(spine.shape, bool)
     for vertebra in a.vertebrae:
         for grid in (body, spine) if vertebra.name in ("T8", "T9", "T10", "S3", "S4", "S5") else (spine,):
-            _paint_vertebra(grid, a, vertebra, noise)
+            _paint_vertebra(grid, a, vertebra, noise, kept if a.wide and grid is spine else None)
+    if a.wide:
+        _paint_scar(spine, a)
+        spine.keep = kept  # where a body has slipped, the canal gives way and not the body's corner
     _paint_canal(spine, a, noise)
+    if a.wide:
+        _paint_canal_extras(spine, a)
+        spine.keep = None
+        _paint_metal(spine, a)
     return spine, body
 
 
@@ -804,27 +1135,32 @@ def _paint_body(grid, a: Anatomy, noise):
         + 0.45 * (ndimage.gaussian_filter1d(c.y, 20 / grid.step_mm[2]) - canal)
         + 14 * np.exp(-0.5 * ((c.level - 8) / 1.5) ** 2)
     )
-    middle_y = (rear - b["half_depth_mm"]).astype(np.float32)
+    half_depth = b["half_depth_mm"]
+    if a.wide:  # a steep sacrum pushes the skin back
+        steep = ndimage.gaussian_filter1d(c.y, 8 / grid.step_mm[2]) + 24 + min(0.5 * b["fat_back_mm"], 15) - rear
+        steep = np.logaddexp(0, steep / 6) * 6
+        rear, half_depth = rear + steep, half_depth + steep / 2
+    middle_y = (rear - half_depth).astype(np.float32)
     if grid.step_mm[0] > 1:
         p = np.abs((x - mid[0]) / np.float32(b["half_width_mm"]))
-        q = np.abs((y - middle_y) / np.float32(b["half_depth_mm"]))
+        q = np.abs((y - middle_y) / np.float32(half_depth))
         outside = p**2.4 + q**2.4  # first order around the surface
-        stretch = 1 + np.float32(b["half_width_mm"] / b["half_depth_mm"] - 1) * np.minimum(p * p, 1)
-        outside = (outside - 1) * (np.float32(b["half_depth_mm"] / 2.4) * stretch)
+        stretch = 1 + np.float32(b["half_width_mm"] / half_depth - 1) * np.minimum(p * p, 1)
+        outside = (outside - 1) * (np.float32(half_depth / 2.4) * stretch)
         grid.lay(everything, outside, "skin")
         grid.lay(everything, outside + 2.2, "fat")
         # Abdominal wall: a ring of muscle that is open behind.
         wall = np.abs(outside + b["fat_side_mm"] + 6) - 6 + np.maximum(0, y - (c.y - 5)) * 0.8
         grid.lay(everything, wall, "muscle")
-        _paint_organs(grid, a, c, outside + b["fat_side_mm"] + 12)
+        (_paint_wide_organs if a.wide else _paint_organs)(grid, a, c, outside + b["fat_side_mm"] + 12)
     else:
-        _paint_organs(grid, a, c, None)
+        (_paint_wide_organs if a.wide else _paint_organs)(grid, a, c, None)
         # The fine grid may reach through the skin of the back.
         back = grid.box((-1e3, rear.min() - 8, -1e3), (1e3, 1e3, 1e3))
         if back is not None:
             x, y, _ = grid.coordinates(back)
             p = np.abs((x - mid[0]) / np.float32(b["half_width_mm"])) ** 2.4
-            outside = (y - middle_y) - np.float32(b["half_depth_mm"]) * (1 - p) ** np.float32(1 / 2.4)
+            outside = (y - middle_y) - np.float32(half_depth) * (1 - p) ** np.float32(1 / 2.4)
             grid.lay(back, -outside - 2.2, "skin")
             grid.lay(back, -outside, "air")
     for name, (cx, cy, hu, hv) in _MUSCLES.items():
@@ -842,7 +1178,10 @@ def _paint_body(grid, a: Anatomy, noise):
                 _paint_muscle(
                     grid, c, ks, c.x + side * cx, c.y + cy, hu, hv, noise, infiltration, medial=name == "multifidus"
                 )
-    for _, cx, cy, r, start, stop in _VESSELS:
+    if a.wide:
+        _paint_wide_vessels(grid, a, c)
+        _paint_haze(grid, a, noise)
+    for _, cx, cy, r, start, stop in () if a.wide else _VESSELS:
         cx, cy, r = c.table(cx), c.table(cy), c.table(r)
         r = np.where((c.level > start) & (c.level < stop), r, 0)
         on = np.flatnonzero(r > 1)
@@ -922,6 +1261,280 @@ def _paint_organs(grid, a, c, inside_mm):
         half = np.array((r * rng.uniform(0.9, 2.0), r * rng.uniform(0.8, 1.1), r * rng.uniform(0.8, 1.3)))
         blob(at, half, "muscle")
         blob(at, half - 1.6, str(rng.choice(["bowel", "fluid", "air", "liver"], p=[0.55, 0.1, 0.1, 0.25])))
+
+
+def _front_of_spine(a, z_mm):
+    """y of the bodies' front walls at heights z (mm)."""
+    p = np.array([v.centre_mm - v.frame[:, 1] * v.depth_mm / 2 for v in a.vertebrae])
+    order = np.argsort(p[:, 2])
+    return np.interp(z_mm, p[order, 2], p[order, 1])
+
+
+def _tube(grid, p, q, radius, tissue, limit_mm=None, gas=None, strength=1.0):
+    """A thick line from p to q (LPS mm). limit_mm: signed distance of the grid to a wall it must not
+    cross; gas: share of the radius that fluid leaves to the gas above it (the patient lies on the
+    back), None for no gas."""
+    p, q = np.asarray(p, float), np.asarray(q, float)
+    box = grid.box(np.minimum(p, q) - radius - 2, np.maximum(p, q) + radius + 2)
+    if box is None:
+        return
+    points = grid.coordinates(box)
+    d = _capsule(points, p, q, radius)
+    if limit_mm is not None:
+        d = np.maximum(d, limit_mm[box] + 2)
+    grid.lay(box, d.copy(), tissue, strength=strength)
+    if gas is not None:
+        level = np.float32((p[1] + q[1]) / 2 + (2 * gas - 1) * radius)
+        grid.lay(box, np.maximum(d, points[1] - level), "air")
+
+
+def _paint_wide_organs(grid, a, c, inside_mm):
+    """Gut as walled tubes with changing contents in more or less fat, pelvic and upper organs.
+    inside_mm as in `_paint_organs`."""
+    rng = np.random.default_rng((a.seed, 11))
+    l1, l2, l3, s1, s3 = (a.vertebra(n).centre_mm for n in ("L1", "L2", "L3", "S1", "S3"))
+    gap = a.wide["gap_mm"]
+
+    def ball(centre, half, tissue, grow=0.0, wobble=0.0):
+        half = np.asarray(half, float) + grow
+        box = grid.box(centre - half - 3, centre + half + 3)
+        if box is None:
+            return
+        d = sum(((k - np.float32(m)) / np.float32(r)) ** 2 for k, m, r in zip(grid.coordinates(box), centre, half))
+        d = (np.sqrt(d) - 1) * np.float32(min(half))
+        if wobble:
+            px, _, pz = grid.coordinates(box)
+            d += np.float32(wobble) * np.sin((px - centre[0]) / 19 + 1) * np.sin((pz - centre[2]) / 15 + wobble)
+        grid.lay(box, d if inside_mm is None else np.maximum(d, inside_mm[box] + 2), tissue)
+
+    for _ in range(a.wide["loops"]):
+        colon = rng.random() < 0.3
+        r = rng.uniform(12, 22) if colon else rng.uniform(6, 13)
+        z = l3[2] + rng.uniform(-150, 140)
+        p = np.array([l3[0] + rng.uniform(-65, 65), 0, z])
+        p[1] = _front_of_spine(a, z) - gap - r - 2 - rng.uniform(0, a.wide["visceral_mm"] - gap)
+        turn = rng.uniform(0, 2 * np.pi)
+        wall, skin = rng.uniform(1.2, 2.8), str(rng.choice(["vessel_wall", "muscle", "bowel"]))
+        content = str(rng.choice(["bowel", "fluid", "air", "stool", "vessel_wall"], p=[0.28, 0.2, 0.17, 0.2, 0.15]))
+        if colon and rng.random() < 0.5:
+            content = "stool"
+        gas = rng.uniform(0.15, 0.7) if content in ("fluid", "stool") and rng.random() < 0.4 else None
+        points, radii = [p], [r]
+        for _ in range(int(rng.integers(2, 7))):
+            turn += rng.normal(0, 0.8)
+            p = p + 1.5 * r * np.array([np.cos(turn), rng.normal(0, 0.25), np.sin(turn)])
+            p[1] = min(p[1], _front_of_spine(a, p[2]) - gap - r - 4)
+            points.append(p)
+            radii.append(r * rng.uniform(0.75, 1.1))
+        for k in range(len(points) - 1):
+            _tube(grid, points[k], points[k + 1], radii[k], skin, inside_mm)
+        for k in range(len(points) - 1):
+            inner = content if rng.random() < 0.8 else str(rng.choice(["bowel", "air", "stool"]))
+            _tube(grid, points[k], points[k + 1], radii[k] - wall, inner, inside_mm, gas)
+    for _ in range(14):  # vessels of the mesentery
+        p = l3 + (rng.uniform(-50, 50), 0, rng.uniform(-110, 110))
+        p[1] = _front_of_spine(a, p[2]) - rng.uniform(15, 60)
+        q = p + rng.normal(0, 1, 3) * (14, 12, 28)
+        q[1] = min(q[1], _front_of_spine(a, q[2]) - 9)
+        _tube(grid, p, q, rng.uniform(1.2, 3), str(rng.choice(["blood", "slow_blood", "muscle"])))
+
+    # Pelvis: bladder, womb, and the rectum along the sacrum.
+    if rng.random() < 0.85:
+        centre = s3 + (rng.normal(0, 6), rng.uniform(-95, -65), rng.uniform(-35, 15))
+        half = rng.uniform((28, 16, 14), (45, 36, 40))
+        ball(centre, half, "muscle", 3)
+        ball(centre, half, "fluid")
+    if a.wide["pelvis"] == "uterus":
+        centre = s3 + (rng.normal(0, 8), rng.uniform(-58, -40), rng.uniform(-15, 15))
+        half = rng.uniform((22, 14, 20), (30, 24, 38))
+        ball(centre, half, "uterus")
+        ball(centre, (half[0] * 0.4, 4.5, half[2] * 0.7), "muscle")
+        ball(centre, (half[0] * 0.3, 2.2, half[2] * 0.55), "fluid")
+    r = rng.uniform(8, 17)
+    away = r + rng.uniform(5, 16)
+    line = [a.vertebra(n) for n in ("S2", "S3", "S4", "S5")]
+    line = [v.centre_mm - v.frame[:, 1] * (v.depth_mm / 2 + away) for v in line]
+    line = [line[0] + (rng.normal(0, 15), -rng.uniform(5, 25), 12), *line, line[-1] + (0, 4, -35)]
+    for k in range(len(line) - 1):
+        _tube(grid, line[k], line[k + 1], r, "vessel_wall")
+    content = str(rng.choice(["stool", "air", "bowel", "fluid"], p=[0.4, 0.3, 0.2, 0.1]))
+    for k in range(len(line) - 1):
+        _tube(grid, line[k], line[k + 1], r * rng.uniform(0.6, 0.85), content if rng.random() < 0.75 else "air")
+
+    ball(
+        l1 + (rng.uniform(-80, -55), rng.uniform(-90, -70), rng.uniform(30, 60)),
+        (75, 80, rng.uniform(60, 85)),
+        "liver",
+        0.0,
+        rng.uniform(3, 9),
+    )
+    ball(l1 + (80, rng.uniform(-35, 0), rng.uniform(40, 70)), (32, 38, rng.uniform(35, 60)), "liver")  # spleen
+    if rng.random() < 0.6:
+        centre = l1 + (rng.uniform(15, 60), rng.uniform(-95, -70), rng.uniform(20, 60))
+        half = rng.uniform((25, 16, 18), (50, 30, 34))
+        ball(centre, half, "vessel_wall", 3)
+        ball(centre, half, str(rng.choice(["fluid", "air", "stool"])))
+    for side in (1, -1):
+        k = l2 + (side * rng.uniform(58, 72), rng.uniform(-12, 2), rng.uniform(-5, 25))
+        size = rng.uniform(0.8, 1.15)
+        ball(k, np.array((25, 23, 50)) * size, "kidney")
+        ball(k + (-side * 12, -6, 0), (12, 9, 26), "fat")
+        if rng.random() < 0.15:
+            r = rng.uniform(5, 20)
+            ball(k + (side * 10, -8, rng.uniform(-40, 40)), (r, r, r), "fluid")
+
+
+def _paint_haze(grid, a, noise):
+    """Small vessels, nodes and folds in the fat in front of the spine, as a texture."""
+    front = a.vertebra("L3").centre_mm - (0, a.vertebra("L3").depth_mm / 2, 0)
+    box = grid.box(front - (45, 0.85 * a.wide["visceral_mm"], 160), front + (45, 6, 160))
+    if box is None:
+        return
+    haze = noise(grid, box, (2.0, 2.0, 3.0), "coarse")
+    haze += np.float32(0.5) * noise(grid, box, (1.7, 1.7, 3.0), "fine")
+    fat = (grid.under[box] == TISSUE["fat"]) & (grid.share[box] == 0)
+    fat |= (grid.over[box] == TISSUE["fat"]) & (grid.share[box] == 255)
+    grid.blend(box, np.clip(np.float32(a.wide["haze"]) * (haze - 0.2), 0, 0.6) * fat, "muscle")
+    # Folds and lumps in the gut.
+    for tissue, other in (("bowel", "vessel_wall"), ("stool", "air"), ("fluid", "bowel")):
+        filled = grid.over[box] == TISSUE[tissue]
+        grid.blend(box, np.clip(0.3 * haze + 0.1, 0, 0.55) * filled, other)
+
+
+def _paint_wide_vessels(grid, a, c):
+    """Aorta, cava and their branches along the front of the bodies, straight or winding, in more or
+    less fat; flowing blood is dark, slow blood is not."""
+    rng = np.random.default_rng((a.seed, 12))
+    front = ndimage.gaussian_filter1d(_front_of_spine(a, c.z) - c.y, 5 / grid.step_mm[2], mode="nearest")
+    low = np.clip((c.level - 4.3) / 1.3, 0, 1)  # the branches leave the spine
+    winding = rng.uniform(0, 3) * rng.choice([0.3, 3])
+    fat = rng.uniform(0.5, 3) if rng.random() < 0.6 else rng.uniform(3, 10)
+    bump = rng.uniform(0.3, 1.2) if rng.random() < 0.08 else 0.0
+    for name, cx, cy, r, start, stop in _VESSELS:
+        phase, pace = rng.uniform(0, 6), rng.uniform(0.6, 1.4)
+        scale, aside = rng.uniform(0.75, 1.25), rng.normal(0, 5)
+        slow = rng.random() < (0.2 if name in ("aorta", "right iliac") else 0.55)
+        wall = rng.uniform(0.8, 1.8)
+        flat = rng.uniform(0.55, 1.0) if name == "cava" else 1.0
+        r = c.table(r) * np.float32(scale)
+        if name == "aorta":
+            r = r * (1 + bump * np.exp(-0.5 * ((c.level - 3.6) / 0.8) ** 2))
+        r = np.where((c.level > start) & (c.level < stop), r, 0).astype(np.float32)
+        wave = winding * np.sin(pace * c.level + phase) * (1 - low)
+        cx = c.table(cx) + (aside + wave) * (1 - 0.7 * low)
+        along = front - r * flat - fat - 0.4 * np.abs(wave)
+        cy = along * (1 - low) + np.minimum(c.table(cy), np.where(c.level < 6, along, 1e3)) * low
+        on = np.flatnonzero(r > 1)
+        if not len(on):
+            continue
+        at_x, at_y = (c.x + cx).astype(np.float32), (c.y + cy).astype(np.float32)
+        box = grid.box(
+            [(at_x - r)[on].min() - 3, (at_y - r)[on].min() - 3, c.z[on[0]]],
+            [(at_x + r)[on].max() + 3, (at_y + r)[on].max() + 3, c.z[on[-1]]],
+        )
+        if box is None:
+            continue
+        x, y, _ = grid.coordinates(box)
+        k = box[2]
+        d = np.hypot(x - at_x[k], (y - at_y[k]) / np.float32(flat)) - r[k]
+        grid.lay(box, d.copy(), "vessel_wall")
+        grid.lay(box, d + np.float32(wall), "slow_blood" if slow else "blood")
+
+
+def _spinous(a, v, along):
+    """LPS point on a spinous process: along = 0 at the lamina, 1 at the tip."""
+    lamina = v.depth_mm / 2 + a.canal_ap_mm + 2.5 + v.shape.get("lysis_mm", 0)
+    long = 26 * v.shape.get("process", 1)
+    local = np.array([0, lamina + 4 + along * (long - 4), -v.height_mm / 2 * (0.55 + 0.3 * along)])
+    return v.centre_mm + v.frame @ local
+
+
+def _paint_ligaments(grid, a):
+    """Between the spinous processes and along their tips."""
+    line = [v for v in a.vertebrae if v.name[0] in "TL"]
+    for v, w in zip(line, line[1:]):
+        p, q = _spinous(a, v, 0.5), _spinous(a, w, 0.45)
+        box = grid.box(np.minimum(p, q) - (4, 12, 3), np.maximum(p, q) + (4, 12, 3))
+        if box is not None:
+            d = _capsule(grid.coordinates(box), p, q, 1.0, (1.8, 9.0, 9.0))
+            grid.lay(box, d, "flavum", strength=a.wide["ligament"])
+        _tube(grid, _spinous(a, v, 1), _spinous(a, w, 1), 1.7, "flavum")
+
+
+def _paint_scar(grid, a):
+    """What fills the place of a removed arch, and the cut to the skin."""
+    for name in a.wide["laminectomy"]:
+        v = a.vertebra(name)
+        at = _spinous(a, v, 0.3)
+        box = grid.box(at - (16, 20, 24), at + (16, 20, 24))
+        if box is not None:
+            d = _capsule(grid.coordinates(box), at - (0, 3, 3), at + (0, 3, -3), 1.0, (12, 8, 14))
+            grid.lay(box, d + 1.2 * np.sin(at[1] + 0.5 * sum(grid.coordinates(box))), "scar", strength=0.8)
+        _tube(grid, at, at + (0, 60, -6), 2.2, "scar", strength=0.7)
+
+
+def _paint_canal_extras(grid, a):
+    """Extruded discs, cysts of the sacral roots, fat in the filum."""
+    rng = np.random.default_rng((a.seed, 13))
+    first = VERTEBRAE.index("L1")
+    for level in range(5):
+        disc = a.discs[first + level]
+        if disc.shape["hernia"] is None:
+            continue
+        deep, half_s, shift, side, rim = disc.shape["hernia"]
+        shift = np.clip(shift, -half_s - 1, half_s + 1)
+        s = a.disc_s_mm[level] + shift
+        at = a.canal_to_lps(side, -a.canal_ap_mm / 2 - 0.5, s)
+        half = np.array([rng.uniform(4, 9), deep, half_s + 2])
+        box = grid.box(*_reach(at, disc.frame, half + 3))
+        if box is None:
+            continue
+        d = sum((k / np.float32(m)) ** 2 for k, m in zip(_local(grid, box, at, disc.frame), half))
+        d = (np.sqrt(d) - 1) * np.float32(half.min())
+        grid.lay(box, d.copy(), "cortex" if rim else "annulus")
+        grid.lay(box, d + 1.0, "extruded" if disc.water > 0.2 else "annulus")
+    for _ in range(a.wide["cysts"]):
+        r = rng.uniform(3.5, 9)
+        at = a.canal_to_lps(rng.choice([-1, 1]) * rng.uniform(5, 13), 0.0, a.disc_s_mm[4] + rng.uniform(32, 58))
+        _tube(grid, at - (0, 0, 3), at + (0, 0, 3), r, "csf")
+    if a.wide["filum_fat"]:
+        s = np.arange(a.conus_s_mm + 20, a.disc_s_mm[4] + 30, 10)
+        points = a.canal_to_lps(0.0 * s, 3.0 + 0 * s, s)
+        for p, q in zip(points, points[1:]):
+            _tube(grid, p, q, 1.0, "fat")
+
+
+def _paint_metal(grid, a):
+    """Pedicle screws, rods and cages: a void larger than the thing, with a bright rim."""
+    names = a.wide["screws"]
+    if not names:
+        return
+    rng = np.random.default_rng((a.seed, 14))
+    bloom = rng.uniform(0, 4)
+    pieces, heads = [], {1: [], -1: []}
+    for name in names:
+        v = a.vertebra(name)
+        wide = a.canal_lr_mm / 2 + 4.5 + {"L4": 0.8, "L5": 3.0}.get(name, 0)
+        back, h = v.depth_mm / 2, v.height_mm / 2
+        for side in (1, -1):
+            head = v.centre_mm + v.frame @ (side * (wide + 4), back + 26, h * 0.45)
+            tip = v.centre_mm + v.frame @ (side * (wide - 6), -back * rng.uniform(0.1, 0.6), h * rng.uniform(0, 0.4))
+            pieces.append((head, tip, 2.6))
+            heads[side].append(head)
+    for line in heads.values():
+        pieces += [(p, q, 3.2) for p, q in zip(line, line[1:])]
+        pieces += [(p, p + (0, 3, 0), 5.5) for p in line]
+    if a.wide["cage"]:
+        for name in names[:-1]:
+            disc = a.discs[VERTEBRAE.index(name)]
+            for side in (-9, 0, 9):
+                at = disc.centre_mm + disc.frame[:, 0] * side
+                reach = disc.frame[:, 1] * rng.uniform(6, 10)
+                pieces.append((at - reach, at + reach, max(2.0, disc.height_mm / 2 - 1.5 - bloom)))
+    for p, q, r in pieces:
+        _tube(grid, p, q, r + bloom + 1.5, "metal_rim", strength=0.55)
+    for p, q, r in pieces:
+        _tube(grid, p, q, r + bloom, "metal")
 
 
 def _capsule(points, p, q, radius, scale=(1, 1, 1), turn=0.0):
@@ -1005,6 +1618,8 @@ def _rounded(p, q):
 
 
 def _paint_disc(grid, a: Anatomy, disc: Disc, noise):
+    if a.wide:
+        return _paint_wide_disc(grid, a, disc, noise)
     half = (disc.width_mm / 2 + 5, disc.depth_mm / 2 + 5, disc.height_mm / 2 + 6)
     box = grid.box(*_reach(disc.centre_mm, disc.frame, half))
     if box is None:
@@ -1027,12 +1642,105 @@ def _paint_disc(grid, a: Anatomy, disc: Disc, noise):
     grid.blend(box, np.clip(nucleus, 0, 1), "nucleus")
 
 
-def _paint_vertebra(grid, a: Anatomy, v: Vertebra, noise):
-    """Body with end plates, waist, vein; then the arch with its processes."""
+def _paint_wide_disc(grid, a: Anatomy, disc: Disc, noise):
+    """A disc that may be sheared, collapsed, torn, full of gas, or bone."""
+    s, tall = disc.shape, disc.height_mm
+    depth, width = disc.depth_mm + 2 * s["over_mm"], disc.width_mm + 1.5 * s["over_mm"]
+    half = (width / 2 + 4, depth / 2 + 4 + abs(s["slip"]) / 2, tall / 2 + max(6, s["reach"] + 1))
+    box = grid.box(*_reach(disc.centre_mm, disc.frame, half))
+    if box is None:
+        return
+    x, y, z = _local(grid, box, disc.centre_mm, disc.frame)
+    if s["slip"]:
+        y = y + np.float32(s["slip"]) * np.clip(z / np.float32(tall), -0.5, 0.5)
+    rho = _outline(x, y, depth, width, 0.06)
+    above = np.abs(z) - np.float32(tall / 2)
+    hug = np.maximum(0, above + 1.5)
+    flat = above - np.float32(s["reach"])  # under the hollows of the end plates
+    d = np.where(rho < 0.9, flat, np.maximum((rho - 1) * np.float32(depth / 2) + 0.45 * hug * hug, flat))
+    grid.lay(box, d, "fatty_marrow" if s["fused"] else "annulus")
+    if s["fused"]:
+        return
+    up, down = s["dip"][1], s["dip"][0]  # the disc's lower and upper surface follow the dips
+    bulge = np.float32(tall / 2 + 0.8) + 0.75 * np.clip(1 - rho * rho, 0, 1) * np.where(z > 0, down, up)
+    p, q = rho * np.float32(1 / s["fill"]), z / bulge
+    nucleus = np.clip((1 - np.sqrt(p * p + q * q)) * np.float32(2.4), 0, 1)
+    if s["cleft"]:
+        nucleus *= 1 - np.float32(s["cleft"]) * np.exp(-((z / 1.1) ** 2)) * np.clip((0.62 - rho) * 4, 0, 1)
+    nucleus *= np.float32(disc.water) * (1 + 0.16 * noise(grid, box, (1.6, 1.6, 1.6), "coarse"))
+    grid.blend(box, np.clip(nucleus, 0, 1), "nucleus")
+    if s["gas"]:
+        thin = np.exp(-((z / np.float32(0.3 * tall)) ** 2)) * np.clip((0.75 - rho) * 5, 0, 1)
+        grid.blend(box, np.clip(thin * (1.1 + 0.5 * noise(grid, box, (2, 2, 2), "coarse")), 0, 1), "air")
+    if s["zone"]:
+        grid.lay(box, np.sqrt((x / 3) ** 2 + (y - depth / 2 + 3) ** 2 + z * z) - 1.5, "fluid", strength=0.8)
+
+
+def _paint_wide_body(grid, a: Anatomy, v: Vertebra, noise, box, x, y, z, kept):
+    """A body with dips, nodes and lips at its end plates and marrow of many looks."""
+    s, h = v.shape, np.float32(v.height_mm / 2)
+    # The rear wall's middle lies at half the depth, its sides a little further back.
+    rho = _outline(x, np.where(y > 0, y / np.float32(1 + s["hollow"]), y), v.depth_mm, v.width_mm, s["hollow"])
+    waist = 1 - s["waist"] * np.clip(1 - (z / h) ** 2, 0, 1) * np.where(y > 0, np.float32(s["rear_waist"]), 1)
+    radial = (rho - waist) * np.float32(v.depth_mm / 2)
+    front = y * np.float32(-2 / v.depth_mm)
+    slant = y * np.float32(np.tan(v.wedge / 2))
+    dish = np.clip(1 - rho * rho, 0, 1) * (1 - np.float32(s["rearward"]) * front) * np.float32(s["concave_mm"])
+    ends = {"top": z - h + slant, "bottom": -z - h + slant}
+    for end, edge in ends.items():
+        edge += dish * np.float32(s[end])
+        for where, nx, ny, r, deep in s["nodes"]:
+            if where == end:
+                edge += np.float32(deep) * np.exp(-((((x - nx) ** 2 + (y - ny) ** 2) / np.float32(2 * r * r)) ** 2))
+        if end in s["lips"]:
+            ahead, behind = s["lips"][end]
+            side = ahead * np.clip(front, 0, 1) ** 2 + behind * np.clip(-front, 0, 1) ** 2
+            near = np.clip(1 + edge / np.float32(3 + 0.5 * ahead), 0, 1)
+            radial -= side * near * near
+            edge -= 0.35 * side * np.clip((rho - 0.98) * 9, 0, 1)
+    plates = np.maximum(ends["top"], ends["bottom"])
+    d = -_smooth_min(-radial, -plates, s["round_mm"])
+    if kept is not None:
+        kept[box] |= d < 0
+    # Fat lies a little beside water in the picture: one end plate looks thicker than the other.
+    along, across = a.wide["shift_mm"]
+    deep = np.maximum(np.maximum(ends["top"] + along, ends["bottom"] - along) + 0.4, d + across * front)
+    deep = np.maximum(deep + s["shell_mm"], d + 0.2)
+    grid.lay(box, d, "cortex")
+    partner = "marrow" if s["base"] == "fatty_marrow" else "fatty_marrow"
+    grid.lay(box, deep.copy(), s["base"])
+    fine, patch, stripe, size = a.wide["grain"]
+    mix = np.float32(s["mix"]) + np.float32(fine) * noise(grid, box, (1.3, 1.3, 1.3), "fibre")
+    mix += np.float32(patch) * noise(grid, box, (size, size, size), "coarse")
+    if stripe > 0.07:
+        mix += np.float32(stripe) * noise(grid, box, (1.1, 1.1, 6.0), "fine")
+    inside = deep < -0.4
+    grid.blend(box, np.clip(mix, 0, 0.9) * inside, partner)
+    for tissue, end, thick, bias, strength in s["bands"]:
+        ramp = np.clip((ends[end] + np.float32(thick)) / np.float32(0.35 * thick + 0.6), 0, 1)
+        ramp *= np.clip(1 + np.float32(bias) * front, 0, 1) * np.float32(strength)
+        grid.blend(box, ramp * inside, tissue)
+    for tissue, px, py, pz, r, strength in s["spots"]:
+        away = (x - px * v.width_mm / 2) ** 2 + (y - py * v.depth_mm / 2) ** 2 + (z - pz * h) ** 2
+        grid.lay(box, np.maximum(np.sqrt(away) - np.float32(r), deep), tissue, strength=strength)
+    if v.name[0] != "S":
+        r, flare, strength = a.wide["vein"]
+        vein = np.hypot(x * 0.35, z) - np.float32(r) - np.float32(flare) * np.clip(-front, 0, 1) ** 2
+        grid.lay(box, np.maximum(np.maximum(vein, front * 8 + 1), radial + 0.6), "vein", strength=strength)
+
+
+def _paint_vertebra(grid, a: Anatomy, v: Vertebra, noise, kept=None):
+    """Body with end plates, waist, vein; then the arch with its processes. kept: mask (grid) that
+    gets the body's voxels, wide variety only."""
     half = (v.width_mm / 2 + 3, v.depth_mm / 2 + 3, v.height_mm / 2 + 5)
+    if a.wide:
+        lip = max([max(k) for k in v.shape["lips"].values()], default=0)
+        half = np.add(half, (lip, lip, 0.4 * lip + v.depth_mm / 2 * abs(np.tan(v.wedge / 2)) - 3))
     box = grid.box(*_reach(v.centre_mm, v.frame, half))
     sacral = v.name[0] == "S"
-    if box is not None:
+    if a.wide and box is not None:
+        _paint_wide_body(grid, a, v, noise, box, *_local(grid, box, v.centre_mm, v.frame), kept)
+    elif box is not None:
         x, y, z = _local(grid, box, v.centre_mm, v.frame)
         h = v.height_mm / 2
         rho = _outline(x, y, v.depth_mm, v.width_mm)
@@ -1071,7 +1779,8 @@ def _paint_arch(grid, a: Anatomy, v: Vertebra):
     h = v.height_mm / 2
     lamina = back + canal + 2.5
     level_below = int(v.name[1]) - 1 if lumbar else -1  # index of the disc below
-    pieces = [((0, lamina + 4, -h * 0.55), (0, lamina + 26, -h * 0.85), 3.6, (0.85, 1, 2.3 if lumbar else 1.3))]
+    long = 26 * v.shape.get("process", 1)
+    pieces = [((0, lamina + 4, -h * 0.55), (0, lamina + long, -h * 0.85), 3.6, (0.85, 1, 2.3 if lumbar else 1.3))]
     for side in (1, -1):
 
         def grow(level):
@@ -1111,7 +1820,12 @@ def _paint_arch(grid, a: Anatomy, v: Vertebra):
                 (1, 1, 1.5),
             ),
         ]
-    _paint_bone(grid, v.centre_mm, v.frame, pieces)
+    centre = v.centre_mm
+    if a.wide:
+        if v.name in a.wide["laminectomy"]:
+            pieces = [k for k in pieces if k[0][0] and k[1][0]]
+        centre = centre + v.frame[:, 1] * v.shape.get("lysis_mm", 0)  # a broken arch stays behind
+    _paint_bone(grid, centre, v.frame, pieces)
 
 
 def _paint_sacral_arch(grid, a: Anatomy, v: Vertebra):
@@ -1217,7 +1931,7 @@ def _paint_canal(grid, a: Anatomy, noise):
     wide = np.where(u > 0, sac["left"], sac["right"])
     middle, half = (sac["front"] + sac["rear"]) / 2, (sac["rear"] - sac["front"]) / 2
     d = (_rounded(u / wide, ((v - middle) / half)[None, :]) - 1) * np.minimum(half, wide)
-    d = np.where(s < a.disc_s_mm[4] + 54, d, 9)
+    d = np.where(s < a.disc_s_mm[4] + 54 + (a.wide["sac_end_mm"] if a.wide else 0), d, 9)
     grid.lay(index, d - 0.5, "flavum", strength=0.7)
     grid.lay(index, d, "csf")
     inside = (d < -0.2) & (sac["crowding"] > 0.03)
@@ -1326,36 +2040,54 @@ def _paint_nerves(grid, a, index, u, v, s, sac, inside_mm):
 
 # Relative brightness per tissue.
 _CONTRAST = {
-    #            T1    T2    STIR
-    "air": (0.012, 0.012, 0.012),
-    "fat": (1.00, 0.74, 0.09),
-    "muscle": (0.37, 0.17, 0.22),
-    "csf": (0.17, 1.00, 1.00),
-    "cord": (0.43, 0.42, 0.45),
-    "root": (0.40, 0.28, 0.36),
-    "cortex": (0.05, 0.04, 0.04),
-    "marrow": (0.58, 0.40, 0.16),
-    "annulus": (0.28, 0.12, 0.12),
-    "nucleus": (0.36, 0.74, 0.80),
-    "flavum": (0.24, 0.13, 0.13),
-    "blood": (0.10, 0.05, 0.07),
-    "vein": (0.40, 0.62, 0.50),
-    "fluid": (0.24, 0.88, 0.85),
-    "liver": (0.47, 0.24, 0.30),
-    "kidney": (0.42, 0.50, 0.55),
-    "bowel": (0.40, 0.42, 0.40),
-    "skin": (0.50, 0.30, 0.20),
-    "fatty_marrow": (0.92, 0.72, 0.08),
-    "fascia": (0.12, 0.07, 0.07),
+    #            T1    T2    STIR  T1FS  T2FS  PD
+    "air": (0.012, 0.012, 0.012, 0.012, 0.012, 0.012),
+    "fat": (1.00, 0.74, 0.09, 0.14, 0.10, 0.92),
+    "muscle": (0.37, 0.17, 0.22, 0.52, 0.24, 0.48),
+    "csf": (0.17, 1.00, 1.00, 0.22, 1.00, 0.62),
+    "cord": (0.43, 0.42, 0.45, 0.60, 0.48, 0.66),
+    "root": (0.40, 0.28, 0.36, 0.56, 0.36, 0.58),
+    "cortex": (0.05, 0.04, 0.04, 0.07, 0.05, 0.06),
+    "marrow": (0.58, 0.40, 0.16, 0.40, 0.20, 0.60),
+    "annulus": (0.28, 0.12, 0.12, 0.42, 0.15, 0.30),
+    "nucleus": (0.36, 0.74, 0.80, 0.52, 0.80, 0.72),
+    "flavum": (0.24, 0.13, 0.13, 0.36, 0.16, 0.26),
+    "blood": (0.10, 0.05, 0.07, 0.14, 0.06, 0.08),
+    "vein": (0.40, 0.62, 0.50, 0.62, 0.62, 0.66),
+    "fluid": (0.24, 0.88, 0.85, 0.30, 0.92, 0.64),
+    "liver": (0.47, 0.24, 0.30, 0.70, 0.30, 0.50),
+    "kidney": (0.42, 0.50, 0.55, 0.62, 0.60, 0.62),
+    "bowel": (0.40, 0.42, 0.40, 0.56, 0.46, 0.56),
+    "skin": (0.50, 0.30, 0.20, 0.50, 0.25, 0.45),
+    "fatty_marrow": (0.92, 0.72, 0.08, 0.18, 0.11, 0.86),
+    "fascia": (0.12, 0.07, 0.07, 0.18, 0.08, 0.10),
+    "red_marrow": (0.42, 0.30, 0.27, 0.52, 0.30, 0.48),
+    "oedema": (0.30, 0.62, 0.78, 0.44, 0.80, 0.62),
+    "sclerosis": (0.16, 0.10, 0.08, 0.20, 0.10, 0.16),
+    "haemangioma": (0.90, 0.95, 0.55, 0.50, 0.70, 0.92),
+    "lesion": (0.24, 0.34, 0.55, 0.36, 0.52, 0.44),
+    "extruded": (0.34, 0.30, 0.32, 0.48, 0.34, 0.46),
+    "slow_blood": (0.34, 0.55, 0.55, 0.50, 0.55, 0.56),
+    "vessel_wall": (0.36, 0.22, 0.26, 0.52, 0.28, 0.42),
+    "uterus": (0.40, 0.42, 0.48, 0.56, 0.52, 0.58),
+    "stool": (0.58, 0.30, 0.25, 0.66, 0.30, 0.48),
+    "scar": (0.33, 0.24, 0.26, 0.48, 0.30, 0.38),
+    "metal": (0.012, 0.012, 0.012, 0.012, 0.012, 0.012),
+    "metal_rim": (1.15, 1.05, 0.90, 1.00, 1.00, 1.10),
 }
 
 
 def contrast_table(kind: str, rng: np.random.Generator | None = None):
-    """Grey values (tissue,) of 'T1', 'T2' or 'STIR'; with rng they vary as scanners do."""
-    column = ("T1", "T2", "STIR").index(kind)
+    """Grey values (tissue,) of 'T1', 'T2', 'STIR', 'PD' or, with the fat suppressed, 'T1FS' and
+    'T2FS'; with rng they vary as scanners do."""
+    column = ("T1", "T2", "STIR", "T1FS", "T2FS", "PD").index(kind)
     grey = np.array([_CONTRAST[t][column] for t in TISSUES], np.float32)
     if rng is not None:
-        grey = grey * np.exp(rng.normal(0, 0.07, len(grey))).astype(np.float32)
+        jitter = rng.normal(0, 0.07, STANDARD_TISSUES)
+        # The appended tissues draw elsewhere: rng goes on as if they were not there.
+        own = np.random.default_rng(jitter[:1].view(np.uint64))
+        jitter = np.concatenate([jitter, own.normal(0, 0.07, len(grey) - STANDARD_TISSUES)])
+        grey = grey * np.exp(jitter).astype(np.float32)
         grey = grey ** np.float32(np.exp(rng.normal(0, 0.08)))
     return grey
 
@@ -1436,6 +2168,10 @@ def sample_protocol(rng: np.random.Generator, anatomy: Anatomy, anomalies: str =
     count = int(np.clip(np.round(rng.normal(17, 2.2)), 11, 27))
     fov = rng.uniform(260, 320)
     centre = middle + [rng.normal(0, 2), rng.normal(-12, 8), rng.normal(2, 9)]
+    if a.wide:  # more or fewer bodies in the picture
+        own = np.random.default_rng((a.seed, 15))
+        fov *= own.uniform(0.75, 1.12)
+        centre = centre + own.normal(0, 1, 3) * (2, 8, 10)
     for description in ("Sagittal T1", "Sagittal T2/STIR"):
         if odd and rng.random() < (0.001 if "T1" in description else 0.0005):
             continue
@@ -1786,14 +2522,14 @@ def write_series(
 # =====================================================================================
 
 
-def simulate(seed, prevalence=1.0, transitional=0.03, anomalies="real", severity=None):
+def simulate(seed, prevalence=1.0, transitional=0.03, anomalies="real", severity=None, variety="standard"):
     """One study in memory: (anatomy, latent, grade, grids, plans, rng). severity (condition,
-    level) in grade units replaces the sampled one."""
+    level) in grade units replaces the sampled one; variety as in `sample_anatomy`."""
     rng = np.random.default_rng(seed)
     latent, grade = sample_severity(rng, 1, prevalence)
     latent, grade = latent[0], grade[0]
     visible = visible_severity(latent, prevalence) if severity is None else np.asarray(severity, float)
-    anatomy = sample_anatomy(rng, visible, transitional)
+    anatomy = sample_anatomy(rng, visible, transitional, variety)
     grids = paint(anatomy)
     plans = sample_protocol(rng, anatomy, anomalies)
     return anatomy, latent, grade, grids, plans, rng
@@ -1835,7 +2571,7 @@ def _make_study(job: dict) -> dict:
     if done.exists():
         return json.loads(done.read_text())
     anatomy, latent, grade, grids, plans, rng = simulate(
-        job["seed"], job["prevalence"], job["transitional"], job["anomalies"]
+        job["seed"], job["prevalence"], job["transitional"], job["anomalies"], variety=job["variety"]
     )
     stacks = acquire_study(rng, anatomy, grids, plans)
     base = Path(job["out"]) / f"{job['split']}_images" / str(job["study_id"])
@@ -1911,6 +2647,7 @@ def make_dataset(
     compress: str = "none",
     anomalies: str = "real",
     progress: bool = True,
+    variety: str = "standard",
 ) -> dict:
     """Write a data set and return its floor (the perfect reader's scores).
 
@@ -1927,6 +2664,8 @@ def make_dataset(
         compress=compress,
         anomalies=anomalies,
     )
+    if variety != "standard":  # the standard's marker stays as it was
+        settings["variety"] = variety
     marker = out / "phantom.json"
     if marker.exists():
         if json.loads(marker.read_text()) != settings:
@@ -1953,6 +2692,7 @@ def make_dataset(
             transitional=transitional,
             compress=compress,
             anomalies=anomalies,
+            variety=variety,
         )
         for i in range(train + test)
     ]
@@ -2130,6 +2870,7 @@ def main(arguments=None):
     parser.add_argument("--transitional", type=float, default=0.03, help="share of transitional vertebrae")
     parser.add_argument("--compress", choices=("none", "rle", "j2k"), default="none")
     parser.add_argument("--anomalies", choices=("real", "none"), default="real")
+    parser.add_argument("--variety", choices=("standard", "wide"), default="standard", help="spread of spines")
     parser.add_argument("--figure", metavar="PNG", help="draw an example instead")
     a = parser.parse_args(arguments)
     if a.figure:
@@ -2139,7 +2880,16 @@ def main(arguments=None):
         parser.error("OUT is missing")
     try:
         floor = make_dataset(
-            a.out, a.train, a.test, a.seed, a.workers, a.prevalence, a.transitional, a.compress, a.anomalies
+            a.out,
+            a.train,
+            a.test,
+            a.seed,
+            a.workers,
+            a.prevalence,
+            a.transitional,
+            a.compress,
+            a.anomalies,
+            variety=a.variety,
         )
     except FileExistsError as error:
         print(error, file=sys.stderr)

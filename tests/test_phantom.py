@@ -1,5 +1,7 @@
 """The phantom: files, geometry, truth, and that disease shows."""
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -442,3 +444,117 @@ def test_tissue_fractions_sum_to_one():
     assert np.allclose(grid.fractions().sum(0), 1)
     volume = grid.fractions()[phantom.TISSUE["marrow"]].sum()
     assert volume == pytest.approx(4 / 3 * np.pi * 3.2**3, rel=0.04)
+
+
+# ---- wide variety -------------------------------------------------------------------
+
+# Labels and greys of one spine as they were before there was another variety.
+STANDARD_SHA256 = "2add9a0e64124384e5fb12d85da6114efa8a2ec256a87e28317729f2db52a97a"
+MARROW = ("marrow", "fatty_marrow", "red_marrow", "oedema", "sclerosis", "haemangioma", "lesion")
+
+
+def _wide(seed, severity=0.3):
+    return phantom.sample_anatomy(np.random.default_rng(seed), np.full((5, 5), severity), 0.1, variety="wide")
+
+
+def _share(grid, tissues, point_mm):
+    """Share of tissues in the voxel at an LPS point."""
+    i = tuple(np.round((np.asarray(point_mm) - grid.origin_mm) / grid.step_mm).astype(int))
+    among = [phantom.TISSUE[t] for t in tissues]
+    w = grid.share[i] / 255
+    return (grid.under[i] in among) * (1 - w) + (grid.over[i] in among) * w
+
+
+def test_the_standard_variety_is_what_it_was():
+    anatomy = phantom.sample_anatomy(np.random.default_rng(3), np.full((5, 5), 0.7), 1.0)
+    grids = phantom.paint(anatomy, (2, 2, 2.2), (6, 6, 8))
+    digest = hashlib.sha256()
+    for grid in grids:
+        for labels in (grid.under, grid.over, grid.share):
+            digest.update(labels.tobytes())
+    rng = np.random.default_rng(4)
+    for kind in ("T1", "T2", "STIR"):
+        digest.update(phantom.render(grids[0], phantom.contrast_table(kind, rng))[::2, ::2, ::2].tobytes())
+    assert digest.hexdigest() == STANDARD_SHA256
+
+
+def test_the_wide_variety_is_another_one_and_repeats():
+    standard, wide, again = _anatomy(), _wide(3, 0.1), _wide(3, 0.1)
+    assert standard.seed == wide.seed  # it draws from a generator of its own
+    assert standard.wide is None and wide.wide is not None
+    assert np.abs(standard.path_mm[:50] - wide.path_mm[:50]).max() > 0.5
+    for a, b in zip(_paint(wide).__dict__.values(), _paint(again).__dict__.values()):
+        assert np.array_equal(a, b)
+    with pytest.raises(ValueError, match="variety"):
+        phantom.sample_anatomy(np.random.default_rng(0), np.zeros((5, 5)), variety="broad")
+
+
+def test_wide_spines_vary_and_hold_together():
+    spines = [_wide(seed) for seed in range(60)]
+    slopes, slips, losses = [], [], []
+    for a in spines:
+        z = [v.centre_mm[2] for v in a.vertebrae[:11]]
+        assert all(p > q for p, q in zip(z, z[1:]))
+        back = a.vertebra("S1").frame[:, 2]
+        slopes.append(np.degrees(np.arctan2(-back[1], back[2])))
+        slips.append(max(abs(d.shape["slip"]) for d in a.discs))
+        losses.append(min(np.degrees(v.wedge) for v in a.vertebrae[2:9]))
+        for v in a.vertebrae[:11]:
+            a_s, p_s, p_i, a_i = v.corners_mm()
+            up = v.frame[:, 2]
+            assert (a_s - a_i) @ up > 4 and (p_s - p_i) @ up > 4
+        for d in a.discs[2:10]:  # end plates do not pass through each other
+            upper = a.vertebrae[phantom.VERTEBRAE.index(d.above)].corners_mm()
+            lower = a.vertebrae[phantom.VERTEBRAE.index(d.above) + 1].corners_mm()
+            assert (upper[3] - lower[0]) @ d.frame[:, 2] > -0.5 and (upper[2] - lower[1]) @ d.frame[:, 2] > -0.5
+    assert min(slopes) < 22 and max(slopes) > 48
+    assert max(slips) > 5 and min(losses) < -12
+
+
+@pytest.mark.parametrize("seed", [1, 2, 5, 6])
+def test_wide_corners_are_the_painted_bodies_corners(seed):
+    anatomy = _wide(seed)
+    anatomy.wide["screws"] = []
+    grid = phantom.paint(anatomy, (1.0, 0.8, 0.8), (8, 8, 10))[0]
+    inside, beyond = [], []
+    for v in anatomy.vertebrae[4:11]:
+        left, back, up = v.frame.T
+        for k, corner in enumerate(v.corners_mm()):
+            inward = back * (1 if k in (0, 3) else -1)
+            inner = corner + (up * -3.0 if k < 2 else up * 3.0)
+            inside.append(_share(grid, MARROW, inner + inward * 3.0))
+            if not v.shape["lips"] and v.name != "S1":
+                beyond.append(_share(grid, MARROW, inner - inward * 2.5))
+    assert np.mean(np.array(inside) > 0.3) > 0.96
+    assert np.mean(np.array(beyond) < 0.5) > 0.96
+
+
+@pytest.mark.parametrize("seed", [21, 22, 23])
+def test_wide_studies_are_simulated(seed):
+    anatomy, _, _, grids, plans, rng = phantom.simulate(seed, anomalies="none", variety="wide")
+    plan = next(p for p in plans if p.description == "Sagittal T1")
+    stack = phantom.acquire_study(rng, anatomy, grids, [plan])[0]
+    assert np.isfinite(stack).all() and stack.std() > 0.02
+    assert set(anatomy.points_mm()) == {(c, k) for c in range(5) for k in range(5)}
+
+
+def test_fat_suppression_and_proton_density():
+    grey = {k: dict(zip(phantom.TISSUES, phantom.contrast_table(k))) for k in ("T1", "T1FS", "T2", "T2FS", "PD")}
+    for full, quiet in (("T1", "T1FS"), ("T2", "T2FS")):
+        for tissue in ("fat", "fatty_marrow"):
+            assert grey[quiet][tissue] < 0.3 * grey[full][tissue]
+    assert grey["PD"]["fat"] > grey["PD"]["csf"] > grey["PD"]["muscle"] > grey["PD"]["cortex"]
+    # The tissues that were there before draw the same numbers from the same generator.
+    rng = np.random.default_rng(1)
+    phantom.contrast_table("T1", rng)
+    other = np.random.default_rng(1)
+    other.normal(0, 1, phantom.STANDARD_TISSUES + 1)
+    assert rng.random() == other.random()
+
+
+def test_command_line_knows_the_variety(tmp_path):
+    out = tmp_path / "wide"
+    phantom.make_dataset(out, train=1, test=0, seed=2, workers=1, progress=False, variety="wide")
+    assert json.loads((out / "phantom.json").read_text())["variety"] == "wide"
+    with pytest.raises(FileExistsError):
+        phantom.make_dataset(out, train=1, test=0, seed=2, workers=1, progress=False)
