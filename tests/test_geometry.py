@@ -1,12 +1,32 @@
 """DICOM series to volumes, patient coordinates, crops. Random oblique series, checked against SimpleITK."""
 
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import pydicom
 import pytest
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+import torch
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.sequence import Sequence
+from pydicom.uid import (
+    MPEG2MPML,
+    EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    MRImageStorage,
+    RLELossless,
+    generate_uid,
+)
+from scipy.ndimage import binary_erosion, binary_fill_holes, map_coordinates
 
 import utils
+from lumbar import geometry
 
 
 def rotation(rng):
@@ -331,3 +351,414 @@ def test_boxes_and_points_as_open3d(seed):
     cloud = utils.point_cloud(study, every=8)
     colours = np.asarray(cloud.colors)
     assert len(cloud.points) and not colours[:, 2].any() and colours[:, 0].any() and colours[:, 1].any()
+
+
+# ---- What else a series may be ----
+
+
+def as_enhanced(folder, array, affine, name="1", order=None, own_scale=False):
+    """Write (n, h, w) pixels as one Enhanced MR file, its frames in this order; the geometry in functional groups."""
+    folder.mkdir(parents=True, exist_ok=True)
+    order = range(len(array)) if order is None else order
+    steps = np.linalg.norm(affine[:3, :3], axis=0)
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = EnhancedMRImageStorage, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = EnhancedMRImageStorage, meta.MediaStorageSOPInstanceUID, "MR"
+    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = (generate_uid() for _ in range(3))
+    ds.InstanceNumber, ds.NumberOfFrames = 1, len(array)
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.Rows, ds.Columns = array.shape[1:]
+    ds.BitsAllocated = ds.BitsStored = 16
+    ds.HighBit, ds.PixelRepresentation = 15, 0
+
+    def macro(**tags):
+        item = Dataset()
+        for keyword, value in tags.items():
+            setattr(item, keyword, value)
+        return Sequence([item])
+
+    orientation = [f"{v:.10g}" for v in np.r_[affine[:3, 2] / steps[2], affine[:3, 1] / steps[1]]]
+    shared = Dataset()
+    shared.PlaneOrientationSequence = macro(ImageOrientationPatient=orientation)
+    shared.PixelMeasuresSequence = macro(
+        PixelSpacing=[f"{steps[1]:.8g}", f"{steps[2]:.8g}"], SliceThickness="3.3", SpacingBetweenSlices="4.4"
+    )
+    shared.PixelValueTransformationSequence = macro(RescaleSlope="2", RescaleIntercept="-7", RescaleType="US")
+    ds.SharedFunctionalGroupsSequence = Sequence([shared])
+    groups = []
+    for number, index in enumerate(order):
+        own = Dataset()
+        position = [f"{v:.8g}" for v in affine[:3] @ [index, 0, 0, 1]]
+        own.PlanePositionSequence = macro(ImagePositionPatient=position)
+        if own_scale:
+            own.PixelValueTransformationSequence = macro(RescaleSlope=str(number + 1), RescaleIntercept="0")
+        groups.append(own)
+    ds.PerFrameFunctionalGroupsSequence = Sequence(groups)
+    ds.PixelData = array[list(order)].astype("<u2").tobytes()
+    ds.save_as(folder / f"{name}.dcm", enforce_file_format=True)
+
+
+def test_enhanced_multi_frame_is_the_same_volume_as_single_frames(tmp_path):
+    rng = np.random.default_rng(10)
+    array, affine = rng.integers(0, 4000, (6, 8, 7)), random_affine(rng)
+    order = [3, 0, 5, 1, 4, 2]
+    as_enhanced(tmp_path / "5/11", array, affine, order=order)
+    (volume,) = read_one(tmp_path / "5").volumes
+    assert volume.array.shape == array.shape and volume.thickness_mm == 3.3
+    for frame, index in enumerate(order, 1):
+        place = volume.slice_of(frame)
+        assert (volume.array[place] == array[index] * 2.0 - 7).all()
+        np.testing.assert_allclose(volume.voxel_to_lps([place, 3, 2]), affine[:3] @ [index, 3, 2, 1], atol=1e-4)
+    # A frame's own group goes before the shared one.
+    as_enhanced(tmp_path / "6/11", array, affine, own_scale=True)
+    (volume,) = read_one(tmp_path / "6").volumes
+    for index in range(6):
+        assert (volume.array[volume.slice_of(index + 1)] == array[index] * (index + 1.0)).all()
+
+
+def test_two_multi_frame_files_count_their_frames_on(tmp_path):
+    rng = np.random.default_rng(11)
+    array, affine = rng.integers(0, 99, (6, 5, 5)), random_affine(rng)
+    far = affine.copy()
+    far[:3, 3] += 3 * affine[:3, 0]
+    as_enhanced(tmp_path / "5/11", array[:3], affine, "1")
+    as_enhanced(tmp_path / "5/11", array[3:], far, "2")
+    (volume,) = read_one(tmp_path / "5").volumes
+    assert sorted(volume.instance_numbers) == [1, 2, 3, 4, 5, 6]
+    assert (volume.array[volume.slice_of(5)] == array[4] * 2.0 - 7).all()
+
+
+def test_frames_without_a_place_are_named_and_the_rest_goes_on(tmp_path):
+    rng = np.random.default_rng(12)
+    array, affine = rng.integers(0, 99, (5, 6, 6)), random_affine(rng)
+    as_enhanced(tmp_path / "5/11", array, affine)
+    path = tmp_path / "5/11/1.dcm"
+    ds = pydicom.dcmread(path)
+    del ds.PerFrameFunctionalGroupsSequence[4].PlanePositionSequence
+    ds.save_as(path)
+    study = read_one(tmp_path / "5")
+    assert [len(v.array) for v in study.volumes] == [4]
+    assert any("1.dcm: frame 5: ImagePositionPatient is missing" in p for p in study.problems)
+    # Frames of the old multi-frame classes have no groups: where they lie is nowhere.
+    del ds.PerFrameFunctionalGroupsSequence
+    ds.save_as(path)
+    study = read_one(tmp_path / "5")
+    assert not study.volumes and any("1.dcm: 5 frames without functional groups" in p for p in study.problems)
+
+
+def test_single_slices_other_sizes_and_localisers(tmp_path):
+    rng = np.random.default_rng(13)
+    sagittal, axial = random_affine(rng), random_affine(rng, plane="Axial")
+    # One slice, a stack of another matrix in the same place, and an axial localiser slice, all in one series.
+    write_series(tmp_path / "5/11", rng.integers(0, 99, (1, 6, 6)), sagittal, [1])
+    write_series(tmp_path / "5/11", rng.integers(0, 99, (3, 8, 6)), sagittal, [2, 3, 4])
+    write_series(tmp_path / "5/11", rng.integers(0, 99, (1, 6, 6)), axial, [5])
+    study = read_one(tmp_path / "5")
+    assert sorted(v.array.shape for v in study.volumes) == [(1, 6, 6), (3, 8, 6)]
+    assert any("1 axial slices in a series called Sagittal T1" in p for p in study.problems)
+    single = min(study.volumes, key=lambda v: len(v.array))
+    np.testing.assert_allclose(np.abs(single.affine[:3, 0]), np.abs(sagittal[:3, 0]), atol=1e-4)
+
+
+def test_monochrome1_keeps_the_slices_on_one_scale(tmp_path):
+    # Slices with different extremes: turned over one by one, equal tissue would differ between them.
+    array = np.stack([np.full((4, 4), 300), np.full((4, 4), 300)])
+    array[0, 0, 0], array[1, 0, 0] = 10, 4000
+    write_series(
+        tmp_path / "5/11", array, random_affine(np.random.default_rng(0)), PhotometricInterpretation="MONOCHROME1"
+    )
+    (volume,) = read_one(tmp_path / "5").volumes
+    first, second = (volume.array[volume.slice_of(n)] for n in (1, 2))
+    assert (first[1:] == second[1:]).all() and first[0, 0] > first[1, 1] and second[0, 0] < second[1, 1]
+    assert first[0, 0] - first[1, 1] == 290
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("bits, stored, signed", [(16, 16, 0), (16, 12, 0), (16, 12, 1), (16, 16, 1), (8, 8, 0)])
+def test_pixels_are_those_that_pydicom_decodes(tmp_path, bits, stored, signed, implicit):
+    rng = np.random.default_rng(bits + stored)
+    write_series(tmp_path, np.zeros((1, 5, 7), int), random_affine(rng))
+    ds = pydicom.dcmread(tmp_path / "1.dcm")
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = bits, stored, stored - 1, signed
+    low, high = (-(1 << (stored - 1)), 1 << (stored - 1)) if signed else (0, 1 << stored)
+    ds.PixelData = rng.integers(low, high, 35).astype(f"<{'ui'[signed]}{bits // 8}").tobytes() + b"\0" * (bits == 8)
+    ds["PixelData"].VR = "OW"
+    if implicit:
+        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    ds.save_as(tmp_path / "2.dcm", enforce_file_format=True)
+    theirs = pydicom.dcmread(tmp_path / "2.dcm").pixel_array
+    ours = utils.read_slice(tmp_path / "2.dcm")["pixels"]
+    assert len(np.unique(theirs)) > 20 and ours.dtype == np.float32 and (ours == theirs).all()
+
+
+def test_uncompressed_pixels_need_no_decoder(tmp_path, monkeypatch):
+    # What makes reading fast; the test above says that it is right.
+    write_series(tmp_path, np.arange(30).reshape(1, 5, 6), random_affine(np.random.default_rng(0)))
+    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(lambda self: 1 / 0))
+    assert (utils.read_slice(tmp_path / "1.dcm")["pixels"] == np.arange(30).reshape(5, 6)).all()
+
+
+# ---- pydicom's own files (those that come with it: nothing is downloaded) ----
+
+TEST_FILES = Path(pydicom.__file__).parent / "data/test_files"
+MR_FILES = sorted(p.name for p in TEST_FILES.glob("MR_small*.dcm")) + ["examples_overlay.dcm", "emri_small.dcm"]
+
+
+@pytest.mark.parametrize("name", MR_FILES)
+def test_mr_files_of_pydicom(name):
+    import SimpleITK as sitk
+
+    if not (TEST_FILES / name).is_file():
+        pytest.skip("not among the files that come with pydicom")
+    try:
+        slices, problems = utils.read_slices(TEST_FILES / name)
+    except utils.DicomProblem as problem:
+        package, module = utils.DECODERS[pydicom.dcmread(TEST_FILES / name).file_meta.TransferSyntaxUID]
+        assert find_spec(module) is None and f"pip install {package}" in str(problem)
+        return
+    assert not problems
+    theirs = pydicom.dcmread(TEST_FILES / name).pixel_array.reshape(len(slices), *slices[0]["pixels"].shape)
+    image = sitk.ReadImage(str(TEST_FILES / name))
+    for item, pixels in zip(slices, theirs, strict=True):
+        assert (item["pixels"] == pixels).all()
+    (h, w), item = theirs[0].shape, slices[0]
+    for y, x in ((0, 0), (h - 1, 0), (0, w - 1), (7, 31)):
+        ours = item["position_lps"] + y * item["spacing_mm"][0] * item["column_lps"]
+        ours = ours + x * item["spacing_mm"][1] * item["row_lps"]
+        np.testing.assert_allclose(image.TransformIndexToPhysicalPoint([x, y, 0]), ours, atol=1e-3)
+
+
+def test_compressed_files_load_or_say_what_they_need(tmp_path):
+    rng = np.random.default_rng(14)
+    array, affine = rng.integers(0, 4000, (4, 16, 16)), random_affine(rng)
+    folder = tmp_path / "5/11"
+    write_series(folder, array, affine)
+    for number in (1, 2, 3):
+        ds = pydicom.dcmread(folder / f"{number}.dcm")
+        ds.compress(RLELossless, generate_instance_uid=False)
+        ds.save_as(folder / f"{number}.dcm")
+    (volume,) = read_one(tmp_path / "5").volumes
+    assert all((volume.array[volume.slice_of(n + 1)] == array[n]).all() for n in range(4))
+    # Files that no decoder can read: the sentence has the package where one is missing.
+    syntaxes = {7: JPEGLosslessSV1, 8: JPEGLSLossless, 9: JPEGExtended12Bit, 10: MPEG2MPML}
+    for number, syntax in syntaxes.items():
+        ds = pydicom.dcmread(folder / "1.dcm")
+        ds.PixelData = encapsulate([b"\0" * 64])
+        ds.file_meta.TransferSyntaxUID = syntax
+        ds.save_as(folder / f"{number}.dcm")
+    study = read_one(tmp_path / "5")
+    assert len(study.volumes) == 1 and len(study.volumes[0].array) == 4
+    for number, syntax in syntaxes.items():
+        (sentence,) = (p for p in study.problems if f" {number}.dcm: " in p)
+        assert "pixels cannot be decoded" in sentence
+        if syntax not in utils.DECODERS:
+            assert "is not supported" in sentence
+        elif find_spec(utils.DECODERS[syntax][1]) is None:
+            assert f"{syntax.name} needs a" in sentence and f"pip install {utils.DECODERS[syntax][0]}" in sentence
+
+
+# ---- Crops against plain references ----
+
+
+def oblique_study(rng, shape=(24, 60, 56), blocks=2):
+    """Noise in an oblique sagittal volume and in axial blocks of different tilt that overlap."""
+    volumes = []
+    for number in range(1 + blocks):
+        plane = "Axial" if number else "Sagittal"
+        affine = random_affine(rng, (4.0, 0.9, 0.8), plane)
+        affine[:3, 3] = rng.uniform(-4, 4, 3) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+        affine[:3, 3] += (number == 2) * rng.choice([-20.0, 20.0], 3)
+        array = rng.random(shape).astype(np.float16)
+        name = "Axial T2" if number else "Sagittal T1"
+        volumes.append(utils.Volume(array, affine, 1, 11 + number, name, 0, np.arange(1, shape[0] + 1), 4.0))
+    return utils.Study(1, volumes)
+
+
+def plain_box(study, affine, shape):
+    """What sample_box does, with scipy's interpolation in float64 and no window, block or trick."""
+    crop, weight = np.zeros((2, 3, *shape))
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    position = grid @ affine[:3, :3].T + affine[:3, 3]
+    for volume in study.volumes:
+        ijk = volume.lps_to_voxel(position)
+        inside = ((ijk >= -0.5) & (ijk <= np.array(volume.array.shape) - 0.5)).all(-1)
+        values = map_coordinates(volume.array.astype(float), np.moveaxis(ijk, -1, 0), order=1, mode="nearest")
+        channel = utils.DESCRIPTIONS.index(volume.description)
+        crop[channel] += values * inside
+        weight[channel] += inside
+    return crop / np.maximum(weight, 1), weight > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_crops_equal_a_plain_interpolation(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    study = oblique_study(rng)
+    box = utils.LevelBox("l1_l2", rng.uniform(-5, 5, 3), rotation(rng), np.array([30.0, 40.0, 40.0]))
+    # Larger than the volumes, so that windows and the ends of covered runs matter; several blocks, also of one row.
+    shape, extent_mm, shift_mm = (70, 50, 60), (45.0, 60.0, 70.0), (1.0, -2.0, 3.0)
+    monkeypatch.setitem(geometry._BLOCK, "cpu", (1 << 17, 9000, 2000, 50)[seed])
+    crop, covered = utils.crop_level(study, box, shape, extent_mm, shift_mm)
+    affine = utils.crop_affine(box.to_lps(shift_mm), box.axes, extent_mm, shape)
+    plain, where = plain_box(study, affine, shape)
+    assert 0.3 < where[:2].mean() < 1 and (covered == where).mean() > 0.99999
+    np.testing.assert_allclose(crop[covered & where], plain[covered & where], atol=1e-3)
+    assert not crop[~covered].any()
+    window, values, inside = utils.resample(study.volumes[0], affine, shape)
+    np.testing.assert_allclose(values.numpy()[where[0][window]], plain[0][window][where[0][window]], atol=1e-3)
+    assert inside.numpy().sum() == where[0].sum() and not values[~inside].any()
+
+
+def test_a_single_slice_is_a_slab():
+    affine = np.array([[0, 0, 1.0, -20], [0, 1.0, 0, -20], [4.0, 0, 0, 0], [0, 0, 0, 1.0]])
+    array = np.arange(1600, dtype=np.float32).reshape(1, 40, 40) / 1600
+    study = utils.Study(1, [utils.Volume(array, affine, 1, 2, "Axial T2", 0, np.arange(1))])
+    axes = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
+    crop, covered = utils.sample_box(study, (-0.5, -0.5, 0), axes, (10.0, 8.0, 8.0), (10, 8, 8))
+    assert covered[1].any((1, 2)).sum() == 4
+    assert np.abs(crop[1, covered[1].all((1, 2))] - array[0, 16:24, 16:24]).max() < 1e-3
+
+
+def linear_series(folder, rng, center, slope):
+    """Sagittal T1 and T2 and two axial blocks as 16-bit files; intensity = slope @ (position - center) + 20000."""
+    for number, plane, blocks in ((1, "Sagittal", 1), (2, "Axial", 2), (3, "Sagittal", 1)):
+        for block in range(blocks):
+            affine = random_affine(rng, (4.4, 0.9, 0.8), plane)
+            shape = np.array([24, 110, 110])
+            affine[:3, 3] = center + rng.uniform(-3, 3, 3) - affine[:3, :3] @ ((shape - 1) / 2)
+            index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+            values = (index @ affine[:3, :3].T + affine[:3, 3] - center) @ slope + 20000
+            instances = np.arange(1, 25) + 100 * block
+            write_series(folder / str(number), np.round(values).astype(int), affine, instances, SliceThickness="4.0")
+
+
+LINEAR_BOX = ((64, 64, 64), (40.0, 48.0, 48.0), (0.0, 0.0, 0.0))
+
+
+@pytest.fixture(scope="module")
+def linear_errors(tmp_path_factory):
+    """Three random oblique 16-bit studies, read from files and cropped: shares of the truth's range, by method."""
+    errors = {"crop": [], "cloud": []}
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        center, slope = rng.uniform(-30, 30, 3), rng.uniform(-80, 80, 3)
+        folder = tmp_path_factory.mktemp("linear") / "5"
+        linear_series(folder, rng, center, slope)
+        study = utils.read_study(folder, dict(zip((1, 2, 3), utils.DESCRIPTIONS)))
+        assert len(study.volumes) == 4
+        # 16 bits need more than float16 holds: one linear map, which the truth gets too.
+        low, high = np.percentile(study.volumes[0].array, (0.5, 99.5))
+        study.volumes = [replace(v, array=(v.array - low) / (high - low)) for v in study.volumes]
+        box = utils.LevelBox("l3_l4", center, rotation(rng), np.array([30.0, 40.0, 40.0]))
+        shape, extent_mm, shift_mm = LINEAR_BOX
+        affine = utils.crop_affine(center, box.axes, extent_mm, shape)
+        index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+        truth = (index @ affine[:3, :3].T + affine[:3, 3] - center) @ slope
+        truth = (truth + 20000 - low) / (high - low)
+        crop, covered = utils.crop_level(study, box, *LINEAR_BOX)
+        errors["crop"].append((crop, covered, truth))
+        try:
+            cloud, occupied = utils.voxelise_point_cloud(study, box, *LINEAR_BOX)
+        except ImportError:
+            continue
+        errors["cloud"].append((cloud, occupied, covered, truth))
+    return errors
+
+
+def test_crops_of_a_linear_study_are_linear_and_without_holes(linear_errors):
+    for crop, covered, truth in linear_errors["crop"]:
+        assert covered.mean() > 0.9
+        for channel in range(3):
+            interior = binary_erosion(covered[channel], iterations=3)
+            error = np.abs(crop[channel] - truth)[interior] / np.ptp(truth)
+            assert error.max() < 0.01
+            # No holes: what lies between covered voxels is covered.
+            assert (binary_fill_holes(covered[channel]) == covered[channel]).all()
+
+
+def test_point_cloud_crops_show_the_same_with_holes(linear_errors):
+    if not linear_errors["cloud"]:
+        pytest.skip("Open3D cannot be loaded")
+    for cloud, occupied, covered, truth in linear_errors["cloud"]:
+        holes = (covered & ~occupied).sum() / covered.sum()
+        # Inside, away from holes and black, it shows the same thing in the same place.
+        error = np.abs(cloud - truth) / np.ptp(truth)
+        filled = np.stack([binary_erosion(o, iterations=3) for o in occupied]) & covered & (truth > 0.1) & (truth < 0.9)
+        assert filled.mean() > 0.05 and np.median(error[filled]) < 0.03
+        assert 0 < holes < 0.6
+
+
+def test_the_whole_study_as_a_point_cloud():
+    pytest.importorskip("open3d", exc_type=ImportError)
+    rng = np.random.default_rng(0)
+    study = oblique_study(rng, (8, 30, 30), 1)
+    for volume in study.volumes:
+        volume.array[:] = 0.5
+    shape, extent_mm = (32, 24, 28), (32.0, 28.0, 24.0)
+    crop, occupied = utils.voxelise_point_cloud(study, None, shape, extent_mm)
+    plain, covered = utils.crop_study(study, shape, extent_mm)
+    assert crop.shape == occupied.shape == (3, *shape) and crop.dtype == np.float16
+    assert covered[0].any() and covered[1].any() and not occupied[2].any()
+    assert (occupied & covered).sum() > 0.7 * covered.sum()
+    assert occupied[~covered].mean() < 0.1
+    # The mean of a voxel takes in the other series' black.
+    mean, _ = utils.voxelise_point_cloud(study, None, shape, extent_mm, pooling="average")
+    both = occupied[0] & occupied[1]
+    assert mean[0][both].mean() < 0.4 < crop[0][both].mean()
+
+
+# ---- From sagittal points to axial slices ----
+
+
+def test_axial_slices_near_a_sagittal_point():
+    rng = np.random.default_rng(3)
+    sagittal = utils.Volume(np.zeros((9, 90, 90)), random_affine(rng), 1, 10, "Sagittal T1", 0, np.arange(9))
+    volumes = [sagittal]
+    middle = sagittal.voxel_to_lps([4, 45, 45])
+    for block, instances in enumerate((np.arange(30, 20, -1), np.arange(3, 13))):
+        affine = random_affine(rng, plane="Axial")
+        # One stack steps aside: its slices' origins do not follow the normal.
+        affine[:3, 0] += affine[:3, 1] * block
+        affine[:3, 3] = middle - affine[:3, :3] @ [4.3, 50, 40]
+        volumes.append(utils.Volume(np.zeros((10, 100, 80)), affine, 1, 12, "Axial T2", block, instances))
+    study = utils.Study(1, volumes)
+    points = np.stack([middle, middle + [0, 0, 300.0], [np.nan] * 3, sagittal.voxel_to_lps([3, 40, 48])])
+    table = utils.axial_slices_near(study, points, reach_mm=5.0)
+    assert set(table["point"]) == {0, 3} and set(table["block"]) == {0, 1}
+    # Every slice of every stack, the long way round.
+    expected = 0
+    for volume in volumes[1:]:
+        normal = np.cross(volume.affine[:3, 2], volume.affine[:3, 1])
+        normal /= np.linalg.norm(normal)
+        for point in (0, 3):
+            for index in range(10):
+                distance = (points[point] - volume.voxel_to_lps([index, 0, 0])) @ normal
+                if abs(distance) > 5:
+                    continue
+                expected += 1
+                foot = volume.lps_to_voxel(points[point] - distance * normal)
+                row = table[(table["point"] == point) & (table["block"] == volume.block) & (table["slice"] == index)]
+                (row,) = row.itertuples()
+                assert row.series_id == 12 and row.instance_number == volume.instance_numbers[index]
+                assert foot == pytest.approx([index, row.row_px, row.column_px], abs=1e-6)
+                assert row.distance_mm == pytest.approx(abs(distance), abs=1e-6)
+    assert len(table) == expected >= 6
+    assert table.groupby("point")["distance_mm"].is_monotonic_increasing.all()
+    # Beside the image nothing is near, however close the plane; without axial series the table is empty.
+    beside = volumes[1].voxel_to_lps([4, 50, 200])
+    assert not (utils.axial_slices_near(study, beside)["block"] == 0).any()
+    empty = utils.axial_slices_near(utils.Study(1, [sagittal]), points)
+    assert len(empty) == 0 and list(empty) == list(table)
+
+
+def test_sampling_on_a_gpu_is_the_same():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    rng = np.random.default_rng(0)
+    study = oblique_study(rng)
+    box = utils.LevelBox("l1_l2", np.zeros(3), rotation(rng), np.array([30.0, 40.0, 40.0]))
+    one = utils.crop_level(study, box, (48, 40, 44))
+    two = utils.crop_level(study, box, (48, 40, 44), device="cuda")
+    np.testing.assert_allclose(two[0], one[0], atol=2e-3)
+    assert (one[1] == two[1]).all()
