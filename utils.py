@@ -5,13 +5,17 @@
  3. lumbar/files.py        train.csv and friends, submissions, competition_score, folds
  4. lumbar/dicom.py        DICOM files -> Volume(array, affine to LPS mm) -> Study
  5. lumbar/geometry.py     level boxes, crops, whole-study grids, the point cloud
- 6. lumbar/spinenet.py     vertebrae by vector-field regression, named; a box per level
- 7. lumbar/yolo.py         detectors: data sets, training, dense class scores, side and level by geometry
- 8. lumbar/classifiers.py  timm_3d backbones, cumulative logits, crops and their views, training
- 9. lumbar/ensemble.py     test-time views, calibration, weights
-10. lumbar/inference.py    a study in, 25 rows out, whatever is broken
-11. lumbar/looking.py      plots, viewers, HTML pages
-12. lumbar/kaggle.py       where inputs are mounted, pushing kernels
+ 6. lumbar/spinenet.py     vertebral bodies by vector-field regression: network, training, detection
+ 7. lumbar/levels.py       detections named in one chain; a box per level; how good they are
+ 8. lumbar/randomise.py    training images for SpineNet: painted anatomies, random contrasts, artefacts
+ 9. lumbar/finetune.py     SpineNet trained further on the competition's own label points
+10. lumbar/official.py     vertebrae from SpineNet's official package, for those who may use it
+11. lumbar/yolo.py         detectors: data sets, training, dense class scores, side and level by geometry
+12. lumbar/classifiers.py  timm_3d backbones, cumulative logits, crops and their views, training
+13. lumbar/ensemble.py     test-time views, calibration, weights
+14. lumbar/inference.py    a study in, 25 rows out, whatever is broken
+15. lumbar/looking.py      plots, viewers, HTML pages
+16. lumbar/kaggle.py       where inputs are mounted, pushing kernels
 
 Everything public is reached as `utils.name`. Heavy libraries (ultralytics, open3d, timm_3d, pydicom) are imported
 where they are used.
@@ -27,11 +31,15 @@ from lumbar.classifiers import *
 from lumbar.dicom import *
 from lumbar.ensemble import *
 from lumbar.files import *
+from lumbar.finetune import *
 from lumbar.geometry import *
 from lumbar.inference import *
 from lumbar.kaggle import *
+from lumbar.levels import *
 from lumbar.looking import *
 from lumbar.names import *
+from lumbar.official import *
+from lumbar.randomise import *
 from lumbar.spinenet import *
 from lumbar.stages import *
 from lumbar.yolo import *

@@ -14,6 +14,7 @@ from .dicom import Study, normalise_study, read_study
 from .ensemble import MEMBERS, TTA_VIEWS, combine_members, default_ensemble
 from .files import read_descriptions, to_submission
 from .geometry import boxes_to_table
+from .levels import locate_levels
 from .names import (
     CONDITIONS,
     DETECTORS,
@@ -24,7 +25,8 @@ from .names import (
     progress,
     write_json,
 )
-from .spinenet import load_spinenet, locate_levels
+from .official import official_detector
+from .spinenet import load_spinenet
 from .yolo import load_yolo, yolo_study
 
 
@@ -37,6 +39,7 @@ class Members:
     level: list  # (model, about) of each fold
     study: list
     prior: np.ndarray  # (5, 5, 3), the training set's weighted class prior
+    detector: object = "own"  # as locate_levels takes it; "official" is loaded once
 
 
 def find_weights(folders, pattern):
@@ -79,12 +82,16 @@ def load_members(folders, members=MEMBERS, device="auto"):
             f"no member's weights in {', '.join(map(str, folders))}: attach the outputs of 03 and 04"
         )
     priors = [about["prior"] for about in abouts + [model.about for models in yolo.values() for model in models]]
+    model = load_spinenet(spinenet[0], device)
+    # Boxes at inference come from the detector that made those of the training.
+    official = model.about.get("detector") == "official"
     return Members(
-        load_spinenet(spinenet[0], device),
+        model,
         yolo,
         classifiers["level"],
         classifiers["study"],
         np.mean(np.asarray(priors, np.float64), 0),
+        official_detector(device) if official else "own",
     )
 
 
@@ -126,7 +133,7 @@ def predict_study(study, members, views=TTA_VIEWS[:2]):
     predictions = {}
     boxes = None
     try:
-        boxes, _ = locate_levels(study, members.spinenet)
+        boxes, _ = locate_levels(study, members.spinenet, detector=members.detector)
     except Exception as error:
         problems.append(f"levels: {type(error).__name__}: {error}")
 

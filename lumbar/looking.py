@@ -17,8 +17,8 @@ from .dicom import load_study
 from .ensemble import align_members, combine_members, fit_ensemble
 from .files import class_prior, from_submission, labels_to_array, make_folds, score_arrays
 from .geometry import boxes_from_table, coordinates_to_lps, crop_level, nearest_slice
+from .levels import compare_with_labels
 from .names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, LEVELS, SEVERITY_WEIGHTS
-from .spinenet import compare_with_labels
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness. Severity is also always written.
 # The levels' colours are lightened, for lines on dark images.

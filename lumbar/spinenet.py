@@ -1,10 +1,10 @@
-"""SpineNet: vertebrae by vector-field regression, named; a box per level."""
+"""SpineNet: vertebral bodies by vector-field regression, in sagittal slices and linked to 3D."""
 
 import json
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .dicom import load_study
-from .geometry import LevelBox, boxes_from_table, boxes_to_table, coordinates_to_lps, study_box
-from .names import LEVEL_VERTEBRAE, LEVELS, VERTEBRAE, progress
+from .names import LEVEL_VERTEBRAE, VERTEBRAE, progress
 
 # ----------------------------------------------------------------------------------------------------------------
-#  5. SpineNet: vertebrae by vector-field regression, named; boxes per level
+#  6. SpineNet: vertebral bodies by vector-field regression
 # ----------------------------------------------------------------------------------------------------------------
 #
 # The method of Windsor, Jamaludin, Kadir, Zisserman, "A Convolutional Approach to Vertebrae Detection and Labelling
@@ -33,15 +31,19 @@ VERTEBRA_TABLE_COLUMNS = (
     + [f"{corner}_{axis}_mm" for corner in CORNERS for axis in "xyz"]
     + ["width_mm", "confidence", "source"]
 )
-SPINE_CLASSES = ("thoracic", "lumbar", "S1", "S2")  # what one body looks like; S2 stands for all below S1
+# What one body looks like: L5 is a wedge above the sacrum's tilt, the other lumbar ones resemble each other; S2 stands
+# for all below S1.
+SPINE_CLASSES = ("thoracic", "lumbar", "L5", "S1", "S2")
 # A field of view may reach beyond the vertebrae that anyone asks for; naming needs places for those too.
 _CHAIN = ("T7", "T8", "T9") + VERTEBRAE + ("S3",)
 _LUMBAR = tuple(dict.fromkeys(name for pair in LEVEL_VERTEBRAE.values() for name in pair))  # L1 ... S1
+UNCERTAIN = "uncertain"  # the name of a detection that has no place in the chain
+AMBIGUOUS_SHARE = 0.7  # a name that fewer of all possible namings agree on is said to be uncertain
 
 
 def spine_class(name):
     """Index into SPINE_CLASSES of a vertebra's name."""
-    return {"T": 0, "L": 1}.get(name[0], 2 if name == "S1" else 3)
+    return {"T": 0, "L": 2 if name == "L5" else 1}.get(name[0], 3 if name == "S1" else 4)
 
 
 @dataclass
@@ -49,8 +51,9 @@ class Vertebra:
     """One vertebral body.
 
     corners_lps_mm: (4, 3), in the order of CORNERS, in its mid-sagittal plane; width_mm: from right to left;
-    appearance: (4,) log-probabilities of SPINE_CLASSES, or None; name: "T10" ... "S2", "" before naming;
-    source: t2 | t1 | prior | <those>+extrapolated | truth.
+    appearance: (len(SPINE_CLASSES),) log-probabilities, or None; name: "T10" ... "S2", "uncertain", "" before naming;
+    source: t2 | t1 | official | axial | prior | truth, and to the first three may be added +extrapolated (placed
+    by its neighbours), +uncertain (its name is doubtful, see name_vertebrae).
     """
 
     corners_lps_mm: np.ndarray
@@ -222,31 +225,6 @@ def spinenet_records(study, vertebrae, resolution_mm):
                 }
             )
     return records
-
-
-def spinenet_training_set(paths, truth, resolution_mm, hold_out=0.1, seed=0):
-    """Training and validation images of many studies, and their mean layout.
-
-    paths: dict study_id -> volume file, as study_paths returns it; truth: vertebra table; hold_out: share of the
-    studies that is kept for validation. Returns (records, validation records, held-out study ids, prior).
-    Raises ValueError when no study has true vertebrae.
-    """
-    known = set(truth["study_id"])
-    study_ids = sorted(study_id for study_id in paths if study_id in known)
-    if not study_ids:
-        raise ValueError("no study with volumes has true vertebrae: PHANTOM and the volumes are of different data sets")
-    shuffled = np.random.default_rng(seed).permutation(study_ids)
-    held_out = {int(i) for i in shuffled[: int(round(hold_out * len(study_ids)))]}
-    records, validation, anchors = [], [], {}
-    for study_id in progress(study_ids, "reading vertebrae", len(study_ids)):
-        study = load_study(paths[study_id])
-        images = spinenet_records(study, vertebrae_from_table(truth, study_id), resolution_mm)
-        if study_id in held_out:
-            validation += images
-        else:
-            records += images
-            anchors[study_id] = study_anchors(study)
-    return records, validation, held_out, fit_level_prior(anchors, truth)
 
 
 class SpineSlices(torch.utils.data.Dataset):
@@ -457,7 +435,7 @@ def load_spinenet(path, device="cpu"):
     model = SpineNet(**about["architecture"])
     model.load_state_dict(tensors)
     model.about = about["about"]
-    return model.to(device).eval()
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 def _save_training(path, model, optimizer, step, history):
@@ -497,10 +475,24 @@ def _one_cycle(step, steps, peak):
     return peak * (0.001 + 0.999 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1))) / 2)
 
 
+def _half_precision(device):
+    """bfloat16 where the hardware multiplies it (twice as fast on a CPU with AMX), else a context that does nothing.
+
+    float16 would need its gradients scaled; older GPUs go without.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = kind == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.autocast(kind, torch.bfloat16, enabled=bool(fast))
+
+
 def train_spinenet(
     records,
     folder,
     *,
+    start=None,
     validation=(),
     widths=(32, 48, 64, 96),
     blocks=1,
@@ -517,37 +509,50 @@ def train_spinenet(
 ):
     """Train a SpineNet. Returns (model in eval mode, history: DataFrame step, loss, heat, vectors, appearance, split).
 
-    records, validation: from spinenet_records at the same resolution; folder: gets spinenet_training.safetensors
-    every save_every_s seconds, from which a killed run continues to the same weights as an uninterrupted one;
-    steps: of the optimiser; crop_px: (rows, columns); sigma_mm: of the corners' Gaussians.
-    Raises ValueError without records, RuntimeError when the loss stops being a number.
+    records: from spinenet_records at the same resolution, or a data set of steps * batch_size items, as
+    training_slices makes it; start: SpineNet whose weights are trained further, its widths, blocks and resolution
+    count then; validation: from spinenet_records, or a data set of items; folder: gets spinenet_training.safetensors
+    every save_every_s seconds, from which a killed run continues to the same weights as an uninterrupted one; steps:
+    of the optimiser; crop_px: (rows, columns); sigma_mm: of the corners' Gaussians.
+    Raises ValueError without records or with a data set of another length, RuntimeError when the loss stops being a
+    number.
     """
-    if not any(len(record["corners_px"]) for record in records):
+    ready = isinstance(records, torch.utils.data.Dataset)
+    if ready and len(records) != steps * batch_size:
+        raise ValueError(f"the data set has {len(records)} items, {steps} steps of {batch_size} need their product")
+    if not ready and not any(len(record["corners_px"]) for record in records):
         raise ValueError("no training image shows a vertebra: are vertebra table and volumes of the same studies?")
+    if start is not None:
+        widths, blocks, resolution_mm = (start.architecture[k] for k in ("widths", "blocks", "resolution_mm"))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = SpineNet(widths, blocks, resolution_mm).to(device)
+    model = SpineNet(widths, blocks, resolution_mm).to(device, memory_format=torch.channels_last)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+        model.about = dict(start.about)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
     sigma_px = sigma_mm / resolution_mm
     state = folder / "spinenet_training.safetensors"
-    start, history = _load_training(state, model, optimizer) if state.is_file() else (0, [])
-    dataset = SpineSlices(records, steps * batch_size, crop_px, sigma_px, seed=seed)
-    rest = torch.utils.data.Subset(dataset, range(start * batch_size, len(dataset)))
+    first, history = _load_training(state, model, optimizer) if state.is_file() else (0, [])
+    dataset = records if ready else SpineSlices(records, steps * batch_size, crop_px, sigma_px, seed=seed)
+    rest = torch.utils.data.Subset(dataset, range(first * batch_size, len(dataset)))
     loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers, pin_memory=str(device) != "cpu")
-    # At most 64 images, spread evenly over the studies: enough to see overfitting, and quick.
-    chosen = [validation[i] for i in np.linspace(0, len(validation) - 1, min(len(validation), 64)).astype(int)]
-    held_out = SpineSlices(chosen, len(chosen), crop_px, sigma_px, augment=False)
+    held_out = validation
+    if not isinstance(validation, torch.utils.data.Dataset):
+        # At most 64 images, spread evenly over the studies: enough to see overfitting, and quick.
+        chosen = [validation[i] for i in np.linspace(0, len(validation) - 1, min(len(validation), 64)).astype(int)]
+        held_out = SpineSlices(chosen, len(chosen), crop_px, sigma_px, augment=False)
     validate_at = {round(steps * k / 8) for k in range(1, 9)}
     saved = time.time()
-    bar = progress(loader, "training SpineNet", max(steps - start, 0))
-    for step, batch in enumerate(bar, start):
+    bar = progress(loader, "training SpineNet", max(steps - first, 0))
+    for step, batch in enumerate(bar, first):
         for group in optimizer.param_groups:
             group["lr"] = _one_cycle(step, steps, learning_rate)
         model.train()
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        with torch.autocast("cuda", enabled=str(device).startswith("cuda")):
-            output = model(batch["image"])
+        with _half_precision(device):
+            output = model(batch["image"].contiguous(memory_format=torch.channels_last))
         loss, parts = spinenet_loss(output.float(), batch, resolution_mm)
         if not torch.isfinite(loss):
             raise RuntimeError(f"SpineNet: the loss is {float(loss)} at step {step}: lower LEARNING_RATE and run again")
@@ -556,7 +561,7 @@ def train_spinenet(
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         history.append({"step": step + 1, "loss": float(loss.detach()), **parts, "split": "train"})
-        if step + 1 in validate_at and chosen:
+        if step + 1 in validate_at and len(held_out):
             history.append(
                 {"step": step + 1, **_validate_spinenet(model, held_out, resolution_mm, device), "split": "validation"}
             )
@@ -584,11 +589,13 @@ def _validate_spinenet(model, dataset, resolution_mm, device):
 
 @torch.no_grad()
 def spinenet_maps(model, images, batch_size=8):
-    """Run the network on images (n, 1, h, w). Returns (n, 17, h, w) float32 on the CPU, heat maps as probabilities."""
+    """Run the network on images (n, 1, h, w). Returns (n, 13 + classes, h, w) float32 on the CPU; heat maps are
+    probabilities."""
     device = next(model.parameters()).device
     maps = []
     for start in range(0, len(images), batch_size):
-        output = model(images[start : start + batch_size].to(device)).float()
+        images_now = images[start : start + batch_size].to(device).contiguous(memory_format=torch.channels_last)
+        output = model(images_now).float()
         output[:, :5] = output[:, :5].sigmoid()
         maps.append(output.cpu())
     return torch.cat(maps)
@@ -619,7 +626,7 @@ def _peaks(heat, radius_px, threshold):
 
 
 def decode_slices(maps, resolution_mm, center_threshold=0.3, corner_threshold=0.1, reach_mm=12.0):
-    """Vertebrae in each slice, from the network's maps (n, 17, h, w).
+    """Vertebrae in each slice, from the network's maps (n, 13 + classes, h, w).
 
     Each peak of the centroid map takes of every corner kind the one whose position, displaced by its vector, comes
     nearest, if within reach_mm. One missing corner is completed to a parallelogram, with two missing it is dropped.
@@ -727,7 +734,8 @@ def detect_vertebrae(model, volume, batch_size=8):
     """Find the vertebral bodies of one sagittal volume.
 
     model: SpineNet in eval mode; volume: normalised. Returns Vertebrae without names, from head to foot; source is
-    t2 or t1. A body seen in one slice only is dropped, unless the volume has no more than two.
+    t2 or t1. A body seen in one slice only is dropped, unless the volume has no more than two; one that the image's
+    border cuts has half the confidence.
     Raises ValueError for a volume that is not sagittal.
     """
     images, affine = sagittal_images(volume, model.resolution_mm)
@@ -755,11 +763,14 @@ def detect_vertebrae(model, volume, batch_size=8):
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         log_p = np.average(log_p, axis=0, weights=weight)
         best = np.sort(score)[::-1][:5]
+        # A body that the image's border cuts has corners that nobody saw: its shape and its centre count less.
+        last = np.array(images.shape[2:]) - 1
+        cut = ((rows_columns < 1) | (rows_columns > last - 1)).any()
         vertebrae.append(
             Vertebra(
                 ijk @ affine[:3, :3].T + affine[:3, 3],
                 float((index[-1] - index[0] + 1) * step_mm),
-                float(best.mean() * min(1.0, len(track) * step_mm / 25.0)),
+                float(best.mean() * min(1.0, len(track) * step_mm / 25.0) * (0.5 if cut else 1.0)),
                 source=source,
                 appearance=log_p - np.log(np.exp(log_p).sum()),
             )
@@ -767,472 +778,7 @@ def detect_vertebrae(model, volume, batch_size=8):
     return sorted(vertebrae, key=lambda v: -v.center_lps_mm[2])
 
 
-def merge_vertebrae(first, second, distance_mm=13.0):
-    """Two series' unnamed Vertebrae as one chain, head to foot.
-
-    A body that both saw keeps the first's geometry (unless the second is clearly surer: marrow in STIR may be as dark
-    as its surroundings) and the mean of both appearances; half a body's height apart two detections are the same body.
-    """
-    merged, taken = [], set()
-    for vertebra in first:
-        distance = [
-            np.linalg.norm(other.center_lps_mm - vertebra.center_lps_mm) if k not in taken else np.inf
-            for k, other in enumerate(second)
-        ]
-        if distance and min(distance) < distance_mm:
-            other = second[int(np.argmin(distance))]
-            taken.add(int(np.argmin(distance)))
-            kept = other if other.confidence > 1.15 * vertebra.confidence else vertebra
-            appearance = (vertebra.appearance + other.appearance) / 2
-            kept = replace(
-                kept,
-                appearance=appearance - np.log(np.exp(appearance).sum()),
-                confidence=max(vertebra.confidence, other.confidence),
-            )
-            merged.append(kept)
-        else:
-            merged.append(vertebra)
-    merged += [other for k, other in enumerate(second) if k not in taken]
-    return sorted(merged, key=lambda v: -v.center_lps_mm[2])
-
-
-# -- names
-
-
-def _chain_steps_mm(prior):
-    """(len(_CHAIN) - 1, 3) vector from each body's centre to the next one's in the mean layout; where the layout has
-    none, the nearest known."""
-    layout = {name: np.mean(corners, 0) for name, corners in prior["layout_mm"].items()}
-    pairs = enumerate(zip(_CHAIN, _CHAIN[1:]))
-    known = {k: layout[b] - layout[a] for k, (a, b) in pairs if a in layout and b in layout}
-    return np.array([known[min(known, key=lambda i: abs(i - k))] for k in range(len(_CHAIN) - 1)])
-
-
-def _best_chains(vertebrae, steps_mm):
-    """(n, names) score of the best naming of detections 0..i that gives detection i each name, and the way back."""
-    count, names = len(vertebrae), len(_CHAIN)
-    classes = np.array([spine_class(name) for name in _CHAIN])
-    # No body's looks alone may outvote the order of all others.
-    gain = np.stack([np.maximum(v.appearance, -4.0)[classes] for v in vertebrae])
-    drop = np.array([-1.0 - 4.0 * v.confidence for v in vertebrae])
-    centers = np.stack([v.center_lps_mm for v in vertebrae])
-    plates = np.stack([v.corners_lps_mm for v in vertebrae])
-    height = np.linalg.norm(plates[:, :2].mean(1) - plates[:, 2:].mean(1), axis=1)
-    along = np.concatenate([np.zeros((1, 3)), np.cumsum(steps_mm, 0)])
-    best = gain + np.concatenate([[0.0], np.cumsum(drop)[:-1]])[:, None]
-    back = np.full((count, names, 2), -1)
-    for i in range(1, count):
-        for j in range(i):
-            if np.linalg.norm(centers[i] - centers[j]) < 0.7 * (height[i] + height[j]) / 2:
-                continue  # bodies do not overlap: at most one of the two is real
-            skipped = drop[j + 1 : i].sum()
-            for step in (1, 2, 3):
-                expected = along[step:] - along[:-step]
-                error = np.linalg.norm(centers[i] - centers[j] - expected, axis=1) / np.linalg.norm(expected, axis=1)
-                misfit = np.minimum(0.5 * (error / 0.25) ** 2, 20.0)
-                score = best[j, :-step] + gain[i, step:] - misfit - 2.5 * (step - 1) + skipped
-                better = score > best[i, step:]
-                best[i, step:][better] = score[better]
-                back[i, step:][better] = np.column_stack([np.full(better.sum(), j), np.flatnonzero(better)])
-    return best, back, drop
-
-
-def name_vertebrae(vertebrae, prior):
-    """Name a chain of Vertebrae by one dynamic programme. Returns the named ones, head to foot.
-
-    Each detection gets a name or is dropped; names rise in order. The score adds the log-probabilities of the looks
-    (thoracic, lumbar, S1, below), for every pair of neighbours how well their distance fits that of the names in the
-    prior's layout, at the patient's size, 2.5 for each body that would have been overlooked, and a penalty for each
-    detection dropped, the higher the surer it was. S1 differs most from its neighbours, so in effect the chain is
-    counted up from the sacrum. Confidence is the detection's times the share of the chosen numbering among all
-    shifts of it.
-    """
-    if not vertebrae:
-        return []
-    steps_mm = _chain_steps_mm(prior)
-    if len(vertebrae) > 2:
-        found = np.linalg.norm(np.diff([v.center_lps_mm for v in vertebrae], axis=0), axis=1)
-        usual = np.median(np.linalg.norm(steps_mm[_CHAIN.index("T12") : _CHAIN.index("L5")], axis=1))
-        steps_mm = steps_mm * np.clip(np.median(found) / usual, 0.8, 1.2)
-    best, back, drop = _best_chains(vertebrae, steps_mm)
-    after = np.concatenate([np.cumsum(drop[::-1])[::-1][1:], [0.0]])
-    final = best + after[:, None]
-    i, k = np.unravel_index(np.argmax(final), final.shape)
-    # The same last body under another name: how much worse is the best chain that says so?
-    share = 1.0 / np.exp(final[i] - final[i, k]).sum()
-    named = []
-    while i >= 0:
-        named.append(replace(vertebrae[i], name=_CHAIN[k], confidence=float(vertebrae[i].confidence * share)))
-        i, k = back[i, k]
-    return named[::-1]
-
-
-def smooth_sideways(vertebrae, trusted_mm=3.0):
-    """Vertebrae, head to foot, with their left-right position steadied by their neighbours'.
-
-    Sagittal slices lie 4 mm apart, and the first and last slice that shows a body are a matter of chance: across the
-    slices a centre is known worse than within them, but a spine has no steps. Each body moves sideways onto a line
-    through itself and its neighbours (weights Gaussian in their number, standard deviation 1). One that lies farther
-    than about trusted_mm off the line through its neighbours alone counts little: an outlier goes, a scoliosis stays
-    (within 1.5 mm at a Cobb angle of 16 degrees), independent errors halve.
-    """
-    if len(vertebrae) < 4:
-        return list(vertebrae)
-    x, _, z = np.stack([v.center_lps_mm for v in vertebrae], 1)
-    number = np.array([_CHAIN.index(v.name) for v in vertebrae], float)
-    steps = number - number[:, None]
-    sure = np.array([v.confidence for v in vertebrae])
-
-    def on_line(weight):  # (n, n): row k's line, at body k
-        weight = weight + 1e-9
-        weight = weight / weight.sum(1, keepdims=True)
-        z_mean, x_mean = weight @ z, weight @ x
-        from_mean = z - z_mean[:, None]
-        slope = (weight * from_mean * (x - x_mean[:, None])).sum(1) / (weight * from_mean**2).sum(1)
-        return x_mean + slope * (z - z_mean)
-
-    trust = sure
-    for _ in range(2):
-        off = np.abs(x - on_line(trust * np.exp(-0.5 * (steps / 1.3) ** 2) * (steps != 0)))
-        trust = sure / (1 + (off / trusted_mm) ** 4)
-    smooth = on_line(trust * np.exp(-0.5 * steps**2))
-    return [replace(v, corners_lps_mm=v.corners_lps_mm + [dx, 0, 0]) for v, dx in zip(vertebrae, smooth - x)]
-
-
-# -- levels
-
-
-def study_anchors(study):
-    """Where a study's series lie: dict "sagittal", "axial" -> (3,) centre in LPS mm, as far as it has such series."""
-    anchors = {}
-    for plane in ("sagittal", "axial"):
-        volumes = [v for v in study.volumes if v.description.lower().startswith(plane)]
-        if volumes:
-            anchors[plane] = study_box(replace(study, volumes=volumes))[0]
-    return anchors
-
-
-def fit_level_prior(anchors, vertebrae):
-    """The mean layout of a set of studies.
-
-    anchors: dict study_id -> study_anchors(study); vertebrae: table with the columns of vertebrae.csv, true or
-    detected. Returns a dict for JSON: layout_mm (name -> (4, 3) median corners relative to the centre of the sagittal
-    series), width_mm (name -> mm), axial_mm ((3,) median centre of the axial series relative to the sagittal one's).
-    Raises ValueError when a vertebra of L1 to S1 occurs in no study with a sagittal series.
-    """
-    corners, widths = {}, {}
-    for study_id, anchor in anchors.items():
-        if "sagittal" in anchor:
-            for vertebra in vertebrae_from_table(vertebrae, study_id):
-                corners.setdefault(vertebra.name, []).append(vertebra.corners_lps_mm - anchor["sagittal"])
-                widths.setdefault(vertebra.name, []).append(vertebra.width_mm)
-    missing = [name for name in _LUMBAR if name not in corners]
-    if missing:
-        raise ValueError(f"no study shows {', '.join(missing)}: the mean layout needs L1 to S1")
-    shifts = [a["axial"] - a["sagittal"] for a in anchors.values() if "axial" in a and "sagittal" in a]
-    return {
-        "layout_mm": {name: np.median(corners[name], 0).round(2).tolist() for name in VERTEBRAE if name in corners},
-        "width_mm": {name: round(float(np.median(widths[name])), 2) for name in VERTEBRAE if name in widths},
-        "axial_mm": np.median(shifts, 0).round(2).tolist() if shifts else [0.0, 0.0, 0.0],
-        "studies": len(anchors),
-    }
-
-
-def refit_level_prior(anchors, vertebrae, prior, sure=0.3):
-    """The mean layout of these studies themselves, from their surely detected bodies; `prior` where they show too few.
-
-    anchors: dict study_id -> study_anchors(study); vertebrae: table, as locate_studies returns it.
-    """
-    seen = vertebrae[(vertebrae["confidence"] > sure) & ~vertebrae["source"].str.contains("extrapolated|prior")]
-    complete = seen[seen["vertebra"].isin(_LUMBAR)].groupby("study_id")["vertebra"].nunique() == len(_LUMBAR)
-    if complete.sum() < 20:
-        return prior
-    return fit_level_prior({i: anchors[i] for i in complete.index[complete]}, seen)
-
-
-def complete_vertebrae(named, anchors, prior):
-    """L1 to S1, whatever was found: list of six Vertebrae.
-
-    A missing one is placed by the prior's layout, shifted, turned and scaled in the sagittal plane to fit the bodies
-    found (least squares, the weight halving with each step away from the missing one); confidence halves with each
-    step to the nearest. With none found the layout stands around the series' centre: source prior, confidence 0.1,
-    or 0 for a study without volumes. anchors: study_anchors(study).
-    """
-    found = {v.name: v for v in named}
-    layout = {name: np.array(corners) for name, corners in prior["layout_mm"].items()}
-    usable = [name for name in found if name in layout]
-    vertebrae = []
-    for name in _LUMBAR:
-        if name in found:
-            vertebrae.append(found[name])
-            continue
-        corners = layout[name].copy()
-        if not usable:
-            axial = anchors.get("axial", np.zeros(3)) - np.array(prior["axial_mm"])
-            corners += anchors.get("sagittal", axial)
-            vertebrae.append(Vertebra(corners, prior["width_mm"][name], 0.1 if anchors else 0.0, name, "prior"))
-            continue
-        steps = np.array([abs(_CHAIN.index(other) - _CHAIN.index(name)) for other in usable])
-        weight = np.repeat(0.5**steps, 4)
-        weight = weight / weight.sum()
-        model = np.concatenate([layout[other] for other in usable])
-        seen = np.concatenate([found[other].corners_lps_mm for other in usable])
-        model_mean, seen_mean = weight @ model, weight @ seen
-        # Turn and scale in (y, z) as one complex factor.
-        p = (model - model_mean) @ [0, 1, 1j]
-        q = (seen - seen_mean) @ [0, 1, 1j]
-        factor = (weight * p.conj()) @ q / (weight @ np.abs(p) ** 2)
-        factor *= np.clip(abs(factor), 0.75, 1.3) / abs(factor)
-        placed = factor * ((corners - model_mean) @ [0, 1, 1j])
-        corners = np.column_stack([corners[:, 0] - model_mean[0], placed.real, placed.imag]) + seen_mean
-        nearest = found[usable[int(steps.argmin())]]
-        source = nearest.source.split("+")[0] + "+extrapolated"
-        confidence = nearest.confidence * 0.5 ** int(steps.min())
-        vertebrae.append(Vertebra(corners, prior["width_mm"][name], confidence, name, source))
-    return vertebrae
-
-
-def level_boxes(vertebrae):
-    """The LevelBoxes between named neighbours, head to foot; levels without both neighbours are left out.
-
-    Centre: between the end plates. Axes: back along the mean of the two end plates, head perpendicular to it and to
-    the patient's left-right axis. Extent: head from body centre to body centre; left the bodies' width; back the
-    end plates' depth.
-    """
-    found = {v.name: v for v in vertebrae}
-    boxes = []
-    for level in LEVELS:
-        upper, lower = (found.get(name) for name in LEVEL_VERTEBRAE[level])
-        if upper is None or lower is None:
-            continue
-        plates = np.stack([upper.corners_lps_mm[[3, 2]], lower.corners_lps_mm[[0, 1]]])  # (plate, front | back, 3)
-        along = plates[:, 1] - plates[:, 0]
-        back = (along / np.linalg.norm(along, axis=1, keepdims=True)).sum(0)
-        head = np.cross([1.0, 0.0, 0.0], back)
-        head /= np.linalg.norm(head)
-        left = np.array([1.0, 0.0, 0.0])  # perpendicular to head already
-        parts = set(f"{upper.source}+{lower.source}".split("+"))
-        order = [part for part in ("truth", "t2", "t1", "prior", "extrapolated") if part in parts]
-        boxes.append(
-            LevelBox(
-                level,
-                plates.mean((0, 1)),
-                np.stack([head, left, np.cross(head, left)]),
-                np.array(
-                    [
-                        abs((upper.center_lps_mm - lower.center_lps_mm) @ head),
-                        (upper.width_mm + lower.width_mm) / 2,
-                        np.linalg.norm(along, axis=1).mean(),
-                    ]
-                ),
-                float(min(upper.confidence, lower.confidence)),
-                "+".join(order),
-            )
-        )
-    return boxes
-
-
-def locate_levels(study, model, prior=None):
-    """Find and name a study's vertebrae and disc levels; always answers, with a confidence.
-
-    study: normalised; model: SpineNet, or None to take the prior alone; prior: from fit_level_prior, default the one
-    in model.about. T2/STIR and T1 detections form one chain; where both saw a body the T2's geometry counts.
-    Returns (five LevelBoxes, head to foot, list of named Vertebrae, at least L1 to S1).
-    Raises ValueError when there is neither a prior nor a model that carries one.
-    """
-    prior = prior if prior is not None else (model.about.get("prior") if model is not None else None)
-    if prior is None:
-        raise ValueError("locate_levels needs a prior: give fit_level_prior's, or weights from 02_train_spinenet")
-    chain = []
-    for description in ("Sagittal T2/STIR", "Sagittal T1"):
-        for volume in study.of(description):
-            if model is not None and volume.plane == "sagittal":
-                chain = merge_vertebrae(chain, detect_vertebrae(model, volume))
-    named = smooth_sideways(name_vertebrae(chain, prior))
-    complete = complete_vertebrae(named, study_anchors(study), prior)
-    others = [v for v in named if v.name not in _LUMBAR]
-    vertebrae = sorted(complete + others, key=lambda v: _CHAIN.index(v.name))
-    return level_boxes(complete), vertebrae
-
-
-def locate_studies(paths, model, prior=None):
-    """Levels and vertebrae of many studies.
-
-    paths: dict study_id -> file, as study_paths returns it. Returns (levels table, vertebrae table, anchors: dict
-    study_id -> study_anchors).
-    """
-    levels, vertebrae, anchors = [], [], {}
-    for study_id, path in progress(paths.items(), "locating levels", len(paths)):
-        study = load_study(path)
-        try:
-            boxes, bodies = locate_levels(study, model, prior)
-        except Exception as error:  # one odd study must not stop the others
-            print(f"study {study_id}: detection failed ({type(error).__name__}: {error}); the mean layout stands in")
-            boxes, bodies = locate_levels(replace(study, volumes=[]), model, prior)
-        levels.append(boxes_to_table(study_id, boxes))
-        vertebrae.append(vertebrae_to_table(study_id, bodies))
-        anchors[study_id] = study_anchors(study)
-    return pd.concat(levels, ignore_index=True), pd.concat(vertebrae, ignore_index=True), anchors
-
-
-def locate_unseen(levels, vertebrae, anchors, prior):
-    """The two tables with the studies in which nothing was seen placed by another prior."""
-    unseen = levels.groupby("study_id")["source"].agg(lambda sources: (sources == "prior").all())
-    for study_id in unseen.index[unseen]:
-        bodies = complete_vertebrae([], anchors[study_id], prior)
-        levels = pd.concat([levels[levels["study_id"] != study_id], boxes_to_table(study_id, level_boxes(bodies))])
-        vertebrae = pd.concat([vertebrae[vertebrae["study_id"] != study_id], vertebrae_to_table(study_id, bodies)])
-    return levels.reset_index(drop=True), vertebrae.reset_index(drop=True)
-
-
-# -- how good are they
-
-
-def read_vertebra_truth(path, split=None):
-    """The phantom's true vertebrae as a table with the columns of vertebrae.csv (source "truth").
-
-    path: phantom_vertebrae.csv; split: "train" or "test", default both.
-    Raises FileNotFoundError or ValueError, naming what is missing.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: only phantom data have true vertebrae")
-    table = pd.read_csv(path)
-    if split is not None and "split" in table:
-        table = table[table["split"] == split]
-    table = table.assign(width_mm=2 * table["half_width_mm"], confidence=1.0, source="truth")
-    missing = [column for column in VERTEBRA_TABLE_COLUMNS if column not in table]
-    if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)}")
-    return table[VERTEBRA_TABLE_COLUMNS].reset_index(drop=True)
-
-
-def level_errors(levels, truth):
-    """Boxes against true vertebrae.
-
-    levels: table of levels.csv; truth: vertebra table. Returns a DataFrame, one row for each level of each study that
-    is in both: study_id, level, error_mm (between centres), along_mm (of it along the true disc's normal), angle_deg
-    (between the normals), named (the nearest true disc has this name), confidence, source.
-    """
-    rows = []
-    for study_id in sorted(set(levels["study_id"]) & set(truth["study_id"])):
-        true_boxes = {box.level: box for box in level_boxes(vertebrae_from_table(truth, study_id))}
-        centers = np.stack([box.center_lps_mm for box in true_boxes.values()])
-        for box in boxes_from_table(levels, study_id):
-            if box.level not in true_boxes:
-                continue
-            true_box = true_boxes[box.level]
-            offset = true_box.from_lps(box.center_lps_mm)
-            nearest = list(true_boxes)[int(np.linalg.norm(centers - box.center_lps_mm, axis=1).argmin())]
-            angle = np.degrees(np.arccos(np.clip(box.axes[0] @ true_box.axes[0], -1, 1)))
-            rows.append(
-                [
-                    study_id,
-                    box.level,
-                    float(np.linalg.norm(offset)),
-                    float(abs(offset[0])),
-                    float(angle),
-                    nearest == box.level,
-                    box.confidence,
-                    box.source,
-                ]
-            )
-    return pd.DataFrame(
-        rows, columns=["study_id", "level", "error_mm", "along_mm", "angle_deg", "named", "confidence", "source"]
-    )
-
-
-def vertebra_errors(vertebrae, truth, reach_mm=12.0):
-    """Detected bodies against true ones, L1 to S1.
-
-    vertebrae, truth: vertebra tables. Returns a DataFrame, one row for each true body of each study that is in both:
-    study_id, vertebra, error_mm (to the nearest body that was seen, not extrapolated), found (within reach_mm),
-    named (found, and under its name).
-    """
-    seen = vertebrae[~vertebrae["source"].str.contains("extrapolated|prior")]
-    rows = []
-    for study_id in sorted(set(vertebrae["study_id"]) & set(truth["study_id"])):
-        bodies = vertebrae_from_table(seen, study_id)
-        for true in vertebrae_from_table(truth, study_id):
-            if true.name not in _LUMBAR:
-                continue
-            distance = [np.linalg.norm(body.center_lps_mm - true.center_lps_mm) for body in bodies]
-            error_mm = float(min(distance, default=np.inf))
-            found = error_mm < reach_mm
-            rows.append(
-                [study_id, true.name, error_mm, found, found and bodies[int(np.argmin(distance))].name == true.name]
-            )
-    return pd.DataFrame(rows, columns=["study_id", "vertebra", "error_mm", "found", "named"])
-
-
-def locating_scores(levels, vertebrae, truth, right_mm=4.0):
-    """The figures of level_errors and vertebra_errors in one dict; `right`: named, and the centre within right_mm."""
-    boxes, bodies = level_errors(levels, truth), vertebra_errors(vertebrae, truth)
-    return {
-        "studies": int(boxes["study_id"].nunique()),
-        "levels": len(boxes),
-        "right": float((boxes["named"] & (boxes["error_mm"] < right_mm)).mean()),
-        "named": float(boxes["named"].mean()),
-        "median_mm": float(boxes["error_mm"].median()),
-        "p95_mm": float(boxes["error_mm"].quantile(0.95)),
-        "median_angle_deg": float(boxes["angle_deg"].median()),
-        "vertebrae_found": float(bodies["found"].mean()),
-        "vertebrae_named": float(bodies.loc[bodies["found"], "named"].mean()) if bodies["found"].any() else 0.0,
-    }
-
-
-def compare_with_labels(boxes, coordinates, study):
-    """Boxes of one study against the competition's label points, which real data have too.
-
-    coordinates: this study's rows of read_coordinates. Returns a DataFrame condition, level, head_mm, left_mm,
-    back_mm (the point in the frame of its level's box) and nearest (the level whose disc plane is nearest); points
-    on slices that could not be read are left out.
-    """
-    by_level = {box.level: box for box in boxes}
-    rows = []
-    for row, point in zip(coordinates.itertuples(), coordinates_to_lps(coordinates, study)):
-        if np.isfinite(point).all():
-            head_mm = {level: abs(box.from_lps(point)[0]) for level, box in by_level.items()}
-            rows.append([row.condition, row.level, *by_level[row.level].from_lps(point), min(head_mm, key=head_mm.get)])
-    return pd.DataFrame(rows, columns=["condition", "level", "head_mm", "left_mm", "back_mm", "nearest"])
-
-
-def plot_vertebrae(ax, volume, index, vertebrae, boxes=()):
-    """Draw one sagittal slice with bodies, names and level boxes. Returns ax.
-
-    volume: Volume; index: of the slice; vertebrae: Vertebrae; boxes: LevelBoxes. Both are drawn where they are
-    projected onto the slice; what was extrapolated is dashed.
-    """
-    ax.imshow(
-        np.asarray(volume.array[index], np.float32),
-        cmap="gray",
-        vmin=0,
-        vmax=1,
-        aspect=volume.spacing_mm[1] / volume.spacing_mm[2],
-    )
-    for vertebra in vertebrae:
-        corners = volume.lps_to_voxel(vertebra.corners_lps_mm)[[0, 1, 2, 3, 0]]
-        known = "extrapolated" not in vertebra.source and vertebra.source != "prior"
-        ax.plot(corners[:, 2], corners[:, 1], "-" if known else "--", color="tab:cyan", linewidth=1)
-        ax.text(
-            corners[:4, 2].mean(),
-            corners[:4, 1].mean(),
-            vertebra.name,
-            color="yellow",
-            fontsize=8,
-            ha="center",
-            va="center",
-        )
-    for box in boxes:
-        head, _, back = box.extent_mm / 2
-        outline = [(head, 0, -back), (head, 0, back), (-head, 0, back), (-head, 0, -back), (head, 0, -back)]
-        corners = volume.lps_to_voxel(box.to_lps(outline))
-        ax.plot(corners[:, 2], corners[:, 1], ":", color="tab:orange", linewidth=1)
-        center = volume.lps_to_voxel(box.center_lps_mm)
-        ax.plot(center[2], center[1], "+", color="tab:orange")
-    ax.set_xlim(-0.5, volume.array.shape[2] - 0.5)
-    ax.set_ylim(volume.array.shape[1] - 0.5, -0.5)
-    ax.set_axis_off()
-    return ax
+# -- pictures
 
 
 def plot_spinenet_target(ax, item):
@@ -1263,22 +809,5 @@ def plot_spinenet_history(ax, history):
     if len(validation):
         ax.plot(validation["step"], validation["loss"], "o-", color="tab:orange", label="validation")
     ax.set(xlabel="step", ylabel="loss", yscale="log")
-    ax.legend(frameon=False)
-    return ax
-
-
-def plot_level_errors(ax, errors, held_out=()):
-    """Histogram of the distances between found and true disc centres, held-out studies apart. Returns ax.
-
-    errors: from level_errors; held_out: study ids.
-    """
-    apart = errors["study_id"].isin(held_out)
-    bins = np.linspace(0, max(10.0, min(errors["error_mm"].max(), 30.0)), 41)
-    rest = "training studies" if apart.any() else "all studies"
-    for part, name in ((errors[~apart], rest), (errors[apart], "held out")):
-        if len(part):
-            label = f"{name} ({len(part)} levels)"
-            ax.hist(part["error_mm"].clip(upper=bins[-1]), bins, density=True, alpha=0.6, label=label)
-    ax.set(xlabel="distance of disc centres (mm)", ylabel="share per mm")
     ax.legend(frameon=False)
     return ax

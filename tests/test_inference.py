@@ -41,7 +41,7 @@ def networks(monkeypatch):
         return np.tile(SAYS, (5, 5, 1))
 
     monkeypatch.setattr(inference, "read_study", read_study)
-    monkeypatch.setattr(inference, "locate_levels", lambda study, model: ([box] * 5, []))
+    monkeypatch.setattr(inference, "locate_levels", lambda study, model, detector: ([box] * 5, []))
     monkeypatch.setattr(inference, "cut_crops", lambda study, boxes, crop: np.zeros(5) + study.study_id)
     monkeypatch.setattr(inference, "predict_crops", predict_crops)
     return reads

@@ -1,0 +1,449 @@
+"""Naming chains of vertebrae, chains of two series, the levels where no sagittal image helps, and many studies.
+
+The chains are the phantom's spines with noise and corruptions: no network is needed.
+"""
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import phantom
+import utils
+from lumbar import levels as naming
+from lumbar import spinenet
+
+CLASSES = len(utils.SPINE_CLASSES)
+LUMBAR = ("L1", "L2", "L3", "L4", "L5", "S1")
+
+
+def spine(seed, transitional=0.0):
+    """True Vertebrae, T8 to S5, of one of the phantom's spines."""
+    rng = np.random.default_rng(seed)
+    anatomy = phantom.sample_anatomy(rng, np.clip(rng.normal(0.3, 0.7, (5, 5)), 0, 2), transitional)
+    return [utils.Vertebra(v.corners_mm(), v.width_mm, 1.0, v.name, "truth") for v in anatomy.vertebrae]
+
+
+def prior_of(seeds):
+    spines = {k: [v for v in spine(k) if v.name in utils.VERTEBRAE] for k in seeds}
+    table = pd.concat([utils.vertebrae_to_table(k, bodies) for k, bodies in spines.items()])
+    anchors = {}
+    for k, bodies in spines.items():
+        boxes = utils.level_boxes(bodies)
+        axial_center = (boxes[0].center_lps_mm + boxes[-1].center_lps_mm) / 2 + [0, 15.0, 0]
+        anchors[k] = {"sagittal": np.zeros(3), "axial": axial_center}
+    return utils.fit_level_prior(anchors, table)
+
+
+PRIOR = prior_of(range(9000, 9040))
+
+
+def looks(rng, name, strength, flip):
+    """Log-probabilities of a network that errs: with the chance `flip` the neighbouring class."""
+    k = utils.spine_class(name)
+    if rng.random() < flip:
+        k = int(np.clip(k + rng.choice([-1, 1]), 0, CLASSES - 1))
+    logits = rng.normal(0, 1, CLASSES) + strength * (np.arange(CLASSES) == k)
+    return logits - np.log(np.exp(logits).sum())
+
+
+def chain(seed, top="T11", bottom="S2", missing=(), lost=0, false=(), strength=2.5, flip=0.08, transitional=0.0):
+    """Detections of one spine, head to foot: (true names, "" for false ones; Vertebrae).
+
+    Corners are off by 1.2 mm, the posture by 8 degrees, the size by a tenth; missing: names that are not seen; lost:
+    how many more, any; false: where false bodies lie: front, behind, between or twice (a body seen again)."""
+    rng = np.random.default_rng((seed, 5))
+    truth = spine(seed, transitional)
+    names = [v.name for v in truth]
+    bodies = truth[names.index(top) : names.index(bottom) + 1]
+    kept = [v for v in bodies if v.name not in missing]
+    for _ in range(lost):
+        kept.pop(int(rng.integers(len(kept))))
+    found = [(v.name, v.corners_lps_mm, rng.uniform(0.5, 0.95), looks(rng, v.name, strength, flip)) for v in kept]
+    for where in false:
+        name, corners, sure, seen = found[int(rng.integers(len(kept)))]
+        away = rng.uniform(-15, 15)
+        if where == "twice":
+            found.append(
+                ("", corners + [0, rng.normal(0, 4), rng.choice([-1, 1]) * rng.uniform(4, 10)], 0.8 * sure, seen)
+            )
+            continue
+        if where == "between":
+            shrunk = corners.mean(0) + 0.7 * (corners - corners.mean(0))
+            corners = shrunk + [0, rng.normal(0, 5), rng.choice([-1, 1]) * rng.uniform(12, 20)]
+        else:
+            corners = corners + [0, rng.uniform(30, 60) * (-1 if where == "front" else 1), away]
+        found.append(("", corners, rng.uniform(0.25, 0.7), looks(rng, rng.choice(["T12", "L3", "S1"]), strength, 0)))
+    turn, size = np.radians(rng.normal(0, 8)), np.exp(rng.normal(0, 0.1))
+    middle = next(v for v in truth if v.name == "L3").center_lps_mm
+    rotation = np.array([[1, 0, 0], [0, np.cos(turn), -np.sin(turn)], [0, np.sin(turn), np.cos(turn)]])
+    result = []
+    for name, corners, sure, seen in found:
+        corners = corners + rng.normal(0, 1.2, (4, 3)) * [0, 1, 1] + [rng.normal(0, 1.5), 0, 0]
+        corners = size * (corners - middle) @ rotation.T + middle
+        result.append((name, utils.Vertebra(corners, 45.0, float(sure), "", "t2", seen)))
+    result.sort(key=lambda item: -item[1].center_lps_mm[2])
+    return [name for name, _ in result], [v for _, v in result]
+
+
+def names_right(truth, bodies, prior=PRIOR):
+    """Has every true body of L1 to S1 its name, and no false one such a name? A body seen twice may go either way."""
+    given = {id(v.corners_lps_mm): v.name for v in utils.name_vertebrae(bodies, prior)}
+    given = [given.get(id(v.corners_lps_mm), "") for v in bodies]
+
+    def near(body, name, of):
+        return any(n == name and np.linalg.norm(v.center_lps_mm - body.center_lps_mm) < 15 for n, v in zip(of, bodies))
+
+    for name, answer, body in zip(truth, given, bodies):
+        if name in LUMBAR and answer != name and not near(body, name, given):
+            return False
+        if answer in LUMBAR and answer != name and not near(body, answer, truth):
+            return False
+    return True
+
+
+def share_right(count=100, **corruptions):
+    return np.mean([names_right(*chain(seed, **corruptions)) for seed in range(count)])
+
+
+@pytest.mark.parametrize(
+    "corruptions",
+    [
+        dict(),
+        dict(lost=1),
+        dict(false=("between",)),
+        dict(lost=1, false=("front",)),
+        dict(lost=1, false=("behind",)),
+        dict(false=("front",) * 3),
+        dict(false=("twice",) * 3),
+        dict(missing=("L5",)),
+        dict(bottom="S1"),
+        dict(bottom="S4", top="T8"),
+    ],
+    ids=str,
+)
+def test_names_are_right_under_noise(corruptions):
+    assert share_right(**corruptions) >= 0.98
+
+
+@pytest.mark.parametrize(
+    ("corruptions", "least"),
+    [
+        (dict(missing=("S1",)), 0.95),
+        (dict(top="L3", bottom="S1"), 0.95),
+        (dict(top="T11", bottom="L5"), 0.95),
+        (dict(transitional=1.0), 0.95),
+        (dict(strength=1.0, flip=0.2, lost=1, false=("front",)), 0.92),
+        (dict(strength=1.0, flip=0.2, transitional=1.0), 0.85),
+    ],
+    ids=str,
+)
+def test_names_are_mostly_right_where_less_is_to_be_seen(corruptions, least):
+    assert share_right(**corruptions) >= least
+
+
+@pytest.mark.parametrize("broken", ["no geometry", "no evidence but distance", "drops everything"])
+def test_a_broken_naming_would_be_noticed(broken, monkeypatch):
+    whole = naming._chain_scores
+
+    def scores(vertebrae, *args):
+        if broken == "no evidence but distance":
+            vertebrae = [replace(v, appearance=None) for v in vertebrae]
+        single, pair, drop = whole(vertebrae, *args)
+        if broken == "no geometry":
+            pair = np.where(np.isfinite(pair), 0.0, pair)
+        return single, pair, drop * (broken != "drops everything")
+
+    monkeypatch.setattr(naming, "_chain_scores", scores)
+    if broken == "no evidence but distance":
+        monkeypatch.setattr(naming, "_PAIR_SPREAD", {})
+        monkeypatch.setattr(naming, "_TILT_SPREAD_DEG", (1e9, 1.0))
+    assert share_right(40, lost=1, false=("front",)) < 0.9
+
+
+def test_the_programme_finds_the_best_of_all_namings():
+    _, bodies = chain(3, top="L4", bottom="S1", false=("front",))
+    single, pair, drop = naming._chain_scores(bodies, PRIOR)
+    assert len(bodies) == 4
+    scores = {}
+    for naming in itertools.product(range(-1, single.shape[1]), repeat=len(bodies)):
+        used = [(i, k) for i, k in enumerate(naming) if k >= 0]
+        if not used:
+            continue
+        score = drop[: used[0][0]].sum() + drop[used[-1][0] + 1 :].sum() + sum(single[i, k] for i, k in used)
+        score += sum(pair[i, j, k, m] for (i, k), (j, m) in itertools.pairwise(used))  # has what it skips in it
+        scores[naming] = score
+    best = max(scores, key=scores.get)
+    assert naming._best_chain(single, pair, drop) == (
+        [(i, k) for i, k in enumerate(best) if k >= 0],
+        pytest.approx(scores[best]),
+    )
+    weight = np.exp(np.array(list(scores.values())))
+    weight /= weight.sum()
+    shares = naming._name_shares(single, pair, drop)
+    for i, k in itertools.product(range(len(bodies)), range(single.shape[1])):
+        expected = weight[[naming[i] == k for naming in scores]].sum()
+        assert shares[i, k] == pytest.approx(expected, abs=1e-9)
+
+
+def test_shares_are_honest():
+    sure, doubtful = [], []
+    for seed in range(150):
+        corruptions = [dict(), dict(top="L2", bottom="L5", strength=1.0), dict(bottom="L4", flip=0.3)][seed % 3]
+        truth, bodies = chain(seed, **corruptions)
+        by_place = {id(v.corners_lps_mm): name for name, v in zip(truth, bodies)}
+        sure_of = {id(v.corners_lps_mm): v.confidence for v in bodies}
+        for v in utils.name_vertebrae(bodies, PRIOR):
+            place = id(v.corners_lps_mm)
+            share = v.confidence / sure_of[place]
+            assert ("uncertain" in v.source) == (share < utils.AMBIGUOUS_SHARE)
+            (sure if share > 0.95 else doubtful if share < utils.AMBIGUOUS_SHARE else []).append(
+                v.name == by_place[place]
+            )
+    assert len(sure) > 300 and np.mean(sure) > 0.97
+    assert len(doubtful) > 20 and 0.2 < np.mean(doubtful) < 0.9
+
+
+def test_what_has_no_place_is_uncertain():
+    truth, bodies = chain(1, false=("front", "twice"))
+    result = utils.name_vertebrae(bodies, PRIOR)
+    assert [v.name for v in result if v.name != utils.UNCERTAIN] == [name for name in truth if name]
+    (odd,) = [v for v in result if v.name == utils.UNCERTAIN]  # the body seen twice is no other body
+    named = np.stack([v.center_lps_mm for v in result if v is not odd])
+    assert np.abs(named - odd.center_lps_mm).min(0)[1] > 10 and odd.source == "t2"
+    # It goes into vertebrae.csv, and no level is made of it.
+    study = utils.Study(5, [sagittal()])
+    boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector=lambda volume: bodies)
+    assert [v.name for v in vertebrae].count(utils.UNCERTAIN) == 1 and vertebrae[-1].name == utils.UNCERTAIN
+    assert {box.source for box in boxes} == {"t2"} and min(box.confidence for box in boxes) > 0.3
+    table = utils.vertebrae_to_table(5, vertebrae)
+    assert (table["vertebra"] == "uncertain").sum() == 1
+    assert utils.vertebrae_from_table(table, 5)[-1].name == "uncertain"
+
+
+def test_levels_say_when_the_numbering_is_ambiguous():
+    bodies = [replace(v, source="t2", confidence=0.9) for v in spine(2) if v.name in ("L2", "L3", "L4")]
+    flat = [replace(v, name="", appearance=None) for v in bodies]
+    study = utils.Study(5, [sagittal()])
+    between = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 0, 17.0]) for v in flat]  # L2 to L4, or L1 to L3?
+    boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector=lambda volume: between)
+    assert [box.level for box in boxes] == list(utils.LEVELS)
+    assert all(box.source.endswith("uncertain") for box in boxes) and max(box.confidence for box in boxes) < 0.6
+    # Where the bodies lie in the series is weak evidence, but evidence.
+    center = next(v for v in spine(2) if v.name == "L3").center_lps_mm
+    at = PRIOR["layout_mm"]["L3"]
+    for shift, names in ((0, ["L2", "L3", "L4"]), (40, ["L1", "L2", "L3"])):
+        named = utils.name_vertebrae(flat, PRIOR, center - np.mean(at, 0) - [0, 0, shift])
+        assert [v.name for v in named] == names
+
+
+def test_patients_move_between_series():
+    truth, first = chain(11)
+    second = [replace(v, corners_lps_mm=v.corners_lps_mm + [3.0, 8.0, -10.0], source="t1") for v in first]
+    assert np.linalg.norm([3, 8, -10]) > 13  # more than half a body: nearest neighbours alone would double them
+    merged = utils.merge_vertebrae(first[:3] + first[4:], second)
+    assert [v.source for v in merged] == ["t2"] * 3 + ["t1"] + ["t2"] * (len(first) - 4)
+    np.testing.assert_allclose(merged[3].center_lps_mm, first[3].center_lps_mm, atol=1e-6)
+    assert len(utils.merge_vertebrae(first, second[2:4])) == len(first)
+    # One common body is no evidence for a motion, none is no problem.
+    assert len(utils.merge_vertebrae(first[:3], second[6:])) == 3 + len(second) - 6
+    for one, other in (([], first), (first, [])):
+        assert [id(v.appearance) for v in utils.merge_vertebrae(one, other)] == [id(v.appearance) for v in first]
+
+
+def test_a_body_at_the_border_counts_less(monkeypatch):
+    volume = sagittal()
+    corners = np.array([[20.0, 8], [20, 24], [36, 24], [36, 8]])
+
+    def found(shift):
+        one = {"corners_px": corners + [shift, 0], "score": 0.9, "logits": np.zeros(CLASSES)}
+        monkeypatch.setattr(spinenet, "spinenet_maps", lambda *args: None)
+        monkeypatch.setattr(spinenet, "decode_slices", lambda *args: [[one] for _ in volume.array])
+        (body,) = utils.detect_vertebrae(type("Model", (), {"resolution_mm": 2.0}), volume)
+        return body.confidence
+
+    assert found(-20.0) == pytest.approx(found(0.0) / 2)
+
+
+# -- levels without a sagittal image
+
+
+def sagittal():
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[4.4, 0, 0], [0, 0, 2.0], [0, -2.0, 0]])
+    affine[:3, 3] = [-26.4, -70, 140]
+    return utils.Volume(np.zeros((13, 140, 70), np.float32), affine, 5, 1, "Sagittal T2/STIR", 0, np.arange(13) + 1)
+
+
+def axial(center, normal, slices, block=0, step_mm=4.4, flip=False):
+    """A stack around a point; normal: towards the head; flip: stored caudal first."""
+    normal = np.asarray(normal, float)
+    left = np.array([1.0, 0, 0]) - normal[0] * normal
+    left /= np.linalg.norm(left)
+    back = np.cross(normal, left)
+    affine = np.eye(4)
+    affine[:3, 0] = normal * step_mm * (1 if flip else -1)
+    affine[:3, 1], affine[:3, 2] = back * 8, left * 8
+    affine[:3, 3] = center - affine[:3, :3] @ ((np.array([slices, 24, 24]) - 1) / 2)
+    array = np.zeros((slices, 24, 24), np.float32)
+    return utils.Volume(array, affine, 5, 3, "Axial T2", block, np.arange(slices) + 1, 4.0)
+
+
+def true_boxes(truth):
+    return {box.level: box for box in utils.level_boxes(truth)}
+
+
+def compare(boxes, truth):
+    levels, table = utils.boxes_to_table(5, boxes), utils.vertebrae_to_table(5, truth)
+    return utils.level_errors(levels, table).set_index("level")
+
+
+@pytest.mark.parametrize("shown", [(0, 1, 2, 3, 4), (1, 2, 3, 4), (2, 3, 4), (-1, 0, 1, 2, 3, 4), (0, 2, 3, 4)])
+def test_tilted_blocks_tell_the_discs(shown):
+    right = []
+    for seed in range(12):
+        truth = spine(seed)
+        names = [v.name for v in truth]
+        rng = np.random.default_rng(seed)
+        blocks = []
+        for number, level in enumerate(shown):
+            k = names.index("L1") + level
+            upper, lower = [replace(truth[k + n], name=name) for n, name in ((0, "L1"), (1, "L2"))]
+            (box,) = utils.level_boxes([upper, lower])
+            center = box.to_lps([rng.normal(0, 1.5), rng.normal(0, 3), 15.0])  # planned around the canal
+            blocks.append(axial(center, box.axes[0], int(rng.integers(3, 7)), number, flip=seed % 2))
+        if seed % 3 == 0:  # a second series repeats a block
+            blocks.append(replace(blocks[-1], series_id=4))
+        study = utils.Study(5, blocks[::-1])
+        boxes, vertebrae = utils.locate_levels(study, None, PRIOR)
+        table = compare(boxes, truth)
+        inside = [level for k, level in enumerate(utils.LEVELS) if k in shown]
+        right.append(table["named"].all() and (table.loc[inside, "along_mm"] < 6).all())
+        assert (table.loc[inside, "source"] == "axial").all() and (table.loc[inside, "confidence"] == 0.3).all()
+        outside = table.drop(inside)
+        assert (outside["source"] == "axial+extrapolated").all() and (outside["confidence"] == 0.15).all()
+        assert [v.name for v in vertebrae] == list(LUMBAR)
+        if right[-1]:
+            assert table.loc[inside, "angle_deg"].max() < 1e-3
+        for box in boxes:
+            np.testing.assert_allclose(box.axes @ box.axes.T, np.eye(3), atol=1e-9)
+            assert np.linalg.det(box.axes) == pytest.approx(1)
+    assert np.mean(right) >= (0.9 if len(shown) >= 4 else 0.75)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_one_stack_places_the_layout(first):
+    named, prior_named = [], []
+    for seed in range(12):
+        truth = spine(seed)
+        boxes = list(true_boxes(truth).values())
+        top, bottom = boxes[first].center_lps_mm, boxes[-1].center_lps_mm
+        normal = np.array([0, -0.09, 0.996])
+        slices = int(round(((top - bottom) @ normal + 22) / 4.4)) + 1
+        stack = axial((top + bottom) / 2 + [0, 15, 0], normal / np.linalg.norm(normal), slices, flip=seed % 2)
+        # A sagittal series centred elsewhere, in which nothing is seen.
+        off = replace(sagittal(), affine=sagittal().affine + np.array([[0] * 4, [0] * 4, [0, 0, 0, 22.0], [0] * 4]))
+        found, _ = utils.locate_levels(utils.Study(5, [off, stack]), None, PRIOR)
+        assert {box.source for box in found} == {"axial"} and {box.confidence for box in found} == {0.2}
+        named.append(compare(found, truth)["named"].mean())
+        found, _ = utils.locate_levels(utils.Study(5, [off]), None, PRIOR)
+        assert {box.source for box in found} == {"prior"}
+        prior_named.append(compare(found, truth)["named"].mean())
+    assert np.mean(named) > 0.9 > np.mean(prior_named) + 0.1
+
+
+def test_another_layout_moves_what_was_not_seen(tmp_path):
+    truth = spine(2)
+    boxes = list(true_boxes(truth).values())
+    study = utils.Study(5, [axial(box.to_lps([0, 0, 15.0]), box.axes[0], 5, k) for k, box in enumerate(boxes)])
+    utils.save_study(study, tmp_path / "5.safetensors")
+    paths = {5: tmp_path / "5.safetensors"}
+    levels, vertebrae, anchors = utils.locate_studies(paths, None, PRIOR)
+    layout = {name: (np.array(corners) + [0, 6.0, 0]).tolist() for name, corners in PRIOR["layout_mm"].items()}
+    other = PRIOR | {"layout_mm": layout}
+    new_levels, new_bodies = utils.locate_unseen(levels, vertebrae, anchors, other, paths)
+    assert set(new_levels["source"]) == {"axial"} and len(new_bodies) == len(vertebrae) == 6
+    moved = new_levels[["x_mm", "y_mm", "z_mm"]].to_numpy() - levels[["x_mm", "y_mm", "z_mm"]].to_numpy()
+    normals = levels[["r00", "r01", "r02"]].to_numpy()
+    assert np.abs((moved * normals).sum(1)).max() < 1e-6 and moved[:, 1].min() > 3  # within the blocks' planes
+    assert utils.locate_unseen(levels, vertebrae, anchors, other)[0].equals(levels)
+
+
+def test_detections_come_before_axial_slices():
+    truth, bodies = chain(4)
+    stack = axial(bodies[4].center_lps_mm, [0, 0, 1.0], 30)
+    study = utils.Study(5, [sagittal(), stack])
+    boxes, _ = utils.locate_levels(study, None, PRIOR, detector=lambda volume: bodies)
+    assert {box.source for box in boxes} == {"t2"}
+    boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector=lambda volume: bodies[:1])
+    assert {box.source for box in boxes} == {"axial"}
+    assert [v.name for v in vertebrae] == [*LUMBAR, "uncertain"]
+    with pytest.raises(ValueError, match="detector is 'other'"):
+        utils.locate_levels(study, None, PRIOR, detector="other")
+
+
+# -- many studies
+
+
+class Detector:
+    """Finds a given chain in every volume; counts, and fails where it is told to."""
+
+    def __init__(self, bodies, fail_at=(), error=RuntimeError):
+        self.bodies, self.calls, self.fail_at, self.error = bodies, 0, fail_at, error
+
+    def __repr__(self):  # one detector, for what is kept of its results
+        return "Detector"
+
+    def __call__(self, volume):
+        self.calls += 1
+        if self.calls in self.fail_at:
+            raise self.error("broken")
+        shift = volume.study_id - 1
+        return [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 0, shift]) for v in self.bodies]
+
+
+def test_a_killed_run_continues(tmp_path):
+    _, bodies = chain(6)
+    paths = {}
+    for study_id in (3, 1, 2):
+        paths[study_id] = tmp_path / f"{study_id}.safetensors"
+        utils.save_study(utils.Study(study_id, [replace(sagittal(), study_id=study_id)]), paths[study_id])
+    whole = utils.locate_studies(paths, None, PRIOR, detector=Detector(bodies))
+    assert list(whole[0]["study_id"].unique()) == [3, 1, 2] and len(whole[0]) == 15
+    kept = tmp_path / "kept"
+    killed = Detector(bodies, fail_at=(2,), error=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        utils.locate_studies(paths, None, PRIOR, kept, detector=killed)
+    assert [file.name for file in kept.iterdir() if file.name == "3.json"]
+    done = len(list(kept.glob("*.json")))
+    again = Detector(bodies)
+    result = utils.locate_studies(paths, None, PRIOR, kept, workers=2, detector=again)
+    assert again.calls == 3 - done < 3 and not list(kept.glob("*.part"))
+    for a, b in zip(whole[:2], result[:2]):
+        pd.testing.assert_frame_equal(a, b)
+    for study_id in paths:
+        np.testing.assert_array_equal(whole[2][study_id]["sagittal"], result[2][study_id]["sagittal"])
+    # A damaged file and results of another prior are made anew.
+    (kept / "1.json").write_text('{"key": ')
+    again = Detector(bodies)
+    utils.locate_studies(paths, None, PRIOR, kept, detector=again)
+    assert again.calls == 1 and json.loads((kept / "1.json").read_text())["levels"]
+    again = Detector(bodies)
+    utils.locate_studies(paths, None, prior_of(range(9000, 9005)), kept, detector=again)
+    assert again.calls == 3
+
+
+def test_a_failed_study_is_tried_again(tmp_path, capsys):
+    _, bodies = chain(6)
+    path = tmp_path / "1.safetensors"
+    utils.save_study(utils.Study(1, [replace(sagittal(), study_id=1)]), path)
+    levels, _, _ = utils.locate_studies({1: path}, None, PRIOR, tmp_path / "kept", detector=Detector(bodies, (1,)))
+    assert set(levels["source"]) == {"prior"} and "detection failed (RuntimeError: broken)" in capsys.readouterr().out
+    levels, _, _ = utils.locate_studies({1: path}, None, PRIOR, tmp_path / "kept", detector=Detector(bodies))
+    assert set(levels["source"]) == {"t2"}
+    assert utils.SpineNet((4, 8), 1, 2.0).state_dict() and naming._locating_key(
+        utils.SpineNet((4, 8), 1, 2.0), PRIOR, "own"
+    ) != naming._locating_key(utils.SpineNet((4, 8), 1, 2.0), PRIOR, "own")

@@ -1,0 +1,170 @@
+"""The official SpineNet package behind our detector's interface, with a stand-in for the package."""
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import pytest
+from test_naming import PRIOR, spine
+
+import utils
+from lumbar import levels as own
+
+NAMES = ("T11", "T12", "L1", "L2", "L3", "L4", "L5", "S1", "S2")
+
+
+def volume_of(center, turn="as stored"):
+    """A sagittal volume around a point, whose pixels hold their own height in the patient (z in mm) plus 1000."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[4.4, 0, 0], [0, 0.1, 1.5], [0, -1.6, 0.09]])
+    shape = np.array([13, 200, 100])
+    affine[:3, 3] = center - affine[:3, :3] @ ((shape - 1) / 2)
+    ijk = np.stack(np.mgrid[: shape[0], : shape[1], : shape[2]], -1)
+    array = (ijk @ affine[:3, :3].T + affine[:3, 3])[..., 2].astype(np.float32) + 1000
+    flip = {"columns forward": 2, "rows up": 1, "left first": 0}.get(turn)
+    if flip is not None:
+        array = np.flip(array, flip)
+        affine[:3, 3] += affine[:3, flip] * (array.shape[flip] - 1)
+        affine[:3, flip] *= -1
+    if turn == "transposed":
+        array, affine = array.transpose(0, 2, 1), affine[:, [0, 2, 1, 3]]
+    return utils.Volume(array, affine, 5, 1, "Sagittal T2/STIR", 0, np.arange(len(array)) + 1)
+
+
+class StandIn:
+    """What the package's SpineNet gives for a known spine, from the pixels' own positions."""
+
+    def __init__(self, truth, spacing, broken=None, labels=None):
+        self.truth, self.spacing, self.broken, self.labels = truth, spacing, broken, labels or {}
+
+    def detect_vb(self, volume, pixel_spacing):
+        if self.broken is not None:
+            raise self.broken
+        height, width, slices = volume.shape
+        assert (height, width, slices) == (200, 100, 13) and volume.dtype == np.float32 and volume.min() == 0
+        np.testing.assert_allclose(pixel_spacing, self.spacing, rtol=1e-6)
+        assert (np.diff(volume, axis=0) < 0).all()  # rows to the feet
+        assert (np.diff(volume, axis=1) > 0).all()  # columns to the back, where this volume rises
+        columns, rows, result = np.arange(width), np.arange(height), []
+        for vertebra, where in zip(self.truth, self.where):
+            polygon = []
+            for corner in (1, 2, 3, 0):  # right is the back
+                polygon.append((where[corner, 2], where[corner, 1]))
+            assert polygon[0][0] > polygon[3][0] and polygon[0][1] < polygon[1][1]
+            assert columns[0] < polygon[0][0] < columns[-1] and rows[0] < polygon[0][1] < rows[-1]
+            middle = where[:, 0].mean()
+            result.append(
+                {
+                    "predicted_label": self.labels.get(vertebra.name, vertebra.name),
+                    "slice_nos": [k for k in range(slices) if abs(k - middle) <= 4.5],
+                    "polys": [],
+                    "average_polygon": np.array(polygon),
+                }
+            )
+        return result[::-1]
+
+
+def stand_in(truth, volume, **kwargs):
+    upright = volume_of(volume.voxel_to_lps((np.array(volume.array.shape) - 1) / 2))
+    detector = StandIn(truth, (np.hypot(1.6, 0.1), np.hypot(1.5, 0.09)), **kwargs)
+    detector.where = [upright.lps_to_voxel(v.corners_lps_mm) for v in truth]
+    if volume.affine[0, 0] < 0:
+        detector.where = [[12, 0, 0] + [-1, 1, 1] * where for where in detector.where]
+    return detector
+
+
+def installed(monkeypatch, detector):
+    module = ModuleType("spinenet")
+    module.SpineNet = lambda device, verbose: detector
+    monkeypatch.setitem(sys.modules, "spinenet", module)
+
+
+def case(seed=3):
+    truth = [v for v in spine(seed) if v.name in NAMES]
+    # Slices are as far apart as 4.4 mm: a body's middle is known no better than to half of that.
+    center = np.mean([v.center_lps_mm for v in truth], 0)
+    straight = [replace(v, corners_lps_mm=v.corners_lps_mm * [0, 1, 1] + [center[0], 0, 0]) for v in truth]
+    return straight, center
+
+
+@pytest.mark.parametrize("turn", ["as stored", "columns forward", "rows up", "left first", "transposed"])
+def test_bodies_keep_their_place(turn, monkeypatch):
+    truth, center = case()
+    volume = volume_of(center, turn)
+    installed(monkeypatch, stand_in(truth, volume))
+    found = utils.detect_vertebrae_official(volume)
+    assert [v.name for v in found] == list(NAMES)
+    for vertebra, true in zip(found, truth):
+        assert np.abs(vertebra.corners_lps_mm - true.corners_lps_mm).max() < 1
+        assert vertebra.left_lps[0] > 0.9 and vertebra.source == "official" and vertebra.confidence == 1
+        assert vertebra.width_mm == pytest.approx(9 * 4.4)
+
+
+def test_levels_come_out_as_from_our_own(monkeypatch, tmp_path):
+    truth, center = case()
+    volume = volume_of(center)
+    installed(monkeypatch, stand_in(truth, volume, labels={"T11": "C7", "L2": "L2"}))
+    study = utils.Study(5, [volume])
+    boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector="official")
+    assert [box.level for box in boxes] == list(utils.LEVELS) and {box.source for box in boxes} == {"official"}
+    for box, true in zip(boxes, utils.level_boxes(truth)):
+        assert np.abs(box.center_lps_mm - true.center_lps_mm).max() < 1
+    assert [v.name for v in vertebrae] == [*NAMES[1:], "uncertain"]
+    utils.save_study(study, tmp_path / "5.safetensors")
+    levels, table, _ = utils.locate_studies({5: tmp_path / "5.safetensors"}, None, PRIOR, detector="official")
+    assert list(levels["level"]) == list(utils.LEVELS) and len(table) == 9
+    # Another series fills in what the first lacks, also after the patient moved.
+    first, second = utils.detect_vertebrae_official(volume), utils.detect_vertebrae_official(volume)
+    second = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 20, 20]) for v in second]
+    merged = own.merge_vertebrae([v for v in first if v.name != "L3"], second)
+    assert [v.name for v in merged][1:] == list(NAMES[1:])
+    assert np.abs(merged[4].center_lps_mm - truth[4].center_lps_mm).max() < 1
+
+
+def test_a_name_given_twice_goes_to_the_surer(monkeypatch):
+    truth, center = case()
+    detector = stand_in(truth, volume_of(center), labels={"T12": "L1"})
+    whole = detector.detect_vb
+
+    def fewer(volume, spacing):
+        result = whole(volume, spacing)
+        result[-2]["slice_nos"] = result[-2]["slice_nos"][:3]
+        return result
+
+    detector.detect_vb = fewer
+    found = utils.detect_vertebrae_official(volume_of(center), detector)
+    assert [v.name for v in found] == ["T11", "uncertain", *NAMES[2:]]
+    assert found[1].confidence == pytest.approx(3 * 4.4 / 25)
+
+
+@pytest.mark.parametrize(
+    "error", [IndexError("list index out of range"), ValueError("zero-size array"), RuntimeError("a non-empty list")]
+)
+def test_nothing_found_is_an_empty_list(error):
+    truth, center = case()
+    volume = volume_of(center)
+    assert utils.detect_vertebrae_official(volume, stand_in(truth, volume, broken=error)) == []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        utils.detect_vertebrae_official(volume, stand_in(truth, volume, broken=RuntimeError("out of memory")))
+
+
+def test_what_is_lacking_is_said(monkeypatch):
+    truth, center = case()
+    monkeypatch.setitem(sys.modules, "spinenet", None)
+    with pytest.raises(ImportError, match="research only"):
+        utils.detect_vertebrae_official(volume_of(center))
+    with pytest.raises(ImportError, match="research only"):
+        utils.locate_levels(utils.Study(5, [volume_of(center)]), None, PRIOR, detector="official")
+    axial = replace(volume_of(center), affine=volume_of(center).affine[[2, 1, 0, 3]])
+    with pytest.raises(ValueError, match="axial, not sagittal"):
+        utils.detect_vertebrae_official(axial)
+    module = ModuleType("spinenet")
+
+    def without_weights(device, verbose):
+        raise FileNotFoundError("detect.pth")
+
+    module.SpineNet = without_weights
+    monkeypatch.setitem(sys.modules, "spinenet", module)
+    with pytest.raises(FileNotFoundError, match="download_weights"):
+        utils.load_official_spinenet()
