@@ -105,13 +105,14 @@ def _save_tensors(tensors, about, path):
 def paint_anatomies(folder, count, seed=0, workers=2):
     """Paint `count` anatomies of all kinds for RandomisedSlices, some 10 MB each. Returns their paths.
 
-    Those that are there are not painted again. Of seed k are the studies 1_000_000 * (k + 1) + 0 ... count - 1.
+    Those that are there are not painted again. Seed k has the studies from 1_000_000_000 k + 1_000_000 on, which no
+    benchmark uses.
     """
     import multiprocessing
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = [1_000_000 * (seed + 1) + number for number in range(count)]
+    seeds = [1_000_000_000 * seed + 1_000_000 + number for number in range(count)]
     paths = [folder / f"anatomy_{number}.safetensors" for number in seeds]
     jobs = [(path, number) for path, number in zip(paths, seeds, strict=True) if not path.is_file()]
     if len(jobs) and workers > 1:

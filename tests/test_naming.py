@@ -13,7 +13,7 @@ import pytest
 
 import phantom
 import utils
-from lumbar import levels as naming
+from lumbar import levels as module
 from lumbar import spinenet
 
 CLASSES = len(utils.SPINE_CLASSES)
@@ -147,7 +147,7 @@ def test_names_are_mostly_right_where_less_is_to_be_seen(corruptions, least):
 
 @pytest.mark.parametrize("broken", ["no geometry", "no evidence but distance", "drops everything"])
 def test_a_broken_naming_would_be_noticed(broken, monkeypatch):
-    whole = naming._chain_scores
+    whole = module._chain_scores
 
     def scores(vertebrae, *args):
         if broken == "no evidence but distance":
@@ -157,16 +157,16 @@ def test_a_broken_naming_would_be_noticed(broken, monkeypatch):
             pair = np.where(np.isfinite(pair), 0.0, pair)
         return single, pair, drop * (broken != "drops everything")
 
-    monkeypatch.setattr(naming, "_chain_scores", scores)
+    monkeypatch.setattr(module, "_chain_scores", scores)
     if broken == "no evidence but distance":
-        monkeypatch.setattr(naming, "_PAIR_SPREAD", {})
-        monkeypatch.setattr(naming, "_TILT_SPREAD_DEG", (1e9, 1.0))
+        monkeypatch.setattr(module, "_PAIR_SPREAD", {})
+        monkeypatch.setattr(module, "_TILT_SPREAD_DEG", (1e9, 1.0))
     assert share_right(40, lost=1, false=("front",)) < 0.9
 
 
 def test_the_programme_finds_the_best_of_all_namings():
     _, bodies = chain(3, top="L4", bottom="S1", false=("front",))
-    single, pair, drop = naming._chain_scores(bodies, PRIOR)
+    single, pair, drop = module._chain_scores(bodies, PRIOR)
     assert len(bodies) == 4
     scores = {}
     for naming in itertools.product(range(-1, single.shape[1]), repeat=len(bodies)):
@@ -177,13 +177,13 @@ def test_the_programme_finds_the_best_of_all_namings():
         score += sum(pair[i, j, k, m] for (i, k), (j, m) in itertools.pairwise(used))  # has what it skips in it
         scores[naming] = score
     best = max(scores, key=scores.get)
-    assert naming._best_chain(single, pair, drop) == (
+    assert module._best_chain(single, pair, drop) == (
         [(i, k) for i, k in enumerate(best) if k >= 0],
         pytest.approx(scores[best]),
     )
     weight = np.exp(np.array(list(scores.values())))
     weight /= weight.sum()
-    shares = naming._name_shares(single, pair, drop)
+    shares = module._name_shares(single, pair, drop)
     for i, k in itertools.product(range(len(bodies)), range(single.shape[1])):
         expected = weight[[naming[i] == k for naming in scores]].sum()
         assert shares[i, k] == pytest.approx(expected, abs=1e-9)
@@ -444,6 +444,6 @@ def test_a_failed_study_is_tried_again(tmp_path, capsys):
     assert set(levels["source"]) == {"prior"} and "detection failed (RuntimeError: broken)" in capsys.readouterr().out
     levels, _, _ = utils.locate_studies({1: path}, None, PRIOR, tmp_path / "kept", detector=Detector(bodies))
     assert set(levels["source"]) == {"t2"}
-    assert utils.SpineNet((4, 8), 1, 2.0).state_dict() and naming._locating_key(
+    assert utils.SpineNet((4, 8), 1, 2.0).state_dict() and module._locating_key(
         utils.SpineNet((4, 8), 1, 2.0), PRIOR, "own"
-    ) != naming._locating_key(utils.SpineNet((4, 8), 1, 2.0), PRIOR, "own")
+    ) != module._locating_key(utils.SpineNet((4, 8), 1, 2.0), PRIOR, "own")

@@ -1,6 +1,6 @@
 """How well SpineNet finds, names and places vertebrae on phantom studies that it was not trained on.
 
-    python tests/benchmarks/bench_spinenet.py --weights weights/spinenet.safetensors --studies 200 --workers 2
+    python tests/benchmarks/bench_spinenet.py --weights weights/spinenet_phantom.safetensors --studies 200 --workers 2
 
 Two tables. *Contrast*: --studies anatomies of the phantom's variety "wide", one kind of contrast each, cyclic through
 KINDS, from a clinical pair to images that no scanner makes; every tenth anatomy is transitional (a sacralised L5 or
@@ -45,7 +45,7 @@ from lumbar.geometry import boxes_to_table  # noqa: E402
 from lumbar.names import VERTEBRAE, progress, write_csv, write_json  # noqa: E402
 
 CACHE_VERSION = 1  # goes up when the same study gets other pixels from this file
-# Training seeds are small numbers or children of a SeedSequence; each set's studies count up from its own number.
+# Training anatomies count up from 1_000_000 (paint_anatomies), each set here from a number of its own.
 FIRST_SEED = {"contrast": 10_000_000, "clinical": 20_000_000, "scoliosis": 30_000_000}
 PREVALENCE = 3.0  # of disease, in the odds: the demo's, more than in the real data
 KINDS = ("T1+T2", "T2", "T1", "STIR", "T1FS", "T2FS", "PD", "random", "inverted", "faint", "overexposed")
