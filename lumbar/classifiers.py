@@ -235,18 +235,18 @@ def margin_shape(shape):
     return tuple(int(round(n * CROP_MARGIN / 2)) * 2 for n in shape)
 
 
-def cut_crops(study, boxes, crop):
+def cut_crops(study, boxes, crop, device="cpu"):
     """A study's network inputs with margin: (5, 3, D, H, W) float16 for scope level, (1, 3, D, H, W) for study.
 
     boxes: the five LevelBoxes (scope level only); crop: dict scope, shape (d, h, w), extent_mm (head, left, back),
-    shift_mm. The margin enlarges shape and extent alike, so voxels keep their size.
+    shift_mm; device: where the sampling runs. The margin enlarges shape and extent alike, so voxels keep their size.
     """
     shape = margin_shape(crop["shape"])
     grown = np.asarray(shape) / np.asarray(crop["shape"])
     extent_mm = np.asarray(crop["extent_mm"]) * grown[[0, 2, 1]]
     if crop["scope"] == "study":
-        return crop_study(study, shape, extent_mm)[0][None]
-    return np.stack([crop_level(study, box, shape, extent_mm, crop["shift_mm"])[0] for box in boxes])
+        return crop_study(study, shape, extent_mm, device)[0][None]
+    return np.stack([crop_level(study, box, shape, extent_mm, crop["shift_mm"], device)[0] for box in boxes])
 
 
 def level_centers(paths, levels_table, crop):

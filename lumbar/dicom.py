@@ -194,14 +194,15 @@ def _place(attributes):
     spacing = _numbers(attributes, "PixelSpacing", 2)
     if (spacing <= 0).any():
         raise DicomProblem("PixelSpacing is not positive")
-    thickness_mm = _number(attributes, "SliceThickness", 0.0) or 4.0
+    # Some writers give the spacing a sign, for the direction in which they count.
+    thickness_mm = abs(_number(attributes, "SliceThickness", 0.0)) or 4.0
     return {
         "position_lps": _numbers(attributes, "ImagePositionPatient", 3),
         "row_lps": row / lengths[0],
         "column_lps": column / lengths[1],
         "spacing_mm": spacing,
         "thickness_mm": thickness_mm,
-        "step_mm": _number(attributes, "SpacingBetweenSlices", 0.0) or thickness_mm,
+        "step_mm": abs(_number(attributes, "SpacingBetweenSlices", 0.0)) or thickness_mm,
         "slope": _number(attributes, "RescaleSlope", 1.0),
         "intercept": _number(attributes, "RescaleIntercept", 0.0),
     }

@@ -22,17 +22,8 @@ from .spinenet import _LUMBAR, Vertebra, detect_vertebrae, spinenet_records
 
 FORAMEN_RISE_MM = 6.0  # how far above their disc's plane foraminal points lie, along the spine
 _TO_DISC = 0.67  # from a body's centre to the middle of the disc beside it, in heights of the body
-POINT_TABLE_COLUMNS = [
-    "study_id",
-    "series_id",
-    "description",
-    "used",
-    "reason",
-    "levels",
-    "confirmed",
-    "renamed",
-    "completed",
-] + ["dropped", "slices"]
+POINT_TABLE_COLUMNS = ["study_id", "series_id", "description", "used", "reason", "levels", "confirmed"]
+POINT_TABLE_COLUMNS += ["renamed", "completed", "dropped", "slices"]
 
 
 def level_points(points_lps, levels, foraminal=None):
@@ -309,3 +300,15 @@ def point_scores(levels, paths, coordinates):
         "p90_mm": float(distance.quantile(0.9)),
         "within_5mm": float((distance <= 5).mean()),
     }
+
+
+def tuning_helped(before, after):
+    """True if tuning made no score of the held-out studies worse and at least one better.
+
+    before, after: from point_scores. What counts: the share of points nearest to their own level's disc, the share
+    within 5 mm of it, and, if both stay as they are, the median distance. Without held-out points nothing is shown.
+    """
+    steps = [after[name] - before[name] for name in ("right_level", "within_5mm")]
+    if not np.isfinite(steps).all() or min(steps) < 0:
+        return False
+    return bool(max(steps) > 0 or after["median_mm"] < before["median_mm"])

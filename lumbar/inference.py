@@ -14,7 +14,7 @@ from .dicom import Study, normalise_study, read_study
 from .ensemble import MEMBERS, TTA_VIEWS, combine_members, default_ensemble
 from .files import read_descriptions, to_submission
 from .geometry import boxes_to_table
-from .levels import locate_levels
+from .levels import locate_levels_surely
 from .names import (
     CONDITIONS,
     DETECTORS,
@@ -40,6 +40,7 @@ class Members:
     study: list
     prior: np.ndarray  # (5, 5, 3), the training set's weighted class prior
     detector: object = "own"  # as locate_levels takes it; "official" is loaded once
+    device: str = "cpu"  # where the networks are
 
 
 def find_weights(folders, pattern):
@@ -92,6 +93,7 @@ def load_members(folders, members=MEMBERS, device="auto"):
         classifiers["study"],
         np.mean(np.asarray(priors, np.float64), 0),
         official_detector(device) if official else "own",
+        device,
     )
 
 
@@ -131,11 +133,9 @@ def predict_study(study, members, views=TTA_VIEWS[:2]):
         return {}, None, problems
     empty = np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan)
     predictions = {}
-    boxes = None
-    try:
-        boxes, _ = locate_levels(study, members.spinenet, detector=members.detector)
-    except Exception as error:
-        problems.append(f"levels: {type(error).__name__}: {error}")
+    boxes, _, problem = locate_levels_surely(study, members.spinenet, detector=members.detector)
+    if problem:
+        problems.append(f"levels: {problem}")
 
     def attempt(name, work):
         try:
@@ -148,7 +148,7 @@ def predict_study(study, members, views=TTA_VIEWS[:2]):
         # Folds mostly see the same crops: those are cut once and go through all their models.
         results = []
         for crop in {json.dumps(about["crop"]): about["crop"] for _, about in models}.values():
-            crops = cut_crops(study, boxes, crop)
+            crops = cut_crops(study, boxes, crop, members.device)
             levels = np.arange(len(LEVELS)) if scope == "level" else None
             own = [model for model, about in models if about["crop"] == crop]
             predicted = predict_crops(own, crops, crop, levels, views)
@@ -165,9 +165,9 @@ def predict_study(study, members, views=TTA_VIEWS[:2]):
                 result[indices] = np.mean(rows, 0)
         return result
 
-    if any(members.yolo.values()) and boxes is not None:
+    if any(members.yolo.values()):
         attempt("yolo", detect)
-    if members.level and boxes is not None:
+    if members.level:
         attempt("level", lambda: classify(members.level, "level"))
     if members.study:
         attempt("study", lambda: classify(members.study, "study"))

@@ -14,6 +14,7 @@ from torch import nn
 from .dicom import load_study
 from .geometry import LevelBox, boxes_from_table, boxes_to_table, coordinates_to_lps, study_box
 from .names import LEVEL_TABLE_COLUMNS, LEVEL_VERTEBRAE, LEVELS, VERTEBRAE, progress, write_json
+from .official import official_detector
 from .spinenet import (
     _CHAIN,
     _LUMBAR,
@@ -46,7 +47,8 @@ def _motion_mm(first, second, reach_mm=16.0, tolerance_mm=8.0):
     if not first or not second:
         return np.zeros(3)
     offsets = np.stack([v.center_lps_mm for v in first])[:, None] - np.stack([v.center_lps_mm for v in second])
-    if first[0].name and second[0].name:
+    # The names tell which is which, unless the two series are numbered differently.
+    if first[0].name and second[0].name and not _numbered_differently(first, second):
         same = np.array([[a.name == b.name != UNCERTAIN for b in second] for a in first])
         return np.median(offsets[same], 0) if same.sum() > 1 else np.zeros(3)
     best, motion = 1, np.zeros(3)
@@ -72,11 +74,12 @@ def merge_vertebrae(first, second, distance_mm=13.0):
     """
     motion = _motion_mm(first, second)
     second = [replace(v, corners_lps_mm=v.corners_lps_mm + motion) for v in second]
+    contradict = _numbered_differently(first, second)
     pairs = []
     for i, vertebra in enumerate(first):
         for k, other in enumerate(second):
             distance = float(np.linalg.norm(other.center_lps_mm - vertebra.center_lps_mm))
-            by_name = vertebra.name and other.name and UNCERTAIN not in (vertebra.name, other.name)
+            by_name = vertebra.name and other.name and UNCERTAIN not in (vertebra.name, other.name) and not contradict
             if vertebra.name == other.name if by_name else distance < distance_mm:
                 pairs.append((distance, i, k))
     partner = {}
@@ -97,8 +100,27 @@ def merge_vertebrae(first, second, distance_mm=13.0):
             merged.append(kept)
         else:
             merged.append(vertebra)
-    merged += [other for k, other in enumerate(second) if k not in partner.values()]
-    return sorted(merged, key=lambda v: -v.center_lps_mm[2])
+    rest = [other for k, other in enumerate(second) if k not in partner.values()]
+    if contradict:
+        merged = [v if v.name == UNCERTAIN else replace(v, source=_doubtful(v.source)) for v in merged]
+        rest = [replace(v, name=UNCERTAIN) for v in rest]
+    return sorted(merged + rest, key=lambda v: -v.center_lps_mm[2])
+
+
+def _numbered_differently(first, second):
+    """Do named bodies at the same place (half a body's height) mostly have different names in the two lists?"""
+    verdicts = [
+        a.name == b.name
+        for a in first
+        for b in second
+        if a.name and b.name and UNCERTAIN not in (a.name, b.name)
+        if np.linalg.norm(a.center_lps_mm - b.center_lps_mm) < 13.0
+    ]
+    return len(verdicts) > 1 and np.mean(verdicts) < 0.5
+
+
+def _doubtful(source):
+    return source if "uncertain" in source else f"{source}+uncertain"
 
 
 # -- names
@@ -437,11 +459,40 @@ _SOURCES = ("truth", "official", "t2", "t1", "axial", "prior", "extrapolated", "
 _NOT_SEEN = "extrapolated|prior|axial"  # sources of bodies that no sagittal image showed
 
 
+def _lefts(vertebrae, level):
+    """(3,) unit vector to the patient's left in the plane of a level's disc.
+
+    True bodies know their own left. Detected ones do not: their corners lie in the slices' plane, which follows the
+    scanner and not a scoliosis. There the disc stands across the line through the bodies around it (weights 1 for its
+    two, 1/4 for the next ones: a centre is known to a millimetre or two sideways, a tilt from two would be noise).
+    """
+    found = {v.name: v for v in vertebrae}
+    pair = [found[name] for name in LEVEL_VERTEBRAE[level]]
+    if all(v.source == "truth" for v in pair):
+        left = sum(v.left_lps for v in pair)
+        return left / np.linalg.norm(left)
+    first = _CHAIN.index(LEVEL_VERTEBRAE[level][0])
+    near = [
+        (found[name], weight)
+        for name, weight in zip(_CHAIN[first - 1 : first + 3], (0.25, 1, 1, 0.25))
+        if name in found
+    ]
+    x, _, z = np.stack([v.center_lps_mm for v, _ in near], 1)
+    weight = np.array([w * max(v.confidence, 0.01) for v, w in near])
+    x, z = x - np.average(x, weights=weight), z - np.average(z, weights=weight)
+    slope = (weight * x * z).sum() / (weight * z**2).sum()
+    slope = np.clip(slope, -_STEEPEST, _STEEPEST)
+    return np.array([1.0, 0.0, -slope]) / np.hypot(1.0, slope)
+
+
+_STEEPEST = np.tan(np.radians(25))  # coronal tilt of a disc; more is a wrong detection
+
+
 def level_boxes(vertebrae):
     """The LevelBoxes between named neighbours, head to foot; levels without both neighbours are left out.
 
-    Centre: between the end plates. Axes: back along the mean of the two end plates, head perpendicular to it and to
-    the patient's left-right axis. Extent: head from body centre to body centre; left the bodies' width; back the
+    Centre: between the end plates. Axes: head perpendicular to the mean of the two end plates and to the left-right
+    axis of _lefts; left across both. Extent: head from body centre to body centre; left the bodies' width; back the
     end plates' depth.
     """
     found = {v.name: v for v in vertebrae}
@@ -453,9 +504,9 @@ def level_boxes(vertebrae):
         plates = np.stack([upper.corners_lps_mm[[3, 2]], lower.corners_lps_mm[[0, 1]]])  # (plate, front | back, 3)
         along = plates[:, 1] - plates[:, 0]
         back = (along / np.linalg.norm(along, axis=1, keepdims=True)).sum(0)
-        head = np.cross([1.0, 0.0, 0.0], back)
+        left = _lefts(vertebrae, level)
+        head = np.cross(left, back)
         head /= np.linalg.norm(head)
-        left = np.array([1.0, 0.0, 0.0])  # perpendicular to head already
         parts = set(f"{upper.source}+{lower.source}".split("+"))
         order = [part for part in _SOURCES if part in parts]
         boxes.append(
@@ -589,6 +640,7 @@ def axial_levels(study, prior):
         return {"center": around.mean(0) + offset, "normal": normal / np.linalg.norm(normal)}
 
     discs = [disc("T12", "L1")] + [{"center": b.center_lps_mm, "normal": b.axes[0]} for b in boxes] + [disc("S1", "S2")]
+    blocks = sorted(blocks, key=lambda block: -block["center"][2])[-len(discs) :]  # more reach into the chest
     picked = _match_blocks(blocks, discs)
     if picked is None:
         return None
@@ -626,18 +678,17 @@ def _detector(detector, model):
     if detector == "own":
         return (lambda volume: detect_vertebrae(model, volume)) if model is not None else (lambda volume: [])
     if detector == "official":
-        from .official import official_detector  # not at the top: it needs this module's Vertebra
-
         return official_detector(str(next(model.parameters()).device) if isinstance(model, nn.Module) else "cpu")
     raise ValueError(f'detector is {detector!r}: "own", "official", or a function that takes a Volume')
 
 
-def locate_levels(study, model, prior=None, detector="own"):
+def locate_levels(study, model, prior=None, detector="own", layout=None):
     """Find and name a study's vertebrae and disc levels; always answers, with a confidence.
 
     study: normalised; model: SpineNet, or None to take the prior alone; prior: from fit_level_prior, default the one
     in model.about; detector: "own" (model), "official" (the research-only package, see lumbar/official.py), or a
-    function volume -> Vertebrae, which may have names already.
+    function volume -> Vertebrae, which may have names already; layout: as prior, for where nothing is seen, default
+    model.about["layout"] (how these patients lie, see locate_with_own_layout), else the prior.
     Where the levels come from (`source`), in this order:
     - t2, t1: bodies seen in the sagittal T2/STIR and T1 series. They form one chain; where both saw a body the T2's
       geometry counts. "official" instead where that package found them.
@@ -651,6 +702,8 @@ def locate_levels(study, model, prior=None, detector="own"):
     prior = prior if prior is not None else (model.about.get("prior") if model is not None else None)
     if prior is None:
         raise ValueError("locate_levels needs a prior: give fit_level_prior's, or weights from 02_train_spinenet")
+    if layout is None:
+        layout = (model.about.get("layout") if model is not None else None) or prior
     detect = _detector(detector, model)
     chain = []
     for description in ("Sagittal T2/STIR", "Sagittal T1"):
@@ -666,16 +719,34 @@ def locate_levels(study, model, prior=None, detector="own"):
         if vertebra.name in _CHAIN:
             named.setdefault(vertebra.name, vertebra)
     named = smooth_sideways(sorted(named.values(), key=lambda v: _CHAIN.index(v.name)))
-    uncertain = [v for v in chain if v.name not in _CHAIN]
+    uncertain = [replace(v, name=UNCERTAIN) for v in chain if v.name not in _CHAIN]
     others = [v for v in named if v.name not in _LUMBAR]
-    planned = axial_levels(study, prior) if len(named) < 2 else None
+    planned = axial_levels(study, layout) if len(named) < 2 else None
     if planned is not None:
         return planned[0], planned[1] + [replace(v, name=UNCERTAIN) for v in uncertain + named]
-    complete = complete_vertebrae(named, anchors, prior)
+    complete = complete_vertebrae(named, anchors, prior if named else layout)
     return level_boxes(complete), sorted(complete + others, key=lambda v: _CHAIN.index(v.name)) + uncertain
 
 
-_LOCATING_VERSION = 1  # to be raised when the same network gives other levels: results kept by older code do not count
+def locate_levels_surely(study, model, prior=None, detector="own", layout=None):
+    """locate_levels for a study that may be odd: (LevelBoxes, Vertebrae, None or what went wrong, as a sentence).
+
+    Where detection fails the levels come from the axial slices or the mean layout.
+    Raises ValueError when there is neither a prior nor a model that carries one.
+    """
+    prior = prior if prior is not None or model is None else model.about.get("prior")
+    layout = layout or (model.about.get("layout") if model is not None else None) or prior
+    try:
+        return *locate_levels(study, model, prior, detector, layout), None
+    except Exception as error:
+        problem = f"detection failed ({type(error).__name__}: {error}); the mean layout stands in"
+    try:
+        return *locate_levels(study, None, prior, layout=layout), problem
+    except Exception:  # not even the axial slices' places can be used
+        return *locate_levels(replace(study, volumes=[]), None, prior, layout=layout), problem
+
+
+_LOCATING_VERSION = 2  # to be raised when the same network gives other levels: results kept by older code do not count
 
 
 def _locating_key(model, prior, detector):
@@ -696,8 +767,10 @@ def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="o
     where each study's result is kept as <study_id>.json, so that a killed run continues (a result of other weights,
     prior or detector is not taken; a function is known by its repr), default nowhere; workers: threads (most of the
     time is spent outside Python's lock).
-    A study whose detection fails gets its levels from the axial slices or the mean layout, and is tried again by the
-    next run. Returns (levels table, vertebrae table, anchors: dict study_id -> study_anchors).
+    A study whose detection fails gets its levels from the axial slices or the mean layout, which is not kept in
+    `folder`. Returns (levels table, vertebrae table, anchors: dict study_id -> study_anchors).
+    Raises RuntimeError when a file cannot be read, and when detection failed in every one of
+    three or more studies.
     """
     prior = prior if prior is not None else (model.about.get("prior") if model is not None else None)
     if prior is None:
@@ -706,6 +779,7 @@ def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="o
         Path(folder).mkdir(parents=True, exist_ok=True)
         key = _locating_key(model, prior, detector)
     detect = _detector(detector, model)  # once: the official package loads its weights here
+    problems = []
 
     def locate(study_id):
         file = Path(folder) / f"{study_id}.json" if folder is not None else None
@@ -716,23 +790,22 @@ def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="o
                 known = {}
             if known.get("key") == key:
                 return known
-        study = load_study(paths[study_id])
-        failed = False
         try:
-            boxes, bodies = locate_levels(study, model, prior, detect)
-        except Exception as error:  # one odd study must not stop the others
-            print(f"study {study_id}: detection failed ({type(error).__name__}: {error}); the mean layout stands in")
-            failed = True
-            try:
-                boxes, bodies = locate_levels(study, None, prior)
-            except Exception:  # not even the axial slices' places can be used
-                boxes, bodies = locate_levels(replace(study, volumes=[]), None, prior)
+            study = load_study(paths[study_id])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"{paths[study_id]} cannot be read ({reason}): delete it and run 01 again") from error
+        boxes, bodies, problem = locate_levels_surely(study, model, prior, detect, prior)
+        if any(volume.plane == "sagittal" for volume in study.volumes):
+            problems.append(problem)
+        if problem:
+            print(f"study {study_id}: {problem}")
         result = {
             "levels": boxes_to_table(study_id, boxes).to_dict("records"),
             "vertebrae": vertebrae_to_table(study_id, bodies).to_dict("records"),
             "anchors": {plane: center.tolist() for plane, center in study_anchors(study).items()},
         }
-        if file is not None and not failed:
+        if file is not None and not problem:
             write_json(file, {"key": key} | result)
         return result
 
@@ -741,6 +814,8 @@ def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="o
         results = list(progress(pool.map(locate, paths), "locating levels", len(paths)))
     finally:  # a killed run shall not work off the rest first
         pool.shutdown(cancel_futures=True)
+    if len(problems) > 2 and all(problems):  # no odd studies, but an installation that cannot work
+        raise RuntimeError(f"the detector failed in all of {len(problems)} studies; the first: {problems[0]}")
     levels = pd.DataFrame([row for result in results for row in result["levels"]], columns=LEVEL_TABLE_COLUMNS)
     rows = [row for result in results for row in result["vertebrae"]]
     anchors = {
@@ -770,6 +845,18 @@ def locate_unseen(levels, vertebrae, anchors, prior, paths=None):
         rest = vertebrae[vertebrae["study_id"] != study_id]
         vertebrae = pd.concat([rest, vertebrae_to_table(study_id, bodies)] + ([old] if len(old) else []))
     return levels.reset_index(drop=True), vertebrae.reset_index(drop=True)
+
+
+def locate_with_own_layout(paths, model, folder=None, workers=1, detector="own"):
+    """locate_studies; and where nothing is seen, the mean layout of these patients instead of the phantoms'.
+
+    The layout goes into model.about["layout"], so that inference places its studies alike; names are given with
+    model.about["prior"] here and there. Returns (levels table, vertebrae table).
+    """
+    prior = model.about["prior"]
+    levels, vertebrae, anchors = locate_studies(paths, model, prior, folder, workers, detector)
+    model.about["layout"] = refit_level_prior(anchors, vertebrae, prior)
+    return locate_unseen(levels, vertebrae, anchors, model.about["layout"], paths)
 
 
 # -- how good are they

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .spinenet import _CHAIN, UNCERTAIN, Vertebra
+from .spinenet import _CHAIN, UNCERTAIN, Vertebra, upright
 
 # ----------------------------------------------------------------------------------------------------------------
 #  10. SpineNet's official package
@@ -43,19 +43,6 @@ def official_detector(device="cpu"):
     return lambda volume: detect_vertebrae_official(volume, detector)
 
 
-def _upright(volume):
-    """(array (slice, row, column), affine): the volume with rows to the feet and columns to the back, not resampled."""
-    array, affine = np.asarray(volume.array), np.array(volume.affine, np.float64)
-    if abs(affine[2, 1]) < abs(affine[2, 2]):  # columns run along the spine
-        array, affine = array.transpose(0, 2, 1), affine[:, [0, 2, 1, 3]]
-    for axis, patient_axis, sign in ((1, 2, -1), (2, 1, 1)):
-        if affine[patient_axis, axis] * sign < 0:
-            array = np.flip(array, axis)
-            affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
-            affine[:3, axis] *= -1
-    return array, affine
-
-
 def detect_vertebrae_official(volume, detector=None):
     """Find and name the vertebral bodies of one sagittal volume with the official package.
 
@@ -70,16 +57,19 @@ def detect_vertebrae_official(volume, detector=None):
     if volume.plane != "sagittal":
         raise ValueError(f"study {volume.study_id}, series {volume.series_id}: {volume.plane}, not sagittal slices")
     detector = detector if detector is not None else load_official_spinenet()
-    array, affine = _upright(volume)
+    array, affine = upright(volume)
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
     stack = np.ascontiguousarray(array.transpose(1, 2, 0), dtype=np.float32)
     try:
         found = detector.detect_vb(stack - stack.min(), [float(spacing_mm[1]), float(spacing_mm[2])])
-    except (IndexError, KeyError, ValueError, ZeroDivisionError):  # it takes the first of an empty list
-        return []
-    except RuntimeError as error:  # ... or concatenates one; anything else, as a full memory, is a failure
-        if "empty" not in str(error):
+    except (IndexError, KeyError, ZeroDivisionError, ValueError, RuntimeError) as error:
+        # Where it finds nothing it takes the first of an empty list, or stacks one; all else is a failure.
+        if isinstance(error, (ValueError, RuntimeError)) and not any(
+            word in str(error) for word in ("empty", "at least one", "zero-size")
+        ):
             raise
+        name = f"study {volume.study_id}, series {volume.series_id}"
+        print(f"{name}: the official detector stopped ({type(error).__name__}: {error}): no vertebrae there")
         return []
     vertebrae = []
     for body in found or []:

@@ -126,8 +126,9 @@ def paint_anatomies(folder, count, seed=0, workers=2):
 
 
 def load_anatomy(path):
-    """(about, planes): about has grids (origin_mm, step_mm (3,) of x, y, z) and vertebrae (list of Vertebra, named);
-    planes(number, first, last) reads the TissueGrid of grid `number`, planes first to last - 1 of it.
+    """(about, planes): about has seed, variant, grids (origin_mm, step_mm (3,) of x, y, z), shapes (of the grids as
+    kept), vertebrae (list of Vertebra, named) and anchors (as study_anchors, lists); planes(number, first, last) reads
+    the TissueGrid of grid `number`, planes first to last - 1 of it.
 
     Raises FileNotFoundError.
     """

@@ -105,6 +105,19 @@ def vertebrae_from_table(table, study_id):
 # -- images and targets
 
 
+def upright(volume):
+    """(array (slice, row, column), affine): the volume with rows to the feet and columns to the back, not resampled."""
+    array, affine = np.asarray(volume.array), np.array(volume.affine, np.float64)
+    if abs(affine[2, 1]) < abs(affine[2, 2]):  # columns run along the spine
+        array, affine = array.transpose(0, 2, 1), affine[:, [0, 2, 1, 3]]
+    for axis, patient_axis, sign in ((1, 2, -1), (2, 1, 1)):
+        if affine[patient_axis, axis] * sign < 0:
+            array = np.flip(array, axis)
+            affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
+            affine[:3, axis] *= -1
+    return array, affine
+
+
 def sagittal_images(volume, resolution_mm):
     """A sagittal volume's slices as the network sees them: rows towards the feet, columns towards the back.
 
@@ -115,14 +128,7 @@ def sagittal_images(volume, resolution_mm):
     """
     if volume.plane != "sagittal":
         raise ValueError(f"study {volume.study_id}, series {volume.series_id}: {volume.plane}, not sagittal slices")
-    array, affine = np.asarray(volume.array), np.array(volume.affine, np.float64)
-    if abs(affine[2, 1]) < abs(affine[2, 2]):  # columns run along the spine
-        array, affine = array.transpose(0, 2, 1), affine[:, [0, 2, 1, 3]]
-    for axis, patient_axis, sign in ((1, 2, -1), (2, 1, 1)):
-        if affine[patient_axis, axis] * sign < 0:
-            array = np.flip(array, axis)
-            affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
-            affine[:3, axis] *= -1
+    array, affine = upright(volume)
     images = torch.from_numpy(np.ascontiguousarray(array)).float()[:, None].clamp(-0.5, 2)
     size = [
         max(int(round(n * s / resolution_mm)), 1)
@@ -236,7 +242,9 @@ class SpineSlices(torch.utils.data.Dataset):
     """
 
     def __init__(self, records, length, shape, sigma_px, augment=True, seed=0):
-        self.records, self.length, self.shape = records, length, tuple(shape)
+        # As arrays: a tensor would take a file descriptor on its way to a worker process that is not forked.
+        self.records = [{name: np.asarray(value) for name, value in record.items()} for record in records]
+        self.length, self.shape = length, tuple(shape)
         self.sigma_px, self.augment, self.seed = sigma_px, augment, seed
         self.with_bodies = [k for k, record in enumerate(records) if len(record["corners_px"])]
 
@@ -251,6 +259,7 @@ class SpineSlices(torch.utils.data.Dataset):
             record = self.records[choice[int(rng.integers(len(choice)))]]
         else:
             record = self.records[index]
+        record = {name: torch.from_numpy(value) for name, value in record.items()}
         image, corners_px = record["image"].float(), record["corners_px"]
         size = torch.tensor(image.shape, dtype=torch.float32)
         middle = corners_px.mean((0, 1)) if len(corners_px) else (size - 1) / 2

@@ -286,3 +286,18 @@ def test_scores_on_label_points(tmp_path):
     assert utils.point_scores(levels, paths, coordinates)["right_level"] == 0
     nothing = utils.point_scores(levels, {}, coordinates)
     assert nothing["studies"] == nothing["points"] == 0 and np.isnan(nothing["right_level"])
+
+
+def test_tuning_is_kept_only_if_nothing_got_worse():
+    before = {"right_level": 0.98, "within_5mm": 0.90, "median_mm": 2.0}
+    for after, helped in (
+        ({}, False),
+        ({"within_5mm": 0.91}, True),
+        ({"right_level": 0.99}, True),
+        ({"right_level": 0.99, "within_5mm": 0.60}, False),
+        ({"right_level": 0.97, "within_5mm": 0.99}, False),
+        ({"median_mm": 1.9}, True),
+        ({"median_mm": 2.1}, False),
+        ({"right_level": float("nan")}, False),
+    ):
+        assert utils.tuning_helped(before, before | after) is helped

@@ -167,6 +167,16 @@ def test_a_stack_stepping_aside_a_little_is_one_volume(tmp_path):
     np.testing.assert_allclose(np.abs(volume.affine[:3, 0]), np.abs(affine[:3, 0]), atol=1e-4)
 
 
+@pytest.mark.parametrize("aside_mm", [0.0, 0.4])
+def test_a_spacing_with_a_sign_keeps_the_stack_together(tmp_path, aside_mm):
+    rng = np.random.default_rng(17)
+    affine = random_affine(rng)
+    affine[:3, 0] += affine[:3, 1] / np.linalg.norm(affine[:3, 1]) * aside_mm
+    write_series(tmp_path / "5/11", rng.integers(0, 99, (5, 6, 6)), affine, SpacingBetweenSlices="-4.4")
+    (volume,) = read_one(tmp_path / "5").volumes
+    assert len(volume.array) == 5
+
+
 def test_a_series_of_another_plane_than_its_name_is_left_out(tmp_path):
     rng = np.random.default_rng(8)
     write_series(tmp_path / "5/11", rng.integers(0, 99, (4, 6, 6)), random_affine(rng, plane="Axial"))

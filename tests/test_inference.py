@@ -41,8 +41,8 @@ def networks(monkeypatch):
         return np.tile(SAYS, (5, 5, 1))
 
     monkeypatch.setattr(inference, "read_study", read_study)
-    monkeypatch.setattr(inference, "locate_levels", lambda study, model, detector: ([box] * 5, []))
-    monkeypatch.setattr(inference, "cut_crops", lambda study, boxes, crop: np.zeros(5) + study.study_id)
+    monkeypatch.setattr(inference, "locate_levels_surely", lambda study, model, detector: ([box] * 5, [], None))
+    monkeypatch.setattr(inference, "cut_crops", lambda study, boxes, crop, device: np.zeros(5) + study.study_id)
     monkeypatch.setattr(inference, "predict_crops", predict_crops)
     return reads
 
@@ -70,7 +70,7 @@ def test_every_study_has_its_rows(data, networks, tmp_path):
 
 
 def test_a_failing_member_costs_its_own_contribution(data, networks, tmp_path, monkeypatch):
-    def cut_crops(study, boxes, crop):
+    def cut_crops(study, boxes, crop, device):
         if study.study_id == 2:
             raise ValueError("the crop fell off")
         return np.zeros(5)

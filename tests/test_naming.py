@@ -447,3 +447,62 @@ def test_a_failed_study_is_tried_again(tmp_path, capsys):
     assert utils.SpineNet((4, 8), 1, 2.0).state_dict() and module._locating_key(
         utils.SpineNet((4, 8), 1, 2.0), PRIOR, "own"
     ) != module._locating_key(utils.SpineNet((4, 8), 1, 2.0), PRIOR, "own")
+
+
+def test_a_detector_that_never_works_stops_the_run(tmp_path):
+    _, bodies = chain(6)
+    paths = {study_id: tmp_path / f"{study_id}.safetensors" for study_id in (1, 2, 3)}
+    for study_id, path in paths.items():
+        utils.save_study(utils.Study(study_id, [replace(sagittal(), study_id=study_id)]), path)
+    with pytest.raises(RuntimeError, match="in all of 3 studies.*broken"):
+        utils.locate_studies(paths, None, PRIOR, detector=Detector(bodies, (1, 2, 3)))
+    levels, _, _ = utils.locate_studies(paths, None, PRIOR, detector=Detector(bodies, (1, 2)))
+    assert levels.groupby("study_id")["source"].first().tolist() == ["prior", "prior", "t2"]
+    paths[2].write_bytes(b"cut short")
+    with pytest.raises(RuntimeError, match="2.safetensors cannot be read.*01"):
+        utils.locate_studies(paths, None, PRIOR, detector=Detector(bodies))
+
+
+def test_inference_places_studies_as_the_training_did(tmp_path):
+    """Where nothing is seen both take these patients' own layout; names come from the prior in both."""
+    paths, chains = {}, {}
+    for study_id in range(1, 24):
+        paths[study_id] = tmp_path / f"{study_id}.safetensors"
+        volume = replace(sagittal(), study_id=study_id)
+        utils.save_study(utils.Study(study_id, [volume]), paths[study_id])
+        _, bodies = chain(study_id)
+        chains[study_id] = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 9, 14]) for v in bodies]
+    chains[23] = []
+    detect = lambda volume: chains[volume.study_id]  # noqa: E731
+    model = utils.SpineNet((4, 8), 1, 2.0)
+    model.about = {"prior": PRIOR, "layout": "of another run"}
+    levels, vertebrae = utils.locate_with_own_layout(paths, model, detector=detect)
+    assert model.about["prior"] is PRIOR and model.about["layout"]["studies"] == 22
+    for study_id in (4, 23):
+        boxes, _ = utils.locate_levels(utils.load_study(paths[study_id]), model, detector=detect)
+        pd.testing.assert_frame_equal(
+            utils.boxes_to_table(study_id, boxes),
+            levels[levels["study_id"] == study_id].reset_index(drop=True),
+            check_dtype=False,
+        )
+    unseen = levels[levels["study_id"] == 23]
+    assert set(unseen["source"]) == {"prior"}
+    shift = unseen[["y_mm", "z_mm"]].to_numpy() - [
+        box.center_lps_mm[1:]
+        for box in utils.level_boxes(utils.complete_vertebrae([], {"sagittal": np.zeros(3)}, PRIOR))
+    ]
+    assert np.abs(np.median(shift, 0) - [9, 14]).max() < 6
+
+
+def test_series_numbered_differently_leave_the_names_in_doubt():
+    _, bodies = chain(6)
+    bodies = bodies[:8]
+    first = [replace(v, appearance=None, name=name) for v, name in zip(bodies, utils.VERTEBRAE[1:])]
+    second = [replace(v, appearance=None, name=name) for v, name in zip(bodies, utils.VERTEBRAE)]
+    merged = utils.merge_vertebrae(first, second)
+    assert [v.name for v in merged] == [v.name for v in first]
+    for body, true in zip(merged, first):
+        np.testing.assert_allclose(body.center_lps_mm, true.center_lps_mm, atol=1e-6)
+    assert all("uncertain" in v.source for v in merged)
+    agreed = utils.merge_vertebrae(first, first)
+    assert not any("uncertain" in v.source for v in agreed)

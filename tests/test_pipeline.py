@@ -150,6 +150,47 @@ def test_each_notebook_refuses_a_mistyped_parameter(run):
             utils.check_notebook_parameters(notebook, {"DATTA": "x"})
 
 
+def notebook_02(run, folder, **parameters):
+    """Run 02 on the run's volumes with these parameters, and a stand-in for the official package in reach."""
+    folder.mkdir(exist_ok=True)
+    (folder / "spinenet.py").write_text(
+        "class SpineNet:\n"
+        "    def __init__(self, device, verbose): pass\n"
+        "    def detect_vb(self, volume, spacing): raise IndexError('nothing found')\n"
+    )
+    given = {"DATA": run / "out" / "data", "PREPROCESSED": run / "out" / "01_preprocess", "OUT": folder, "WORKERS": 0}
+    command = [sys.executable, "-m", "papermill", "notebooks/02_train_spinenet.ipynb", str(folder / "run.ipynb")]
+    for name, value in (given | parameters).items():
+        command += ["-p", name, str(value)]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    return done.returncode, done.stderr, folder / "02_train_spinenet"
+
+
+def test_the_shipped_weights_find_levels_and_can_be_tuned(run):
+    status, output, folder = notebook_02(run, run / "tuned", ANATOMIES=2, FINE_TUNE_STEPS=2, FINE_TUNE_STUDIES=4)
+    assert status == 0, output[-4000:]
+    scores = json.loads((folder / "manifest.json").read_text())["scores"]
+    assert scores["all"]["right"] > 0.9 and scores["labels"]["right_level"] > 0.95
+    assert set(scores["tuned"]) == {"kept", "before", "after"} and scores["tuned"]["before"]["points"] > 0
+    used = pd.read_csv(folder / "fine_tuning.csv")
+    assert used["used"].mean() > 0.5 and len(pd.read_csv(folder / "tuning_history.csv")) == 2
+    assert not any((folder / name).exists() for name in ("anatomies", "training", "tuning", "located"))
+    model = utils.load_spinenet(folder / "spinenet.safetensors")
+    assert model.about["layout"] and model.about["detector"] == "own"
+
+
+def test_the_official_package_can_be_chosen(run):
+    status, output, folder = notebook_02(run, run / "official", DETECTOR="official")
+    assert status == 0, output[-4000:]
+    levels = pd.read_csv(folder / "levels.csv")
+    assert len(levels) == 5 * 10 and set(levels["source"].str.split("+").str[0]) <= {"axial", "prior"}
+    assert utils.load_spinenet(folder / "spinenet.safetensors").about["detector"] == "official"
+    assert not (folder / "history.csv").exists() and not (folder / "fine_tuning.csv").exists()
+    status, output, _ = notebook_02(run, run / "mistyped", DETECTOR="Official")
+    assert status != 0 and "DETECTOR is 'Official'" in output
+
+
 def test_inspect_shows_a_study(run):
     out = run / "out"
     parameters = {

@@ -355,8 +355,8 @@ def test_extrapolation_follows_posture_and_size():
 
 
 def test_a_box_lies_between_the_end_plates():
-    upper = np.array([[1.0, 0, 58], [1, 30, 58], [1, 30, 33], [1, 0, 30]])
-    lower = np.array([[3.0, 0, 20], [3, 30, 23], [3, 30, -5], [3, 0, -5]])
+    upper = np.array([[2.0, 0, 58], [2, 30, 58], [2, 30, 33], [2, 0, 30]])
+    lower = np.array([[2.0, 0, 20], [2, 30, 23], [2, 30, -5], [2, 0, -5]])
     (box,) = utils.level_boxes([utils.Vertebra(upper, 44, 0.9, "L4", "t2"), utils.Vertebra(lower, 48, 0.7, "L5", "t1")])
     np.testing.assert_allclose(box.center_lps_mm, [2, 15, 26.5])
     assert box.level == "l4_l5" and box.confidence == 0.7 and box.source == "t2+t1"
@@ -621,3 +621,22 @@ def test_plot_returns_its_axes():
     table = utils.level_errors(utils.boxes_to_table(7, utils.level_boxes(truth)), utils.vertebrae_to_table(7, truth))
     assert utils.plot_level_errors(ax, table, [7]) is ax
     plt.close(figure)
+
+
+@pytest.mark.parametrize("lean_deg", [-15.0, 0.0, 12.0])
+def test_boxes_follow_a_scoliosis(lean_deg):
+    """Corners of detected bodies lie in the slices' plane; the disc's tilt to the side shows in their centres."""
+    lean = np.radians(lean_deg)
+    turn = np.array([[np.cos(lean), 0, np.sin(lean)], [0, 1, 0], [-np.sin(lean), 0, np.cos(lean)]])
+    upright = spine(4)
+    leaning = [replace(v, corners_lps_mm=v.corners_lps_mm @ turn.T) for v in upright]
+    seen = []
+    for v in leaning:  # each body's corners as a slice along the patient's axes shows them
+        corners = v.corners_lps_mm.copy()
+        corners[:, 0] = v.center_lps_mm[0]
+        seen.append(replace(v, corners_lps_mm=corners, source="t2"))
+    for straight, true, found in zip(utils.level_boxes(upright), utils.level_boxes(leaning), utils.level_boxes(seen)):
+        np.testing.assert_allclose(true.axes, straight.axes @ turn.T, atol=1e-9)
+        assert np.degrees(np.arccos(np.clip(true.axes[0] @ found.axes[0], -1, 1))) < 2.5
+        np.testing.assert_allclose(found.axes @ found.axes.T, np.eye(3), atol=1e-9)
+        assert np.linalg.det(found.axes) > 0.99
