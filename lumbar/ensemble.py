@@ -39,11 +39,15 @@ TTA_VIEWS = (
 MEMBERS = ("yolo", "level", "study")
 # Solution B's weights, .65 for the detectors and .35 for the 3D networks, which are two here.
 DEFAULT_WEIGHTS = {"yolo": 0.65, "level": 0.25, "study": 0.10}
-# Penalties are worth this many graded rows; the stacker's is the best of its list by cross-validation, strongest
-# first, and has to gain so many standard errors.
-STRENGTH = 40.0
-STACKER_STRENGTHS = (3000.0, 300.0, 30.0)
-STACKER_ERRORS = 1.0
+# Penalties: a tenth of the strength over the number of studies, times the square of each move (studies, for the rows of
+# one go together). The weights pay a share of it. Tuned on tests/benchmarks/bench_ensemble.py at 12 to 2,000 studies.
+STRENGTH = 80.0
+WEIGHT_SHARE = 0.05
+# The stacker's strength is the best of these by cross-validation, strongest first; it has to gain so many standard
+# errors, and is not tried at all on fewer studies than these, where even the standard error is a guess.
+STACKER_STUDIES = 40
+STACKER_STRENGTHS = (1000.0, 100.0, 10.0)
+STACKER_ERRORS = 2.0
 VARIANTS = ("equal weights", "default weights", "fitted weights", "+ scaling", "+ stacker")
 
 
@@ -180,8 +184,8 @@ def fit_ensemble(labels, tables, strength=STRENGTH, members=MEMBERS, towards="de
     """Weights, temperature and class bias per group of conditions from out-of-fold predictions; then a stacker.
 
     labels: train.csv's wide form; tables: dict member -> submission-like DataFrame (any rows may be missing).
-    The competition's own terms are minimised (canal together with any-severe), plus a penalty worth `strength`
-    graded rows that pulls toward the start: a few dozen rows must not decide alone.
+    The competition's own terms are minimised (canal together with any-severe), plus a penalty of `strength` over the
+    number of studies that pulls toward the start: a few dozen studies must not decide alone.
     members: the order of the names; others follow. towards: "defaults" (DEFAULT_WEIGHTS) or "equal", the weights that
     the penalty pulls to. scaling: whether temperature and bias are found, too; stacker: whether fit_stacker is tried
     (it is kept only where cross-validation within these studies says that it gains).
@@ -231,7 +235,9 @@ def _fit_group(log_p, there, target, start, strength, scaling):
     """
     from scipy.optimize import minimize
 
-    count, penalty = len(start), 0.1 * strength / target.rows
+    count = len(start)
+    # Weights trade one fair member for another; a wrong bias or temperature spoils every row, so it pays more.
+    penalty = 0.1 * strength / target.studies * np.repeat([WEIGHT_SHARE, 1.0], [count, 3])
 
     def loss(values):
         share = np.exp(np.log(start) + values[:count])[:, None, None, None] * there
@@ -247,7 +253,7 @@ def _fit_group(log_p, there, target, start, strength, scaling):
 
     def penalised(values):
         value, gradient = loss(values)
-        return value + penalty * np.square(values).sum(), gradient + 2 * penalty * values
+        return value + (penalty * np.square(values)).sum(), gradient + 2 * penalty * values
 
     zero = np.zeros(count + 3)
     bounds = [(-3, 3)] * count + [(-3, 3) if scaling else (0, 0)] * 3
@@ -350,9 +356,9 @@ def fit_stacker(grades, probabilities, strengths=STACKER_STRENGTHS, parts=4, err
     grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3), the combined and calibrated ones. Per group of
     conditions one linear map from stacker_features to the log odds of moderate and of severe against normal/mild,
     added to the log probabilities: a multinomial logistic with the ensemble as its offset, under the metric's terms
-    (canal together with any-severe). No correction is the start and where the L2 penalty, worth `strength` graded
-    rows, pulls to; the strength is the best of `strengths` in `parts`-fold cross-validation over studies. A group is
-    kept only if its gain there exceeds `errors` standard errors.
+    (canal together with any-severe). No correction is the start and where the L2 penalty pulls to; its strength is
+    the best of `strengths` in `parts`-fold cross-validation over studies. A group is kept only if its gain there
+    exceeds `errors` standard errors; nothing is kept with fewer than STACKER_STUDIES studies.
     Returns {"centre", "spread", "features", "coefficients": {group: (features, 2) lists}, "gain": {group: [gain,
     standard error, strength]}} of plain numbers; `coefficients` lacks the groups in which nothing is gained.
     """
@@ -367,7 +373,7 @@ def fit_stacker(grades, probabilities, strengths=STACKER_STRENGTHS, parts=4, err
         "coefficients": {},
         "gain": {},
     }
-    if len(grades) < 2 * parts:
+    if len(grades) < STACKER_STUDIES:
         return result
     part = _deal(grades, parts)
     for number, (group, conditions) in enumerate(GROUPS.items()):
@@ -419,7 +425,7 @@ def _fit_correction(features, logits, target, strength, start=None):
     from scipy.optimize import minimize
 
     flat = np.ascontiguousarray(features.reshape(-1, features.shape[-1]))
-    penalty = 0.1 * strength / target.rows
+    penalty = 0.1 * strength / target.studies
 
     def loss(values):
         coefficients = values.reshape(-1, 2)
