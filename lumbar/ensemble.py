@@ -194,7 +194,7 @@ def fit_ensemble(labels, tables, strength=STRENGTH, members=MEMBERS, towards="de
     """
     if towards not in ("defaults", "equal"):
         raise ValueError(f"towards is 'defaults' or 'equal', not {towards!r}")
-    study_ids, grades = labels_to_array(labels.sort_values("study_id"))
+    study_ids, grades = _sorted_grades(labels)
     return _fit_arrays(grades, align_members(study_ids, tables), strength, members, towards, scaling, stacker)
 
 
@@ -456,8 +456,9 @@ def cross_validate_ensemble(labels, tables, folds, strength=STRENGTH, members=ME
     folds stands. submissions: dict of those names -> the nested predictions in the competition's form, without the
     rows that no member has. Raises ValueError on bad tables, a study without a fold, or fewer than two folds.
     """
-    labels = labels.sort_values("study_id", ignore_index=True)
-    study_ids, grades = labels_to_array(labels)
+    if not tables:
+        raise ValueError("no member's predictions to combine")
+    study_ids, grades = _sorted_grades(labels)
     aligned = align_members(study_ids, tables)
     there = np.any([np.isfinite(p).all(-1) for p in aligned.values()], axis=0)
     fold_of = _fold_of(folds, study_ids, there.any((1, 2)))
@@ -537,20 +538,26 @@ def check_predictions(table, name="predictions"):
     missing = [column for column in SUBMISSION_COLUMNS if column not in table.columns]
     if missing:
         raise ValueError(f"{name}: no column {', '.join(missing)}")
-    try:
-        values = table[list(SEVERITIES)].to_numpy(np.float64)
-        result = from_submission(table)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
+    values = table[list(SEVERITIES)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     for bad, what in (
-        (~np.isfinite(values).all(1), "is not finite"),
+        (~np.isfinite(values).all(1), "is not three finite numbers"),
         ((values < 0).any(1), "is negative"),
         (np.abs(values.sum(1) - 1) > 1e-3, "does not sum to 1"),
     ):
         if bad.any():
-            row = int(bad.argmax())
-            raise ValueError(f"{name}: row {table['row_id'].iloc[row]} {what}: {values[row].tolist()}")
-    return result
+            row = table.iloc[int(bad.argmax())]
+            raise ValueError(f"{name}: row {row['row_id']} {what}: {[row[column] for column in SEVERITIES]}")
+    try:
+        return from_submission(table)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _sorted_grades(labels):
+    """labels_to_array in the order of study_id; ValueError where these are no labels at all."""
+    if "study_id" not in labels.columns or not set(LABEL_COLUMNS) & set(labels.columns):
+        raise ValueError("labels need the column study_id and train.csv's label columns")
+    return labels_to_array(labels.sort_values("study_id"))
 
 
 def align_members(study_ids, tables):
