@@ -12,7 +12,7 @@
 10. lumbar/official.py     vertebrae from SpineNet's official package, for those who may use it
 11. lumbar/yolo.py         detectors: data sets, training, dense class scores, side and level by geometry
 12. lumbar/classifiers.py  timm_3d backbones, cumulative logits, crops and their views, training
-13. lumbar/ensemble.py     test-time views, calibration, weights
+13. lumbar/ensemble.py     test-time views, weights, calibration, the stacker, what each gains
 14. lumbar/inference.py    a study in, 25 rows out, whatever is broken
 15. lumbar/looking.py      plots, viewers, HTML pages
 16. lumbar/kaggle.py       where inputs are mounted, pushing kernels

@@ -1,4 +1,9 @@
-"""Test-time views and the weighted ensemble."""
+"""Test-time views, the weighted ensemble, its stacker, and what both are worth.
+
+Members are combined in three steps, each fitted on out-of-fold predictions under the competition's own terms and each
+pulled to doing nothing: weights per group of conditions, temperature and class bias per group, and a correction of
+each cell's log odds by those of its neighbours. cross_validate_ensemble says what each step gains.
+"""
 
 import json
 from pathlib import Path
@@ -6,8 +11,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .files import class_prior, from_submission, labels_to_array, read_labels, score_arrays
-from .names import GROUPS
+from .files import (
+    class_prior,
+    from_submission,
+    labels_to_array,
+    make_folds,
+    read_labels,
+    row_ids,
+    score_arrays,
+    to_submission,
+)
+from .names import GRADES, GROUPS, LABEL_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS, SUBMISSION_COLUMNS
+
+EPS = np.finfo(np.float64).eps  # the metric's clip
 
 # Views whose log probabilities are averaged at inference, best first; the first is the plain one.
 TTA_VIEWS = (
@@ -23,6 +39,16 @@ TTA_VIEWS = (
 MEMBERS = ("yolo", "level", "study")
 # Solution B's weights, .65 for the detectors and .35 for the 3D networks, which are two here.
 DEFAULT_WEIGHTS = {"yolo": 0.65, "level": 0.25, "study": 0.10}
+# Penalties: a tenth of the strength over the number of studies, times the square of each move (studies, for the rows of
+# one go together). The weights pay a share of it. Tuned on tests/benchmarks/bench_ensemble.py at 12 to 2,000 studies.
+STRENGTH = 80.0
+WEIGHT_SHARE = 0.05
+# The stacker's strength is the best of these by cross-validation, strongest first; it has to gain so many standard
+# errors, and is not tried at all on fewer studies than these, where even the standard error is a guess.
+STACKER_STUDIES = 40
+STACKER_STRENGTHS = (1000.0, 100.0, 10.0)
+STACKER_ERRORS = 2.0
+VARIANTS = ("equal weights", "default weights", "fitted weights", "+ scaling", "+ stacker")
 
 
 def default_ensemble(members=MEMBERS):
@@ -35,92 +61,514 @@ def default_ensemble(members=MEMBERS):
     }
 
 
+def equal_ensemble(members):
+    """The ensemble that trusts all members alike: no weights, no calibration."""
+    return default_ensemble(members) | {
+        "weights": {group: {m: 1 / len(members) for m in members} for group in GROUPS},
+        "found": "equal",
+    }
+
+
 def combine_members(predictions, ensemble, prior):
-    """Weighted mean of log probabilities, calibrated per group of conditions.
+    """Weighted mean of log probabilities, calibrated per group of conditions; then the stacker, if there is one.
 
     predictions: dict member -> (n, 5, 5, 3), NaN where a member has nothing to say: its weight goes to the others.
+    ensemble: as fit_ensemble or default_ensemble make it; its key "stacker" is optional, see apply_stacker.
     prior: (5, 5, 3), used where no member has anything. Returns (probabilities (n, 5, 5, 3) float64 with rows that
     sum to 1, n_members (n, 5, 5) int: how many members each row rests on).
     """
     members = list(predictions)
-    stack = np.stack([np.asarray(predictions[m], np.float64) for m in members])
-    there = np.isfinite(stack).all(-1) & (np.nan_to_num(stack).sum(-1) > 0)
-    safe = np.where(there[..., None], stack, 1.0)
-    log_p = np.log(np.clip(safe / safe.sum(-1, keepdims=True), 1e-6, 1))
-    result = np.empty(stack.shape[1:])
+    log_p, there = _log_probabilities([predictions[m] for m in members])
+    result = np.empty(log_p.shape[1:])
     for group, conditions in GROUPS.items():
         conditions = list(conditions)
         weight = np.array([ensemble["weights"][group].get(m, 0.0) for m in members])
         weight = weight[:, None, None, None] * there[:, :, conditions]
-        total = weight.sum(0)
         # Members of weight 0 still help where they are all there is.
-        weight = np.where(total > 0, weight, there[:, :, conditions].astype(np.float64))
+        weight = np.where(weight.sum(0) > 0, weight, there[:, :, conditions].astype(np.float64))
         mean = (weight[..., None] * log_p[:, :, conditions]).sum(0) / np.maximum(weight.sum(0), 1e-12)[..., None]
         logits = mean / ensemble["temperature"][group] + np.asarray(ensemble["bias"][group])
         result[:, conditions] = np.exp(logits - logits.max(-1, keepdims=True))
     count = there.sum(0)
     result = np.where((count > 0)[..., None], result, np.asarray(prior)[None])
-    return result / result.sum(-1, keepdims=True), count
+    result /= result.sum(-1, keepdims=True)
+    if ensemble.get("stacker"):
+        result = np.where((count > 0)[..., None], apply_stacker(ensemble["stacker"], result), result)
+    return result, count
 
 
-def fit_ensemble(labels, tables, strength=40.0, members=MEMBERS):
-    """Weights, temperature and class bias per group of conditions from out-of-fold predictions.
+def _log_probabilities(predictions):
+    """List of (n, 5, 5, 3), NaN where absent -> (log p (members, n, 5, 5, 3), there (members, n, 5, 5) bool)."""
+    stack = np.stack([np.asarray(p, np.float64) for p in predictions])
+    there = np.isfinite(stack).all(-1) & (np.nan_to_num(stack).sum(-1) > 0)
+    safe = np.where(there[..., None], stack, 1.0)
+    return np.log(np.clip(safe / safe.sum(-1, keepdims=True), 1e-6, 1)), there
+
+
+# ---- What the weights are found under: the competition's own terms, and their slopes ----
+
+
+class _Target:
+    """The graded rows of one group of conditions, as the metric weighs them.
+
+    grades: (n, conditions of the group, 5) int, -1 where missing or where no member says anything; spinal: whether
+    the any-severe term belongs to the loss.
+    """
+
+    def __init__(self, grades, spinal):
+        graded, safe = grades >= 0, np.clip(grades, 0, 2)
+        self.one_hot = np.eye(3)[safe]
+        self.weight = np.where(graded, np.asarray(SEVERITY_WEIGHTS, np.float64)[safe], 0.0)
+        self.rows, self.studies = int(graded.sum()), int(graded.any((1, 2)).sum())
+        self.graded, self.spinal = graded, spinal
+        self.any_weight = self.weight.max((1, 2)) if spinal else None
+        self.any_true = (grades == 2).any((1, 2)) if spinal else None
+
+    def loss(self, logits):
+        """logits (n, conditions, 5, 3) -> (the group's term(s) of the metric, its slope by logits, same shape)."""
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        total = self.weight.sum()
+        value = -(self.weight * np.log(np.maximum((p * self.one_hot).sum(-1), EPS))).sum() / total
+        slope = (self.weight / total)[..., None] * (p - self.one_hot)
+        if self.spinal:
+            value += self._any_severe(p, slope)
+        return value, slope
+
+    def _any_severe(self, p, slope):
+        """The any-severe term; adds its slope in place. Only the level with the highest p(severe) has one."""
+        severe = np.where(self.graded[:, 0], p[:, 0, :, 2], 0.0)
+        study, level = np.arange(len(p)), severe.argmax(1)
+        worst = np.clip(severe[study, level], EPS, 1 - EPS)
+        weight = self.any_weight / self.any_weight.sum()
+        by_logit = np.where(self.any_true, -1.0, worst / (1 - worst)) * weight
+        slope[study, 0, level] += by_logit[:, None] * (np.array([0.0, 0.0, 1.0]) - p[study, 0, level])
+        return float(-(weight * np.log(np.where(self.any_true, worst, 1 - worst))).sum())
+
+
+def _term_sums(grades, probabilities):
+    """Each study's share in the four terms: (loss (n, 4), weight (n, 4)); a term is loss.sum() / weight.sum().
+
+    grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3). The terms are those of GROUPS, then any severe.
+    """
+    graded, safe = grades >= 0, np.clip(grades, 0, 2)
+    weight = np.where(graded, np.asarray(SEVERITY_WEIGHTS, np.float64)[safe], 0.0)
+    true = np.take_along_axis(probabilities, safe[..., None], -1)[..., 0]
+    loss = -weight * np.log(np.clip(np.where(graded, true, 1), EPS, 1 - EPS))
+    severe = np.where(graded[:, 0], probabilities[:, 0, :, 2], 0.0).max(1)
+    any_weight, any_true = weight[:, 0].max(1), (grades[:, 0] == 2).any(1)
+    any_loss = -any_weight * np.log(np.clip(np.where(any_true, severe, 1 - severe), EPS, 1 - EPS))
+    losses = [loss[:, list(members)].sum((1, 2)) for members in GROUPS.values()]
+    weights = [weight[:, list(members)].sum((1, 2)) for members in GROUPS.values()]
+    return np.stack([*losses, any_loss], 1), np.stack([*weights, any_weight], 1)
+
+
+def _gain(grades, before, after, terms=(0, 1, 2, 3)):
+    """How much lower `after` scores than `before`, summed over the terms, and the standard error of that.
+
+    The error is that of a ratio of sums over independent studies (the delta method), of the paired difference.
+    """
+    loss_before, weight = _term_sums(grades, before)
+    loss_after, _ = _term_sums(grades, after)
+    total = np.maximum(weight.sum(0), 1e-12)
+    saved = loss_before - loss_after
+    gain = saved.sum(0) / total
+    influence = ((saved - gain * weight) / total)[:, list(terms)].sum(1)
+    return float(gain[list(terms)].sum()), float(np.sqrt(np.square(influence).sum()))
+
+
+# ---- Weights, temperature, bias ----
+
+
+def fit_ensemble(labels, tables, strength=STRENGTH, members=MEMBERS, towards="defaults", scaling=True, stacker=True):
+    """Weights, temperature and class bias per group of conditions from out-of-fold predictions; then a stacker.
 
     labels: train.csv's wide form; tables: dict member -> submission-like DataFrame (any rows may be missing).
-    The competition's own terms are minimised (canal together with any-severe), plus a penalty worth `strength`
-    graded rows that pulls toward the defaults: a few dozen rows must not decide alone. Returns a dict like
-    default_ensemble's, with the scores before and after in `found`.
+    The competition's own terms are minimised (canal together with any-severe), plus a penalty of `strength` over the
+    number of studies that pulls toward the start: a few dozen studies must not decide alone.
+    members: the order of the names; others follow. towards: "defaults" (DEFAULT_WEIGHTS) or "equal", the weights that
+    the penalty pulls to. scaling: whether temperature and bias are found, too; stacker: whether fit_stacker is tried
+    (it is kept only where cross-validation within these studies says that it gains).
+    Returns a dict like default_ensemble's, with the scores before and after in `found`, and `stacker` where it gains.
+    Deterministic, whatever the order of the rows. Raises ValueError on tables that check_predictions refuses.
     """
-    from scipy.optimize import minimize
+    if towards not in ("defaults", "equal"):
+        raise ValueError(f"towards is 'defaults' or 'equal', not {towards!r}")
+    study_ids, grades = _sorted_grades(labels)
+    return _fit_arrays(grades, align_members(study_ids, tables), strength, members, towards, scaling, stacker)
 
-    study_ids, grades = labels_to_array(labels)
-    predictions = align_members(study_ids, tables)
+
+def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, stacker=True):
+    """fit_ensemble on arrays: grades (n, 5, 5), predictions dict member -> (n, 5, 5, 3), NaN where absent."""
     names = [m for m in members if m in predictions] + [m for m in predictions if m not in members]
-    ensemble = default_ensemble(names)
-    prior = class_prior(grades)
-    covered = np.stack([np.isfinite(predictions[m]).all(-1) for m in names])
+    ensemble = default_ensemble(names) if towards == "defaults" else equal_ensemble(names)
+    log_p, there = _log_probabilities([predictions[m] for m in names])
+    prior, grades = class_prior(grades), np.where(there.any(0), grades, -1)
     before, after = {}, {}
     for group, conditions in GROUPS.items():
         conditions = list(conditions)
-        graded = (grades[:, conditions] >= 0) & covered[:, :, conditions].any(0)
-        studies = graded.any((1, 2))
+        studies = (grades[:, conditions] >= 0).any((1, 2))
         if studies.sum() < 2:
             continue
-        masked = np.full_like(grades[studies], -1)
-        masked[:, conditions] = np.where(graded, grades[:, conditions], -1)[studies]
-        part = {m: predictions[m][studies] for m in names}
-        start = np.log([ensemble["weights"][group][m] for m in names])
-
-        def unpack(values, group=group, start=start):
-            weight = np.exp(start + values[: len(names)])
-            trial = {key: dict(ensemble[key]) for key in ("weights", "temperature", "bias")}
-            trial["weights"][group] = dict(zip(names, (weight / weight.sum()).tolist()))
-            trial["temperature"][group] = float(np.exp(values[len(names)]))
-            trial["bias"][group] = [0.0, *values[len(names) + 1 :].tolist()]
-            return trial
-
-        def loss(values, penalised=True, part=part, masked=masked, group=group, rows=graded.sum()):
-            scores = score_arrays(masked, combine_members(part, unpack(values), prior)[0])
-            value = scores[group] + (scores["any_severe"] if group == "spinal" else 0.0)
-            return value + penalised * strength / rows * 0.1 * float(np.sum(np.square(values)))
-
-        zero = np.zeros(len(names) + 3)
-        found = minimize(loss, zero, method="L-BFGS-B", bounds=[(-3, 3)] * len(zero))
-        trial = unpack(found.x)
-        before[group], after[group] = loss(zero, False), loss(found.x, False)
-        for key in ("weights", "temperature", "bias"):
-            ensemble[key][group] = trial[key][group]
+        target = _Target(grades[studies][:, conditions], group == "spinal")
+        start = np.array([ensemble["weights"][group][m] for m in names])
+        fitted = _fit_group(
+            log_p[:, studies][:, :, conditions], there[:, studies][:, :, conditions], target, start, strength, scaling
+        )
+        weight, temperature, bias, before[group], after[group] = fitted
+        ensemble["weights"][group] = dict(zip(names, weight.tolist()))
+        ensemble["temperature"][group], ensemble["bias"][group] = temperature, [0.0, *bias.tolist()]
     if after:
-        ensemble["found"] = {"rows": int(covered.any(0).sum()), "before": before, "after": after}
+        ensemble["found"] = {"rows": int(there.any(0).sum()), "before": before, "after": after}
+    if after and stacker:
+        found = fit_stacker(grades, combine_members(predictions, ensemble, prior)[0])
+        if found["coefficients"]:
+            ensemble["stacker"] = found
     return ensemble
 
 
+def _fit_group(log_p, there, target, start, strength, scaling):
+    """(weights (members,), temperature, bias (2,), loss at the start, loss found) of one group of conditions.
+
+    log_p: (members, n, conditions, 5, 3); there: the same without the last axis; start: (members,) weights.
+    The unknowns are how much the log of each weight, the log of the temperature and the two biases move.
+    """
+    from scipy.optimize import minimize
+
+    count = len(start)
+    # Weights trade one fair member for another; a wrong bias or temperature spoils every row, so it pays more.
+    penalty = 0.1 * strength / target.studies * np.repeat([WEIGHT_SHARE, 1.0], [count, 3])
+
+    def loss(values):
+        share = np.exp(np.log(start) + values[:count])[:, None, None, None] * there
+        share /= np.maximum(share.sum(0), 1e-12)
+        mean = np.einsum("mncl,mnclk->nclk", share, log_p)
+        cold = np.exp(-values[count])
+        bias = np.array([0.0, *values[count + 1 :]])
+        value, slope = target.loss(mean * cold + bias)
+        by_mean = slope * cold
+        by_weight = np.einsum("nclk,mnclk->mncl", by_mean, log_p) - (by_mean * mean).sum(-1)
+        gradient = [*(share * by_weight).sum((1, 2, 3)), -(by_mean * mean).sum(), *slope.sum((0, 1, 2))[1:]]
+        return value, np.array(gradient)
+
+    def penalised(values):
+        value, gradient = loss(values)
+        return value + (penalty * np.square(values)).sum(), gradient + 2 * penalty * values
+
+    zero = np.zeros(count + 3)
+    bounds = [(-3, 3)] * count + [(-3, 3) if scaling else (0, 0)] * 3
+    found = minimize(penalised, zero, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-8}).x
+    weight = start * np.exp(found[:count])
+    temperature = float(np.exp(found[count]))
+    return weight / weight.sum(), temperature, found[count + 1 :], float(loss(zero)[0]), float(loss(found)[0])
+
+
+# ---- The stacker: what the neighbours say about a cell ----
+
+
+def _log_odds(probabilities):
+    """(..., 3) -> (..., 2): log odds of being at least moderate, and of being severe, within +-6."""
+    p = np.clip(probabilities, 1e-6, 1)
+    odds = np.stack([(p[..., 1] + p[..., 2]) / p[..., 0], p[..., 2] / (p[..., 0] + p[..., 1])], -1)
+    return np.clip(np.log(odds), -6, 6)
+
+
+def _standards(probabilities):
+    """Middle per group and level {group: (5, 2)} and spread {group: (2,)} of the log odds; sides together."""
+    odds = _log_odds(probabilities)
+    centre = {group: odds[:, list(c)].mean((0, 1)) for group, c in GROUPS.items()}
+    spread = {g: (odds[:, list(c)] - centre[g]).std((0, 1, 2)) + 0.1 for g, c in GROUPS.items()}
+    return {"centre": centre, "spread": spread}
+
+
+def stacker_features(probabilities, standards):
+    """What the stacker sees of each cell: dict group -> (names, (n, conditions of the group, 5, features)).
+
+    probabilities: (n, 5, 5, 3); standards: {"centre": {group: (5, 2)}, "spread": {group: (2,)}} of the log odds (at
+    least moderate; severe). They are taken of the cell itself, of the levels above and below, of the other side, and
+    of the other conditions at the level: the canal sees both sides' means, a side sees its own side (the grades
+    correlate by .26 to .48 there). 0, the middle, stands beyond L1/L2 and L5/S1. Left and right are mirror images.
+    """
+    odds = _log_odds(probabilities)
+    scaled = np.empty_like(odds)
+    for group, conditions in GROUPS.items():
+        middle, spread = np.asarray(standards["centre"][group]), np.asarray(standards["spread"][group])
+        scaled[:, list(conditions)] = (odds[:, list(conditions)] - middle) / spread
+    sides = {group: scaled[:, list(conditions)] for group, conditions in GROUPS.items()}
+    means = {group: values.mean(1, keepdims=True) for group, values in sides.items()}
+    result = {}
+    for group, own in sides.items():
+        blocks = {"own": own, "above": np.zeros_like(own), "below": np.zeros_like(own)}
+        blocks["above"][:, :, 1:], blocks["below"][:, :, :-1] = own[:, :, :-1], own[:, :, 1:]
+        if group != "spinal":
+            blocks["other side"] = own[:, ::-1]
+        for other in GROUPS:
+            if other != group:
+                blocks[other] = (means if group == "spinal" else sides)[other] + np.zeros_like(own)
+        names = [f"{block}, {grade}" for block in blocks for grade in ("at least moderate", "severe")]
+        values = [*blocks.values(), np.broadcast_to(np.eye(len(LEVELS)), (*own.shape[:3], len(LEVELS)))]
+        names += [f"level {level}" for level in LEVELS]
+        if group == "spinal":
+            values.append(_worst_features(odds[:, :1, :, 1]))
+            names += ["worst", "worst, more than itself", "worst, how severe"]
+        result[group] = (names, np.concatenate(values, -1))
+    return result
+
+
+def _worst_features(severe):
+    """Log odds of severe (n, 1, 5) -> (n, 1, 5, 3), features that lift or lower the worst level alone.
+
+    The any-severe term takes the highest level for the whole study, though any of the others may be the severe one
+    and its weights differ: the worst level's share (a sharp softmax, so that two alike share it), the same times how
+    much likelier "any" is than that level by itself (levels taken as independent), and times its own log odds.
+    """
+    share = np.exp(3 * (severe - severe.max(-1, keepdims=True)))
+    share /= share.sum(-1, keepdims=True)
+    none = -np.logaddexp(0, severe).sum(-1, keepdims=True)  # log of the product of 1 - p
+    some = np.log(-np.expm1(np.minimum(none, -1e-9))) - none
+    top = severe.max(-1, keepdims=True)
+    return np.stack([share, share * (some - top), share * top / 3], -1)
+
+
+def apply_stacker(stacker, probabilities):
+    """Correct the ensemble's probabilities by what the neighbouring cells say: (n, 5, 5, 3) -> the same.
+
+    stacker: as fit_stacker returns it, or as ensemble.json holds it. A group of conditions without coefficients stays
+    as it is. Raises ValueError where its features are not those of stacker_features.
+    """
+    result = np.array(probabilities, np.float64)
+    for group, (names, features) in stacker_features(probabilities, stacker).items():
+        if group not in stacker["coefficients"]:
+            continue
+        if stacker["features"][group] != names:
+            raise ValueError(f"the stacker's {group} features are not this version's: fit the ensemble again")
+        conditions = list(GROUPS[group])
+        logits = np.log(np.clip(result[:, conditions], 1e-9, 1))
+        logits[..., 1:] += features @ np.asarray(stacker["coefficients"][group])
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        result[:, conditions] = p / p.sum(-1, keepdims=True)
+    return result
+
+
+def fit_stacker(grades, probabilities, strengths=STACKER_STRENGTHS, parts=4, errors=STACKER_ERRORS):
+    """A correction of the log odds by those of the neighbouring cells, where cross-validation says that it gains.
+
+    grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3), the combined and calibrated ones. Per group of
+    conditions one linear map from stacker_features to the log odds of moderate and of severe against normal/mild,
+    added to the log probabilities: a multinomial logistic with the ensemble as its offset, under the metric's terms
+    (canal together with any-severe). No correction is the start and where the L2 penalty pulls to; its strength is
+    the best of `strengths` in `parts`-fold cross-validation over studies. A group is kept only if its gain there
+    exceeds `errors` standard errors; nothing is kept with fewer than STACKER_STUDIES studies.
+    Returns {"centre", "spread", "features", "coefficients": {group: (features, 2) lists}, "gain": {group: [gain,
+    standard error, strength]}} of plain numbers; `coefficients` lacks the groups in which nothing is gained.
+    """
+    studies = (grades >= 0).any((1, 2))
+    grades, probabilities = grades[studies], np.asarray(probabilities, np.float64)[studies]
+    standards = _standards(probabilities)
+    features = stacker_features(probabilities, standards)
+    result = {
+        "centre": {group: v.tolist() for group, v in standards["centre"].items()},
+        "spread": {group: v.tolist() for group, v in standards["spread"].items()},
+        "features": {group: names for group, (names, _) in features.items()},
+        "coefficients": {},
+        "gain": {},
+    }
+    if len(grades) < STACKER_STUDIES:
+        return result
+    part = _deal(grades, parts)
+    for number, (group, conditions) in enumerate(GROUPS.items()):
+        if not (grades[:, list(conditions)] >= 0).any():
+            continue
+        case = (features[group][1], np.log(np.clip(probabilities[:, list(conditions)], 1e-9, 1)))
+        own = np.full_like(grades, -1)
+        own[:, list(conditions)] = grades[:, list(conditions)]
+        trials = _try_strengths(case, own, list(conditions), part, strengths, group == "spinal")
+        terms = (0, 3) if group == "spinal" else (number,)
+        gains = [_gain(own, probabilities, trial, terms) for trial in trials]
+        best = int(np.argmax([gain for gain, _ in gains]))
+        result["gain"][group] = [*gains[best], float(strengths[best])]
+        if gains[best][0] > errors * gains[best][1]:
+            target = _Target(own[:, list(conditions)], group == "spinal")
+            result["coefficients"][group] = _fit_correction(*case, target, strengths[best]).tolist()
+    return result
+
+
+def _deal(grades, parts):
+    """Studies dealt into parts of alike severity: (n,) int. grades: (n, 5, 5)."""
+    table = pd.DataFrame(np.array([*GRADES, None], object)[grades.reshape(len(grades), -1)], columns=[*LABEL_COLUMNS])
+    return make_folds(table.assign(study_id=np.arange(len(grades))), parts)["fold"].to_numpy()
+
+
+def _try_strengths(case, grades, conditions, part, strengths, spinal):
+    """For each strength the probabilities (n, 5, 5, 3) that the stacker gives to the studies it was not fitted on."""
+    features, logits = case
+    trials = np.full((len(strengths), *grades.shape, 3), 1 / 3)
+    for fold in range(part.max() + 1):
+        inside, outside = part == fold, part != fold
+        target = _Target(grades[outside][:, conditions], spinal)
+        if not target.rows:
+            continue
+        found = None
+        for number, strength in enumerate(strengths):  # strongest first, each starts where the last one ended
+            found = _fit_correction(features[outside], logits[outside], target, strength, found)
+            corrected = logits[inside].copy()
+            corrected[..., 1:] += features[inside] @ found
+            p = np.exp(corrected - corrected.max(-1, keepdims=True))
+            block = trials[number, inside]
+            block[:, conditions] = p / p.sum(-1, keepdims=True)
+            trials[number, inside] = block
+    return trials
+
+
+def _fit_correction(features, logits, target, strength, start=None):
+    """Coefficients (features, 2) of the correction to the logits (n, conditions, 5, 3) of one group."""
+    from scipy.optimize import minimize
+
+    flat = np.ascontiguousarray(features.reshape(-1, features.shape[-1]))
+    penalty = 0.1 * strength / target.studies
+
+    def loss(values):
+        coefficients = values.reshape(-1, 2)
+        corrected = logits.copy()
+        corrected[..., 1:] += (flat @ coefficients).reshape(*logits.shape[:-1], 2)
+        value, slope = target.loss(corrected)
+        gradient = flat.T @ slope[..., 1:].reshape(-1, 2) + 2 * penalty * coefficients
+        return value + penalty * np.square(values).sum(), gradient.ravel()
+
+    zero = np.zeros(flat.shape[1] * 2) if start is None else np.ravel(start)
+    found = minimize(loss, zero, jac=True, method="L-BFGS-B", options={"ftol": 1e-7, "maxiter": 100})
+    return found.x.reshape(-1, 2)
+
+
+# ---- What the search really gains ----
+
+
+def cross_validate_ensemble(labels, tables, folds, strength=STRENGTH, members=MEMBERS, towards="defaults"):
+    """Nested cross-validation of the whole search: everything is fitted on the other folds, scored on this one.
+
+    labels: train.csv's wide form; tables: dict member -> out-of-fold submission (any rows may be missing, as may
+    studies); folds: DataFrame study_id, fold, the folds the members were trained in (what a fold's own models have
+    seen must not choose its weights). strength, members, towards: see fit_ensemble.
+    Returns (scores, submissions). scores: a DataFrame with a row for each member alone, then "equal weights",
+    "default weights", "fitted weights", "+ scaling", "+ stacker"; the columns are the metric's terms pooled over all
+    folds, `gain` over the default weights, its standard error `gain_se`, and `rows`, the graded rows that rest on a
+    member. All are scored on the rows that any member has; where a member alone lacks one, the prior of the other
+    folds stands. submissions: dict of those names -> the nested predictions in the competition's form, without the
+    rows that no member has. Raises ValueError on bad tables, a study without a fold, or fewer than two folds.
+    """
+    if not tables:
+        raise ValueError("no member's predictions to combine")
+    study_ids, grades = _sorted_grades(labels)
+    aligned = align_members(study_ids, tables)
+    there = np.any([np.isfinite(p).all(-1) for p in aligned.values()], axis=0)
+    fold_of = _fold_of(folds, study_ids, there.any((1, 2)))
+    names = [*aligned, *VARIANTS]
+    nested = {name: np.full((*grades.shape, 3), np.nan) for name in names}
+    for fold in np.unique(fold_of[fold_of >= 0]):
+        inside, rest = fold_of == fold, (fold_of != fold) & (fold_of >= 0)
+        prior = class_prior(grades[rest])
+        part, others = ({m: p[where] for m, p in aligned.items()} for where in (inside, rest))
+        for name, (used, ensemble) in _variants(grades[rest], others, strength, members, towards).items():
+            nested[name][inside] = combine_members({m: part[m] for m in used}, ensemble, prior)[0]
+    grades = np.where(there, grades, -1)
+    scores = {}
+    for name, p in nested.items():
+        own = np.isfinite(aligned[name]).all(-1) if name in aligned else there
+        safe = np.where(there[..., None], p, 1 / 3)
+        gain = _gain(grades, np.where(there[..., None], nested["default weights"], 1 / 3), safe)
+        scores[name] = {
+            **score_arrays(grades, safe),
+            "gain": gain[0] / 4,
+            "gain_se": gain[1] / 4,
+            "rows": int((own & (grades >= 0)).sum()),
+        }
+    submissions = {name: _partial_submission(study_ids, p, there) for name, p in nested.items()}
+    return pd.DataFrame.from_dict(scores, orient="index"), submissions
+
+
+def _variants(grades, predictions, *options):
+    """Everything cross_validate_ensemble compares, fitted on these studies: dict name -> (members, ensemble)."""
+    names = list(predictions)
+    stacked = _fit_arrays(grades, predictions, *options)
+    fitted = (
+        equal_ensemble(names),
+        default_ensemble(names),
+        _fit_arrays(grades, predictions, *options, scaling=False, stacker=False),
+        {key: value for key, value in stacked.items() if key != "stacker"},
+        stacked,
+    )
+    return {m: ([m], default_ensemble([m])) for m in names} | {
+        name: (names, ensemble) for name, ensemble in zip(VARIANTS, fitted, strict=True)
+    }
+
+
+def _fold_of(folds, study_ids, needed):
+    """The fold number (n,) int of each study, -1 for those that no member predicted."""
+    missing = [column for column in ("study_id", "fold") if column not in folds.columns]
+    if missing:
+        raise ValueError(f"the folds have no column {', '.join(missing)}")
+    if folds["study_id"].duplicated().any():
+        raise ValueError(f"study {folds.study_id[folds.study_id.duplicated()].iloc[0]} has two folds")
+    found = pd.Series(study_ids).map(folds.set_index("study_id")["fold"])
+    if (found.isna() & needed).any():
+        raise ValueError(f"study {study_ids[found.isna() & needed][0]} has no fold")
+    result = np.where(needed, pd.factorize(found, sort=True)[0], -1)
+    if len(np.unique(result[needed])) < 2:
+        raise ValueError("nested cross-validation wants predicted studies in two folds or more")
+    return result
+
+
+def _partial_submission(study_ids, probabilities, there):
+    """Submission of the rows that are there: (n,), (n, 5, 5, 3), (n, 5, 5) bool."""
+    table = to_submission(study_ids, np.where(there[..., None], probabilities, 1.0))
+    kept = [row for row, known in zip((r for s in study_ids for r in row_ids(s)), there.ravel()) if known]
+    return table[table["row_id"].isin(kept)].reset_index(drop=True)
+
+
+# ---- Tables of members ----
+
+
+def check_predictions(table, name="predictions"):
+    """A submission-like table -> from_submission's (study_ids, (n, 5, 5, 3)), NaN where a row is absent.
+
+    Rows in any order, any of them may be absent, further columns (fold) are fine. Raises ValueError, with the table
+    and the row named, on a missing column, an unknown or double row_id, values that are not numbers, not finite,
+    negative, or whose sum is off 1 by more than a thousandth (a member that is not normalised is no probability).
+    """
+    missing = [column for column in SUBMISSION_COLUMNS if column not in table.columns]
+    if missing:
+        raise ValueError(f"{name}: no column {', '.join(missing)}")
+    values = table[list(SEVERITIES)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    for bad, what in (
+        (~np.isfinite(values).all(1), "is not three finite numbers"),
+        ((values < 0).any(1), "is negative"),
+        (np.abs(values.sum(1) - 1) > 1e-3, "does not sum to 1"),
+    ):
+        if bad.any():
+            row = table.iloc[int(bad.argmax())]
+            raise ValueError(f"{name}: row {row['row_id']} {what}: {[row[column] for column in SEVERITIES]}")
+    try:
+        return from_submission(table)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _sorted_grades(labels):
+    """labels_to_array in the order of study_id; ValueError where these are no labels at all."""
+    if "study_id" not in labels.columns or not set(LABEL_COLUMNS) & set(labels.columns):
+        raise ValueError("labels need the column study_id and train.csv's label columns")
+    return labels_to_array(labels.sort_values("study_id"))
+
+
 def align_members(study_ids, tables):
-    """dict member -> submission-like table -> dict member -> (n, 5, 5, 3), NaN where a row is missing."""
+    """dict member -> submission-like table -> dict member -> (n, 5, 5, 3), NaN where a row is missing.
+
+    Studies that are not asked for are ignored. Raises ValueError as check_predictions does.
+    """
     place = {study_id: number for number, study_id in enumerate(study_ids)}
     aligned = {}
     for member, table in tables.items():
-        ids, values = from_submission(table)
+        ids, values = check_predictions(table, member)
         result = np.full((len(study_ids), *values.shape[1:]), np.nan)
         for study_id, value in zip(ids, values):
             if study_id in place:

@@ -1,10 +1,15 @@
 """Combining members, finding weights, and the tables they come in."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
+from benchmarks import bench_ensemble
+from scipy.optimize import check_grad
 
 import utils
+from lumbar import ensemble as section
 
 
 def case(studies=60, seed=0):
@@ -100,3 +105,197 @@ def test_out_of_fold_tables_are_found_and_the_detectors_are_one_member(tmp_path)
 def test_an_unknown_view_is_refused():
     with pytest.raises(ValueError, match="unknown TTA view"):
         utils.expand_view({"flip": True}, 2)
+
+
+@pytest.fixture(scope="module")
+def bed():
+    """300 synthetic studies, seven members: (labels, tables, scores, submissions of nested cross-validation)."""
+    labels, tables = bench_ensemble.make_case(300, 5)
+    return labels, tables, *utils.cross_validate_ensemble(labels, tables, utils.make_folds(labels, 3))
+
+
+def test_the_search_gains_on_studies_it_has_not_seen(bed):
+    _, tables, scores, _ = bed
+    assert list(scores.index) == [*tables, *utils.VARIANTS]
+    total, error = scores["total"], scores["gain_se"]
+    assert total["equal weights"] < total[list(tables)].min(), "the bed's members complement each other"
+    assert total["fitted weights"] < total["default weights"]
+    assert total["+ scaling"] < total["fitted weights"] + 0.003
+    assert total["+ stacker"] < total["+ scaling"] - 0.02, "grades correlate and the members do not know it"
+    assert scores["gain"]["+ stacker"] > 4 * error["+ stacker"] > 0
+
+
+def test_scaling_mends_members_that_are_too_sure():
+    labels, tables = bench_ensemble.make_case(200, 3)
+    sharp = {}
+    for name, table in tables.items():
+        p = table[list(utils.SEVERITIES)] ** 2.5
+        sharp[name] = table.assign(**p.div(p.sum(axis=1), axis=0))
+    total = utils.cross_validate_ensemble(labels, sharp, utils.make_folds(labels, 3))[0]["total"]
+    assert total["+ scaling"] < total["fitted weights"] - 0.05
+
+
+def test_a_dozen_studies_change_next_to_nothing():
+    scores = [bench_ensemble.run(12, seed, folds=3)["gain"] for seed in range(6)]
+    for name in ("fitted weights", "+ scaling", "+ stacker"):
+        gains = [score[name] for score in scores]
+        assert np.mean(gains) > -0.004 and min(gains) > -0.02, name
+
+
+def test_nothing_to_find_means_no_stacker():
+    labels, tables = bench_ensemble.make_case(200, 2, independent=True)
+    assert "stacker" not in utils.fit_ensemble(labels, tables)
+    scores = utils.cross_validate_ensemble(labels, tables, utils.make_folds(labels, 3))[0]
+    assert scores["total"]["+ stacker"] < scores["total"]["+ scaling"] + 0.003
+
+
+def test_the_stacker_asks_for_enough_studies():
+    rng = np.random.default_rng(0)
+    grades = np.tile(rng.choice(3, (section.STACKER_STUDIES, 1, 1)), (1, 5, 5))  # every neighbour knows all
+    logits = np.eye(3)[grades] + rng.standard_normal((*grades.shape, 3))
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    assert set(utils.fit_stacker(grades, p)["coefficients"]) == set(utils.GROUPS)
+    assert not utils.fit_stacker(grades[1:], p[1:])["coefficients"]
+
+
+def test_nested_predictions_are_a_submission_and_give_the_table(bed):
+    labels, tables, scores, submissions = bed
+    for name in ("yolo", "+ stacker"):
+        table = submissions[name]
+        assert list(table.columns) == list(utils.SUBMISSION_COLUMNS) and len(table) == 300 * 25
+        assert utils.competition_score(labels, table)["total"] == pytest.approx(scores["total"][name], abs=1e-9)
+    assert scores["rows"]["yolo"] < scores["rows"]["study"] == labels[list(utils.LABEL_COLUMNS)].notna().sum().sum()
+
+
+def test_nested_predictions_have_not_seen_their_fold():
+    labels, tables = bench_ensemble.make_case(80, 7)
+    folds = utils.make_folds(labels, 2)
+    before = utils.cross_validate_ensemble(labels, tables, folds)[1]
+    first = folds["study_id"][folds["fold"] == 0]
+    changed = labels.copy()
+    changed.loc[changed["study_id"].isin(first), list(utils.LABEL_COLUMNS)] = "Severe"
+    after = utils.cross_validate_ensemble(changed, tables, folds)[1]
+    own = before["yolo"]["row_id"].str.split("_").str[0].astype(int).isin(first)
+    for name in ("+ stacker", "yolo"):  # the latter lacks rows, where the other fold's prior stands
+        pd.testing.assert_frame_equal(before[name][own], after[name][own])
+        assert np.abs(before[name][~own].severe - after[name][~own].severe).max() > 0.05
+
+
+def test_rows_and_studies_may_be_missing():
+    labels, tables = bench_ensemble.make_case(60, 8)
+    ids = labels["study_id"].to_numpy()
+    gone = {m: t[~t["row_id"].str.startswith(f"{ids[0]}_")] for m, t in tables.items()}
+    lost = f"{ids[1]}_{utils.LABEL_COLUMNS[0]}"
+    gone = {m: t[t["row_id"] != lost] for m, t in gone.items()}
+    scores, submissions = utils.cross_validate_ensemble(labels, gone, utils.make_folds(labels, 3))
+    rows = submissions["+ stacker"]["row_id"]
+    assert len(rows) == 59 * 25 - 1 and lost not in set(rows)
+    assert np.isfinite(scores.to_numpy(np.float64)).all()
+
+
+def test_the_order_of_rows_does_not_matter():
+    labels, tables = bench_ensemble.make_case(60, 9)
+    mixed = {m: t.sample(frac=1, random_state=1) for m, t in tables.items()}
+    one = utils.fit_ensemble(labels, tables)
+    assert one == utils.fit_ensemble(labels.sample(frac=1, random_state=2), mixed) == utils.fit_ensemble(labels, tables)
+
+
+def test_slopes_are_those_of_the_loss():
+    rng = np.random.default_rng(0)
+    for group, conditions in utils.GROUPS.items():
+        target = section._Target(rng.choice(4, (6, len(conditions), 5)) - 1, group == "spinal")
+        shape = (6, len(conditions), 5, 3)
+        error = check_grad(
+            lambda v: target.loss(v.reshape(shape))[0],
+            lambda v: target.loss(v.reshape(shape))[1].ravel(),
+            rng.standard_normal(np.prod(shape)),
+        )
+        assert error < 1e-6
+
+
+def test_the_loss_is_the_competitions():
+    rng = np.random.default_rng(1)
+    grades, logits = rng.choice(4, (20, 5, 5)) - 1, rng.standard_normal((20, 5, 5, 3))
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    score = utils.score_arrays(grades, p)
+    for group, conditions in utils.GROUPS.items():
+        part = list(conditions)
+        value = section._Target(grades[:, part], group == "spinal").loss(logits[:, part])[0]
+        assert value == pytest.approx(score[group] + (score["any_severe"] if group == "spinal" else 0))
+    loss, weight = section._term_sums(grades, p)
+    assert list(loss.sum(0) / weight.sum(0)) == pytest.approx([score[t] for t in (*utils.GROUPS, "any_severe")])
+
+
+def test_the_stacker_is_the_same_in_the_mirror_and_in_json(bed):
+    labels, tables, _, _ = bed
+    ensemble = utils.fit_ensemble(labels, tables)
+    assert set(ensemble["stacker"]["coefficients"]) == set(utils.GROUPS)
+    _, p = utils.from_submission(tables["study"])
+    turned = list(utils.MIRRORED_CONDITIONS)
+    corrected = utils.apply_stacker(ensemble["stacker"], p)
+    np.testing.assert_allclose(utils.apply_stacker(ensemble["stacker"], p[:, turned])[:, turned], corrected)
+    assert np.abs(corrected - p).max() > 0.05 and np.abs(corrected.sum(-1) - 1).max() < 1e-12
+    read = json.loads(json.dumps(ensemble))
+    np.testing.assert_array_equal(
+        utils.combine_members({"study": p}, read, np.full((5, 5, 3), 1 / 3))[0],
+        utils.combine_members({"study": p}, ensemble, np.full((5, 5, 3), 1 / 3))[0],
+    )
+    read["stacker"]["features"]["spinal"][0] = "something else"
+    with pytest.raises(ValueError, match="fit the ensemble again"):
+        utils.apply_stacker(read["stacker"], p)
+
+
+def test_rows_without_a_member_keep_the_prior_under_a_stacker(bed):
+    labels, tables, _, _ = bed
+    ensemble = utils.fit_ensemble(labels, tables)
+    _, p = utils.from_submission(tables["study"])
+    prior = np.full((5, 5, 3), 1 / 3)
+    p[0, 2, 1] = np.nan
+    np.testing.assert_allclose(utils.combine_members({"study": p}, ensemble, prior)[0][0, 2, 1], 1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="severe"), "level: no column severe"),
+        (lambda t: pd.concat([t, t.iloc[[3]]]), "level: row_id .* appears twice"),
+        (lambda t: t.assign(row_id=["7_left_knee_l1_l2", *t["row_id"][1:]]), "7_left_knee_l1_l2"),
+        (lambda t: t.assign(severe=[np.nan, *t["severe"][1:]]), "level: row 1000_.* is not three finite numbers"),
+        (lambda t: t.assign(severe=["high", *t["severe"][1:]]), "level: row 1000_.* is not three finite numbers"),
+        (lambda t: t.assign(severe=[-0.5, *t["severe"][1:]]), "level: row 1000_.* is negative"),
+        (lambda t: t.assign(severe=[*t["severe"][:-1], 1.5]), "level: row 1003_.* does not sum to 1"),
+    ],
+)
+def test_a_bad_table_is_refused_with_its_row(change, message):
+    _, ids, labels, members = case(4)
+    tables = {m: utils.to_submission(ids, p) for m, p in members.items()}
+    tables["level"] = change(tables["level"])
+    with pytest.raises(ValueError, match=message):
+        utils.fit_ensemble(labels, tables)
+
+
+def test_bad_folds_and_labels_are_refused():
+    _, ids, labels, members = case(4)
+    tables = {m: utils.to_submission(ids, p) for m, p in members.items()}
+    folds = pd.DataFrame({"study_id": ids, "fold": [0, 1, 0, 1]})
+    for bad, message in (
+        (folds.drop(columns="fold"), "no column fold"),
+        (folds[1:], "study 1000 has no fold"),
+        (pd.concat([folds, folds[:1]]), "two folds"),
+        (folds.assign(fold=0), "two folds or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            utils.cross_validate_ensemble(labels, tables, bad)
+    with pytest.raises(ValueError, match="study_id"):
+        utils.fit_ensemble(labels.drop(columns="study_id"), tables)
+    with pytest.raises(ValueError, match="no member"):
+        utils.cross_validate_ensemble(labels, {}, folds)
+    with pytest.raises(ValueError, match="towards"):
+        utils.fit_ensemble(labels, tables, towards="best")
+
+
+def test_a_kept_ensemble_json_brings_its_stacker(bed, tmp_path):
+    labels, tables, _, _ = bed
+    fitted = utils.fit_ensemble(labels, tables)
+    utils.write_json(tmp_path / "ensemble.json", fitted)
+    assert utils.ensemble_for([tmp_path], tmp_path)["stacker"] == fitted["stacker"]
