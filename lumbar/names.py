@@ -20,6 +20,7 @@ SEVERITIES = ("normal_mild", "moderate", "severe")  # the submission's columns
 GRADES = ("Normal/Mild", "Moderate", "Severe")  # the same three, as train.csv writes them
 SEVERITY_WEIGHTS = (1, 2, 4)  # the metric's sample weight, by the true grade
 LABEL_COLUMNS = tuple(f"{condition}_{level}" for condition in CONDITIONS for level in LEVELS)
+SUBMISSION_COLUMNS = ("row_id",) + SEVERITIES
 GROUPS = {"spinal": (0,), "foraminal": (1, 2), "subarticular": (3, 4)}  # metric term -> indices into CONDITIONS
 MIRRORED_CONDITIONS = (0, 2, 1, 4, 3)  # CONDITIONS after left and right change places
 DESCRIPTIONS = ("Sagittal T1", "Axial T2", "Sagittal T2/STIR")  # also the channel order of every crop
