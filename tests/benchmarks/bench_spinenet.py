@@ -300,6 +300,8 @@ def _third_missing(study, bodies, rng):
                 "thickness_mm": volume.thickness_mm,
                 "step_mm": spacing[0],
                 "instance_number": int(volume.instance_numbers[k]),
+                "slope": 1.0,
+                "intercept": 0.0,
             }
             for k in range(len(volume.array))
             if k % 3 != first
