@@ -41,6 +41,54 @@ from .spinenet import (
 # -- one chain of two series
 
 
+def _rejoined(volumes):
+    """Pieces of one series, cut where slices are missing, as one Volume: what is missing is interpolated.
+
+    The reader must not invent slices, but a body whose left and right half lie in two pieces would be found twice,
+    or beside its place. Pieces belong together when they are parallel and aligned, and no more than three slices are
+    missing between them. Returns Volumes; those alone in their series are unchanged.
+    """
+    result, pieces = [], sorted(volumes, key=lambda v: (v.series_id, v.block))
+    while pieces:
+        group, pieces = [pieces[0]], pieces[1:]
+        first = group[0]
+        normal = first.affine[:3, 0] / first.spacing_mm[0]
+        for other in list(pieces):
+            apart = other.affine[:3, 3] - group[-1].voxel_to_lps([len(group[-1].array) - 1, 0, 0])
+            if (
+                other.series_id == first.series_id
+                and other.array.shape[1:] == first.array.shape[1:]
+                and np.abs(other.affine[:3, 1:3] - first.affine[:3, 1:3]).max() < 1e-3
+                and 0 < apart @ normal < 4.5 * first.spacing_mm[0]
+                and np.linalg.norm(apart - (apart @ normal) * normal) < 2.0
+            ):
+                group.append(other)
+                pieces = [piece for piece in pieces if piece is not other]
+        result.append(first if len(group) == 1 else _fill(group, normal))
+    return result
+
+
+def _fill(group, normal):
+    """One Volume of aligned pieces in the order of `normal`, its missing slices linear between their neighbours."""
+    origins = np.concatenate([v.voxel_to_lps(np.eye(1, 3) * np.arange(len(v.array))[:, None]) for v in group])
+    place_mm = (origins - origins[0]) @ normal
+    step_mm = np.diff(place_mm).min()
+    array = np.concatenate([np.asarray(v.array, np.float32) for v in group])
+    wanted_mm = place_mm[0] + step_mm * np.arange(int(round(place_mm[-1] / step_mm)) + 1)
+    above = np.clip(np.searchsorted(place_mm, wanted_mm), 1, len(place_mm) - 1)
+    share = np.clip((wanted_mm - place_mm[above - 1]) / (place_mm[above] - place_mm[above - 1]), 0, 1)
+    share = share[:, None, None].astype(np.float32)
+    affine = group[0].affine.copy()
+    affine[:3, 0] = (origins[-1] - origins[0]) / (len(wanted_mm) - 1)
+    nearest = np.where(share[:, 0, 0] < 0.5, above - 1, above)
+    return replace(
+        group[0],
+        array=(1 - share) * array[above - 1] + share * array[above],
+        affine=affine,
+        instance_numbers=np.concatenate([v.instance_numbers for v in group])[nearest],
+    )
+
+
 def _motion_mm(first, second, reach_mm=16.0, tolerance_mm=8.0):
     """(3,) what to add to the second series' centres so that most of its bodies meet the first's; 0 if fewer than two
     would. reach_mm: less than half the way from body to body, else the neighbour would do as well."""
@@ -715,9 +763,8 @@ def locate_levels(study, model, prior=None, detector="own", layout=None):
     detect = _detector(detector, model)
     chain = []
     for description in ("Sagittal T2/STIR", "Sagittal T1"):
-        for volume in study.of(description):
-            if volume.plane == "sagittal":
-                chain = merge_vertebrae(chain, detect(volume))
+        for volume in _rejoined([volume for volume in study.of(description) if volume.plane == "sagittal"]):
+            chain = merge_vertebrae(chain, detect(volume))
     anchors = study_anchors(study)
     if not any(v.name for v in chain):
         chain = name_vertebrae(chain, prior, anchors.get("sagittal"))
@@ -754,7 +801,7 @@ def locate_levels_surely(study, model, prior=None, detector="own", layout=None):
         return *locate_levels(replace(study, volumes=[]), None, prior, layout=layout), problem
 
 
-_LOCATING_VERSION = 3  # to be raised when the same network gives other levels: results kept by older code do not count
+_LOCATING_VERSION = 4  # to be raised when the same network gives other levels: results kept by older code do not count
 
 
 def _locating_key(model, prior, detector):

@@ -640,3 +640,33 @@ def test_boxes_follow_a_scoliosis(lean_deg):
         assert np.degrees(np.arccos(np.clip(true.axes[0] @ found.axes[0], -1, 1))) < 2.5
         np.testing.assert_allclose(found.axes @ found.axes.T, np.eye(3), atol=1e-9)
         assert np.linalg.det(found.axes) > 0.99
+
+
+def test_pieces_of_a_series_are_looked_at_as_one():
+    """Slices are missing: the reader gives pieces, of which none shows the bodies' middle."""
+    rng = np.random.default_rng(0)
+    whole = replace(empty_volume(slices=13), array=rng.random((13, 20, 10)).astype(np.float32))
+
+    def piece(slices, block):
+        affine = whole.affine.copy()
+        affine[:3, 3] = whole.voxel_to_lps([slices[0], 0, 0])
+        return replace(
+            whole,
+            array=whole.array[slices],
+            affine=affine,
+            block=block,
+            instance_numbers=whole.instance_numbers[slices],
+        )
+
+    pieces = [piece(slices, k) for k, slices in enumerate(([0, 1], [3, 4], [6, 7, 8], [11, 12]))]
+    seen = []
+    study = utils.Study(7, pieces[::-1] + [replace(pieces[0], series_id=99)])
+    utils.locate_levels(study, None, PRIOR, detector=lambda volume: seen.append(volume) or [])
+    one, other = sorted(seen, key=lambda volume: -len(volume.array))
+    assert other.series_id == 99 and other.array is pieces[0].array
+    np.testing.assert_allclose(one.affine, whole.affine, atol=1e-9)
+    assert one.array.shape == whole.array.shape and set(one.instance_numbers) < set(whole.instance_numbers)
+    for k in (0, 1, 3, 4, 6, 7, 8, 11, 12):
+        np.testing.assert_allclose(one.array[k], whole.array[k], atol=1e-6)
+    np.testing.assert_allclose(one.array[2], (whole.array[1] + whole.array[3]) / 2, atol=1e-6)
+    np.testing.assert_allclose(one.array[9], (2 * whole.array[8] + whole.array[11]) / 3, atol=1e-6)
