@@ -72,7 +72,8 @@ def _fill(group, normal):
     """One Volume of aligned pieces in the order of `normal`, its missing slices linear between their neighbours."""
     origins = np.concatenate([v.voxel_to_lps(np.eye(1, 3) * np.arange(len(v.array))[:, None]) for v in group])
     place_mm = (origins - origins[0]) @ normal
-    step_mm = np.diff(place_mm).min()
+    steps_mm = np.diff(place_mm)
+    step_mm = max(steps_mm.min(), np.median(steps_mm) / 3)  # two slices in nearly one place make no fine grid
     array = np.concatenate([np.asarray(v.array, np.float32) for v in group])
     wanted_mm = place_mm[0] + step_mm * np.arange(int(round(place_mm[-1] / step_mm)) + 1)
     above = np.clip(np.searchsorted(place_mm, wanted_mm), 1, len(place_mm) - 1)
