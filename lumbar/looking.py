@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .dicom import load_study
-from .ensemble import align_members, combine_members, fit_ensemble
+from .ensemble import align_members
 from .files import class_prior, from_submission, labels_to_array, make_folds, score_arrays
 from .geometry import boxes_from_table, coordinates_to_lps, crop_level, nearest_slice
 from .levels import compare_with_labels
@@ -479,6 +479,8 @@ def score_table(grades, predictions):
 
     predictions: dict name -> (n, 5, 5, 3), NaN where there is none. A member that grades only some conditions or
     studies is scored on those (`rows` counts them); its terms without a row are NaN, and so is its total.
+    With a `Class prior` and a `Perfect reader` among them, `closed` is how much of the distance between the two each
+    prediction closes: 0 is no better than the prior, 1 is perfect.
     """
     table = {}
     for name, probabilities in predictions.items():
@@ -489,7 +491,11 @@ def score_table(grades, predictions):
             else dict.fromkeys(TERM_NAMES, np.nan)
         )
         table[name] = {**scores, "rows": int(there.sum())}
-    return pd.DataFrame.from_dict(table, orient="index")
+    table = pd.DataFrame.from_dict(table, orient="index")
+    if {"Class prior", "Perfect reader"} <= set(table.index):
+        prior, perfect = table.loc["Class prior", "total"], table.loc["Perfect reader", "total"]
+        table.insert(len(TERM_NAMES), "closed", (prior - table["total"]) / (prior - perfect))
+    return table
 
 
 def out_of_fold_prior(grades, folds):
@@ -497,28 +503,28 @@ def out_of_fold_prior(grades, folds):
     return np.stack([class_prior(grades[folds != fold]) for fold in folds])
 
 
-def nested_ensemble(labels, folds, tables, parts=5):
-    """Out-of-fold predictions of the ensemble whose weights have not seen them: (study_ids, (n, 5, 5, 3)).
+def nested_folds(labels, folds, tables, parts=5):
+    """The folds in which the ensemble is judged: DataFrame study_id, fold of the predicted studies.
 
     labels: train.csv's wide form; folds: (n,) fold of each of its rows; tables: dict member -> out-of-fold table.
-    Weights and calibration for a fold's studies are found on the other folds, as the members were. Where the members
-    predicted one fold only, its studies are dealt into `parts` instead. Studies without predictions stay NaN.
+    They are the members' own folds: an ensemble for a fold's studies is found on the other folds, as the members
+    were. Where the members predicted one fold only, its studies are dealt into `parts` instead.
     """
-    study_ids, grades = labels_to_array(labels)
-    aligned = align_members(study_ids, tables)
+    aligned = align_members(labels["study_id"].to_numpy(), tables)
     predicted = np.any([np.isfinite(p).any((1, 2, 3)) for p in aligned.values()], axis=0)
-    folds = np.where(predicted, folds, -1)
-    if len(np.unique(folds[predicted])) == 1 and predicted.sum() > parts:
-        folds[predicted] = make_folds(labels[predicted], parts)["fold"]
-    result = np.full((len(study_ids), len(CONDITIONS), len(LEVELS), 3), np.nan)
-    for fold in np.unique(folds[predicted]):
-        inside = folds == fold
-        ensemble = fit_ensemble(labels[~inside], tables)
-        part, count = combine_members(
-            {m: p[inside] for m, p in aligned.items()}, ensemble, class_prior(grades[~inside])
-        )
-        result[inside] = np.where((count > 0)[..., None], part, np.nan)
-    return study_ids, result
+    found = pd.DataFrame({"study_id": labels["study_id"], "fold": folds})[predicted].reset_index(drop=True)
+    if found["fold"].nunique() == 1 and len(found) > 1:
+        found = make_folds(labels[predicted], min(parts, len(found)))
+    return found
+
+
+def read_views(run):
+    """The views.csv of the members' stages below `run`, one below the other: DataFrame stage, view, alone, gain, ..."""
+    paths = [p for p in sorted(Path(run).glob("*/views.csv")) if ".old-" not in p.parent.name]
+    tables = [pd.read_csv(path) for path in paths]
+    for path, table in zip(paths, tables, strict=True):
+        table.insert(0, "stage", path.parent.name)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def level_label_table(paths, levels, coordinates, limit=200):

@@ -233,6 +233,14 @@ def open_stage(out, name, parameters, inputs=()):
     return Stage(folder, name, done, identity, time.time())
 
 
+def member_folder(name, folds):
+    """The folder of a stage that trains these folds: with one fold only, its number is added.
+
+    Jobs of single folds, on one machine or many, can so share an OUT; later stages read all folders that they find.
+    """
+    return f"{name}_{folds[0]}" if len(folds) == 1 else name
+
+
 def is_finished(stage):
     """True if a stage of the table has a manifest with these parameters and with inputs that have not changed since."""
     folder = Path(stage["parameters"].get("OUT", "")) / stage["name"]
@@ -413,6 +421,8 @@ DEMO = {
         "CACHE": True,
     },
 }
+# On top of DEMO: for some 300 studies, so that the phantom's real frequencies show enough disease.
+HOUR = {}
 # On top of DEMO: everything once, as fast as it goes. The scores mean nothing.
 SMOKE = {
     "01_preprocess": {"YOLO_IMGSZ": 128},
@@ -435,25 +445,40 @@ SMOKE = {
 }
 
 
+# The members' trainings, longest first.
+MEMBER_STAGES = (
+    "04_train_vit_level",
+    "03_train_yolo_ss",
+    "03_train_yolo_nfn",
+    "03_train_yolo_scs",
+    "04_train_vit_study",
+)
+ALL_FOLDS = (0, 1, 2, 3, 4)  # 01_preprocess deals as many
+
+
 def pipeline_stages(notebooks, data, out, size="demo", folds=(), seed=0, workers=2):
     """The table of stages that run_stages takes: one direction, each reads what earlier ones wrote.
 
-    size: `demo` (DEMO's settings, fold 0), `smoke` (the same, as short as possible) or `full` (the notebooks'
-    defaults); folds: to train, empty for the size's own. Raises ValueError on another size.
+    size: `demo` (DEMO's settings, fold 0), `smoke` (the same, as short as possible), `hour` (HOUR's, fold 0) or
+    `full` (the notebooks' defaults, every fold); folds: to train, empty for the size's own. Each fold of each member
+    is a stage of its own with a folder of its own, `<member>_<fold>`: independent jobs, wherever they run.
+    Raises ValueError on another size or fold.
     """
-    if size not in ("demo", "smoke", "full"):
-        raise ValueError(f"SIZE must be demo, smoke or full, not {size!r}")
+    presets = {"demo": [DEMO], "smoke": [DEMO, SMOKE], "hour": [DEMO, HOUR], "full": []}
+    if size not in presets:
+        raise ValueError(f"SIZE must be {', '.join(presets)}, not {size!r}")
     notebooks, data, out = Path(notebooks), str(data), str(out)
     small = size != "full"
-    presets = [DEMO] * small + [SMOKE] * (size == "smoke")
-    chosen = {"FOLDS": list(folds) if folds else [0]} if folds or small else {}
+    folds = list(folds) or ([0] if small else list(ALL_FOLDS))
+    if not set(folds) <= set(ALL_FOLDS):
+        raise ValueError(f"FOLDS must be some of {', '.join(map(str, ALL_FOLDS))}, not {folds}")
     before = {"PREPROCESSED": f"{out}/01_preprocess", "LEVELS_DIR": f"{out}/02_train_spinenet"}
     stages = []
 
     def add(name, notebook, after, threads=workers, **parameters):
         parameters = {"OUT": out, "DATA": data, **parameters}
-        for preset in presets:
-            parameters |= preset.get(notebook, {}) | preset.get(name, {})
+        for preset in presets[size]:
+            parameters |= preset.get(notebook, {}) | preset.get(name, {}) | preset.get(name.rpartition("_")[0], {})
         path = notebooks / f"{notebook}.ipynb"
         stages.append({"name": name, "notebook": path, "after": after, "threads": threads, "parameters": parameters})
 
@@ -467,27 +492,33 @@ def pipeline_stages(notebooks, data, out, size="demo", folds=(), seed=0, workers
         SEED=seed,
         **loaders,
     )
-    # Small trainings run side by side on one core each; at full size each takes the GPU, one after the other. The
+    # Small trainings run side by side on one core each; at full size each takes the GPUs, one after the other. The
     # longest come first, so that the short ones fill the gaps.
-    shared = {**before, **chosen, **loaders, "SEED": seed}
+    shared = {**before, **loaders, "SEED": seed}
     threads = 1 if small else workers
-    trained = ["04_train_vit_level", *(f"03_train_yolo_{c}" for c in ("ss", "nfn", "scs")), "04_train_vit_study"]
-    for name in trained:
-        notebook, _, own = name.rpartition("_")
-        key = "SCOPE" if notebook == "04_train_vit" else "CONDITION"
-        add(name, notebook, ["02_train_spinenet"], threads, **shared, **{key: own})
+    trained = []
+    for fold in folds:
+        for member in MEMBER_STAGES:
+            notebook, _, own = member.rpartition("_")
+            key = "SCOPE" if notebook == "04_train_vit" else "CONDITION"
+            name = member_folder(member, [fold])
+            add(name, notebook, ["02_train_spinenet"], threads, **shared, **{key: own, "FOLDS": [fold]})
+            trained.append(name)
     add("05_inference", "05_inference", trained, WEIGHTS=[f"{out}/{name}" for name in ("02_train_spinenet", *trained)])
     add("06_report", "06_report", ["05_inference"], RUN=out)
     return stages
 
 
 def choose_stages(stages, names):
-    """The stages with these names (all, if none is given). What they wait for must be finished or chosen too."""
+    """The stages with these names (all, if none is given). What they wait for must be finished or chosen too.
+
+    A member's name without a fold (04_train_vit_level) is all of its folds.
+    """
     known = [stage["name"] for stage in stages]
     for name in names:
-        if name not in known:
-            raise ValueError(f"STAGES: there is no stage {name!r}; there are {', '.join(known)}")
-    chosen = [stage for stage in stages if not names or stage["name"] in names]
+        if name not in known and name not in MEMBER_STAGES:
+            raise ValueError(f"STAGES: there is no stage {name!r}; there are {', '.join([*known, *MEMBER_STAGES])}")
+    chosen = [s for s in stages if not names or s["name"] in names or s["name"].rpartition("_")[0] in names]
     return [{**stage, "after": [a for a in stage["after"] if a in [s["name"] for s in chosen]]} for stage in chosen]
 
 

@@ -316,22 +316,27 @@ def test_exported_page_stands_alone_and_hides_code(tmp_path, study):
         utils.export_html(tmp_path / "absent.ipynb", tmp_path / "n.html")
 
 
-def test_nested_ensemble_never_sees_its_own_fold(graded):
+def test_the_ensemble_is_judged_in_the_members_folds_or_in_parts_of_one(graded):
     truth, probabilities = graded
     study_ids, folds = np.arange(40) + 100, np.arange(40) % 2
     table = pd.DataFrame(np.array(utils.GRADES)[truth.reshape(40, 25)], columns=utils.LABEL_COLUMNS)
     labels = table.where(truth.reshape(40, 25) >= 0).assign(study_id=study_ids)
-    tables = {"level": utils.to_submission(study_ids, probabilities)}
-    ids, before = utils.nested_ensemble(labels, folds, tables)
-    assert list(ids) == list(study_ids) and np.allclose(before.sum(-1), 1)
-    labels.loc[folds == 0, list(utils.LABEL_COLUMNS)] = "Severe"
-    after = utils.nested_ensemble(labels, folds, tables)[1]
-    assert np.array_equal(before[folds == 0], after[folds == 0])
-    assert np.abs(before[folds == 1] - after[folds == 1]).max() > 0.05
+    both = utils.nested_folds(labels, folds, {"level": utils.to_submission(study_ids, probabilities)})
+    assert both["fold"].tolist() == folds.tolist() and both["study_id"].tolist() == study_ids.tolist()
     one_fold = {"level": utils.to_submission(study_ids[folds == 0], probabilities[folds == 0])}
-    alone = utils.nested_ensemble(labels, folds, one_fold)[1]
-    assert np.isfinite(alone[folds == 0]).all() and np.isnan(alone[folds == 1]).all()
-    assert np.abs(alone[folds == 0] - probabilities[folds == 0]).max() > 0.05, "calibrated on the fold's other studies"
+    alone = utils.nested_folds(labels, folds, one_fold)
+    assert sorted(alone["study_id"]) == sorted(study_ids[folds == 0])
+    assert alone["fold"].value_counts().tolist() == [4] * 5
+    assert set(utils.cross_validate_ensemble(labels, one_fold, alone)[0].index) >= {"level", "+ stacker"}
+
+
+def test_the_share_closed_is_0_for_the_prior_and_1_for_the_perfect_reader(graded):
+    truth, probabilities = graded
+    prior = np.broadcast_to(utils.class_prior(truth), probabilities.shape)
+    perfect = 0.9 * np.eye(3)[np.clip(truth, 0, 2)] + 0.1 / 3
+    table = utils.score_table(truth, {"Class prior": prior, "m": 0.5 * (prior + perfect), "Perfect reader": perfect})
+    assert table["closed"].iloc[[0, 2]].tolist() == [0, 1] and 0 < table.loc["m", "closed"] < 1
+    assert "closed" not in utils.score_table(truth, {"Class prior": prior})
 
 
 def test_histories_are_found_and_split(tmp_path):

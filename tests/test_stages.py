@@ -117,6 +117,15 @@ def test_pipeline_table(tmp_path):
         utils.check_notebook_parameters(stage["notebook"], stage["parameters"])
     for stage in utils.pipeline_stages(ROOT / "notebooks", tmp_path, tmp_path / "out", "full", [0, 1]):
         utils.check_notebook_parameters(stage["notebook"], stage["parameters"])
+    folds = utils.pipeline_stages(ROOT / "notebooks", tmp_path, tmp_path / "out", "full", [0, 3])
+    job = utils.choose_stages(folds, ["04_train_vit_level_3"])
+    assert [(s["name"], s["parameters"]["FOLDS"]) for s in job] == [("04_train_vit_level_3", [3])]
+    both = [s["name"] for s in utils.choose_stages(folds, ["04_train_vit_level"])]
+    assert both == ["04_train_vit_level_0", "04_train_vit_level_3"]
+    weights = next(s for s in folds if s["name"] == "05_inference")["parameters"]["WEIGHTS"]
+    assert len(weights) == 1 + 2 * 5 and str(tmp_path / "out" / "03_train_yolo_ss_3") in weights
+    with pytest.raises(ValueError, match="FOLDS must be"):
+        utils.pipeline_stages(ROOT / "notebooks", tmp_path, tmp_path, "demo", [5])
     only = utils.choose_stages(stages, ["05_inference"])
     assert [s["name"] for s in only] == ["05_inference"] and only[0]["after"] == []
     with pytest.raises(ValueError, match="no stage '5_inference'"):
