@@ -11,11 +11,13 @@
  9. lumbar/finetune.py     SpineNet trained further on the competition's own label points
 10. lumbar/official.py     vertebrae from SpineNet's official package, for those who may use it
 11. lumbar/yolo.py         detectors: data sets, training, dense class scores, side and level by geometry
+                           (yolo_trainer.py: the part of it that ultralytics' own processes import)
 12. lumbar/classifiers.py  timm_3d backbones, cumulative logits, crops and their views, training
-13. lumbar/ensemble.py     test-time views, weights, calibration, the stacker, what each gains
-14. lumbar/inference.py    a study in, 25 rows out, whatever is broken
-15. lumbar/looking.py      plots, viewers, HTML pages
-16. lumbar/kaggle.py       where inputs are mounted, pushing kernels
+13. lumbar/distributed.py  the same training in several processes or on several GPUs
+14. lumbar/ensemble.py     test-time views, weights, calibration, the stacker, what each gains
+15. lumbar/inference.py    a study in, 25 rows out, whatever is broken
+16. lumbar/looking.py      plots, viewers, HTML pages
+17. lumbar/kaggle.py       where inputs are mounted, pushing kernels
 
 Everything public is reached as `utils.name`. Heavy libraries (ultralytics, open3d, timm_3d, pydicom) are imported
 where they are used.
@@ -29,6 +31,7 @@ left). Probabilities have the axes (study, condition, level, severity).
 # ruff: noqa: F403
 from lumbar.classifiers import *
 from lumbar.dicom import *
+from lumbar.distributed import *
 from lumbar.ensemble import *
 from lumbar.files import *
 from lumbar.finetune import *

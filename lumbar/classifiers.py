@@ -1,8 +1,10 @@
 """The 3D classifiers: backbones, cumulative logits, crops and their views, training."""
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,15 +12,19 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from .dicom import load_study
+from .distributed import all_sum, launch, processes_for, rank, world
+from .ensemble import TTA_VIEWS, choose_views
 from .files import class_prior, score_arrays
 from .geometry import boxes_from_table, crop_level, crop_study, study_box
 from .names import (
     CONDITIONS,
     DESCRIPTIONS,
     GROUPS,
+    LABEL_COLUMNS,
     LEVELS,
     MIRRORED_CONDITIONS,
     SEVERITIES,
@@ -27,6 +33,7 @@ from .names import (
     device_for,
     progress,
     write_csv,
+    write_json,
 )
 
 
@@ -53,12 +60,23 @@ def cumulative_link_loss(log_probabilities, grades, class_weights=SEVERITY_WEIGH
     gradient of 0) if nothing is graded. By default mean(w * nll), as spacecutter's CumulativeLinkLoss; by_weight
     divides by sum(w) instead, as the competition's metric does.
     """
-    graded = grades >= 0
+    loss, weight = weighted_losses(log_probabilities, grades, class_weights)
+    total = weight.sum() if by_weight else (grades >= 0).sum()
+    return loss / total.clamp(min=1)
+
+
+def weighted_losses(log_probabilities, grades, class_weights=SEVERITY_WEIGHTS, share=None):
+    """(sum of w * nll, sum of w), scalar tensors float32: what losses over several batches are put together from.
+
+    log_probabilities: (..., K); grades: (...) int64, -1 = missing label, weighs nothing; share: broadcast against
+    grades, multiplies the weights (of labels that stand for a part of a mixed input).
+    """
     safe = grades.clamp(min=0)
     nll = -log_probabilities.gather(-1, safe[..., None])[..., 0]
-    weight = torch.as_tensor(class_weights, dtype=nll.dtype, device=nll.device)[safe] * graded
-    total = weight.sum() if by_weight else graded.sum()
-    return (weight * nll).sum() / total.clamp(min=1)
+    weight = torch.as_tensor(class_weights, dtype=nll.dtype, device=nll.device)[safe] * (grades >= 0)
+    if share is not None:
+        weight = weight * share
+    return (weight * nll).sum(), weight.sum()
 
 
 class CumulativeHeads(nn.Module):
@@ -155,14 +173,27 @@ class OrdinalClassifier(nn.Module):
     means along the head-foot axis (LevelAttention), so that a level learns from all others. In both the cut points
     differ by level: a crop does not tell how common a grade is at its level.
 
-    Features are pooled to a coarse grid across the body and not to one vector: convolutions and relative attention
-    alone hardly know left from right, and which side a narrowing is on is half of the question.
+    pooling `grid`: features are pooled to a coarse grid across the body and not to one vector: convolutions and
+    relative attention alone hardly know left from right, and which side a narrowing is on is half of the question.
+    `global` is the plain way, to compare with: one mean over the whole volume; for scope `level` 5 heads whose cut
+    points all levels share, for scope `study` 25 outputs of the one vector, each with its own cut points.
     """
 
-    def __init__(self, scope, backbone, img_size, prior, dropout=0.2, level_centers=USUAL_LEVEL_CENTERS):
+    def __init__(
+        self,
+        scope,
+        backbone,
+        img_size,
+        prior,
+        dropout=0.2,
+        level_centers=USUAL_LEVEL_CENTERS,
+        pooling="grid",
+    ):
         super().__init__()
         if scope not in ("level", "study"):
             raise ValueError(f"SCOPE must be level or study, not {scope!r}")
+        if pooling not in ("grid", "global"):
+            raise ValueError(f"POOLING must be grid or global, not {pooling!r}")
         self.config = {
             "scope": scope,
             "backbone": backbone,
@@ -170,61 +201,105 @@ class OrdinalClassifier(nn.Module):
             "prior": np.asarray(prior).tolist(),
             "dropout": dropout,
             "level_centers": list(level_centers),
+            "pooling": pooling,
         }
-        self.scope = scope
+        self.scope, self.pooling = scope, pooling
+        self.recompute = False  # in training: a block's activations are not kept but computed again for its gradients
         self.backbone = make_backbone(backbone, img_size)
         channels, stride = self.backbone.num_features, 2 ** (1 + len(self.backbone.stages))
-        self.pool = (1, 2, 4) if scope == "level" else (img_size[0] // stride, 1, 4)
-        if scope == "study":
-            self.attention = LevelAttention(channels * 4, self.pool[0], level_centers)
+        outputs = len(CONDITIONS)
+        if pooling == "global":
+            self.pool, cells = (1, 1, 1), 1
+            outputs *= len(LEVELS) if scope == "study" else 1
+        elif scope == "level":
+            self.pool, cells = (1, 2, 4), 8
+        else:
+            self.pool, cells = (img_size[0] // stride, 1, 4), 4
+            self.attention = LevelAttention(channels * cells, self.pool[0], level_centers)
         self.dropout = nn.Dropout(dropout)
-        self.score = nn.Linear(channels * (8 if scope == "level" else 4), len(CONDITIONS))
+        self.score = nn.Linear(channels * cells, outputs)
         nn.init.normal_(self.score.weight, std=0.03)  # a score near 0: about the prior
         nn.init.zeros_(self.score.bias)
-        self.heads = CumulativeHeads(prior)
+        shared = pooling == "global" and scope == "level"
+        self.heads = CumulativeHeads(np.mean(prior, 1) if shared else prior)
 
     def forward(self, x, level=None):
         """x: (B, 3, d, h, w) float; level: (B,) int64, index into LEVELS, for scope `level` only.
 
         Returns float32 log probabilities: (B, 5 conditions, 3), or (B, 5 conditions, 5 levels, 3) for `study`.
+        level may be (B, m): the same scores seen as m levels each, -> (B, m, 5 conditions, 3).
         """
-        features = F.adaptive_avg_pool3d(self.backbone.forward_features(x), self.pool)
-        if self.scope == "study":
-            features = self.attention(features.transpose(2, 4).flatten(1, 3))  # (B, channels x right-left, head-foot)
-        else:
-            features = features.flatten(1)
-        score = self.score(self.dropout(features))  # (B, 5 conditions) or (B, 5 levels, 5 conditions)
+        features = self._features(x)
+        # Under mixed precision only the backbone is: scores and cut points keep all their digits.
         with torch.autocast(x.device.type, enabled=False):
+            features = F.adaptive_avg_pool3d(features.float(), self.pool)
+            if self.scope == "study" and self.pooling == "grid":
+                # (B, channels x right-left, head-foot) -> (B, 5 levels, channels x right-left)
+                features = self.attention(features.transpose(2, 4).flatten(1, 3))
+                score = self.score(self.dropout(features)).transpose(1, 2)
+            else:
+                score = self.score(self.dropout(features.flatten(1)))
             cutpoints = self.heads.cutpoints
-            if self.scope == "level":
-                return cumulative_log_probabilities(score, cutpoints[:, level].transpose(0, 1))
-            return cumulative_log_probabilities(score.transpose(1, 2), cutpoints)
+            if self.scope == "study":
+                return cumulative_log_probabilities(score.view(len(x), *cutpoints.shape[:2]), cutpoints)
+            if level.ndim == 2:
+                score = score[:, None].expand(-1, level.shape[1], -1)
+            if self.pooling == "grid":
+                cutpoints = cutpoints[:, level].movedim(0, -2)
+            return cumulative_log_probabilities(score, cutpoints)
+
+    def _features(self, x):
+        if not (self.recompute and self.training):
+            return self.backbone.forward_features(x)
+        x = self.backbone.stem(x)
+        for stage in self.backbone.stages:
+            for block in stage.blocks:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return self.backbone.norm(x)
 
 
 def save_classifier(path, model, about):
     """Write a classifier's state and everything needed to rebuild and feed it, as safetensors."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    _write_classifier(path, state, {**model.config, **about})
+
+
+def _write_classifier(path, state, about):
+    """The file is either the old one or complete."""
     from safetensors.torch import save_file
 
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    save_file(state, temporary, metadata={"classifier": json.dumps({**model.config, **about}, default=_plain)})
+    save_file(state, temporary, metadata={"classifier": json.dumps(about, default=_plain)})
     os.replace(temporary, path)
 
 
-def load_classifier(path, device="cpu"):
-    """(model in evaluation mode, about): what save_classifier wrote."""
+def _read_classifier(path):
+    """(state, about) of a file of save_classifier."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {}).get("classifier", "null"))
         if about is None:
             raise ValueError(f"{path} is not a classifier of this kit (04_train_vit writes them)")
-        state = {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name) for name in file.keys()}, about
+
+
+def load_classifier(path, device="cpu"):
+    """(model in evaluation mode, about): what save_classifier wrote."""
+    state, about = _read_classifier(path)
     names = ("scope", "backbone", "img_size", "prior", "dropout", "level_centers")
-    model = OrdinalClassifier(*(about[name] for name in names))
+    model = OrdinalClassifier(*(about[name] for name in names), about.get("pooling", "grid"))
     model.load_state_dict(state)
     return model.to(device).eval(), about
+
+
+def store_views(path, views):
+    """Put the views that pay (of choose_views) into a weights file, as about["views"]."""
+    state, about = _read_classifier(path)
+    changed = json.loads(json.dumps(about | {"views": views}))
+    if changed != about:
+        _write_classifier(path, state, changed)
 
 
 CROP_MARGIN = 1.2  # crops are cut this much larger, so that shifts and rotations in training see real surroundings
@@ -297,6 +372,31 @@ class CropDataset(torch.utils.data.Dataset):
         crop = torch.from_numpy(np.array(self.crops_of(self.study_ids[study])[level]))
         grades = self.grades[study, :, level] if self.per_study > 1 else self.grades[study]
         return crop, level, torch.from_numpy(np.ascontiguousarray(grades))
+
+    def save(self, folder):
+        """Describe the data set in a folder, for another process: data.json, grades.csv, levels.csv."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        table = pd.DataFrame(self.grades.reshape(len(self.grades), -1), columns=list(LABEL_COLUMNS))
+        table.insert(0, "study_id", self.study_ids)
+        write_csv(folder / "grades.csv", table)
+        if self.levels_table is not None:
+            write_csv(folder / "levels.csv", self.levels_table)
+        paths = {str(s): str(Path(self.paths[s]).resolve()) for s in self.study_ids if s in self.paths}
+        cache = str(self.cache.resolve()) if self.cache else None
+        write_json(folder / "data.json", {"crop": self.crop, "paths": paths, "cache": cache})
+
+    @classmethod
+    def load(cls, folder):
+        """The data set that `save` described."""
+        folder = Path(folder)
+        about = json.loads((folder / "data.json").read_text())
+        table = pd.read_csv(folder / "grades.csv")
+        grades = table[list(LABEL_COLUMNS)].to_numpy(np.int64).reshape(-1, len(CONDITIONS), len(LEVELS))
+        levels = folder / "levels.csv"
+        levels_table = pd.read_csv(levels) if levels.is_file() else None
+        paths = {int(study_id): path for study_id, path in about["paths"].items()}
+        return cls(paths, table["study_id"].tolist(), grades, levels_table, about["crop"], about["cache"])
 
 
 def view_crops(crops, crop, rotation_deg=None, shift_mm=None, scale=None, mirror=None):
@@ -391,27 +491,45 @@ def expand_view(view, batch):
 
 
 @torch.no_grad()
-def predict_crops(models, crops, crop, levels=None, views=({},), batch=16):
-    """Mean log probabilities of models over views, renormalised.
+def predict_views(models, crops, crop, levels=None, views=({},), batch=16):
+    """Log probabilities of each view, the mean over models: (views, N, 5, [5,] 3) float64, left and right in place.
 
     models: OrdinalClassifiers; crops: (N, 3, D, H, W) with margin; levels: (N,) for scope `level`; views: dicts of
-    view_crops' arguments as plain numbers, see TTA_VIEWS. Returns (N, 5, [5,] 3) float64 probabilities.
+    view_crops' arguments as plain numbers, see TTA_VIEWS. A mean of several models is not normalised.
     """
     results = []
     device = next(models[0].parameters()).device
     for start in range(0, len(crops), batch):
         part = torch.from_numpy(np.array(crops[start : start + batch])).to(device)
         level = None if levels is None else torch.as_tensor(levels[start : start + batch], device=device)
-        total = 0
+        means = []
         for view in views:
-            mirror = bool(view.get("mirror", False))
             inputs = view_crops(part, crop, **expand_view(view, len(part)))
-            for model in models:
-                with torch.autocast(device.type, enabled=device.type == "cuda"):
-                    log_p = model(inputs, level) if model.scope == "level" else model(inputs)
-                total = total + (mirror_conditions(log_p) if mirror else log_p).double().cpu()
-        results.append(F.softmax(total / (len(views) * len(models)), -1))
-    return torch.cat(results).numpy()
+            total = sum(_log_p(model, inputs, level).double() for model in models) / len(models)
+            means.append((mirror_conditions(total) if view.get("mirror") else total).cpu())
+        results.append(torch.stack(means))
+    return torch.cat(results, 1).numpy()
+
+
+def _log_p(model, inputs, level):
+    """A model's log probabilities, on a GPU in half precision; in full where that overflows."""
+    arguments = (inputs, level) if model.scope == "level" else (inputs,)
+    half = inputs.device.type == "cuda"
+    with torch.autocast(inputs.device.type, enabled=half):
+        log_p = model(*arguments)
+    return model(*arguments) if half and not torch.isfinite(log_p).all() else log_p
+
+
+def predict_crops(models, crops, crop, levels=None, views=({},), batch=16):
+    """Mean log probabilities of models over views, renormalised: (N, 5, [5,] 3) float64 probabilities.
+
+    The arguments are predict_views'.
+    """
+    return _softmax(predict_views(models, crops, crop, levels, views, batch).mean(0))
+
+
+def _softmax(logits):
+    return F.softmax(torch.from_numpy(logits), -1).numpy()
 
 
 def crops_to_studies(predicted, scope):
@@ -421,128 +539,381 @@ def crops_to_studies(predicted, scope):
     return predicted.reshape(-1, len(LEVELS), len(CONDITIONS), len(SEVERITIES)).transpose(0, 2, 1, 3)
 
 
-def predict_dataset(models, dataset, views=({},)):
-    """(n studies, 5, 5, 3) probabilities for a CropDataset, a study at a time: memory stays small."""
-    results = []
-    for study_id in dataset.study_ids:
-        crops = dataset.crops_of(study_id)
+def measure_views(models, dataset, views=TTA_VIEWS, numbers=None):
+    """Log probabilities of each view for a CropDataset: (views, n studies, 5, 5, 3), as choose_views takes them.
+
+    A study at a time, so that memory stays small; its crops are cut once for all views. numbers: which studies, by
+    their place in dataset.study_ids (all, if None); the rows of the others are 0.
+    """
+    result = np.zeros((len(views), len(dataset.study_ids), len(CONDITIONS), len(LEVELS), len(SEVERITIES)))
+    for number in range(len(dataset.study_ids)) if numbers is None else numbers:
+        crops = dataset.crops_of(dataset.study_ids[number])
         levels = np.arange(len(crops)) if dataset.per_study > 1 else None
-        results.append(
-            crops_to_studies(predict_crops(models, crops, dataset.crop, levels, views), dataset.crop["scope"])
+        for view, log_p in enumerate(predict_views(models, crops, dataset.crop, levels, views)):
+            result[view, number] = crops_to_studies(log_p, dataset.crop["scope"])[0]
+    return result
+
+
+def predict_dataset(models, dataset, views=({},), numbers=None):
+    """(n studies, 5, 5, 3) probabilities for a CropDataset; rows of studies not among `numbers` are uniform."""
+    return _softmax(measure_views(models, dataset, views, numbers).mean(0))
+
+
+def settle_views(out, held_out, device="auto", views=TTA_VIEWS):
+    """Choose the test-time views on held-out studies, store them in the weights, predict these studies with them.
+
+    out: folder with <name>.safetensors; held_out: dict name -> CropDataset of the studies that these weights were not
+    trained on. The choice is made on all of them together; see choose_views. Returns (dict name -> (n, 5, 5, 3)
+    probabilities with the chosen views, choose_views' table). Done again after a kill it ends the same.
+    """
+    device, measured = device_for(device), {}
+    for name, dataset in progress(held_out.items(), desc="views"):
+        model, _ = load_classifier(Path(out) / f"{name}.safetensors", device)
+        measured[name] = measure_views([model], dataset, views)
+    grades = np.concatenate([dataset.grades for dataset in held_out.values()])
+    chosen, table = choose_views(grades, np.concatenate(list(measured.values()), 1), views)
+    for name in held_out:
+        store_views(Path(out) / f"{name}.safetensors", chosen)
+    kept = table["kept"].to_numpy()
+    return {name: _softmax(log_p[kept].mean(0)) for name, log_p in measured.items()}, table
+
+
+# ---- Training ----
+
+
+def mix_crops(inputs, generator):
+    """Mixup (Zhang et al. 2018): each input blended with its neighbour in the batch, at a random share above a half.
+
+    inputs: (B, 3, d, h, w). Returns (inputs, partner (B,) int64, share (B,) float32 of the input's own part).
+    The whole crop is blended and not a patch of it put elsewhere: a grade is read at one small place, and a patch
+    that misses or hides it says nothing of how much of the label is left. The labels are not blended: between two
+    grades lies a third one. The loss counts both sets, by their shares; a missing label takes nothing from the
+    other set. The partner may be of another level: its labels then meet the same scores at their own level's cut
+    points.
+    """
+    share = 0.5 + 0.5 * torch.rand(len(inputs), generator=generator)
+    partner = torch.arange(len(inputs)).roll(1)
+    part = share.to(inputs.device)[:, None, None, None, None]
+    return inputs * part + inputs[partner.to(inputs.device)] * (1 - part), partner, share
+
+
+def mixed_losses(model, inputs, level, grades, mixed=None):
+    """weighted_losses of a batch, with both sets of labels where it was mixed.
+
+    mixed: (partner (B,), share (B,)) of mix_crops, or None.
+    """
+    if mixed is None:
+        return weighted_losses(model(inputs, level), grades)
+    partner, share = (x.to(inputs.device) for x in mixed)
+    log_p = model(inputs, torch.stack([level, level[partner]], 1))  # (B, 2, 5, 3); (B, 5, 5, 3) for scope study
+    if grades.ndim == 3:
+        log_p = log_p[:, None].expand(-1, 2, -1, -1, -1)
+    grades = torch.stack([grades, grades[partner]], 1)
+    share = torch.stack([share, 1 - share], 1)
+    return weighted_losses(log_p, grades, share=share.view(*share.shape, *[1] * (grades.ndim - 2)))
+
+
+def precision_for(name, device):
+    """The number format of the backbone's activations: `auto`, float32, bfloat16 or float16 -> torch.dtype.
+
+    auto is the GPU's own half precision (bfloat16 where it has it, else float16 with scaled losses), and float32 on a
+    CPU: there bfloat16 saves little, and only with instructions that not every CPU has. Raises ValueError on another
+    name and for float16 on a CPU.
+    """
+    gpu = torch.device(device).type == "cuda"
+    if name == "auto":
+        if not gpu:
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known or (name == "float16" and not gpu):
+        raise ValueError(f"PRECISION must be auto, float32, bfloat16, or on a GPU float16, not {name!r}")
+    return known[name]
+
+
+def epoch_batches(count, batch, accumulate, processes, seed):
+    """The items of one epoch in random order: (batches: list of lists of int, batches to a step).
+
+    A step takes batch x accumulate items (all, if there are fewer; what is left of the epoch after the last whole
+    step is dropped) in as many batches, or more and smaller ones, until they can be shared out evenly to the
+    processes. So the items of a step never depend on the number of processes, and its batches do not where
+    `accumulate` is a multiple of it. Raises ValueError on more processes than items.
+    """
+    size = min(batch * accumulate, count)
+    parts = -(-size // batch)
+    parts = -(-parts // processes) * processes
+    if parts > size:
+        raise ValueError(f"{size} items cannot be shared out to {processes} processes")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    steps = order[: count // size * size].view(-1, size)
+    return [part.tolist() for step in steps for part in step.tensor_split(parts)], parts
+
+
+def _seed_of(*numbers):
+    """One seed out of several numbers; similar numbers give unlike seeds."""
+    # Their count goes in, too: SeedSequence takes (1, 2) and (1, 2, 0) for the same.
+    words = [n % 2**32 for n in (len(numbers), *numbers)]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint32)[0])
+
+
+class _StepNorms:
+    """Running statistics of batch normalisation, once a step: the mean over the step's batches, of all processes.
+
+    As they come they would weigh a step's last batch most, and each process would have its own.
+    """
+
+    def __init__(self, model):
+        kinds = nn.modules.batchnorm._BatchNorm
+        self.norms = [m for m in model.modules() if isinstance(m, kinds) and m.track_running_stats]
+        self.momentum = [norm.momentum for norm in self.norms]
+
+    def _state(self):
+        return [x for norm in self.norms for x in (norm.running_mean, norm.running_var)]
+
+    def batch(self, number):
+        """Before batch `number`, from 0, of this process' share of a step."""
+        if number == 0:
+            self.before = [x.clone() for x in self._state()]
+            self.counts = [norm.num_batches_tracked.clone() for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 1 / (number + 1)  # so that they become the mean of the step's
+
+    def hold(self):
+        """Between a batch's forward and backward pass: blocks that are computed again must not count twice."""
+        for norm in self.norms:
+            norm.momentum = 0.0
+
+    def end(self):
+        """After the last batch of a step."""
+        if not self.norms:
+            return
+        mean = all_sum(torch.cat(self._state())) / world()
+        sizes = [len(x) for x in self.before]
+        momenta = [m for m in self.momentum for _ in range(2)]
+        for state, before, new, m in zip(self._state(), self.before, mean.split(sizes), momenta, strict=True):
+            state.copy_(before.lerp(new, m))
+        for norm, momentum, count in zip(self.norms, self.momentum, self.counts, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count + 1)
+
+
+class _Training:
+    """A model in training, and everything that a checkpoint keeps of it.
+
+    train: data set (its grades give the class prior); config: see train_classifier; seed: int; device: torch.device.
+    """
+
+    def __init__(self, train, config, seed, device):
+        torch.manual_seed(seed)
+        crop, self.config, self.device = train.crop, config, device
+        centers = config.get("level_centers", USUAL_LEVEL_CENTERS)
+        prior = class_prior(train.grades)
+        self.model = OrdinalClassifier(
+            crop["scope"],
+            config["backbone"],
+            crop["shape"],
+            prior,
+            config["dropout"],
+            centers,
+            config.get("pooling", "grid"),
+        ).to(device)
+        self.model.recompute = config.get("recompute", False)
+        self.average = torch.optim.swa_utils.AveragedModel(
+            self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config["ema"]), use_buffers=True
         )
-    return np.concatenate(results)
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
+            lr=config["learning_rate"],
+        )
+        step = config["batch"] * config.get("accumulate", 1)
+        steps = max(1, len(train) // step) * config["epochs"]
+        warm = max(1, steps // 10)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda s: min(1, (s + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))
+        )
+        self.precision = precision_for(config.get("precision", "auto"), device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.norms = _StepNorms(self.model)
+        # Gradients of a batch are kept of about the size of one cell's: float16 ends at 65,504.
+        self.entries = config["batch"] * train.grades[0].size // train.per_study
+        self.network = self.model
+        if world() > 1:
+            devices = [device.index] if device.type == "cuda" else None
+            with warnings.catch_warnings():
+                # Newer versions of torch have another name for this argument, older ones only this.
+                warnings.simplefilter("ignore", FutureWarning)
+                # Buffers are those of batch normalisation, which _StepNorms keeps alike.
+                self.network = nn.parallel.DistributedDataParallel(self.model, devices, broadcast_buffers=False)
+
+    PARTS = ("model", "average", "optimizer", "schedule", "scaler")
+
+    def state(self):
+        """What continues the training bit by bit, with the number of the epoch: random numbers start from seeds."""
+        return {part: getattr(self, part).state_dict() for part in self.PARTS}
+
+    def load_state(self, saved):
+        for part in self.PARTS:
+            getattr(self, part).load_state_dict(saved[part])
+
+    def epoch(self, train, seed, workers):
+        """One epoch over this process' share of the batches. Returns the mean loss of its steps.
+
+        Random numbers come from a seed for each batch: they depend neither on workers or processes nor on where the
+        training began.
+        """
+        config, count, device = self.config, world(), self.device
+        batches, parts = epoch_batches(len(train), config["batch"], config.get("accumulate", 1), count, _seed_of(*seed))
+        # There are as many for each process: nothing is added or dropped.
+        mine = list(torch.utils.data.DistributedSampler(batches, count, rank(), shuffle=False))
+        loader = torch.utils.data.DataLoader(
+            train,
+            batch_sampler=[batches[number] for number in mine],
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator().manual_seed(0),
+        )
+        self.model.train()
+        parts //= count
+        losses, sums = [], torch.zeros(2, device=device)
+        for turn, (number, (crops, level, grades)) in enumerate(zip(mine, loader, strict=True)):
+            last = turn % parts == parts - 1
+            self.norms.batch(turn % parts)
+            with contextlib.nullcontext() if last or count == 1 else self.network.no_sync():
+                sums += self._batch(crops.to(device), level.to(device), grades.to(device), train.crop, (*seed, number))
+            if last:
+                losses.append(self._step(sums))
+                sums = torch.zeros(2, device=device)
+        return float(np.mean(losses))
+
+    def _batch(self, crops, level, grades, crop, seed):
+        """Augment a batch and add its gradients. Returns (2,): its weighted_losses."""
+        seed = _seed_of(*seed)
+        torch.manual_seed(seed)  # noise and dropout, on the device
+        generator = torch.Generator().manual_seed(seed)
+        mixed = None
+        with torch.no_grad():
+            inputs, grades = augment_crops(crops, grades, crop, generator, self.config["strength"])
+            if torch.rand((), generator=generator) < self.config.get("mix", 0.0):
+                inputs, *mixed = mix_crops(inputs, generator)
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            loss, weight = mixed_losses(self.network, inputs, level, grades, mixed)
+        self.norms.hold()
+        self.scaler.scale(loss / self.entries).backward()
+        return torch.stack([loss.detach(), weight])
+
+    def _step(self, sums):
+        """Move the weights by the gradients of all batches of a step. Returns the step's loss.
+
+        The loss of a step is the sum of its batches' losses over the sum of their weights, of all processes: as if
+        they had been one batch. The weights are only known at the end, so the gradients are divided then.
+        """
+        loss, weight = all_sum(sums)
+        self.scaler.unscale_(self.optimizer)
+        factor = self.entries * world() / weight.clamp(min=1)  # DistributedDataParallel has taken the processes' mean
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.norms.end()
+        self.average.update_parameters(self.model)
+        return float(loss / weight.clamp(min=1))
+
+    def predict(self, valid):
+        """(n, 5, 5, 3) probabilities of the averaged weights, the studies shared out to the processes."""
+        mine = np.arange(rank(), len(valid.study_ids), world())
+        predicted = predict_dataset([self.average.module.eval()], valid, numbers=mine)
+        result = torch.zeros(predicted.shape, dtype=torch.float64, device=self.device)
+        result[mine] = torch.from_numpy(predicted[mine]).to(self.device)
+        return all_sum(result).cpu().numpy()
 
 
-def train_classifier(out, name, train, valid, config, seed=0, device="auto", workers=0):
+def train_classifier(out, name, train, valid, config, seed=0, device="auto", workers=0, processes=1):
     """Train one fold of a classifier: out/<name>.safetensors and out/<name>_history.csv.
 
-    train, valid: CropDatasets; config: dict with backbone, epochs, batch, learning_rate, weight_decay, dropout,
-    strength (of the augmentation), ema (decay a step), and `about`, stored with the weights.
+    train, valid: CropDatasets. config: dict with backbone, epochs, batch (items that go through the network at once,
+    in each process), learning_rate, weight_decay, dropout, strength (of the augmentation), ema (decay a step), and
+    `about`, stored with the weights; optional are accumulate (1; batches to a step of the optimizer), mix (0; share
+    of batches that mix_crops blends), precision ("auto", see precision_for), recompute (False; activations are computed
+    again in the backward pass: a third more time, a fraction of the memory), pooling ("grid") and level_centers (of
+    OrdinalClassifier).
+    workers: processes that cut crops, for each process that trains; processes: how many train together on this
+    machine, see processes_for and lumbar/distributed.py. A step's items are shared out to them, see epoch_batches;
+    with `accumulate` a multiple of their number the result is that of one process up to rounding.
+
     The epoch with the best competition score on `valid`, of the averaged weights, is kept. A killed run continues
     at its last finished epoch with the same result; a finished one is only loaded. Returns the history DataFrame.
     """
-    out, device = Path(out), torch.device(device_for(device))
-    final, history_path, checkpoint = (
-        out / f"{name}.safetensors",
-        out / f"{name}_history.csv",
-        out / f"{name}.checkpoint",
-    )
-    if final.is_file() and history_path.is_file() and not checkpoint.is_file():
+    out = Path(out)
+    history_path = out / f"{name}_history.csv"
+    if _is_trained(out, name):
         return pd.read_csv(history_path)
     if not len(train) or not len(valid):
         raise ValueError(
             f"{name}: {len(train.study_ids)} training and {len(valid.study_ids)} held-out studies; is the "
             "fold one of folds.csv?"
         )
-    torch.manual_seed(seed)
-    crop = train.crop
-    prior = class_prior(train.grades)
-    centers = config.get("level_centers", USUAL_LEVEL_CENTERS)
-    model = OrdinalClassifier(crop["scope"], config["backbone"], crop["shape"], prior, config["dropout"], centers)
-    model = model.to(device)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config["ema"]), use_buffers=True
+    processes, device = processes_for(processes, device), device_for(device)
+    if processes == 1:
+        _train(out, name, train, valid, config, seed, torch.device(device), workers)
+        return pd.read_csv(history_path)
+    if type(train) is not CropDataset or type(valid) is not CropDataset:
+        raise TypeError("only CropDatasets can be described to other processes: train with PROCESSES = 1")
+    folder = out / f"{name}.job"
+    train.save(folder / "train")
+    valid.save(folder / "valid")
+    launch(folder, {"name": name, "config": config, "seed": seed, "device": device, "workers": workers}, processes)
+    shutil.rmtree(folder)
+    return pd.read_csv(history_path)
+
+
+def train_described(folder, job, device):
+    """train_classifier's part in each of several processes: folder is <out>/<name>.job, as it was written there."""
+    train, valid = (CropDataset.load(Path(folder) / part) for part in ("train", "valid"))
+    _train(
+        Path(folder).parent, job["name"], train, valid, job["config"], job["seed"], torch.device(device), job["workers"]
     )
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
-        lr=config["learning_rate"],
-    )
-    steps = max(1, len(train) // config["batch"]) * config["epochs"]
-    warm = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))
-    )
-    scaler = torch.amp.GradScaler(enabled=device.type == "cuda")
+
+
+def _is_trained(out, name):
+    paths = [out / f"{name}{ending}" for ending in (".safetensors", "_history.csv", ".checkpoint")]
+    return [path.is_file() for path in paths] == [True, True, False]
+
+
+def _train(out, name, train, valid, config, seed, device, workers):
+    """train_classifier in this process, one of world()."""
+    final, checkpoint = out / f"{name}.safetensors", out / f"{name}.checkpoint"
+    training = _Training(train, config, seed, device)
     history, best, first_epoch = [], math.inf, 0
     if checkpoint.is_file():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        for part, state in (
-            ("model", model),
-            ("average", average),
-            ("optimizer", optimizer),
-            ("schedule", schedule),
-            ("scaler", scaler),
-        ):
-            state.load_state_dict(saved[part])
+        training.load_state(saved)
         history, best, first_epoch = saved["history"], saved["best"], saved["epoch"]
-    with progress(total=config["epochs"], desc=name, initial=first_epoch) as bar:
+    all_sum(torch.zeros(1, device=device))  # all have read the checkpoint before the first may replace or remove it
+    with progress(total=config["epochs"], desc=name, initial=first_epoch, disable=rank() > 0) as bar:
         for epoch in range(first_epoch, config["epochs"]):
-            # Seeded by the epoch: a continued run draws what an unbroken one would have drawn.
-            torch.manual_seed(seed * 10_007 + epoch)
-            generator = torch.Generator().manual_seed(seed * 10_007 + epoch)
-            loader = torch.utils.data.DataLoader(
-                train,
-                config["batch"],
-                shuffle=True,
-                drop_last=len(train) > config["batch"],
-                num_workers=workers,
-                generator=generator,
-            )
-            model.train()
-            losses = []
-            for crops, level, grades in loader:
-                inputs, grades = augment_crops(crops.to(device), grades.to(device), crop, generator, config["strength"])
-                with torch.autocast(device.type, enabled=device.type == "cuda"):
-                    log_p = model(inputs, level.to(device))
-                loss = cumulative_link_loss(log_p, grades, by_weight=True)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                scaler.step(optimizer)
-                scaler.update()
-                schedule.step()
-                average.update_parameters(model)
-                losses.append(float(loss.detach()))
-            scores = score_arrays(valid.grades, predict_dataset([average.module.eval()], valid))
-            history.append({"epoch": epoch + 1, "loss": float(np.mean(losses)), **scores})
-            bar.set_postfix(loss=f"{np.mean(losses):.3f}", score=f"{scores['total']:.3f}", refresh=False)
+            loss = training.epoch(train, (seed, epoch), workers)
+            scores = score_arrays(valid.grades, training.predict(valid))
+            history.append({"epoch": epoch + 1, "loss": loss, **scores})
+            bar.set_postfix(loss=f"{loss:.3f}", score=f"{scores['total']:.3f}", refresh=False)
             bar.update()
             # Of few held-out studies a term may have no label at all; then the others decide.
             reached = float(np.nanmean([scores[term] for term in (*GROUPS, "any_severe")]))
-            if reached < best or epoch == 0:
-                best = reached
-                save_classifier(
-                    final, average.module, {**config["about"], "crop": crop, "epoch": epoch + 1, "scores": scores}
-                )
+            better = reached < best or epoch == 0
+            best = reached if better else best
+            if rank() > 0:
+                continue
+            if better:
+                about = {**config["about"], "crop": train.crop, "epoch": epoch + 1, "scores": scores}
+                save_classifier(final, training.average.module, about)
             temporary = checkpoint.with_name(checkpoint.name + ".part")
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "history": history,
-                    "best": best,
-                    "epoch": epoch + 1,
-                },
-                temporary,
-            )
+            torch.save({**training.state(), "history": history, "best": best, "epoch": epoch + 1}, temporary)
             os.replace(temporary, checkpoint)
-    history = pd.DataFrame(history)
-    write_csv(history_path, history)
-    checkpoint.unlink(missing_ok=True)
-    return history
+    if rank() == 0:
+        write_csv(out / f"{name}_history.csv", pd.DataFrame(history))
+        checkpoint.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ it is missing (see DECODERS).
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
@@ -117,6 +118,24 @@ def _tags():
     return [Tag(keyword) for keyword in _TAGS]
 
 
+# What no scan of a spine exceeds. Damaged files state anything, and what they state decides how much memory is taken.
+MAX_FILE_BYTES = 1 << 29
+MAX_SIDE_PX = 4096
+MIN_PIXEL_MM = 0.01
+MAX_VIEW_MM = 2000.0  # of one slice, along its rows or columns
+MAX_AWAY_MM = 1e5  # of a position from the scanner's origin
+MAX_STEP_MM = 500.0
+# One series gives at most this many slices, pixels and square millimetres (the networks see millimetres): where there
+# is more, every second slice is read, or every fourth, ... The largest real series reach about a third of any.
+MAX_SLICES = 512
+MAX_PIXELS = 1 << 27
+MAX_AREA_MM2 = 46e6  # 512 slices of 30 x 30 cm
+MAX_STACKS = 64  # volumes of a series: the longest stay
+MAX_STUDY_PIXELS = 1 << 28  # a study that has more leaves out its further series
+MAX_SENTENCES = 20  # about one series
+FEW_SLICES = 4  # fewer than this in a series are worth a sentence
+
+
 # Macro of the functional groups (PS3.3 C.7.6.16.2) that holds an attribute of a frame in a multi-frame file.
 _MACROS = {
     "ImagePositionPatient": "PlanePositionSequence",
@@ -194,17 +213,29 @@ def _place(attributes):
     spacing = _numbers(attributes, "PixelSpacing", 2)
     if (spacing <= 0).any():
         raise DicomProblem("PixelSpacing is not positive")
+    if (spacing < MIN_PIXEL_MM).any():
+        raise DicomProblem("PixelSpacing is not a pixel of a body")
+    position = _numbers(attributes, "ImagePositionPatient", 3)
+    if np.abs(position).max() > MAX_AWAY_MM:
+        raise DicomProblem("ImagePositionPatient is not in the scanner")
     # Some writers give the spacing a sign, for the direction in which they count.
     thickness_mm = abs(_number(attributes, "SliceThickness", 0.0)) or 4.0
+    step_mm = abs(_number(attributes, "SpacingBetweenSlices", 0.0)) or thickness_mm
+    if max(thickness_mm, step_mm) > MAX_STEP_MM:
+        raise DicomProblem("SliceThickness or SpacingBetweenSlices is no length in a body")
+    slope, intercept = _number(attributes, "RescaleSlope", 1.0), _number(attributes, "RescaleIntercept", 0.0)
+    # Beyond these the values, or what they are divided by, leave float32.
+    if not (slope == 0 or 1e-12 < abs(slope) < 1e12) or abs(intercept) > 1e12:
+        raise DicomProblem("RescaleSlope or RescaleIntercept is not usable")
     return {
-        "position_lps": _numbers(attributes, "ImagePositionPatient", 3),
+        "position_lps": position,
         "row_lps": row / lengths[0],
         "column_lps": column / lengths[1],
         "spacing_mm": spacing,
         "thickness_mm": thickness_mm,
-        "step_mm": abs(_number(attributes, "SpacingBetweenSlices", 0.0)) or thickness_mm,
-        "slope": _number(attributes, "RescaleSlope", 1.0),
-        "intercept": _number(attributes, "RescaleIntercept", 0.0),
+        "step_mm": step_mm,
+        "slope": slope,
+        "intercept": intercept,
     }
 
 
@@ -216,6 +247,10 @@ def _stored_pixels(dataset):
     syntax = dataset.file_meta.get("TransferSyntaxUID") if hasattr(dataset, "file_meta") else None
     bits, frames = dataset.get("BitsAllocated"), int(_number(dataset, "NumberOfFrames", 1))
     shape = (frames, dataset.get("Rows"), dataset.get("Columns"))
+    if any(isinstance(side, int) and side > MAX_SIDE_PX for side in shape[1:]) or (
+        all(isinstance(side, int) for side in shape[1:]) and math.prod(shape) > MAX_PIXELS
+    ):
+        raise DicomProblem(f"states {' x '.join(map(str, shape))} pixels (frames, rows, columns): too many")
     if dataset.get("SamplesPerPixel", 1) != 1:
         raise DicomProblem(f"pixels have {dataset.get('SamplesPerPixel')} samples each: a colour picture")
     if syntax in ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1") and bits in (8, 16) and all(shape):
@@ -267,7 +302,15 @@ def read_slices(path):
     import pydicom
 
     try:
+        about = os.stat(path)
+        # To open a pipe would wait for somebody to write into it.
+        if not stat.S_ISREG(about.st_mode):
+            raise DicomProblem("not a regular file")
+        if about.st_size > MAX_FILE_BYTES:
+            raise DicomProblem(f"{about.st_size >> 20} MB: too large for a file of slices")
         dataset = pydicom.dcmread(path, specific_tags=_tags())
+    except DicomProblem:
+        raise
     except Exception as error:
         raise DicomProblem(f"no readable DICOM file ({type(error).__name__}: {error})") from None
     own = dataset.get("PerFrameFunctionalGroupsSequence")
@@ -290,11 +333,18 @@ def read_slices(path):
     if stored.ndim != 2 + (frames > 1) or stored.size == 0:
         raise DicomProblem(f"pixels have the shape {stored.shape}, not (rows, columns)")
     stored = stored.reshape(frames, *stored.shape[-2:])
+    sides_mm = [place["spacing_mm"] * stored.shape[-2:] for place in places if not isinstance(place, str)]
+    if sides_mm and np.max(sides_mm) > MAX_VIEW_MM:
+        raise DicomProblem("PixelSpacing makes the image larger than a body")
+    # Float pixel data may hold anything; no value but NaN fails both comparisons.
+    if stored.dtype.kind == "f" and not (-1e20 < stored.min() and stored.max() < 1e20):
+        raise DicomProblem("pixels are not finite")
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
         bits, signed = int(dataset.BitsStored), int(dataset.PixelRepresentation)
         stored = ((1 << bits) - 1 - (signed << bits)) - stored.astype(np.int64)
     stem = Path(path).stem
-    number = int(stem) if stem.isdigit() else int(_number(dataset, "InstanceNumber", 0))
+    number = int(stem) if stem.isdecimal() and len(stem) < 19 else int(_number(dataset, "InstanceNumber", 0))
+    number = number if abs(number) < 1 << 62 else 0
     slices, problems = [], []
     for frame, (place, pixels) in enumerate(zip(places, stored, strict=True), 1):
         if isinstance(place, str):
@@ -351,11 +401,9 @@ def _parallel_stacks(slices):
         normal = np.cross(row, column)
         own = []
         for item in sorted(group["slices"], key=lambda s: (float(s["position_lps"] @ normal), s["instance_number"])):
-            aside = [
-                np.hypot(*((item["position_lps"] - stack[-1]["position_lps"]) @ np.stack([row, column], 1)))
-                for stack in own
-            ]
-            if aside and min(aside) <= 1.0 + 0.5 * item["step_mm"]:
+            last = np.array([stack[-1]["position_lps"] for stack in own]).reshape(-1, 3)
+            aside = np.hypot(*((item["position_lps"] - last) @ np.stack([row, column], 1)).T)
+            if len(aside) and aside.min() <= 1.0 + 0.5 * item["step_mm"]:
                 own[int(np.argmin(aside))].append(item)
             else:
                 own.append([item])
@@ -417,7 +465,63 @@ def stack_slices(slices, study_id, series_id, description, problems):
                 )
             else:
                 volumes.append(volume)
+    if len(volumes) > MAX_STACKS:
+        problems.append(f"{name}: {len(volumes)} separate stacks, the {MAX_STACKS} with most slices were kept")
+        longest = sorted(volumes, key=lambda volume: -len(volume.array))[:MAX_STACKS]
+        volumes = [replace(v, block=k) for k, v in enumerate(sorted(longest, key=lambda volume: volume.block))]
     return volumes
+
+
+def _read_series(folder, name, problems):
+    """The slices of a series' folder, as read_slices has them; sentences about the rest are added to `problems`.
+
+    Slices are counted in the order of the files' numbers. Where they exceed MAX_SLICES, MAX_PIXELS or MAX_AREA_MM2
+    those already read are thinned to every second one and so are those to come, as often as it takes: however large the
+    series, no more than this is held.
+    """
+    try:
+        files = sorted(
+            (path for path in folder.iterdir() if path.suffix == ".dcm"), key=lambda p: (len(p.stem), p.stem)
+        )
+    except OSError as error:
+        problems.append(f"{name}: folder cannot be read ({error})")
+        files = []
+    slices, taken, count, frames, every = [], 0.0, 0, 0, 1
+    for path in files:
+        if count % every:
+            count += 1
+            continue
+        found, lost = [], []
+        try:
+            found, lost = read_slices(path)
+            problems += [f"{name}: {path.name}: {problem}" for problem in lost]
+        except DicomProblem as problem:
+            problems.append(f"{name}: {path.name}: {problem}")
+        except Exception as error:  # whatever else a damaged file can do, it costs one slice
+            problems.append(f"{name}: {path.name}: {type(error).__name__}: {error}")
+        several = len(found) + len(lost) > 1
+        for place, item in enumerate(found):
+            item["count"] = count + place
+            item["instance_number"] += frames if several else 0
+        frames += len(found) + len(lost) if several else 0
+        count += max(1, len(found) + len(lost))
+        found = [item for item in found if item["count"] % every == 0]
+        slices, taken = slices + found, taken + sum(map(_share, found))
+        while taken > 1 + 1e-9:
+            every *= 2
+            slices = [item for item in slices if item["count"] % every == 0]
+            taken = sum(map(_share, slices))
+    if every > 1:
+        problems.insert(0, f"{name}: of {count} slices every {every}th was read, they are too many")
+    if not slices:
+        problems.insert(0, f"{name}: no readable slice")
+    return slices
+
+
+def _share(item):
+    """How much of what one series may have a slice takes, 0 to 1."""
+    pixels = item["pixels"].size
+    return max(1 / MAX_SLICES, pixels / MAX_PIXELS, pixels * float(np.prod(item["spacing_mm"])) / MAX_AREA_MM2)
 
 
 def read_study(folder, descriptions):
@@ -425,6 +529,7 @@ def read_study(folder, descriptions):
 
     folder: {split}_images/<study_id>; descriptions: dict series_id -> description, as the descriptions table has
     them. Never raises because of what is in the folder: a study without a single readable file has no volumes.
+    Memory is bounded whatever is there, see MAX_SLICES and the other limits.
     """
     folder = Path(folder)
     study_id = int(folder.name)
@@ -433,30 +538,21 @@ def read_study(folder, descriptions):
         name = f"study {study_id}, series {series_id}"
         if description not in DESCRIPTIONS:
             study.problems.append(f"{name}: unknown series description {description!r}")
-            continue
-        try:
-            paths = sorted((folder / str(series_id)).glob("*.dcm"), key=lambda p: (len(p.stem), p.stem))
-        except OSError as error:
-            paths = []
-            study.problems.append(f"{name}: folder cannot be read ({error})")
-        slices, frames = [], 0
-        for path in paths:
+        elif sum(volume.array.size for volume in study.volumes) >= MAX_STUDY_PIXELS:
+            study.problems.append(f"{name}: not read, the study's other series are as large as memory allows")
+        else:
+            problems = []
             try:
-                found, problems = read_slices(path)
-                study.problems += [f"{name}: {path.name}: {problem}" for problem in problems]
-                if len(found) + len(problems) > 1:
-                    for item in found:
-                        item["instance_number"] += frames
-                    frames += len(found) + len(problems)
-                slices += found
-            except DicomProblem as problem:
-                study.problems.append(f"{name}: {path.name}: {problem}")
-            except Exception as error:  # whatever else a damaged file can do, it costs one slice
-                study.problems.append(f"{name}: {path.name}: {type(error).__name__}: {error}")
-        if not slices:
-            study.problems.append(f"{name}: no readable slice")
-            continue
-        study.volumes += stack_slices(slices, study_id, series_id, description, study.problems)
+                slices = _read_series(folder / str(series_id), name, problems)
+                study.volumes += stack_slices(slices, study_id, series_id, description, problems)
+            except Exception as error:  # whatever else a damaged series can do, it costs that series
+                problems.append(f"{name}: {type(error).__name__}: {error}")
+            count = sum(len(volume.array) for volume in study.volumes if volume.series_id == series_id)
+            if 0 < count < FEW_SLICES:
+                problems.append(f"{name}: {count} slices are all there is")
+            if len(problems) > MAX_SENTENCES:
+                problems[MAX_SENTENCES:] = [f"{name}: and {len(problems) - MAX_SENTENCES} more problems"]
+            study.problems += problems
     try:
         there = {path.name for path in folder.iterdir() if path.is_dir()}
     except OSError:
@@ -482,8 +578,14 @@ def normalise_volume(volume):
 
 
 def normalise_study(study):
-    """The study with every volume on the networks' scale."""
-    return replace(study, volumes=[normalise_volume(volume) for volume in study.volumes])
+    """The study with every volume on the networks' scale; one that shows nothing is among the problems."""
+    volumes = [normalise_volume(volume) for volume in study.volumes]
+    blank = [
+        f"study {v.study_id}, series {v.series_id}: {len(v.array)} slices are of one grey"
+        for v in volumes
+        if not v.array.any()
+    ]
+    return replace(study, volumes=volumes, problems=study.problems + blank)
 
 
 def save_study(study, path):

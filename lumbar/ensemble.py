@@ -1,8 +1,8 @@
 """Test-time views, the weighted ensemble, its stacker, and what both are worth.
 
 Members are combined in three steps, each fitted on out-of-fold predictions under the competition's own terms and each
-pulled to doing nothing: weights per group of conditions, temperature and class bias per group, and a correction of
-each cell's log odds by those of its neighbours. cross_validate_ensemble says what each step gains.
+pulled to doing nothing: weights per group of conditions; temperature, class bias and a share of the prior per group;
+and a correction of each cell's log odds by those of its neighbours. cross_validate_ensemble says what each step gains.
 """
 
 import json
@@ -25,16 +25,20 @@ from .names import GRADES, GROUPS, LABEL_COLUMNS, LEVELS, SEVERITIES, SEVERITY_W
 
 EPS = np.finfo(np.float64).eps  # the metric's clip
 
-# Views whose log probabilities are averaged at inference, best first; the first is the plain one.
+# Views of the 3D networks whose log probabilities may be averaged, likely best first; the first is the plain one. What
+# each is worth is measured on held-out studies (choose_views). Shifts run along the crop's axes (foot, back, left);
+# some views are mirrored as well, so that a set of them looks from both sides.
 TTA_VIEWS = (
     {},
     {"mirror": True},
-    {"shift_mm": (2.0, 0.0, 0.0)},
-    {"shift_mm": (-2.0, 0.0, 0.0)},
-    {"shift_mm": (0.0, 2.0, 0.0), "mirror": True},
-    {"shift_mm": (0.0, -2.0, 0.0)},
-    {"rotation_deg": (4.0, 0.0, 0.0)},
-    {"rotation_deg": (-4.0, 0.0, 0.0), "mirror": True},
+    {"scale": 1.06},
+    {"scale": 0.94, "mirror": True},
+    {"shift_mm": [2.0, 0.0, 0.0]},
+    {"shift_mm": [-2.0, 0.0, 0.0], "mirror": True},
+    {"shift_mm": [0.0, 2.0, 0.0], "mirror": True},
+    {"shift_mm": [0.0, -2.0, 0.0]},
+    {"rotation_deg": [4.0, 0.0, 0.0]},
+    {"rotation_deg": [-4.0, 0.0, 0.0], "mirror": True},
 )
 MEMBERS = ("yolo", "level", "study")
 # Solution B's weights, .65 for the detectors and .35 for the 3D networks, which are two here.
@@ -43,11 +47,16 @@ DEFAULT_WEIGHTS = {"yolo": 0.65, "level": 0.25, "study": 0.10}
 # one go together). The weights pay a share of it. Tuned on tests/benchmarks/bench_ensemble.py at 12 to 2,000 studies.
 STRENGTH = 80.0
 WEIGHT_SHARE = 0.05
+FLOOR_UNIT = 0.1  # a tenth of the prior pays like a temperature of e
 # The stacker's strength is the best of these by cross-validation, strongest first; it has to gain so many standard
-# errors, and is not tried at all on fewer studies than these, where even the standard error is a guess.
+# errors, and is not tried at all on fewer studies than these, where even the standard error is a guess. One error is
+# enough: the penalty already keeps what is found small where there is nothing to find.
 STACKER_STUDIES = 40
-STACKER_STRENGTHS = (1000.0, 100.0, 10.0)
-STACKER_ERRORS = 2.0
+STACKER_STRENGTHS = (1000.0, 300.0, 100.0, 30.0)
+STACKER_ERRORS = 1.0
+# What another cell says is a shift along the scale of severity; anything else pays this many times the penalty.
+OFF_SCALE = 10.0
+OWN_FEATURES = ("own", "level", "worst")  # how the names of a cell's own features begin
 VARIANTS = ("equal weights", "default weights", "fitted weights", "+ scaling", "+ stacker")
 
 
@@ -57,6 +66,7 @@ def default_ensemble(members=MEMBERS):
         "weights": {group: {m: DEFAULT_WEIGHTS.get(m, 0.1) for m in members} for group in GROUPS},
         "temperature": {group: 1.0 for group in GROUPS},
         "bias": {group: [0.0, 0.0, 0.0] for group in GROUPS},
+        "floor": {group: 0.0 for group in GROUPS},
         "found": "defaults",
     }
 
@@ -72,13 +82,18 @@ def equal_ensemble(members):
 def combine_members(predictions, ensemble, prior):
     """Weighted mean of log probabilities, calibrated per group of conditions; then the stacker, if there is one.
 
+    Per group p = (1 - floor) softmax(sum of w_m log p_m / temperature + bias) + floor prior: the share of the prior is
+    for what no member can see coming, a level named wrongly or a slip of the reader, where log p has a price without
+    bound. 0 in an ensemble without the key "floor".
+
     predictions: dict member -> (n, 5, 5, 3), NaN where a member has nothing to say: its weight goes to the others.
     ensemble: as fit_ensemble or default_ensemble make it; its key "stacker" is optional, see apply_stacker.
-    prior: (5, 5, 3), used where no member has anything. Returns (probabilities (n, 5, 5, 3) float64 with rows that
-    sum to 1, n_members (n, 5, 5) int: how many members each row rests on).
+    prior: (5, 5, 3), for the floor and where no member has anything. Returns (probabilities (n, 5, 5, 3) float64 with
+    rows that sum to 1, n_members (n, 5, 5) int: how many members each row rests on).
     """
     members = list(predictions)
     log_p, there = _log_probabilities([predictions[m] for m in members])
+    prior = np.asarray(prior, np.float64) / np.sum(prior, -1, keepdims=True)
     result = np.empty(log_p.shape[1:])
     for group, conditions in GROUPS.items():
         conditions = list(conditions)
@@ -88,13 +103,21 @@ def combine_members(predictions, ensemble, prior):
         weight = np.where(weight.sum(0) > 0, weight, there[:, :, conditions].astype(np.float64))
         mean = (weight[..., None] * log_p[:, :, conditions]).sum(0) / np.maximum(weight.sum(0), 1e-12)[..., None]
         logits = mean / ensemble["temperature"][group] + np.asarray(ensemble["bias"][group])
-        result[:, conditions] = np.exp(logits - logits.max(-1, keepdims=True))
+        result[:, conditions] = _softmax(logits)
+        floor = ensemble.get("floor", {}).get(group, 0.0)
+        if floor:
+            result[:, conditions] = (1 - floor) * result[:, conditions] + floor * prior[conditions]
     count = there.sum(0)
-    result = np.where((count > 0)[..., None], result, np.asarray(prior)[None])
-    result /= result.sum(-1, keepdims=True)
+    result = np.where((count > 0)[..., None], result, prior)
     if ensemble.get("stacker"):
         result = np.where((count > 0)[..., None], apply_stacker(ensemble["stacker"], result), result)
     return result, count
+
+
+def _softmax(logits):
+    """(..., 3) -> the same, rows sum to 1."""
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
 
 
 def _log_probabilities(predictions):
@@ -177,18 +200,89 @@ def _gain(grades, before, after, terms=(0, 1, 2, 3)):
     return float(gain[list(terms)].sum()), float(np.sqrt(np.square(influence).sum()))
 
 
-# ---- Weights, temperature, bias ----
+# ---- Test-time augmentation: which views pay ----
+
+
+def choose_views(grades, log_p, views, errors=1.0):
+    """Which views are worth averaging over, from a member's predictions for studies it was not trained on.
+
+    grades: (n, 5, 5) int, -1 missing; log_p: (views, n, 5, 5, 3) log probabilities of each view, left and right
+    already swapped back where it is mirrored; cells of which the plain view says nothing (NaN) do not count, and
+    where another view says nothing the rest are averaged. views: the dicts, the plain one first.
+    Forward and greedy from the plain view: the view that lowers the competition's score most joins, as long as that
+    is more than `errors` standard errors of the paired difference. Terms without a label or prediction are left out.
+    Returns (list of kept views, in the order in which they joined; DataFrame view (JSON text), alone (score of the
+    view by itself), gain (of plain and this one averaged over plain), gain_se, kept (bool)). Deterministic: of equal
+    ones the first wins. Raises ValueError if the shapes do not fit together.
+    """
+    grades, log_p = np.asarray(grades), np.asarray(log_p, np.float64)
+    if log_p.shape != (len(views), *grades.shape, 3) or not len(views):
+        raise ValueError(f"{len(views)} views of {grades.shape} grades do not fit log p of {log_p.shape}")
+    # The metric's own clip: a view that is certain must not outweigh all others by a log probability of -inf.
+    log_p = np.maximum(log_p, np.log(EPS))
+    there = np.isfinite(log_p).all(-1)
+    grades = np.where(there[0], grades, -1)
+    plain = _mean_of_views(log_p, there, [0])
+
+    def gain(before, after):
+        _, weight = _term_sums(grades, before)
+        terms = np.flatnonzero(weight.sum(0) > 0)
+        value, error = _gain(grades, before, after, terms) if len(terms) else (np.nan, np.nan)
+        return value / max(len(terms), 1), error / max(len(terms), 1)
+
+    pairs = [(0.0, 0.0), *(gain(plain, _mean_of_views(log_p, there, [0, v])) for v in range(1, len(views)))]
+    kept, current = [0], plain
+    while True:
+        best = None
+        for number in set(range(len(views))) - set(kept):
+            candidate = _mean_of_views(log_p, there, [*kept, number])
+            value, error = gain(current, candidate)
+            # A copy of a kept view gains nothing but rounding.
+            if value > max(errors * error, 1e-9) and (best is None or (value, -number) > best[:2]):
+                best = (value, -number, candidate)
+        if best is None:
+            break
+        kept, current = [*kept, -best[1]], best[2]
+    plain_views = [json.loads(json.dumps(view)) for view in views]
+    table = pd.DataFrame(
+        {
+            "view": [json.dumps(view) for view in plain_views],
+            "alone": [_score_of_view(grades, log_p[v], there[v]) for v in range(len(views))],
+            "gain": [value for value, _ in pairs],
+            "gain_se": [error for _, error in pairs],
+            "kept": [v in kept for v in range(len(views))],
+        }
+    )
+    return [plain_views[number] for number in kept], table
+
+
+def _mean_of_views(log_p, there, numbers):
+    """Probabilities (n, 5, 5, 3) of the mean log p over these views; 1/3 where none of them says anything."""
+    there = there[numbers][..., None]
+    mean = np.where(there, log_p[numbers], 0.0).sum(0) / np.maximum(there.sum(0), 1)
+    p = np.exp(mean - mean.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def _score_of_view(grades, log_p, there):
+    """Competition score of one view on the cells it has: the mean of the terms that have a label, NaN without any."""
+    loss, weight = _term_sums(np.where(there, grades, -1), _mean_of_views(log_p[None], there[None], [0]))
+    terms = weight.sum(0) > 0
+    return float((loss.sum(0)[terms] / weight.sum(0)[terms]).mean()) if terms.any() else float("nan")
+
+
+# ---- Weights, temperature, bias, floor ----
 
 
 def fit_ensemble(labels, tables, strength=STRENGTH, members=MEMBERS, towards="defaults", scaling=True, stacker=True):
-    """Weights, temperature and class bias per group of conditions from out-of-fold predictions; then a stacker.
+    """Weights, temperature, class bias and floor per group from out-of-fold predictions; then a stacker.
 
     labels: train.csv's wide form; tables: dict member -> submission-like DataFrame (any rows may be missing).
     The competition's own terms are minimised (canal together with any-severe), plus a penalty of `strength` over the
     number of studies that pulls toward the start: a few dozen studies must not decide alone.
     members: the order of the names; others follow. towards: "defaults" (DEFAULT_WEIGHTS) or "equal", the weights that
-    the penalty pulls to. scaling: whether temperature and bias are found, too; stacker: whether fit_stacker is tried
-    (it is kept only where cross-validation within these studies says that it gains).
+    the penalty pulls to. scaling: whether temperature, bias and floor are found, too; stacker: whether fit_stacker is
+    tried (it is kept only where cross-validation within these studies says that it gains).
     Returns a dict like default_ensemble's, with the scores before and after in `found`, and `stacker` where it gains.
     Deterministic, whatever the order of the rows. Raises ValueError on tables that check_predictions refuses.
     """
@@ -212,12 +306,11 @@ def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, s
             continue
         target = _Target(grades[studies][:, conditions], group == "spinal")
         start = np.array([ensemble["weights"][group][m] for m in names])
-        fitted = _fit_group(
-            log_p[:, studies][:, :, conditions], there[:, studies][:, :, conditions], target, start, strength, scaling
-        )
-        weight, temperature, bias, before[group], after[group] = fitted
-        ensemble["weights"][group] = dict(zip(names, weight.tolist()))
-        ensemble["temperature"][group], ensemble["bias"][group] = temperature, [0.0, *bias.tolist()]
+        part = (log_p[:, studies][:, :, conditions], there[:, studies][:, :, conditions], prior[conditions])
+        fitted, before[group], after[group] = _fit_group(*part, target, start, strength, scaling)
+        ensemble["weights"][group] = dict(zip(names, fitted.pop("weights")))
+        for key, value in fitted.items():
+            ensemble[key][group] = value
     if after:
         ensemble["found"] = {"rows": int(there.any(0).sum()), "before": before, "after": after}
     if after and stacker:
@@ -227,40 +320,50 @@ def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, s
     return ensemble
 
 
-def _fit_group(log_p, there, target, start, strength, scaling):
-    """(weights (members,), temperature, bias (2,), loss at the start, loss found) of one group of conditions.
+def _fit_group(log_p, there, prior, target, start, strength, scaling):
+    """(dict of weights (list), temperature, bias (list of 3), floor; loss at the start; loss found) of one group.
 
-    log_p: (members, n, conditions, 5, 3); there: the same without the last axis; start: (members,) weights.
-    The unknowns are how much the log of each weight, the log of the temperature and the two biases move.
+    log_p: (members, n, conditions, 5, 3); there: the same without the last axis; prior: (conditions, 5, 3); start:
+    (members,) weights. The unknowns are how much the log of each weight, the log of the temperature and the two
+    biases move, and the share of the prior, in FLOOR_UNIT.
     """
     from scipy.optimize import minimize
 
     count = len(start)
     # Weights trade one fair member for another; a wrong bias or temperature spoils every row, so it pays more.
-    penalty = 0.1 * strength / target.studies * np.repeat([WEIGHT_SHARE, 1.0], [count, 3])
+    penalty = 0.1 * strength / target.studies * np.repeat([WEIGHT_SHARE, 1.0], [count, 4])
 
     def loss(values):
         share = np.exp(np.log(start) + values[:count])[:, None, None, None] * there
         share /= np.maximum(share.sum(0), 1e-12)
         mean = np.einsum("mncl,mnclk->nclk", share, log_p)
-        cold = np.exp(-values[count])
-        bias = np.array([0.0, *values[count + 1 :]])
-        value, slope = target.loss(mean * cold + bias)
+        cold, floor = np.exp(-values[count]), FLOOR_UNIT * values[-1]
+        p = _softmax(mean * cold + np.array([0.0, *values[count + 1 : -1]]))
+        mixed = (1 - floor) * p + floor * prior
+        value, by_log = target.loss(np.log(mixed))
+        by_floor = (by_log * (prior - p) / mixed).sum()
+        slope = by_log * (1 - floor) * p / mixed
+        slope -= p * slope.sum(-1, keepdims=True)
         by_mean = slope * cold
         by_weight = np.einsum("nclk,mnclk->mncl", by_mean, log_p) - (by_mean * mean).sum(-1)
-        gradient = [*(share * by_weight).sum((1, 2, 3)), -(by_mean * mean).sum(), *slope.sum((0, 1, 2))[1:]]
-        return value, np.array(gradient)
+        by_scale = [-(by_mean * mean).sum(), *slope.sum((0, 1, 2))[1:], FLOOR_UNIT * by_floor]
+        return value, np.array([*(share * by_weight).sum((1, 2, 3)), *by_scale])
 
     def penalised(values):
         value, gradient = loss(values)
         return value + (penalty * np.square(values)).sum(), gradient + 2 * penalty * values
 
-    zero = np.zeros(count + 3)
-    bounds = [(-3, 3)] * count + [(-3, 3) if scaling else (0, 0)] * 3
+    zero = np.zeros(count + 4)
+    bounds = [(-3, 3)] * (count + 3) + [(0, 0.2 / FLOOR_UNIT)] if scaling else [(-3, 3)] * count + [(0, 0)] * 4
     found = minimize(penalised, zero, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-8}).x
     weight = start * np.exp(found[:count])
-    temperature = float(np.exp(found[count]))
-    return weight / weight.sum(), temperature, found[count + 1 :], float(loss(zero)[0]), float(loss(found)[0])
+    fitted = {
+        "weights": (weight / weight.sum()).tolist(),
+        "temperature": float(np.exp(found[count])),
+        "bias": [0.0, *found[count + 1 : -1].tolist()],
+        "floor": float(FLOOR_UNIT * found[-1]),
+    }
+    return fitted, float(loss(zero)[0]), float(loss(found)[0])
 
 
 # ---- The stacker: what the neighbours say about a cell ----
@@ -345,8 +448,7 @@ def apply_stacker(stacker, probabilities):
         conditions = list(GROUPS[group])
         logits = np.log(np.clip(result[:, conditions], 1e-9, 1))
         logits[..., 1:] += features @ np.asarray(stacker["coefficients"][group])
-        p = np.exp(logits - logits.max(-1, keepdims=True))
-        result[:, conditions] = p / p.sum(-1, keepdims=True)
+        result[:, conditions] = _softmax(logits)
     return result
 
 
@@ -356,9 +458,10 @@ def fit_stacker(grades, probabilities, strengths=STACKER_STRENGTHS, parts=4, err
     grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3), the combined and calibrated ones. Per group of
     conditions one linear map from stacker_features to the log odds of moderate and of severe against normal/mild,
     added to the log probabilities: a multinomial logistic with the ensemble as its offset, under the metric's terms
-    (canal together with any-severe). No correction is the start and where the L2 penalty pulls to; its strength is
-    the best of `strengths` in `parts`-fold cross-validation over studies. A group is kept only if its gain there
-    exceeds `errors` standard errors; nothing is kept with fewer than STACKER_STUDIES studies.
+    (canal together with any-severe). What other cells say is pulled to a shift along the scale of severity, as of a
+    cumulative logit whose cut points stay (_fit_correction). No correction is the start and where the L2 penalty pulls
+    to; its strength is the best of `strengths` in `parts`-fold cross-validation over studies. A group is kept only if
+    its gain there exceeds `errors` standard errors; nothing is kept with fewer than STACKER_STUDIES studies.
     Returns {"centre", "spread", "features", "coefficients": {group: (features, 2) lists}, "gain": {group: [gain,
     standard error, strength]}} of plain numbers; `coefficients` lacks the groups in which nothing is gained.
     """
@@ -379,17 +482,19 @@ def fit_stacker(grades, probabilities, strengths=STACKER_STRENGTHS, parts=4, err
     for number, (group, conditions) in enumerate(GROUPS.items()):
         if not (grades[:, list(conditions)] >= 0).any():
             continue
-        case = (features[group][1], np.log(np.clip(probabilities[:, list(conditions)], 1e-9, 1)))
+        names, values = features[group]
+        case = (values, np.log(np.clip(probabilities[:, list(conditions)], 1e-9, 1)))
+        is_own = np.array([name.startswith(OWN_FEATURES) for name in names])
         own = np.full_like(grades, -1)
         own[:, list(conditions)] = grades[:, list(conditions)]
-        trials = _try_strengths(case, own, list(conditions), part, strengths, group == "spinal")
+        trials = _try_strengths(case, is_own, own, list(conditions), part, strengths, group == "spinal")
         terms = (0, 3) if group == "spinal" else (number,)
         gains = [_gain(own, probabilities, trial, terms) for trial in trials]
         best = int(np.argmax([gain for gain, _ in gains]))
         result["gain"][group] = [*gains[best], float(strengths[best])]
         if gains[best][0] > errors * gains[best][1]:
             target = _Target(own[:, list(conditions)], group == "spinal")
-            result["coefficients"][group] = _fit_correction(*case, target, strengths[best]).tolist()
+            result["coefficients"][group] = _fit_correction(*case, target, strengths[best], is_own).tolist()
     return result
 
 
@@ -399,7 +504,7 @@ def _deal(grades, parts):
     return make_folds(table.assign(study_id=np.arange(len(grades))), parts)["fold"].to_numpy()
 
 
-def _try_strengths(case, grades, conditions, part, strengths, spinal):
+def _try_strengths(case, own, grades, conditions, part, strengths, spinal):
     """For each strength the probabilities (n, 5, 5, 3) that the stacker gives to the studies it was not fitted on."""
     features, logits = case
     trials = np.full((len(strengths), *grades.shape, 3), 1 / 3)
@@ -410,34 +515,39 @@ def _try_strengths(case, grades, conditions, part, strengths, spinal):
             continue
         found = None
         for number, strength in enumerate(strengths):  # strongest first, each starts where the last one ended
-            found = _fit_correction(features[outside], logits[outside], target, strength, found)
+            found = _fit_correction(features[outside], logits[outside], target, strength, own, found)
             corrected = logits[inside].copy()
             corrected[..., 1:] += features[inside] @ found
-            p = np.exp(corrected - corrected.max(-1, keepdims=True))
             block = trials[number, inside]
-            block[:, conditions] = p / p.sum(-1, keepdims=True)
+            block[:, conditions] = _softmax(corrected)
             trials[number, inside] = block
     return trials
 
 
-def _fit_correction(features, logits, target, strength, start=None):
-    """Coefficients (features, 2) of the correction to the logits (n, conditions, 5, 3) of one group."""
+def _fit_correction(features, logits, target, strength, own, start=None):
+    """Coefficients (features, 2) of the correction to the logits (n, conditions, 5, 3) of one group.
+
+    own: (features,) bool, those of the cell itself, which may bend the log odds of moderate and of severe as they like;
+    those of other cells pay OFF_SCALE times the penalty for anything but a shift along the scale of severity (severe
+    twice as far as moderate).
+    """
     from scipy.optimize import minimize
 
     flat = np.ascontiguousarray(features.reshape(-1, features.shape[-1]))
-    penalty = 0.1 * strength / target.studies
+    scale = np.array([[1.0, 2.0], [2.0, -1.0]]) / np.sqrt(5)  # along the scale of severity, and across it
+    penalty = 0.1 * strength / target.studies * np.where(own[:, None], 1.0, [1.0, OFF_SCALE])
 
     def loss(values):
-        coefficients = values.reshape(-1, 2)
+        moves = values.reshape(-1, 2)
         corrected = logits.copy()
-        corrected[..., 1:] += (flat @ coefficients).reshape(*logits.shape[:-1], 2)
+        corrected[..., 1:] += (flat @ (moves @ scale)).reshape(*logits.shape[:-1], 2)
         value, slope = target.loss(corrected)
-        gradient = flat.T @ slope[..., 1:].reshape(-1, 2) + 2 * penalty * coefficients
-        return value + penalty * np.square(values).sum(), gradient.ravel()
+        gradient = flat.T @ slope[..., 1:].reshape(-1, 2) @ scale.T + 2 * penalty * moves
+        return value + (penalty * np.square(moves)).sum(), gradient.ravel()
 
-    zero = np.zeros(flat.shape[1] * 2) if start is None else np.ravel(start)
+    zero = np.zeros(penalty.size) if start is None else np.ravel(start @ scale.T)
     found = minimize(loss, zero, jac=True, method="L-BFGS-B", options={"ftol": 1e-7, "maxiter": 100})
-    return found.x.reshape(-1, 2)
+    return found.x.reshape(-1, 2) @ scale
 
 
 # ---- What the search really gains ----

@@ -1,33 +1,43 @@
 """Inference: a study in, 25 rows out, whatever is broken."""
 
+import hashlib
 import json
+import math
 import os
+import queue
+import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from .classifiers import crops_to_studies, cut_crops, load_classifier, predict_crops
 from .dicom import Study, normalise_study, read_study
-from .ensemble import MEMBERS, TTA_VIEWS, combine_members, default_ensemble
+from .ensemble import MEMBERS, combine_members, default_ensemble, read_out_of_fold
 from .files import read_descriptions, to_submission
 from .geometry import boxes_to_table
 from .levels import locate_levels_surely
 from .names import (
     CONDITIONS,
     DETECTORS,
+    GROUPS,
     LEVEL_TABLE_COLUMNS,
     LEVELS,
     SEVERITIES,
+    SEVERITY_WEIGHTS,
+    SUBMISSION_COLUMNS,
+    _plain,
     device_for,
     progress,
     write_json,
 )
 from .official import official_detector
 from .spinenet import load_spinenet
-from .yolo import load_yolo, yolo_study
+from .yolo import load_yolo, yolo_studies
 
 
 @dataclass
@@ -82,7 +92,8 @@ def load_members(folders, members=MEMBERS, device="auto"):
         raise FileNotFoundError(
             f"no member's weights in {', '.join(map(str, folders))}: attach the outputs of 03 and 04"
         )
-    priors = [about["prior"] for about in abouts + [model.about for models in yolo.values() for model in models]]
+    priors = [about.get("prior") for about in abouts + [model.about for models in yolo.values() for model in models]]
+    priors = [np.asarray(prior, np.float64) for prior in priors if prior is not None]
     model = load_spinenet(spinenet[0], device)
     # Boxes at inference come from the detector that made those of the training.
     official = model.about.get("detector") == "official"
@@ -91,7 +102,7 @@ def load_members(folders, members=MEMBERS, device="auto"):
         yolo,
         classifiers["level"],
         classifiers["study"],
-        np.mean(np.asarray(priors, np.float64), 0),
+        np.mean(priors, 0) if priors else np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan),
         official_detector(device) if official else "own",
         device,
     )
@@ -122,168 +133,651 @@ def weight_folders(places):
     return found
 
 
-def predict_study(study, members, views=TTA_VIEWS[:2]):
-    """One normalised study -> (dict member -> (5, 5, 3) probabilities or NaN, list of LevelBox, list of sentences).
+@dataclass
+class Prepared:
+    """A study made ready for the members: read, its levels found, its crops cut.
 
-    A member that fails costs only its own contribution: its rows are NaN and the sentence says why.
+    boxes: five LevelBoxes, None without a readable image; crops: dict of _crop_key -> cut_crops' array, or the
+    Exception that cutting raised; problems: list of sentences; seconds: dict of reading, locating and cropping, empty
+    where the work was given up.
     """
+
+    study: Study
+    boxes: list | None
+    crops: dict
+    problems: list
+    seconds: dict
+
+
+def _crop_key(crop):
+    return json.dumps(crop, sort_keys=True)
+
+
+def _views(about, limit=-1):
+    """The views of a member's model: those that paid in training, at most `limit` of them where that is not -1."""
+    views = about.get("views") or [{}]
+    return views if limit < 0 else views[:limit]
+
+
+def _abouts(members):
+    """dict member -> the metadata of its models, of those members that were loaded."""
+    found = {
+        "yolo": [model.about for models in members.yolo.values() for model in models],
+        "level": [about for _, about in members.level],
+        "study": [about for _, about in members.study],
+    }
+    return {member: abouts for member, abouts in found.items() if abouts}
+
+
+def prepare_study(folder, descriptions, members, wanted=("level", "study")):
+    """Everything about a study that needs no member: Prepared. Never raises because of what the study is.
+
+    folder, descriptions: as read_study takes them; wanted: the members whose crops are cut.
+    """
+    seconds = dict.fromkeys(("reading", "locating", "cropping"), 0.0)
+    boxes, crops, started = None, {}, time.perf_counter()
+    try:
+        study = normalise_study(read_study(folder, descriptions))
+    except Exception as error:
+        study_id = int(Path(folder).name)
+        study = Study(study_id, [], [f"study {study_id} cannot be read ({type(error).__name__}: {error})"])
+    seconds["reading"], started = time.perf_counter() - started, time.perf_counter()
     problems = list(study.problems)
     if not study.volumes:
         problems.append("no readable image: every row is the prior")
-        return {}, None, problems
-    empty = np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan)
-    predictions = {}
-    boxes, _, problem = locate_levels_surely(study, members.spinenet, detector=members.detector)
+        return Prepared(study, boxes, crops, problems, seconds)
+    try:
+        boxes, _, problem = locate_levels_surely(study, members.spinenet, detector=members.detector)
+    except Exception as error:
+        problem = f"no level can be placed ({type(error).__name__}: {error})"
     if problem:
         problems.append(f"levels: {problem}")
+    seconds["locating"], started = time.perf_counter() - started, time.perf_counter()
+    for scope in wanted:
+        for _, about in getattr(members, scope):
+            _cut(study, boxes, about["crop"], members.device, crops)
+    seconds["cropping"] = time.perf_counter() - started
+    return Prepared(study, boxes, crops, problems, seconds)
 
-    def attempt(name, work):
+
+def _cut(study, boxes, crop, device, crops):
+    """The crops of a study from `crops`, where they are put if they are not there yet; raises what cutting raised."""
+    key = _crop_key(crop)
+    if key not in crops:
         try:
-            predictions[name] = work()
+            crops[key] = cut_crops(study, boxes, crop, device)
         except Exception as error:
-            predictions[name] = empty.copy()
-            problems.append(f"{name}: {type(error).__name__}: {error}")
+            crops[key] = error
+    return crops[key]
 
-    def classify(models, scope):
-        # Folds mostly see the same crops: those are cut once and go through all their models.
-        results = []
-        for crop in {json.dumps(about["crop"]): about["crop"] for _, about in models}.values():
-            crops = cut_crops(study, boxes, crop, members.device)
-            levels = np.arange(len(LEVELS)) if scope == "level" else None
-            own = [model for model, about in models if about["crop"] == crop]
-            predicted = predict_crops(own, crops, crop, levels, views)
-            results += [np.log(crops_to_studies(predicted, scope)[0])] * len(own)
-        mean = np.exp(np.mean(results, 0))
-        return mean / mean.sum(-1, keepdims=True)
 
-    def detect():
-        result = empty.copy()
-        for condition, models in members.yolo.items():
-            if models:
-                rows = [yolo_study(model, study, boxes) for model in models]
-                indices = list(DETECTORS[condition][1])
-                result[indices] = np.mean(rows, 0)
-        return result
+# Voxels that go through a network together, at most: eight crops of 128^3, one study of 256^3.
+_BATCH_VOXELS = 1 << 24
+_BATCH_CROPS = 16
 
-    if any(members.yolo.values()):
-        attempt("yolo", detect)
-    if members.level:
-        attempt("level", lambda: classify(members.level, "level"))
-    if members.study:
-        attempt("study", lambda: classify(members.study, "study"))
-    return predictions, boxes, problems
+
+def _predict(models, crops, crop, levels, views):
+    """predict_crops in batches that fit the memory."""
+    batch = int(np.clip(_BATCH_VOXELS // np.prod(crop["shape"]), 1, _BATCH_CROPS))
+    while True:
+        try:
+            return predict_crops(models, crops, crop, levels, views, batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        torch.cuda.empty_cache()  # not inside `except`: there the error still holds what it was about
+        batch //= 2
+
+
+def _together_or_alone(work, items):
+    """work(items), a list with a result for each; where that raises each item alone, an Exception being its result."""
+    try:
+        return work(items)
+    except Exception as error:
+        if len(items) == 1:
+            return [error]
+    return [_together_or_alone(work, [item])[0] for item in items]
+
+
+def _classify(scope, batch, members, views):
+    """A classifier member on Prepared studies: list of (5, 5, 3) probabilities or Exceptions.
+
+    Folds mostly see the same crops through the same views: those go through all their models in one go.
+    """
+    own = getattr(members, scope)
+    groups = {}
+    for model, about in own:
+        key = _crop_key(about["crop"]), json.dumps(_views(about, views))
+        groups.setdefault(key, (about["crop"], _views(about, views), []))[2].append(model)
+    logs = [np.zeros((len(CONDITIONS), len(LEVELS), len(SEVERITIES))) for _ in batch]
+    failed = {}
+    for crop, chosen, models in groups.values():
+        cut = {k: _cut(p.study, p.boxes, crop, members.device, p.crops) for k, p in enumerate(batch) if k not in failed}
+        failed |= {k: crops for k, crops in cut.items() if isinstance(crops, Exception)}
+        there = [k for k in cut if k not in failed]
+
+        def work(numbers, crop=crop, chosen=chosen, models=models, cut=cut):
+            crops = np.concatenate([cut[k] for k in numbers])
+            levels = np.tile(np.arange(len(LEVELS)), len(numbers)) if scope == "level" else None
+            return list(crops_to_studies(_predict(models, crops, crop, levels, chosen), scope))
+
+        for k, predicted in zip(there, _together_or_alone(work, there) if there else [], strict=True):
+            if not isinstance(predicted, Exception) and not np.isfinite(predicted).all():
+                predicted = ValueError("the network's answer is not finite")
+            if isinstance(predicted, Exception):
+                failed[k] = predicted
+            else:
+                logs[k] += len(models) * np.log(np.clip(predicted, 1e-12, 1))
+    means = [np.exp(log / len(own)) for log in logs]
+    return [failed.get(k, mean / mean.sum(-1, keepdims=True)) for k, mean in enumerate(means)]
+
+
+def _detect(batch, members, views):
+    """The detectors on Prepared studies: list of ((5, 5, 3) probabilities, NaN where they say nothing; list of
+    sentences about detectors that failed)."""
+    results = [(np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan), []) for _ in batch]
+    studies, boxes = [p.study for p in batch], [p.boxes for p in batch]
+    for condition, models in members.yolo.items():
+        said = [[] for _ in batch]
+        for model in models:
+            chosen = _views(model.about, views)
+
+            def work(numbers, model=model, chosen=chosen):
+                return yolo_studies(model, [studies[k] for k in numbers], [boxes[k] for k in numbers], chosen)
+
+            for k, found in enumerate(_together_or_alone(work, list(range(len(batch))))):
+                if isinstance(found, Exception):
+                    results[k][1].append(f"yolo: {condition}: {type(found).__name__}: {found}")
+                else:
+                    said[k].append(found)
+        for k, found in enumerate(said):
+            if found:
+                mean = np.mean(found, 0)
+                results[k][0][list(DETECTORS[condition][1])] = mean
+                unseen = ~np.isfinite(mean).all((0, 2))
+                if unseen.any():
+                    names = ", ".join(level for level, lost in zip(LEVELS, unseen, strict=True) if lost)
+                    results[k][1].append(f"yolo: {condition}: no {DETECTORS[condition][0]} slice shows {names}")
+    return results
+
+
+def predict_studies(batch, members, views=None, clock=time.perf_counter):
+    """The members on several Prepared studies at once: (list of dicts member -> (5, 5, 3) probabilities, NaN where it
+    has nothing to say; list of lists of sentences about what failed; dict member -> seconds).
+
+    views: dict member -> at most how many of its views, -1 all; members that it lacks are not run; None: everything.
+    A study, a detector or a member that fails costs only its own contribution.
+    """
+    views = dict.fromkeys(_abouts(members), -1) if views is None else views
+    predictions, problems, seconds = [{} for _ in batch], [[] for _ in batch], {}
+    readable = [k for k, prepared in enumerate(batch) if prepared.study.volumes]
+    part = [batch[k] for k in readable]
+    for member in [m for m in MEMBERS if m in views and part]:
+        started = clock()
+        if member == "yolo":
+            results = _detect(part, members, views[member])
+        else:
+            results = [
+                (
+                    np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan),
+                    [f"{member}: {type(r).__name__}: {r}"],
+                )
+                if isinstance(r, Exception)
+                else (r, [])
+                for r in _classify(member, part, members, views[member])
+            ]
+        for k, (found, sentences) in zip(readable, results, strict=True):
+            predictions[k][member] = found
+            problems[k] += sentences
+        seconds[member] = clock() - started
+    return predictions, problems, seconds
+
+
+def predict_study(study, members, views=None):
+    """One normalised study -> (dict member -> (5, 5, 3) probabilities or NaN, five LevelBoxes or None, sentences).
+
+    views: as predict_studies takes it.
+    """
+    boxes, problems = None, list(study.problems)
+    if study.volumes:
+        boxes, _, problem = locate_levels_surely(study, members.spinenet, detector=members.detector)
+        problems += [f"levels: {problem}"] if problem else []
+    predictions, failed, _ = predict_studies([Prepared(study, boxes, {}, problems, {})], members, views)
+    return predictions[0], boxes, problems + failed[0]
 
 
 def studies_to_predict(data, split):
     """dict study_id -> dict series_id -> description: every study that a submission must have rows of.
 
     The descriptions table names the series; studies that only have a folder in {split}_images or rows in
-    sample_submission.csv come with no series, and so with the prior.
+    sample_submission.csv come with no series, and so with the prior. Rows of the table whose study or series is no
+    number name nothing that could be read, and are passed over.
     """
     table = read_descriptions(data, split)
-    jobs = {
-        int(study_id): dict(zip(group["series_id"], group["description"], strict=True))
-        for study_id, group in table.groupby("study_id")
-    }
-    others = {path.name for path in (Path(data) / f"{split}_images").glob("*") if path.name.isdigit()}
+    jobs = {}
+    for study_id, series_id, description in table.itertuples(index=False):
+        study_id, series_id = _whole_number(study_id), _whole_number(series_id)
+        if study_id is not None:
+            series = jobs.setdefault(study_id, {})
+            if series_id is not None:
+                series[series_id] = description
+    others = {path.name for path in (Path(data) / f"{split}_images").glob("*")}
     sample = Path(data) / "sample_submission.csv"
     if split == "test" and sample.is_file():
         others |= set(pd.read_csv(sample)["row_id"].astype(str).str.split("_").str[0])
-    return jobs | {study_id: {} for study_id in sorted(map(int, others)) if study_id not in jobs}
+    others = {_whole_number(name) for name in others} - {None}
+    return dict(sorted(jobs.items())) | {study_id: {} for study_id in sorted(others - set(jobs))}
 
 
-def infer_studies(data, split, members, ensemble, out, views=TTA_VIEWS[:2]):
+def _whole_number(value):
+    """An id as int, None where it is none: one empty cell turns a whole column of a table into floats or text."""
+    text = str(value).removesuffix(".0")
+    return int(text) if text.isdecimal() and text.isascii() and len(text) < 19 else None
+
+
+def out_of_fold_table(folders):
+    """All members' out-of-fold predictions that lie with the weights, as one table: row_id, the three severities, fold,
+    member. folders: as weight_folders finds them. Without any the table is empty."""
+    columns = [*SUBMISSION_COLUMNS, "fold", "member"]
+    tables = [table.assign(member=member) for member, table in read_out_of_fold(folders).items()]
+    return pd.concat(tables, ignore_index=True).reindex(columns=columns) if tables else pd.DataFrame(columns=columns)
+
+
+# ---- What stands where no member says anything ----
+
+# Grades of the competition's training set, all levels together: normal/mild, moderate, severe.
+CLASS_COUNTS = {"spinal": (8664, 736, 470), "foraminal": (7672, 1794, 399), "subarticular": (6864, 1835, 913)}
+
+
+def complete_prior(prior):
+    """The prior with no cell left out: (prior (5, 5, 3) with rows that sum to 1, by_class (5, 5) bool).
+
+    prior: (5, 5, 3), the training set's prior of each condition and level. Where a cell is not usable (the weights
+    carry no prior, or none for this cell) the mean over the condition's other levels stands, and without any that of
+    CLASS_COUNTS by the metric's weights; by_class marks both.
+    """
+    prior = np.array(np.broadcast_to(np.asarray(prior, np.float64), (len(CONDITIONS), len(LEVELS), len(SEVERITIES))))
+    usable = (
+        np.isfinite(prior).all(-1) & (np.nan_to_num(prior, nan=-1) >= 0).all(-1) & (np.nan_to_num(prior).sum(-1) > 0)
+    )
+    prior[usable] /= prior[usable].sum(-1, keepdims=True)
+    for group, conditions in GROUPS.items():
+        counts = np.asarray(CLASS_COUNTS[group], np.float64) * SEVERITY_WEIGHTS
+        for c in conditions:
+            prior[c, ~usable[c]] = prior[c, usable[c]].mean(0) if usable[c].any() else counts / counts.sum()
+    return prior, ~usable
+
+
+# ---- Time ----
+
+
+class Schedule:
+    """What the time that is left is enough for.
+
+    views: dict member -> its number of views; weights: dict member -> its weight in the ensemble; hours: the limit, 0
+    for none; reserve: hours of it that stay unused; readers: threads that prepare studies; clock: seconds, from
+    anywhere; started: the clock when the limit began to run.
+
+    What a member costs is measured while it runs (see note). When the projected end exceeds the limit less the
+    reserve, views are dropped first, the last and least useful ones of all members alike; then members, those with the
+    least weight for their seconds first, but never all; and when not even a batch of the last one fits, everything.
+    What reading alone takes is not made up by dropping members. The choice is made anew for each batch.
+    """
+
+    def __init__(self, views, weights, hours=9.0, reserve=0.5, readers=1, clock=time.monotonic, started=None):
+        self.views, self.weights, self.readers, self.clock = dict(views), weights, readers, clock
+        self.hours, self.limit_s = hours, (hours - reserve) * 3600 if hours > 0 else math.inf
+        self.started = clock() if started is None else started
+        self.spent = {}
+        self.batches, self.expected = 0, deque(maxlen=20)
+        self.choice, self.reason = dict(views), ""
+
+    def used_s(self):
+        """Seconds of the limit that have passed."""
+        return self.clock() - self.started
+
+    def note(self, step, seconds, units):
+        """A member took `seconds` for `units` studies times views (or "preparing" for studies)."""
+        if units:
+            self.spent.setdefault(step, deque(maxlen=20)).append((seconds, units))
+
+    def cost_s(self, step):
+        """Seconds a unit of late; the first time does not count where there are others: it has loading in it."""
+        known = list(self.spent.get(step, ()))
+        known = known[1:] or known
+        return sum(s for s, _ in known) / max(1e-9, sum(u for _, u in known)) if known else 0.0
+
+    def _network_s(self, choice):
+        return sum(self.cost_s(member) * views for member, views in choice.items())
+
+    def pace_s(self, choice):
+        """Seconds a study with this choice: what is slower of the networks and of preparing."""
+        pace = max(self._network_s(choice), self.cost_s("preparing") / self.readers)
+        real, thought = (sum(values) for values in zip(*self.expected, strict=True)) if self.expected else (0, 0)
+        return pace * max(1.0, real / thought if thought else 1.0)
+
+    def note_batch(self, seconds, studies):
+        """A batch took `seconds` in all: where that is more than the sum of what is measured, projections heed it."""
+        self.batches += 1
+        if self.batches > 1:  # the first one waits for studies that nobody has read ahead
+            thought = max(self._network_s(self.choice), self.cost_s("preparing") / self.readers) * studies
+            self.expected.append((seconds, thought))
+
+    def plan(self, left, batch=1):
+        """The choice for the next `batch` of `left` studies: dict member -> number of views, empty for none at all.
+
+        `.choice` and `.reason` keep it.
+        """
+        time_s = self.limit_s - self.used_s()
+        choice, projected = dict(self.views), left * self.pace_s(self.views)
+        preparing = self.cost_s("preparing") / self.readers
+
+        def late():
+            return left * self.pace_s(choice) > time_s and self._network_s(choice) > preparing
+
+        while late() and max(choice.values()) > 1:
+            most = max(choice.values()) - 1
+            choice = {member: min(views, most) for member, views in choice.items()}
+        while late() and len(choice) > 1:
+            del choice[min(choice, key=lambda m: self.weights.get(m, 0.0) / max(self.cost_s(m), 1e-9))]
+        if time_s <= 0 or min(batch, left) * self.pace_s(choice) > time_s:
+            choice = {}
+        end = (self.used_s() + projected) / 3600
+        self.reason = "" if choice == self.views else f"with everything the end would come after {end:.2f} h"
+        self.choice = choice
+        return choice
+
+    def dropped(self):
+        """The last plan's losses, in words."""
+        lost = [
+            f"{member}: not run" if member not in self.choice else f"{member}: {self.choice[member]} of {views} views"
+            for member, views in self.views.items()
+            if self.choice.get(member, 0) < views
+        ]
+        return [f"{what} ({self.reason}, the limit is {self.hours:g} h)" for what in lost]
+
+
+_STARTED = {}  # stage folder -> when this process first worked in it
+
+
+# ---- Reading ahead ----
+
+
+class _Ahead:
+    """Work on jobs in threads, a bounded number of them ahead of who takes the results, in the jobs' order.
+
+    jobs: list; work: function of one job that does not raise; threads: how many jobs are worked on at a time; ahead:
+    how many are being worked on or waiting. The threads are daemons: one that hangs does not keep the process alive.
+    """
+
+    def __init__(self, jobs, work, threads, ahead):
+        self.jobs, self.work, self.ahead = deque(jobs), work, ahead
+        self.tasks, self.slots, self.stopped = queue.SimpleQueue(), deque(), False
+        for _ in range(threads):
+            self._start()
+
+    def _start(self):
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        while (task := self.tasks.get()) is not None and not self.stopped:
+            job, slot = task
+            slot.put(self.work(job))
+
+    def take(self, patience_s):
+        """The next job's result. Raises queue.Empty after patience_s seconds; then another thread takes the place of
+        the one that hangs, and the job is passed over."""
+        while self.jobs and len(self.slots) < self.ahead:
+            task = self.jobs.popleft(), queue.SimpleQueue()
+            self.slots.append(task[1])
+            self.tasks.put(task)
+        try:
+            return self.slots.popleft().get(timeout=patience_s)
+        except queue.Empty:
+            self._start()
+            raise
+
+    def close(self, threads):
+        """Work off nothing more."""
+        self.stopped = True
+        for _ in range(threads):
+            self.tasks.put(None)
+
+
+# ---- Finished studies ----
+
+
+def _results_key(members, views):
+    """What a study's result depends on besides its images, as a hash of the weights' metadata."""
+    known = [_RESULTS_VERSION, views, _abouts(members)]
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
+
+
+_RESULTS_VERSION = 1  # to be raised when the same weights give other predictions
+
+
+def _digest(result):
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def _save_result(path, result):
+    """Write a finished study (path None: do not) with a hash of its contents; returns it as it would be read.
+
+    A disk that is full costs the restart, not the run.
+    """
+    result = json.loads(json.dumps(result, default=_plain))
+    try:
+        if path:
+            write_json(path, {"result": result, "sha256": _digest(result)})
+    except OSError as error:
+        print(f"{path} cannot be written ({error}): a restart will do this study again")
+    return result
+
+
+def _load_result(path, key):
+    """What _save_result wrote, None where there is none, it is damaged, or other weights made it."""
+    try:
+        saved = json.loads(path.read_text())
+        result = saved["result"]
+        return result if saved["sha256"] == _digest(result) and result["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _result(prepared, predictions, problems, key, extra):
+    return {
+        "key": key,
+        "predictions": {m: np.where(np.isfinite(p), p, -1) for m, p in predictions.items()},
+        "levels": boxes_to_table(prepared.study.study_id, prepared.boxes or []).to_dict("records"),
+        "problems": problems,
+        **{f"{step}_s": round(seconds, 3) for step, seconds in prepared.seconds.items()},
+        **extra,
+    }
+
+
+PATIENCE_S = 900.0  # for one study to be read and located, before it is given up
+
+
+def infer_studies(
+    data,
+    split,
+    members,
+    ensemble,
+    out,
+    views=-1,
+    batch_studies=4,
+    hours=0.0,
+    reserve=0.5,
+    readers=None,
+    clock=time.monotonic,
+):
     """Predict every study of a split: (submission DataFrame, log DataFrame, member tables dict, levels DataFrame).
 
-    Studies: see studies_to_predict. Reads the next study while one is predicted. Each finished study is saved in
-    out/studies, so a restart continues; memory does not grow with their number.
+    Studies: see studies_to_predict. views: -1 for the views that the weights name, 1 for none, n for at most n.
+    batch_studies: studies that go through the networks together. hours, reserve: see Schedule; the limit runs from the
+    first call of this process for this `out` until a call has finished, so that a cell that is run again does not start
+    it anew; a new process (on Kaggle a new session, with a clock of its own) does. readers: threads that read, locate
+    and cut the studies to come, default as many as the CPU has cores, at most 4.
 
-    Where a member has nothing to say the others carry its weight; where none has, the training set's prior for
-    the condition and level stands, and the log names it. Raises RuntimeError when a member that was loaded failed in
-    every study: that is a mistake in the set-up, not bad luck with the data (while Kaggle scores a submission it is
-    printed instead, a submission without that member being better than none).
+    Each finished study is saved in out/studies, so a restart continues; a damaged one, or one of other weights, is
+    done again. One predicted with less for want of time counts, one left to the prior does not. Memory does not grow
+    with the number of studies: at most 2 * batch_studies + readers of them are held, and what one may hold is bounded
+    too (see dicom.MAX_SLICES). A batch's company does not change a study's result, up to rounding in the networks.
+
+    What is left of the ensemble where a member fails, or has no time: the others carry its weight; where only the
+    study model is left, which needs no levels, it stands alone; where none is, the training set's prior for the
+    condition and level; and if the weights carry none, the class prior (complete_prior). The log says which, and why:
+    columns study_id; members, partial (those that say something of all rows, of some); rows_from; prior_rows (of both
+    priors); levels; dropped (for want of time); *_s seconds, of which `seconds` is the study's share of the whole
+    run's time; problems.
+
+    Raises RuntimeError when a member that was loaded failed in every study: that is a mistake in the set-up, not bad
+    luck with the data (while Kaggle scores a submission it is printed instead, a submission without that member being
+    better than none).
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     folder = Path(out) / "studies"
     folder.mkdir(parents=True, exist_ok=True)
+    readers = readers or min(4, os.cpu_count() or 1)
     jobs = studies_to_predict(data, split)
-    todo = [study_id for study_id in jobs if not (folder / f"{study_id}.json").is_file()]
+    key = _results_key(members, views)
+    results = {study_id: _load_result(folder / f"{study_id}.json", key) for study_id in jobs}
+    todo = [study_id for study_id, result in results.items() if result is None]
+    counts = {m: max(len(_views(about, views)) for about in abouts) for m, abouts in _abouts(members).items()}
+    weights = {m: float(np.mean([group.get(m, 0.0) for group in ensemble["weights"].values()])) for m in counts}
+    if not counts:
+        raise ValueError("no member to predict with: load_members loads them")
+    clock_key = str(folder.resolve())
+    started = _STARTED.setdefault(clock_key, clock())
+    schedule = Schedule(counts, weights, hours, reserve, readers, clock, started)
 
-    def read(study_id):
-        started = time.time()
+    def prepare(study_id):
+        begun = clock()
+        wanted = [scope for scope in ("level", "study") if scope in schedule.choice]
+        folder = Path(data) / f"{split}_images" / str(study_id)
         try:
-            study = normalise_study(read_study(Path(data) / f"{split}_images" / str(study_id), jobs[study_id]))
-        except Exception as error:
-            study = Study(study_id, [], [f"study {study_id} cannot be read ({type(error).__name__}: {error})"])
-        return study, time.time() - started
+            prepared = prepare_study(folder, jobs[study_id], members, wanted)
+        except Exception as error:  # nothing known does this; whoever waits for the study shall not wait in vain
+            problem = f"given up ({type(error).__name__}: {error}), every row is the prior"
+            prepared = Prepared(Study(study_id, []), None, {}, [problem], {})
+        schedule.note("preparing", clock() - begun, 1)
+        return prepared
 
-    with ThreadPoolExecutor(1) as reader:
-        following = reader.submit(read, todo[0]) if todo else None
-        for number in progress(range(len(todo)), f"predicting {split} studies"):
-            study, reading = following.result()
-            if number + 1 < len(todo):
-                following = reader.submit(read, todo[number + 1])
-            started = time.time()
-            predictions, boxes, problems = predict_study(study, members, views)
-            write_json(
-                folder / f"{study.study_id}.json",
-                {
-                    "predictions": {m: np.where(np.isfinite(p), p, -1) for m, p in predictions.items()},
-                    "levels": boxes_to_table(study.study_id, boxes or []).to_dict("records"),
-                    "problems": problems,
-                    "reading_s": round(reading, 3),
-                    "predicting_s": round(time.time() - started, 3),
-                },
-            )
-    log, levels, results = (
-        [],
-        [],
-        {study_id: json.loads((folder / f"{study_id}.json").read_text()) for study_id in jobs},
-    )
+    ahead = _Ahead(todo, prepare, readers, batch_studies + readers)
+    try:
+        with progress(total=len(jobs), desc=f"predicting {split} studies", initial=len(jobs) - len(todo)) as bar:
+            for first in range(0, len(todo), batch_studies):
+                begun, left = clock(), len(todo) - first
+                if not schedule.plan(left, batch_studies):
+                    break
+                batch = [_take(ahead, study_id, schedule) for study_id in todo[first : first + batch_studies]]
+                choice = schedule.plan(left, batch_studies)
+                if not choice:
+                    break
+                predictions, problems, seconds = predict_studies(batch, members, choice, clock)
+                for member, spent in seconds.items():
+                    schedule.note(member, spent, choice[member] * sum(bool(p.study.volumes) for p in batch))
+                share = (clock() - begun) / len(batch)
+                schedule.note_batch(clock() - begun, len(batch))
+                for prepared, predicted, failed in zip(batch, predictions, problems, strict=True):
+                    extra = {f"{m}_s": round(s / len(batch), 3) for m, s in seconds.items()}
+                    extra |= {"predicting_s": round(sum(seconds.values()) / len(batch), 3), "seconds": round(share, 3)}
+                    extra["dropped"] = schedule.dropped() if prepared.study.volumes else []
+                    study_id = prepared.study.study_id
+                    result = _result(prepared, predicted, prepared.problems + failed, key, extra)
+                    # What was given up is not saved: a restart tries it again.
+                    path = folder / f"{study_id}.json" if prepared.seconds else None
+                    results[study_id] = _save_result(path, result)
+                end_s = schedule.used_s() + (left - len(batch)) * schedule.pace_s(schedule.choice)
+                limit = f" of {_hours(hours * 3600)}" if hours > 0 else ""
+                bar.set_postfix_str(f"end at {_hours(end_s)}{limit} h", refresh=False)
+                bar.update(len(batch))
+                del batch, prepared  # they are large, and the next batch is waited for
+    finally:
+        ahead.close(readers)
+    late = [study_id for study_id, result in results.items() if result is None]
+    if late:
+        print(f"the time is up: {len(late)} of {len(jobs)} studies are left to the prior")
+    for study_id in late:  # not saved: a restart in a new session has time for them
+        why = f"no time left: {schedule.used_s() / 3600:.2f} of {hours:g} h have passed, every row is the prior"
+        results[study_id] = {"predictions": {}, "levels": [], "problems": [why], "dropped": schedule.dropped()}
+    del _STARTED[clock_key]
+    return _collect(jobs, results, members, ensemble, folder)
+
+
+def _hours(seconds):
+    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02}"
+
+
+def _take(ahead, study_id, schedule):
+    """The next Prepared study; one without images, and the reason, where preparing it hangs."""
+    patience = min(PATIENCE_S, max(1.0, schedule.limit_s - schedule.used_s()))
+    try:
+        return ahead.take(patience)
+    except queue.Empty:
+        problem = f"given up: not read and located in {patience:.0f} s, every row is the prior"
+        return Prepared(Study(study_id, []), None, {}, [problem], {})
+
+
+def _collect(jobs, results, members, ensemble, folder):
+    """infer_studies' tables from the results of all studies."""
+    prior, by_class = complete_prior(members.prior)
     names = [m for m in MEMBERS if any(m in r["predictions"] for r in results.values())]
-    stack = {m: np.full((len(jobs), len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan) for m in names}
-    for number, (study_id, result) in enumerate(results.items()):
+    shape = (len(jobs), len(CONDITIONS), len(LEVELS), len(SEVERITIES))
+    stack = {m: np.full(shape, np.nan) for m in names}
+    for number, result in enumerate(results.values()):
         for member, values in result["predictions"].items():
             values = np.asarray(values, np.float64)
             stack[member][number] = np.where(values < 0, np.nan, values)
-        levels += result["levels"]
-    shape = (len(jobs), len(CONDITIONS), len(LEVELS), len(SEVERITIES))
-    nothing = {"study": np.full(shape, np.nan)}
-    probabilities, count = combine_members(stack or nothing, ensemble, members.prior)
+    probabilities, count = combine_members(stack or {"study": np.full(shape, np.nan)}, ensemble, prior)
+    log = []
     for number, (study_id, result) in enumerate(results.items()):
-        complete = [m for m in names if np.isfinite(stack[m][number]).all()]
-        partial = [m for m in names if m not in complete and np.isfinite(stack[m][number]).any()]
+        there = {m: np.isfinite(stack[m][number]).all(-1) for m in names}
+        alone = there.get("study", np.zeros(by_class.shape, bool)) & (count[number] == 1)
+        rows = {
+            "study model": int(alone.sum()),
+            "level prior": int(((count[number] == 0) & ~by_class).sum()),
+            "class prior": int(((count[number] == 0) & by_class).sum()),
+        }
+        rows = {"ensemble": by_class.size - sum(rows.values())} | rows
         log.append(
             {
                 "study_id": study_id,
-                "members": " ".join(complete),
-                "partial": " ".join(partial),
+                "members": " ".join(m for m in names if there[m].all()),
+                "partial": " ".join(m for m in names if there[m].any() and not there[m].all()),
+                "rows_from": ", ".join(f"{what} {n}" for what, n in rows.items() if n),
                 "prior_rows": int((count[number] == 0).sum()),
                 "levels": " ".join(sorted({row["source"] for row in result["levels"]})),
-                "reading_s": result["reading_s"],
-                "predicting_s": result["predicting_s"],
+                "dropped": " | ".join(result["dropped"]),
+                **{f"{step}_s": result.get(f"{step}_s", 0.0) for step in (*STEPS, "predicting")},
+                "seconds": result.get("seconds", 0.0),
                 "problems": " | ".join(result["problems"]),
             }
         )
+    _refuse_lost_members(members, results, stack, folder)
     ids = np.array(list(jobs), np.int64)
-    for member in [m for m in MEMBERS if m not in names or not np.isfinite(stack[m]).any()]:
-        loaded = {"yolo": any(members.yolo.values()), "level": members.level, "study": members.study}[member]
-        readable = [r for r in results.values() if r["levels"]]
-        if loaded and readable:
-            reason = next((p for r in readable for p in r["problems"] if p.startswith(f"{member}:")), "no reason given")
-            message = f"{member} failed in each of {len(readable)} readable studies ({reason})"
-            if not os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
-                for study_id in jobs:  # what failed for this reason must not be found as finished work
-                    (folder / f"{study_id}.json").unlink()
-                raise RuntimeError(message)
-            print(message)
-    tables = {
-        m: to_submission(ids, combine_members({m: stack[m]}, default_ensemble([m]), members.prior)[0]) for m in names
-    }
+    tables = {m: to_submission(ids, combine_members({m: stack[m]}, default_ensemble([m]), prior)[0]) for m in names}
+    levels = [row for result in results.values() for row in result["levels"]]
     return (
         to_submission(ids, probabilities),
         pd.DataFrame(log),
         tables,
         pd.DataFrame(levels, columns=LEVEL_TABLE_COLUMNS),
     )
+
+
+STEPS = ("reading", "locating", "cropping", *MEMBERS)
+
+
+def _refuse_lost_members(members, results, stack, folder):
+    """Raise RuntimeError (on Kaggle's scoring run: print) for a member that ran and said nothing of any study."""
+    for member in _abouts(members):
+        ran = [r for r in results.values() if member in r["predictions"]]
+        if not ran or np.isfinite(stack[member]).any():
+            continue
+        reason = next((p for r in ran for p in r["problems"] if p.startswith(f"{member}:")), "no reason given")
+        message = f"{member} failed in each of {len(ran)} readable studies ({reason})"
+        if not os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
+            for study_id in results:  # what failed for this reason must not be found as finished work
+                (folder / f"{study_id}.json").unlink(missing_ok=True)
+            raise RuntimeError(message)
+        print(message)

@@ -124,7 +124,17 @@ def fingerprint(path):
 
 
 # What may differ between two runs of the same work.
-PARAMETERS_WITHOUT_EFFECT = ("OUT", "WORKERS", "THREADS", "DEVICE")
+PARAMETERS_WITHOUT_EFFECT = (
+    "OUT",
+    "WORKERS",
+    "THREADS",
+    "DEVICE",
+    "PROCESSES",
+    "READERS",
+    "BATCH_STUDIES",
+    "HOURS",
+    "RESERVE",
+)
 
 
 @dataclass
@@ -404,6 +414,7 @@ DEMO = {
         "EXTENT_MM": [44.0, 72.0, 72.0],
         "EPOCHS": 14,
         "BATCH": 8,
+        "ACCUMULATE": 1,
         "LEARNING_RATE": 2.0e-3,
         "DROPOUT": 0.2,
         "EMA": 0.98,
@@ -415,6 +426,7 @@ DEMO = {
         "EXTENT_MM": [230.0, 80.0, 130.0],
         "EPOCHS": 24,
         "BATCH": 4,
+        "ACCUMULATE": 1,
         "LEARNING_RATE": 3.0e-3,
         "DROPOUT": 0.2,
         "EMA": 0.95,
@@ -422,7 +434,17 @@ DEMO = {
     },
 }
 # On top of DEMO: for some 300 studies, so that the phantom's real frequencies show enough disease.
-HOUR = {}
+HOUR = {
+    "04_train_vit_level": {
+        "SHAPE": [32, 48, 64],
+        "EXTENT_MM": [40.0, 64.0, 48.0],
+        "EPOCHS": 10,
+        "BATCH": 16,
+        "LEARNING_RATE": 3.0e-3,
+    },
+    "04_train_vit_study": {"EPOCHS": 16, "BATCH": 8},
+    "03_train_yolo": {"EPOCHS": 5},
+}
 # On top of DEMO: everything once, as fast as it goes. The scores mean nothing.
 SMOKE = {
     "01_preprocess": {"YOLO_IMGSZ": 128},

@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from .dicom import load_study
+from .ensemble import choose_views
 from .geometry import boxes_from_table
 from .names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS, progress, write_json
 
 # A detector's classes are the three severities and nothing else. One sagittal slice cannot show its side and one
 # axial slice barely shows its level, so both come from patient coordinates. It also makes a horizontal flip of an
 # axial slice harmless: no class name carries a side.
+#
+# SCHEMES' second is there for comparison: whole slices, and a class for each condition, level and severity.
+SCHEMES = ("severity", "original")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,24 @@ class YoloView:
 
 
 SAGITTAL_FIELD_MM = 208.0  # holds the five discs with a vertebra's margin
+
+# Test-time views that may pay, the plain one first; what each is worth is measured on held-out studies
+# (choose_detector_views). shift_px (down, right) moves the patch against the network's grid of cells, which is 8 px
+# fine; zoom enlarges; mirror turns left and right round, which only axial patches look alike under, and the anchors'
+# places with them; reach multiplies YoloView.reach_mm, so that slices next to the nearest ones have a say.
+DETECTOR_VIEWS = {
+    "scs": ({}, {"reach": 1.7}, {"shift_px": [4, 4]}, {"shift_px": [-3, 3]}, {"zoom": 1.06}, {"zoom": 0.94}),
+    "nfn": ({}, {"reach": 1.7}, {"shift_px": [4, 4]}, {"shift_px": [-3, 3]}, {"zoom": 1.06}, {"zoom": 0.94}),
+    "ss": (
+        {},
+        {"mirror": True},
+        {"reach": 1.7},
+        {"shift_px": [4, 4]},
+        {"shift_px": [-3, 3], "mirror": True},
+        {"zoom": 1.06},
+        {"zoom": 0.94, "mirror": True},
+    ),
+}
 
 # fit_point_offsets replaces point_mm by what the training labels say.
 YOLO_VIEWS = {
@@ -79,6 +101,12 @@ YOLO_SETTINGS = {
     "patience": 0,
 }
 
+ORIGINAL_BOX_PX = 20.0  # side of the original scheme's boxes on images of ORIGINAL_IMGSZ px
+ORIGINAL_IMGSZ = 384
+# ultralytics' usual flip, which the original scheme left on. It is wrong there: the picture changes sides, the class
+# names do not, so that half of all axial examples teach the other side. Kept, because this is what is compared.
+ORIGINAL_SETTINGS = {"fliplr": 0.5}
+
 
 def yolo_shape_px(view, imgsz):
     """Shape of a detector's patches: ((rows, columns) in px, multiples of 32; mm per px).
@@ -92,13 +120,14 @@ def yolo_shape_px(view, imgsz):
     return tuple(int(32 * np.ceil(side / mm_per_px / 32 - 1e-6)) for side in view.field_mm), mm_per_px
 
 
-def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px):
+def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px, shift_px=(0, 0)):
     """Cut an 8-bit patch with square pixels from one slice, turned so that rows run to the feet (sagittal) or to the
     back (axial) and columns to the back (sagittal) or to the patient's left (axial), however the series is stored.
 
     volume: Volume in the normalised scale (0 = 0.5th, 1 = 99.5th percentile). center_lps_mm: (3,), the point put in
-    the middle of the patch. Returns (patch (rows, columns) uint8, to_slice (3, 3)): to_slice maps homogeneous patch
-    px (x, y, 1) to (column, row, 1) of the slice. Outside the slice the patch is 0.
+    the middle of the patch; shift_px: (down, right), by which the patch is cut aside of it.
+    Returns (patch (rows, columns) uint8, to_slice (3, 3)): to_slice maps homogeneous patch px (x, y, 1) to (column,
+    row, 1) of the slice. Outside the slice the patch is 0.
     """
     step_row, step_column = volume.affine[:3, 1], volume.affine[:3, 2]
     down, right = (
@@ -122,7 +151,8 @@ def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px):
         to_slice = to_slice @ np.array([[-1.0, 0, new[1] - 1], [0, 1, 0], [0, 0, 1]])
     _, row, column = volume.lps_to_voxel(np.asarray(center_lps_mm, dtype=np.float64))
     middle = np.linalg.inv(to_slice) @ np.array([column, row, 1.0])
-    x0, y0 = (int(round(middle[0] - (shape_px[1] - 1) / 2)), int(round(middle[1] - (shape_px[0] - 1) / 2)))
+    x0 = int(round(middle[0] - (shape_px[1] - 1) / 2)) + int(shift_px[1])
+    y0 = int(round(middle[1] - (shape_px[0] - 1) / 2)) + int(shift_px[0])
     patch = np.zeros(shape_px, dtype=np.float32)
     top, bottom = max(y0, 0), min(y0 + shape_px[0], new[0])
     left, right_end = max(x0, 0), min(x0 + shape_px[1], new[1])
@@ -130,6 +160,30 @@ def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px):
         patch[top - y0 : bottom - y0, left - x0 : right_end - x0] = image[top:bottom, left:right_end]
     to_slice = to_slice @ np.array([[1.0, 0, x0], [0, 1, y0], [0, 0, 1]])
     return (np.clip(patch, 0, 1) * 255 + 0.5).astype(np.uint8), to_slice
+
+
+def letterbox_slice(volume, index, imgsz):
+    """A whole slice as stored, in 8 bits, its longer side imgsz px, padded with ultralytics' grey to a square.
+
+    volume: Volume in the normalised scale. Returns (image (imgsz, imgsz) uint8, to_slice (3, 3)), see slice_patch.
+    """
+    height, width = volume.array.shape[1:]
+    new = [max(1, round(side * imgsz / max(height, width))) for side in (height, width)]
+    slice_ = torch.from_numpy(np.asarray(volume.array[index], dtype=np.float32))[None, None]
+    slice_ = F.interpolate(slice_, size=new, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
+    image = np.full((imgsz, imgsz), 114, np.uint8)
+    top, left = (imgsz - new[0]) // 2, (imgsz - new[1]) // 2
+    image[top : top + new[0], left : left + new[1]] = (np.clip(slice_, 0, 1) * 255 + 0.5).astype(np.uint8)
+    scale_x, scale_y = width / new[1], height / new[0]
+    to_slice = [[scale_x, 0, (0.5 - left) * scale_x - 0.5], [0, scale_y, (0.5 - top) * scale_y - 0.5], [0, 0, 1]]
+    return image, np.array(to_slice)
+
+
+def original_names(condition):
+    """The original scheme's classes of a detector: a name for each condition, level and severity, in this order."""
+    return [
+        f"{CONDITIONS[c]}_{level}_{grade}" for c in DETECTORS[condition][1] for level in LEVELS for grade in SEVERITIES
+    ]
 
 
 def yolo_examples(coordinates, study_ids, grades, condition):
@@ -178,42 +232,95 @@ def _near_slices(volume, index, reach_mm):
     return np.flatnonzero((away <= reach_mm) | (np.arange(n) == index))
 
 
-def write_yolo_dataset(out_dir, condition, volumes_dir, coordinates, study_ids, grades, folds, imgsz=384, view=None):
+def _severity_images(study, here, view, shape_px, mm_per_px):
+    """Patches of one study's labelled slices, and of those within the labels' reach.
+
+    here: of _locate_examples. Yields (volume, slice, patch, rows of `here` that it shows, class of each, (n, 2) px).
+    """
+    xyz = here[["x_mm", "y_mm", "z_mm"]].to_numpy()
+    # Middle of the canal: left and right points of a level averaged, so that one-sided slices stay centred.
+    midline = here.groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().to_numpy()
+    shown = {}
+    for row, (v, k) in enumerate(zip(here["volume"], here["slice"])):
+        for near in _near_slices(study.volumes[v], k, view.label_reach_mm):
+            shown.setdefault((v, near), []).append(row)
+    for (v, k), rows in shown.items():
+        volume = study.volumes[v]
+        center = midline.mean(axis=0)
+        if volume.plane == "axial":
+            own = np.unique(here["level"].to_numpy()[rows])
+            center = here[here["level"].isin(own)].groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().mean()
+        patch, to_slice = slice_patch(volume, k, center, shape_px, mm_per_px)
+        voxels = volume.lps_to_voxel(xyz[rows])
+        xy = (np.linalg.inv(to_slice) @ np.c_[voxels[:, 2], voxels[:, 1], np.ones(len(rows))].T).T[:, :2]
+        yield volume, k, patch, here["grade"].to_numpy()[rows], xy
+
+
+def _original_images(study, here, condition, imgsz):
+    """The labelled slices themselves, whole. Yields as _severity_images does."""
+    first = DETECTORS[condition][1][0]
+    for (v, k), rows in here.groupby(["volume", "slice"]):
+        image, to_slice = letterbox_slice(study.volumes[v], k, imgsz)
+        xy = (np.linalg.inv(to_slice) @ np.c_[rows[["x_px", "y_px"]], np.ones(len(rows))].T).T[:, :2]
+        cell = (rows["condition"].to_numpy() - first) * len(LEVELS) + rows["level"].to_numpy()
+        yield study.volumes[v], k, image, cell * len(SEVERITIES) + rows["grade"].to_numpy(), xy
+
+
+def write_yolo_dataset(
+    out_dir,
+    condition,
+    volumes_dir,
+    coordinates,
+    study_ids,
+    grades,
+    folds,
+    imgsz=384,
+    view=None,
+    scheme="severity",
+):
     """Write one detector's data set in YOLO's folder layout.
 
-    out_dir gets images/*.png (8-bit grey, square pixels, all of one shape), labels/*.txt (class xc yc w h, relative;
-    class = severity), points.csv (every label point in LPS mm), train_<fold>.txt and val_<fold>.txt (paths relative
-    to the list: the folder can be moved), and dataset.json, written last.
+    out_dir gets images/*.png (8-bit grey, all of one shape), labels/*.txt (class xc yc w h, relative), points.csv
+    (every label point in LPS mm), train_<fold>.txt and val_<fold>.txt (paths relative to the list: the folder can be
+    moved), and dataset.json, written last.
 
     condition: a key of DETECTORS. volumes_dir: folder of <study_id>.safetensors (save_study). coordinates: table of
-    read_coordinates. study_ids, grades: of labels_to_array. folds: table study_id, fold. imgsz: see yolo_shape_px.
-    view: a YoloView, by default YOLO_VIEWS[condition].
+    read_coordinates. study_ids, grades: of labels_to_array. folds: table study_id, fold.
+    scheme: "severity": patches with square millimetres of the labelled slices and their neighbours, class = severity,
+    see YoloView; imgsz as in yolo_shape_px; view: a YoloView, by default YOLO_VIEWS[condition]. "original": the
+    labelled slices alone, whole, imgsz px square, classes of original_names, boxes of ORIGINAL_BOX_PX at 384 px.
     A finished folder with the same settings is left alone. Returns the content of dataset.json.
     Raises FileNotFoundError when a study has no volume file, ValueError when nothing could be labelled.
     """
     from PIL import Image
 
-    view = view or YOLO_VIEWS[condition]
-    shape_px, mm_per_px = yolo_shape_px(view, imgsz)
+    if scheme not in SCHEMES:
+        raise ValueError(f"SCHEME must be one of {', '.join(SCHEMES)}, not {scheme!r}")
     out_dir, volumes_dir = Path(out_dir), Path(volumes_dir)
     points = yolo_examples(coordinates, study_ids, grades, condition)
     fold_of = dict(zip(folds["study_id"].astype(int), folds["fold"].astype(int)))
     points = points[points["study_id"].isin(fold_of)]
-    settings = {
+    view = view or YOLO_VIEWS[condition]
+    if scheme == "original":
+        shape_px, mm_per_px, side_px = (imgsz, imgsz), None, ORIGINAL_BOX_PX * imgsz / ORIGINAL_IMGSZ
+        own = {"names": original_names(condition), "box_px": side_px}
+    else:
+        shape_px, mm_per_px = yolo_shape_px(view, imgsz)
+        side_px = view.box_mm / mm_per_px
+        own = {"names": list(SEVERITIES), "box_mm": view.box_mm, "label_reach_mm": view.label_reach_mm}
+    settings = own | {
         "condition": condition,
-        "names": list(SEVERITIES),
+        "scheme": scheme,
         "imgsz": max(shape_px),
         "shape_px": list(shape_px),
         "mm_per_px": mm_per_px,
-        "box_mm": view.box_mm,
-        "label_reach_mm": view.label_reach_mm,
         "points": len(points),
         "folds": sorted(set(fold_of.values())),
         "studies": len(fold_of),
     }
     done = out_dir / "dataset.json"
     if done.exists():
-        old = json.loads(done.read_text())
+        old = {"scheme": "severity"} | json.loads(done.read_text())
         if all(old.get(key) == value for key, value in settings.items()):
             return old
     for name in ("images", "labels"):
@@ -222,7 +329,6 @@ def write_yolo_dataset(out_dir, condition, volumes_dir, coordinates, study_ids, 
     done.unlink(missing_ok=True)
     lists = {fold: {"train": [], "val": []} for fold in settings["folds"]}
     located, outside, unlabelled = [], 0, 0
-    side_px = view.box_mm / mm_per_px
     for study_id, of_study in progress(points.groupby("study_id"), f"yolo {condition}", points["study_id"].nunique()):
         path = volumes_dir / f"{study_id}.safetensors"
         if not path.exists():
@@ -233,35 +339,20 @@ def write_yolo_dataset(out_dir, condition, volumes_dir, coordinates, study_ids, 
         if here.empty:
             continue
         located.append(here)
-        xyz = here[["x_mm", "y_mm", "z_mm"]].to_numpy()
-        # Middle of the canal: left and right points of a level averaged, so that one-sided slices stay centred.
-        midline = here.groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().to_numpy()
-        shown = {}
-        for row, (v, k) in enumerate(zip(here["volume"], here["slice"])):
-            for near in _near_slices(study.volumes[v], k, view.label_reach_mm):
-                shown.setdefault((v, near), []).append(row)
-        for (v, k), rows in shown.items():
-            volume = study.volumes[v]
-            center = midline.mean(axis=0)
-            if volume.plane == "axial":
-                own = np.unique(here["level"].to_numpy()[rows])
-                center = here[here["level"].isin(own)].groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().mean()
-            patch, to_slice = slice_patch(volume, k, center, shape_px, mm_per_px)
-            voxels = volume.lps_to_voxel(xyz[rows])
-            xy = (np.linalg.inv(to_slice) @ np.c_[voxels[:, 2], voxels[:, 1], np.ones(len(rows))].T).T[:, :2]
+        images = (
+            _original_images(study, here, condition, imgsz)
+            if scheme == "original"
+            else _severity_images(study, here, view, shape_px, mm_per_px)
+        )
+        for volume, k, image, classes, xy in images:
             inside = ((xy >= 0) & (xy <= np.array(shape_px[::-1]) - 1)).all(axis=1)
             outside += int((~inside).sum())
             if not inside.any():
                 continue
             name = f"{study_id}_{volume.series_id}_{volume.block}_{int(volume.instance_numbers[k])}"
-            Image.fromarray(patch).save(out_dir / "images" / f"{name}.png")
-            lines = []
-            for (x, y), grade in zip(xy[inside], here["grade"].to_numpy()[rows][inside]):
-                low = np.maximum([x + 0.5 - side_px / 2, y + 0.5 - side_px / 2], 0)
-                high = np.minimum([x + 0.5 + side_px / 2, y + 0.5 + side_px / 2], shape_px[::-1])
-                box = np.r_[(low + high) / 2, high - low] / np.r_[shape_px[::-1], shape_px[::-1]]
-                lines.append(f"{grade} " + " ".join(f"{value:.6f}" for value in box))
-            (out_dir / "labels" / f"{name}.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+            Image.fromarray(image).save(out_dir / "images" / f"{name}.png")
+            lines = _label_lines(classes[inside], xy[inside], side_px, shape_px)
+            (out_dir / "labels" / f"{name}.txt").write_text("\n".join(lines) + "\n")
             for fold in lists:
                 lists[fold]["val" if fold_of[int(study_id)] == fold else "train"].append(f"./images/{name}.png")
     if not located:
@@ -280,6 +371,17 @@ def write_yolo_dataset(out_dir, condition, volumes_dir, coordinates, study_ids, 
     }
     write_json(done, result)
     return result
+
+
+def _label_lines(classes, xy, side_px, shape_px):
+    """Lines of YOLO's label file: squares of side_px around the points xy (n, 2), cut at the image's border."""
+    lines = []
+    for cls, (x, y) in zip(classes, xy):
+        low = np.maximum([x + 0.5 - side_px / 2, y + 0.5 - side_px / 2], 0)
+        high = np.minimum([x + 0.5 + side_px / 2, y + 0.5 + side_px / 2], shape_px[::-1])
+        box = np.r_[(low + high) / 2, high - low] / np.r_[shape_px[::-1], shape_px[::-1]]
+        lines.append(f"{cls} " + " ".join(f"{value:.6f}" for value in box))
+    return list(dict.fromkeys(lines))
 
 
 def fit_point_offsets(points, boxes):
@@ -339,38 +441,6 @@ def prepare_ultralytics(config_dir):
     return ultralytics
 
 
-def _yolo_trainer_class():
-    """DetectionTrainer whose data sets are never padded beyond the patch.
-
-    ultralytics' own validation loader adds half a stride of border (rect, pad 0.5): on patches that already fill the
-    network's input this changes the picture and hides most of the true mAP.
-    """
-    from ultralytics.data.dataset import YOLODataset
-    from ultralytics.models.yolo.detect import DetectionTrainer
-
-    class PatchTrainer(DetectionTrainer):
-        def build_dataset(self, img_path, mode="train", batch=None):
-            return YOLODataset(
-                img_path=img_path,
-                imgsz=self.args.imgsz,
-                batch_size=batch,
-                augment=mode == "train",
-                hyp=self.args,
-                rect=self.args.rect,
-                cache=self.args.cache or None,
-                single_cls=False,
-                stride=32,
-                pad=0.0,
-                prefix=f"{mode}: ",
-                task="detect",
-                classes=None,
-                data=self.data,
-                fraction=1.0,
-            )
-
-    return PatchTrainer
-
-
 def _yolo_model_yaml(model, width, folder):
     """Path of the model description. width None: ultralytics' own file `model`; else a copy of it with that width
     factor (a slimmer network for a CPU)."""
@@ -391,6 +461,15 @@ def _yolo_model_yaml(model, width, folder):
     path = Path(folder) / Path(model).name
     YAML.save(path, description)
     return str(path)
+
+
+def yolo_device(device, batch):
+    """ultralytics' name of a device: "cpu", or numbers of GPUs, "0" or "0,1". None or "auto": all GPUs, if there are
+    any, as far as each gets an image of the batch. With several, ultralytics starts a process for each, which takes its
+    share of the batch."""
+    if device in (None, "auto", "cuda"):
+        return ",".join(map(str, range(min(torch.cuda.device_count(), int(batch))))) or "cpu"
+    return str(device)
 
 
 def train_yolo(
@@ -415,12 +494,12 @@ def train_yolo(
     dataset_dir: of write_yolo_dataset. model: name of an ultralytics description; width: other width factor (None =
     the description's). initial_weights: a file of this function to start from (shapes that differ are skipped).
     point_offsets: result of fit_point_offsets, prior: (5, 5, 3) of class_prior; both are kept with the weights.
-    settings: changes to YOLO_SETTINGS (ultralytics' names). device: "cpu", "0", ...; "auto" = the first GPU, if any.
+    settings: changes to YOLO_SETTINGS (ultralytics' names). device: of yolo_device.
 
-    A killed run continues with its last finished epoch when called again with the same arguments; a finished one
-    returns at once. What is shipped are the averaged (EMA) weights of the last epoch: mAP on a handful of validation
-    studies is no good guide to log loss. Checkpoints under out_dir/run_<condition>_<fold> are ultralytics' pickles,
-    written and read here only. Returns the path of the weights.
+    A killed run continues with its last finished epoch when called again with the same arguments, and ends as it would
+    have ended (see PatchTrainer); a finished one returns at once. What is shipped are the averaged (EMA) weights of the
+    last epoch: mAP on a handful of validation studies is no good guide to log loss. Checkpoints under
+    out_dir/run_<condition>_<fold> are pickles, written and read here only. Returns the path of the weights.
     Raises FileNotFoundError without a data set or an empty training list.
     """
     dataset_dir, out_dir = Path(dataset_dir).resolve(), Path(out_dir).resolve()
@@ -433,9 +512,9 @@ def train_yolo(
         listing = dataset_dir / f"{part}_{fold}.txt"
         if not listing.exists() or not listing.read_text().strip():
             raise FileNotFoundError(f"{listing}: no images in this list; folds of the data set: {info['folds']}")
-    if device in (None, "auto", "cuda"):
-        device = "0" if torch.cuda.is_available() else "cpu"
-    chosen = YOLO_SETTINGS | (settings or {})
+    device = yolo_device(device, batch)
+    scheme = info.get("scheme", "severity")
+    chosen = YOLO_SETTINGS | (ORIGINAL_SETTINGS if scheme == "original" else {}) | (settings or {})
     arguments = {
         "dataset": info,
         "fold": int(fold),
@@ -453,34 +532,38 @@ def train_yolo(
     out_dir.mkdir(parents=True, exist_ok=True)
     prepare_ultralytics(out_dir / "ultralytics")
     run = out_dir / f"run_{condition}_{fold}"
-    state_file, last = run / "arguments.json", run / "weights" / "last.pt"
+    # Not in the run's own folder: ultralytics empties that before it starts processes for several GPUs.
+    setup = out_dir / f"setup_{condition}_{fold}"
+    state_file, last = setup / "arguments.json", run / "weights" / "last.pt"
     if not state_file.exists() or json.loads(state_file.read_text()) != json.loads(json.dumps(arguments)):
         shutil.rmtree(run, ignore_errors=True)
-        run.mkdir(parents=True)
+        setup.mkdir(exist_ok=True)
         state_file.write_text(json.dumps(arguments))
     # Absolute paths are written here, not with the data set, so that a moved data set still trains.
-    data_yaml = run / f"data_{fold}.yaml"
+    data_yaml = setup / f"data_{fold}.yaml"
     data_yaml.write_text(
         json.dumps(
             {
                 "path": str(dataset_dir),
                 "train": str(dataset_dir / f"train_{fold}.txt"),
                 "val": str(dataset_dir / f"val_{fold}.txt"),
-                "nc": len(SEVERITIES),
+                "nc": len(info["names"]),
                 "channels": 1,
-                "names": dict(enumerate(SEVERITIES)),
+                "names": dict(enumerate(info["names"])),
+                "initial_weights": arguments["initial_weights"] and str(Path(initial_weights).resolve()),
+                "title": f"yolo {condition} fold {fold}",
             }
         )
     )
-    reached = -2
+    reached = -1
     if last.exists():
         # ultralytics' own checkpoint, a pickle; an earlier start of this run wrote it.
         reached = torch.load(last, map_location="cpu", weights_only=False)["epoch"]
-    if reached != -1:  # ultralytics marks a finished run's checkpoint with epoch -1
+    if reached + 1 < int(epochs):
         overrides = {
             "task": "detect",
             "mode": "train",
-            "model": _yolo_model_yaml(model, width, run),
+            "model": _yolo_model_yaml(model, width, setup),
             "data": str(data_yaml),
             "imgsz": info["imgsz"],
             "epochs": int(epochs),
@@ -490,7 +573,6 @@ def train_yolo(
             "device": device,
             "workers": 0 if device == "cpu" else workers,
             "cache": "ram",
-            "rect": True,
             "amp": device != "cpu",
             "pretrained": False,
             "plots": False,
@@ -503,16 +585,9 @@ def train_yolo(
         }
         if reached >= 0:
             overrides["resume"] = str(last)
-        trainer = _yolo_trainer_class()(overrides=overrides)
-        if initial_weights is not None and reached < 0:
-            trainer.add_callback("on_pretrain_routine_end", lambda t: _start_from(t, initial_weights))
-        bar = progress(
-            range(int(epochs) - max(reached + 1, 0)), f"yolo {condition} fold {fold}", int(epochs) - max(reached + 1, 0)
-        )
-        steps = iter(bar)
-        trainer.add_callback("on_train_epoch_start", lambda t: next(steps, None))
-        trainer.train()
-        next(steps, None)
+        from .yolo_trainer import PatchTrainer
+
+        PatchTrainer(overrides=overrides).train()
     # ultralytics' checkpoint is a pickle of the whole model; this run wrote it itself.
     checkpoint = torch.load(last, map_location="cpu", weights_only=False)
     network = checkpoint.get("ema") or checkpoint["model"]
@@ -520,33 +595,23 @@ def train_yolo(
         "kind": "yolo",
         "condition": condition,
         "fold": int(fold),
-        "cfg": network.yaml,
-        "names": list(SEVERITIES),
+        "cfg": {key: value for key, value in network.yaml.items() if key != "yaml_file"},  # a path of this machine
+        "scheme": scheme,
+        "names": info["names"],
         "channels": 1,
         "shape_px": info["shape_px"],
         "mm_per_px": info["mm_per_px"],
         "imgsz": info["imgsz"],
-        "box_mm": info["box_mm"],
         "point_offsets": point_offsets,
         "prior": None if prior is None else np.asarray(prior).tolist(),
         "calibration": None,
+        "views": [{}],
         "arguments": arguments,
         "licence": "AGPL-3.0 (ultralytics)",
     }
     _write_yolo(weights, network.state_dict(), metadata)
     shutil.rmtree(run / "weights")  # what is kept and shared is no pickle
     return weights
-
-
-def _start_from(trainer, path):
-    """Copy the tensors of a weights file that fit into a trainer's network and its average."""
-    from safetensors.torch import load_file
-
-    given = load_file(str(path))
-    for module in (trainer.model, trainer.ema.ema):
-        own = module.state_dict()
-        fitting = {k: v.to(own[k].dtype) for k, v in given.items() if k in own and own[k].shape == v.shape}
-        module.load_state_dict(own | fitting)
 
 
 def _write_yolo(path, state, metadata):
@@ -570,12 +635,13 @@ def _read_yolo_metadata(path):
     return json.loads(text)
 
 
-def store_yolo_calibration(path, calibration):
-    """Put a calibration (of fit_yolo_calibration) into a weights file of train_yolo."""
+def store_yolo_calibration(path, calibration, views=({},)):
+    """Put a calibration (of fit_yolo_calibration), and the views whose mean scores it is for, into a weights file of
+    train_yolo."""
     from safetensors.torch import load_file
 
     metadata = _read_yolo_metadata(path)
-    changed = json.loads(json.dumps(metadata | {"calibration": calibration}))
+    changed = json.loads(json.dumps(metadata | {"calibration": calibration, "views": list(views)}))
     if changed != metadata:
         _write_yolo(path, load_file(str(path)), changed)
 
@@ -590,6 +656,11 @@ class YoloDetector:
     @property
     def condition(self):
         return self.about["condition"]
+
+    @property
+    def original(self):
+        """True of a detector that was trained in the original scheme."""
+        return self.about.get("scheme") == "original"
 
     @property
     def view(self):
@@ -623,40 +694,52 @@ def load_yolo(path, device="cpu", config_dir=None):
     return YoloDetector(net.to(device).eval(), meta)
 
 
-def dense_scores(detector, patches, batch=16):
-    """Class scores of every anchor, without threshold or NMS.
-
-    patches: (n, rows, columns) uint8. Returns (scores (n, anchors, 3) float32 in 0..1, centers_px (anchors, 2): x, y
-    of the anchors' cells in patch px). The mean of the one-to-one and the one-to-many head: they are trained
-    differently and their errors differ. Runs in chunks of `batch`.
-    """
-    device = next(detector.net.parameters()).device
-    rows, columns = patches.shape[1:]
+def _anchor_centers(detector, rows, columns):
+    """Centres (anchors, 2) x, y in px of the cells of an image's anchors, in the network's order."""
     centers = []
     for stride in detector.net.stride.int().tolist():
         x = (np.arange(columns // stride) + 0.5) * stride - 0.5
         y = (np.arange(rows // stride) + 0.5) * stride - 0.5
         centers.append(np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2))
-    found = []
+    return np.concatenate(centers)
+
+
+def _network_scores(detector, patches):
+    """Class scores (n, anchors, classes) float32 of patches (n, rows, columns) uint8, in one batch."""
     with torch.inference_mode():
-        for start in range(0, len(patches), batch):
-            x = torch.from_numpy(patches[start : start + batch]).to(device)[:, None].float() / 255
-            _, raw = detector.net(x)
-            heads = [raw[name]["scores"] for name in ("one2one", "one2many") if name in raw] or [raw["scores"]]
-            found.append(torch.stack([h.sigmoid() for h in heads]).mean(0).permute(0, 2, 1).float().cpu().numpy())
-    centers = np.concatenate(centers)
-    return (np.concatenate(found) if found else np.zeros((0, len(centers), 3), np.float32)), centers
+        x = torch.from_numpy(patches).to(next(detector.net.parameters()).device)[:, None].float() / 255
+        _, raw = detector.net(x)
+        heads = [raw[name]["scores"] for name in ("one2one", "one2many") if name in raw] or [raw["scores"]]
+        return torch.stack([h.sigmoid() for h in heads]).mean(0).permute(0, 2, 1).float().cpu().numpy()
 
 
-def yolo_views(detector, study, boxes):
+def dense_scores(detector, patches, batch=16):
+    """Class scores of every anchor, without threshold or NMS.
+
+    patches: (n, rows, columns) uint8. Returns (scores (n, anchors, classes) float32 in 0..1, centers_px (anchors, 2):
+    x, y of the anchors' cells in patch px). The mean of the one-to-one and the one-to-many head: they are trained
+    differently and their errors differ. Runs in chunks of `batch`.
+    """
+    centers = _anchor_centers(detector, *patches.shape[1:])
+    found = [_network_scores(detector, patches[start : start + batch]) for start in range(0, len(patches), batch)]
+    empty = np.zeros((0, len(centers), len(detector.about["names"])), np.float32)
+    return (np.concatenate(found) if found else empty), centers
+
+
+def yolo_views(detector, study, boxes, change=None):
     """The patches a detector needs to judge a study, and what each is for.
 
-    boxes: five LevelBox in the order of LEVELS. Returns (patches (n, rows, columns) uint8, views): views is a list of
-    dicts volume (index in study.volumes), slice, to_slice (3, 3), targets: list of (level, side, expected point LPS
-    (3,), distance of the slice from it in mm). One patch serves all targets of a sagittal slice; an axial slice is
-    cut once for every level it may show.
+    boxes: five LevelBox in the order of LEVELS; change: a dict as in DETECTOR_VIEWS, by default none. Returns
+    (patches (n, rows, columns) uint8, views): views is a list of dicts volume (index in study.volumes), slice,
+    to_slice (3, 3), reach_mm, targets: list of (level, side, expected point LPS (3,), distance of the slice from it in
+    mm). One patch serves all targets of a sagittal slice; an axial slice is cut once for every level it may show.
     """
-    view = detector.view
+    view, change = detector.view, change or {}
+    unknown = set(change) - {"shift_px", "zoom", "mirror", "reach"}
+    if unknown:
+        raise ValueError(f"a detector's view has no {', '.join(sorted(unknown))}")
+    mm_per_px = detector.about["mm_per_px"] / change.get("zoom", 1.0)
+    shift_px = np.asarray(change.get("shift_px", (0, 0)))
     description, conditions = DETECTORS[detector.condition]
     expected = np.zeros((len(LEVELS), len(conditions), 3))
     for level, box in enumerate(boxes):
@@ -676,7 +759,7 @@ def yolo_views(detector, study, boxes):
                 slice_, row, column = volume.lps_to_voxel(expected[level, side])
                 away = np.abs(np.arange(n) - slice_) * volume.spacing_mm[0]
                 # A stack with gaps wider than the reach still shows the level in its nearest slice.
-                reach = max(view.reach_mm, 0.51 * volume.spacing_mm[0])
+                reach = max(view.reach_mm * change.get("reach", 1.0), 0.51 * volume.spacing_mm[0])
                 if not (0 <= row < height and 0 <= column < width):
                     continue
                 for k in np.flatnonzero(away <= reach):
@@ -684,44 +767,128 @@ def yolo_views(detector, study, boxes):
                     wanted.setdefault(key, []).append((level, side, expected[level, side], float(away[k])))
         for (k, level), targets in sorted(wanted.items()):
             center = expected.mean(axis=(0, 1)) if level < 0 else expected[level].mean(axis=0)
-            patch, to_slice = slice_patch(volume, k, center, shape_px, detector.about["mm_per_px"])
+            patch, to_slice = slice_patch(volume, k, center, shape_px, mm_per_px, shift_px)
+            if change.get("mirror"):
+                patch = patch[:, ::-1]
+                to_slice = to_slice @ np.array([[-1.0, 0, shape_px[1] - 1], [0, 1, 0], [0, 0, 1]])
             patches.append(patch)
-            views.append({"volume": v, "slice": k, "to_slice": to_slice, "targets": targets})
+            reach_mm = view.reach_mm * change.get("reach", 1.0)
+            views.append({"volume": v, "slice": k, "to_slice": to_slice, "targets": targets, "reach_mm": reach_mm})
     return (np.stack(patches) if patches else np.zeros((0, *shape_px), np.uint8)), views
 
 
-def yolo_scores(detector, study, boxes, batch=16):
-    """Raw severity scores of one study: (5 levels, sides, 3 severities) float64, NaN where no slice shows a level.
+def _study_patches(detector, study, boxes, views):
+    """One study's patches under each view: list of (number of the view, patch (rows, columns) uint8, its use)."""
+    if not detector.original:
+        return [
+            (number, patch, seen)
+            for number, change in enumerate(views)
+            for patch, seen in zip(*yolo_views(detector, study, boxes, change), strict=True)
+        ]
+    description, imgsz = DETECTORS[detector.condition][0], detector.about["imgsz"]
+    own = [volume for volume in study.volumes if volume.description == description]
+    return [(0, letterbox_slice(volume, k, imgsz)[0], None) for volume in own for k in range(len(volume.array))]
+
+
+def _add_severity_scores(detector, study, seen, scores, centers, total, weight):
+    """Add what one patch says of its targets to total (5, sides, 3) and weight (5, sides, 1)."""
+    view, volume = detector.view, study.volumes[seen["volume"]]
+    columns_rows = (seen["to_slice"] @ np.c_[centers, np.ones(len(centers))].T).T
+    at_lps = volume.voxel_to_lps(np.c_[np.full(len(centers), seen["slice"]), columns_rows[:, 1], columns_rows[:, 0]])
+    normal = volume.affine[:3, 0] / np.linalg.norm(volume.affine[:3, 0])
+    for level, side, point, away in seen["targets"]:
+        offset = at_lps - point
+        offset -= (offset @ normal)[:, None] * normal
+        distance = np.linalg.norm(offset, axis=1)
+        gate = np.where(distance <= view.gate_mm, np.exp(-0.5 * (2 * distance / view.gate_mm) ** 2), 0)
+        near = np.exp(-0.5 * (away / max(seen["reach_mm"] / 2, 1e-6)) ** 2)
+        total[level, side] += near * (gate[:, None] * scores).sum(axis=0)
+        weight[level, side] += near
+
+
+def _pooled_scores(detector, studies, patches, views, batch):
+    """Raw scores of studies from their patches (of _study_patches), all in common batches: list of arrays as in
+    yolo_scores."""
+    shape = (len(views), len(LEVELS), len(DETECTORS[detector.condition][1]), len(SEVERITIES))
+    total, weight = np.zeros((len(studies), *shape)), np.zeros((len(studies), *shape[:3], 1))
+    queue = [(n, *item) for n, own in enumerate(patches) for item in own]
+    centers = _anchor_centers(detector, *detector.about["shape_px"])
+    for start in range(0, len(queue), batch):
+        chunk = queue[start : start + batch]
+        for (n, view, _, seen), scores in zip(chunk, _network_scores(detector, np.stack([item[2] for item in chunk]))):
+            if detector.original:
+                best = scores.max(axis=0).reshape(shape[2], shape[1], shape[3]).transpose(1, 0, 2)
+                total[n, view], weight[n, view] = np.maximum(total[n, view], best), 1
+            else:
+                _add_severity_scores(detector, studies[n], seen, scores, centers, total[n, view], weight[n, view])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return list(np.where(weight > 0, total / weight, np.nan))
+
+
+def yolo_scores(detector, studies, boxes, views=({},), batch=16):
+    """Raw severity scores of studies under each view: list of (views, 5 levels, sides, 3 severities) float64, NaN where
+    no slice shows a level. An entry is the Exception instead where that study failed; the others are not harmed.
 
     Every anchor of every slice within reach of a level counts, weighted by a Gaussian of its in-slice distance from
     the place where the condition's points lie at that level (patient mm, so side and level follow from geometry).
     Per slice and class the weighted scores are summed; slices are averaged with a Gaussian weight of their distance.
-    Sides are in the order of DETECTORS[condition]: canal one, else left and right. boxes: five LevelBox.
+    A detector of the original scheme gives the best score of each class over all anchors and slices: no geometry.
+    Sides are in the order of DETECTORS[condition]: canal one, else left and right. boxes: five LevelBox a study (the
+    original scheme needs none: None). The network sees the patches of all studies in common batches of `batch`.
     """
-    conditions = DETECTORS[detector.condition][1]
-    view = detector.view
-    patches, views = yolo_views(detector, study, boxes)
-    scores, centers = dense_scores(detector, patches, batch)
-    total = np.zeros((len(LEVELS), len(conditions), len(SEVERITIES)))
-    weight = np.zeros((len(LEVELS), len(conditions), 1))
-    homogeneous = np.c_[centers, np.ones(len(centers))]
-    for patch_scores, seen in zip(scores, views):
-        volume = study.volumes[seen["volume"]]
-        columns_rows = (seen["to_slice"] @ homogeneous.T).T
-        at_lps = volume.voxel_to_lps(
-            np.c_[np.full(len(centers), seen["slice"]), columns_rows[:, 1], columns_rows[:, 0]]
-        )
-        normal = volume.affine[:3, 0] / np.linalg.norm(volume.affine[:3, 0])
-        for level, side, point, away in seen["targets"]:
-            offset = at_lps - point
-            offset -= (offset @ normal)[:, None] * normal
-            distance = np.linalg.norm(offset, axis=1)
-            gate = np.where(distance <= view.gate_mm, np.exp(-0.5 * (2 * distance / view.gate_mm) ** 2), 0)
-            near = np.exp(-0.5 * (away / max(view.reach_mm / 2, 1e-6)) ** 2)
-            total[level, side] += near * (gate[:, None] * patch_scores).sum(axis=0)
-            weight[level, side] += near
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(weight > 0, total / weight, np.nan)
+    views = [{}] if detector.original else list(views)
+    result = []
+    for study, own in zip(studies, boxes, strict=True):
+        try:
+            result.append(_study_patches(detector, study, own, views))
+        except Exception as error:
+            result.append(error)
+    good = [n for n, patches in enumerate(result) if not isinstance(patches, Exception)]
+
+    def pooled(numbers):
+        return _pooled_scores(detector, [studies[n] for n in numbers], [result[n] for n in numbers], views, batch)
+
+    try:
+        found = pooled(good)
+    except Exception:  # whose fault it was shows one by one
+        found = []
+        for n in good:
+            try:
+                found += pooled([n])
+            except Exception as error:
+                found.append(error)
+    for n, scores in zip(good, found):
+        result[n] = scores
+    return result
+
+
+def mean_scores(scores):
+    """Geometric mean over views: scores (views, ...) -> (...), of those that say anything; NaN where none does.
+
+    A calibration's logits are linear in the log scores, so calibrating this mean is the same as averaging the log
+    probabilities of the views, each with that calibration, and normalising.
+    """
+    logs = np.log(np.clip(np.asarray(scores, dtype=np.float64), 1e-6, None))
+    there = np.isfinite(logs)
+    count = there.sum(axis=0)
+    mean = np.exp(np.where(there, logs, 0).sum(axis=0) / np.maximum(count, 1))
+    return np.where(count > 0, mean, np.nan)
+
+
+def choose_detector_views(grades, scores, condition, views):
+    """Which of a detector's test-time views pay on held-out studies. See ensemble.choose_views.
+
+    grades: (n, 5 conditions, 5 levels), -1 missing; scores: (n, views, 5 levels, sides, 3) out of fold, NaN where there
+    are none. Each view has a cross-fitted calibration of its own here: what it is worth, not how it is calibrated,
+    decides. Returns (list of views, table).
+    """
+    conditions = list(DETECTORS[condition][1])
+    own = grades[:, conditions].transpose(0, 2, 1)
+    log_p = np.full((len(views), *grades.shape, len(SEVERITIES)), np.nan)
+    for number in range(len(views)):
+        p = cross_fitted_probabilities(scores[:, number], own)
+        log_p[number, :, conditions] = np.log(p).transpose(2, 0, 1, 3)
+    return choose_views(grades, log_p, views)
 
 
 def severity_prior(grades, strength=10.0):
@@ -848,26 +1015,61 @@ def cross_fitted_probabilities(scores, grades, parts=5):
     return result
 
 
-def score_studies(detector, paths, levels, study_ids, batch=16):
-    """Raw scores of cached studies: (n, 5 levels, sides, 3), see yolo_scores.
+def original_probabilities(scores):
+    """Best confidences (..., 3) of the original scheme, normalised over the severities; 1/3 where nothing is said."""
+    scores = np.nan_to_num(np.asarray(scores, dtype=np.float64))
+    total = scores.sum(axis=-1, keepdims=True)
+    return np.where(total > 0, scores / np.where(total > 0, total, 1), 1 / len(SEVERITIES))
 
-    paths: dict study_id -> file, of study_paths; levels: table of levels.csv. A study that is not cached gives NaN.
+
+def score_studies(detector, paths, levels, study_ids, views=({},), batch=16):
+    """Raw scores of cached studies: (n, views, 5 levels, sides, 3), see yolo_scores.
+
+    paths: dict study_id -> file, of study_paths; levels: table of levels.csv (the original scheme needs none: None). A
+    study that is not cached, or fails, gives NaN; the latter is printed.
     """
     description, conditions = DETECTORS[detector.condition]
-    scores = np.full((len(study_ids), len(LEVELS), len(conditions), len(SEVERITIES)), np.nan)
-    for n, study_id in enumerate(progress(study_ids, f"scores {detector.condition}", len(study_ids))):
-        if int(study_id) in paths:
-            study = load_study(paths[int(study_id)], [description])
-            scores[n] = yolo_scores(detector, study, boxes_from_table(levels, int(study_id)), batch)
+    scores = np.full((len(study_ids), len(views), len(LEVELS), len(conditions), len(SEVERITIES)), np.nan)
+    cached = [n for n, study_id in enumerate(study_ids) if int(study_id) in paths]
+    parts = [cached[start : start + 8] for start in range(0, len(cached), 8)]  # in memory at a time
+    for part in progress(parts, f"scores {detector.condition}", len(parts)):
+        ids = [int(study_ids[n]) for n in part]
+        studies = [load_study(paths[study_id], [description]) for study_id in ids]
+        boxes = [None if levels is None else boxes_from_table(levels, study_id) for study_id in ids]
+        for n, found in zip(part, yolo_scores(detector, studies, boxes, views, batch)):
+            if isinstance(found, Exception):
+                print(f"study {study_ids[n]}: no scores of {detector.condition} ({type(found).__name__}: {found})")
+            else:
+                scores[n] = found
     return scores
 
 
-def yolo_study(detector, study, boxes):
-    """One detector's word on a study: (conditions, 5 levels, 3) probabilities with the calibration that the weights
-    carry, conditions in the order of DETECTORS; NaN rows where no slice shows a level.
+def yolo_studies(detector, studies, boxes, views=None, batch=16):
+    """One detector's word on studies: list with an entry a study, (conditions, 5 levels, 3) probabilities or the
+    Exception that this study raised, which harms no other.
+
+    Conditions are in the order of DETECTORS; rows are NaN where no slice shows a level. The calibration is the one that
+    the weights carry, and so are the views by default (a list of dicts, see DETECTOR_VIEWS). studies, boxes, batch: see
+    yolo_scores. A detector of the original scheme knows no calibration, views or boxes, and no NaN.
     """
-    p = yolo_probabilities(yolo_scores(detector, study, boxes), detector.about.get("calibration"))
-    return p.transpose(1, 0, 2)
+    views = detector.about.get("views") or [{}] if views is None else views
+    result = []
+    for scores in yolo_scores(detector, studies, boxes, views, batch):
+        if not isinstance(scores, Exception):
+            mean = mean_scores(scores)
+            calibration = detector.about.get("calibration")
+            p = original_probabilities(mean) if detector.original else yolo_probabilities(mean, calibration)
+            scores = p.transpose(1, 0, 2)
+        result.append(scores)
+    return result
+
+
+def yolo_study(detector, study, boxes):
+    """yolo_studies of a single study. Raises what it raised."""
+    (found,) = yolo_studies(detector, [study], [boxes])
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def yolo_table(study_ids, probabilities, condition):
@@ -911,7 +1113,8 @@ def plot_detections(ax, patch, scores, centers_px, box_px, truth=(), threshold=0
     """Show a patch with the strongest anchors of dense_scores and, dashed, the label boxes. Returns ax.
 
     patch: (rows, columns) uint8; scores: (anchors, 3); centers_px: (anchors, 2); box_px: side of the square drawn;
-    truth: rows (class, xc, yc, w, h) as in YOLO's label files.
+    truth: rows (class, xc, yc, w, h) as in YOLO's label files. Also (anchors, classes) of the original scheme, whose
+    classes' severity is their number modulo 3.
     """
     from matplotlib.patches import Rectangle
 
@@ -927,7 +1130,7 @@ def plot_detections(ax, patch, scores, centers_px, box_px, truth=(), threshold=0
                 fill=False,
                 ls="--",
                 lw=1.2,
-                ec=colors[int(grade)],
+                ec=colors[int(grade) % 3],
             )
         )
     best, shown = scores.max(axis=1), []
@@ -938,7 +1141,7 @@ def plot_detections(ax, patch, scores, centers_px, box_px, truth=(), threshold=0
             continue
         shown.append(anchor)
         x, y = centers_px[anchor] - box_px / 2
-        color = colors[int(scores[anchor].argmax())]
+        color = colors[int(scores[anchor].argmax()) % 3]
         ax.add_patch(Rectangle((x, y), box_px, box_px, fill=False, lw=1.2, ec=color))
         ax.text(x, y - 1, f"{best[anchor]:.2f}", color=color, fontsize=7)
     ax.set_axis_off()

@@ -1,10 +1,18 @@
-"""Cumulative logits against spacecutter, crops' views, mirroring, training and its continuation."""
+"""Cumulative logits against spacecutter, crops' views, mirroring, training and its continuation, views that pay."""
+
+import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from torch import nn
 
+import phantom
 import utils
+from lumbar import classifiers
 
 CROP = {"scope": "level", "shape": [32, 32, 32], "extent_mm": [32.0, 48.0, 64.0], "shift_mm": [0.0, 0.0, 0.0]}
 
@@ -107,6 +115,64 @@ def test_mirroring_swaps_left_and_right_conditions():
     assert (as_tensor.numpy() == mirrored).all()
 
 
+@pytest.fixture(scope="module")
+def phantom_study(tmp_path_factory):
+    """One phantom study: (study with its volumes, true level boxes, grades (5, 5), table of label points)."""
+    out = tmp_path_factory.mktemp("phantom")
+    phantom.make_dataset(out, train=1, test=1, seed=5, workers=1, prevalence=3, progress=False)
+    table = utils.read_descriptions(out, "train")
+    study_id = int(table["study_id"].iloc[0])
+    descriptions = dict(zip(table["series_id"], table["description"], strict=True))
+    study = utils.read_study(out / "train_images" / str(study_id), descriptions)
+    truth = utils.read_vertebra_truth(out / "phantom_vertebrae.csv", "train")
+    boxes = utils.level_boxes(utils.vertebrae_from_table(truth, study_id))
+    grades = utils.labels_to_array(utils.read_labels(out / "train.csv"))[1][0]
+    return utils.normalise_study(study), boxes, grades, utils.read_coordinates(out)
+
+
+def in_the_mirror(study, boxes):
+    """The study and its boxes with patient x negated; a box's second axis points to the new left."""
+    study, boxes = copy.deepcopy(study), copy.deepcopy(boxes)
+    for volume in study.volumes:
+        volume.affine[0] *= -1
+    for box in boxes:
+        box.center_lps_mm[0] *= -1
+        box.axes[:, 0] *= -1
+        box.axes[1] *= -1
+    return study, boxes
+
+
+@pytest.mark.parametrize("scope", ["level", "study"])
+def test_a_mirrored_patient_is_a_mirrored_crop_with_swapped_labels(phantom_study, scope):
+    study, boxes, grades, coordinates = phantom_study
+    mirrored_study, mirrored_boxes = in_the_mirror(study, boxes)
+    crop = {**CROP, "scope": scope, "extent_mm": [56.0, 96.0, 96.0] if scope == "level" else [230.0, 80.0, 130.0]}
+    here = torch.from_numpy(utils.cut_crops(study, boxes, crop))
+    there = torch.from_numpy(utils.cut_crops(mirrored_study, mirrored_boxes, crop))
+    difference = (here.float() - there.float()).abs().mean()
+    seen = utils.view_crops(here, crop, mirror=torch.ones(len(here), dtype=torch.bool))
+    other = utils.view_crops(there, crop)
+    assert (seen - other).abs().mean() < 0.02 * difference and difference > 0.01
+    # Where the reader clicked left he clicks right in the mirror, on the same tissue: the crop's left half changes
+    # places with its right one, and with it the grades, which differ between the sides here.
+    assert (utils.mirror_conditions(grades[None])[0] != grades).any()
+    for row, lps in zip(coordinates.itertuples(), utils.coordinates_to_lps(coordinates, study), strict=True):
+        sign = {"left": 1, "right": -1}.get(row.condition.split("_")[0])
+        if sign is not None:
+            box, mirrored_box = (b[utils.LEVELS.index(row.level)] for b in (boxes, mirrored_boxes))
+            assert sign * box.from_lps(lps)[1] > 0 > sign * mirrored_box.from_lps(lps * (-1, 1, 1))[1]
+    # Augmentation does just this: every item is the patient or the patient in the mirror, with the labels to it.
+    if scope == "level":
+        batch, labels = here.repeat(4, 1, 1, 1, 1), torch.from_numpy(grades.T.copy()).repeat(4, 1)
+        inputs, swapped = utils.augment_crops(batch, labels, crop, torch.Generator().manual_seed(0), 0.0)
+        plain, mirrored = utils.view_crops(batch, crop), seen.repeat(4, 1, 1, 1, 1)
+        flipped = ((inputs - mirrored).abs().mean((1, 2, 3, 4)) < (inputs - plain).abs().mean((1, 2, 3, 4))).tolist()
+        assert 0 < sum(flipped) < 20
+        for turned, before, after in zip(flipped, labels, swapped, strict=True):
+            expected = utils.mirror_conditions(before[None])[0] if turned else before
+            assert (after == expected).all()
+
+
 class Blobs(utils.CropDataset):
     """Studies whose only sign of disease is a bright blob, on the left for left and on the right for right."""
 
@@ -158,29 +224,253 @@ def test_training_learns_sides_and_mirrored_views_agree(tmp_path):
     )
 
 
-def test_a_killed_training_continues_to_the_same_result(tmp_path, monkeypatch):
+def weights_of(path):
+    """dict name -> tensor, and the metadata, of a weights file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+
+
+# What has a state of its own: averaged weights, dropout, mixing, steps of several batches.
+EVERYTHING = {**CONFIG, "batch": 3, "accumulate": 2, "mix": 0.5, "dropout": 0.3, "strength": 1.0, "epochs": 3}
+
+
+@pytest.mark.parametrize("where", ["in an epoch", "after an epoch"])
+def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch, where):
     train, valid = Blobs(4, 0), Blobs(2, 1)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    whole = utils.train_classifier(tmp_path / "whole", "a", train, valid, CONFIG)
-    calls = []
+    whole = utils.train_classifier(tmp_path / "whole", "a", train, valid, EVERYTHING)
+    # Six batches an epoch: killed in the middle of the second step of the second one, or when it was validated.
+    target, last = ("augment_crops", 10) if where == "in an epoch" else ("predict_dataset", 2)
+    calls, real = [], getattr(classifiers, target)
 
     def killed(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == last:
             raise KeyboardInterrupt
-        return predict(*args, **kwargs)
+        return real(*args, **kwargs)
 
-    from lumbar import classifiers
-
-    predict = classifiers.predict_dataset
-    monkeypatch.setattr(classifiers, "predict_dataset", killed)
+    monkeypatch.setattr(classifiers, target, killed)
     with pytest.raises(KeyboardInterrupt):
-        utils.train_classifier(tmp_path / "killed", "a", train, valid, CONFIG)
-    monkeypatch.setattr(classifiers, "predict_dataset", predict)
-    continued = utils.train_classifier(tmp_path / "killed", "a", train, valid, CONFIG)
-    np.testing.assert_allclose(continued.to_numpy(), whole.to_numpy(), rtol=1e-4)
+        utils.train_classifier(tmp_path / "killed", "a", train, valid, EVERYTHING)
+    monkeypatch.setattr(classifiers, target, real)
+    # How many processes cut the crops makes no difference, either.
+    continued = utils.train_classifier(tmp_path / "killed", "a", train, valid, EVERYTHING, workers=2)
+    assert continued.equals(whole) and len(continued) == 3
+    expected, found = (weights_of(tmp_path / name / "a.safetensors") for name in ("whole", "killed"))
+    assert found[1] == expected[1]
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in expected[0].items())
     assert not (tmp_path / "killed" / "a.checkpoint").exists()
+    # Once more: only read.
+    before = (tmp_path / "whole" / "a.safetensors").stat().st_mtime_ns
+    assert utils.train_classifier(tmp_path / "whole", "a", train, valid, EVERYTHING).equals(whole)
+    assert (tmp_path / "whole" / "a.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_batches_of_an_epoch():
+    batches, parts = utils.epoch_batches(50, 4, 3, 1, seed=1)
+    assert parts == 3 and len(batches) == 12 and {len(batch) for batch in batches} == {4}
+    items = [item for batch in batches for item in batch]
+    assert len(set(items)) == 48 and items != sorted(items)
+    # Three processes have the same batches; two share the same items of a step out evenly in smaller ones.
+    assert utils.epoch_batches(50, 4, 3, 3, seed=1) == (batches, 3)
+    two, parts = utils.epoch_batches(50, 4, 3, 2, seed=1)
+    assert parts == 4 and [sum(two[i : i + 4], []) for i in range(0, 16, 4)] == [
+        sum(batches[i : i + 3], []) for i in range(0, 12, 3)
+    ]
+    assert utils.epoch_batches(50, 4, 3, 1, seed=2)[0] != batches
+    # Fewer items than a step has: all of them, in batches that are no larger than asked for.
+    few, parts = utils.epoch_batches(5, 4, 3, 1, seed=1)
+    assert sorted(sum(few, [])) == list(range(5)) and parts == 2 and max(map(len, few)) <= 4
+    with pytest.raises(ValueError, match="2 items cannot be shared out to 3 processes"):
+        utils.epoch_batches(2, 4, 1, 3, seed=0)
+
+
+class Plain(nn.Module):
+    """A backbone without batch normalisation, for which several batches are one."""
+
+    def __init__(self, *_):
+        super().__init__()
+        self.stages, self.num_features = [None] * 3, 4
+        self.layer = nn.Conv3d(3, 4, 16, 16)
+
+    def forward_features(self, x):
+        return self.layer(x)
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path, monkeypatch):
+    train, valid = Blobs(4, 0), Blobs(2, 1)
+    train.grades[0], train.grades[1, 3] = -1, -1  # batches differ in what they weigh
+    monkeypatch.setattr(classifiers, "make_backbone", Plain)
+    plain_view = lambda crops, grades, crop, *_: (utils.view_crops(crops, crop), grades)  # noqa: E731
+    monkeypatch.setattr(classifiers, "augment_crops", plain_view)
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)  # which, unlike AdamW, shows the gradients' size
+    results = []
+    for batch, accumulate in ((8, 1), (2, 4), (3, 1)):
+        config = {**CONFIG, "backbone": "plain", "batch": batch, "accumulate": accumulate, "learning_rate": 0.5}
+        name = f"{batch}x{accumulate}"
+        history = utils.train_classifier(tmp_path, name, train, valid, config)
+        results.append((history["loss"].to_numpy(), weights_of(tmp_path / f"{name}.safetensors")[0]))
+    (loss, weights), (split_loss, split_weights), (other_loss, _) = results
+    np.testing.assert_allclose(split_loss, loss, rtol=1e-5)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(split_weights[name], tensor, atol=1e-5, rtol=1e-3)
+    assert np.abs(other_loss - loss).max() > 1e-3
+
+
+def test_batch_normalisation_takes_the_mean_of_a_steps_batches():
+    norm = nn.BatchNorm3d(2)
+    inputs = [torch.randn(3, 2, 4, 4, 4) * k + k for k in (1.0, 2.0, 5.0)]
+    norms = classifiers._StepNorms(norm)
+    for number, x in enumerate(inputs):
+        norms.batch(number)
+        norm(x)
+    norms.end()
+    for name, start in (("running_mean", 0.0), ("running_var", 1.0)):
+        singles = []
+        for x in inputs:
+            single = nn.BatchNorm3d(2, momentum=1.0)
+            single(x)
+            singles.append(getattr(single, name))
+        torch.testing.assert_close(getattr(norm, name), 0.9 * start + 0.1 * torch.stack(singles).mean(0))
+    assert norm.num_batches_tracked == 1 and norm.momentum == 0.1
+
+
+@pytest.mark.parametrize("scope", ["level", "study"])
+def test_mixed_inputs_count_both_label_sets(scope):
+    torch.manual_seed(0)
+    inputs, generator = torch.randn(4, 3, 32, 32, 32), torch.Generator().manual_seed(3)
+    blended, partner, share = utils.mix_crops(inputs, generator)
+    assert partner.tolist() == [3, 0, 1, 2] and (share >= 0.5).all() and share.std() > 0
+    torch.testing.assert_close(blended[1], share[1] * inputs[1] + (1 - share[1]) * inputs[0])
+    prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
+    model = utils.OrdinalClassifier(scope, "tiny", (32, 32, 32), prior).eval()
+    level = torch.tensor([0, 4, 2, 1])
+    grades = torch.randint(-1, 3, (4, 5) if scope == "level" else (4, 5, 5))
+    grades[2] = -1  # nothing known of one: its partners' labels still count
+    loss, weight = classifiers.mixed_losses(model, blended, level, grades, (partner, share))
+    own, other = model(blended, level), model(blended, level[partner])
+    expected = [0.0, 0.0]
+    for log_p, truth, part in ((own, grades, share), (other, grades[partner], 1 - share)):
+        for number in range(4):
+            found = classifiers.weighted_losses(log_p[number].detach(), truth[number])
+            expected = [e + float(part[number] * f) for e, f in zip(expected, found, strict=True)]
+    np.testing.assert_allclose([float(loss.detach()), float(weight)], expected, rtol=1e-5)
+    if scope == "level":
+        assert (own - other).abs().max() > 0.01  # the other's labels meet their own level's cut points
+
+
+def test_recomputed_activations_train_to_the_same_weights(tmp_path):
+    train, valid = Blobs(4, 0), Blobs(2, 1)
+    config = {**EVERYTHING, "epochs": 1}
+    for name, recompute in (("kept", False), ("again", True)):
+        utils.train_classifier(tmp_path, name, train, valid, {**config, "recompute": recompute})
+    kept, again = (weights_of(tmp_path / f"{name}.safetensors")[0] for name in ("kept", "again"))
+    for name, tensor in kept.items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-5, rtol=1e-3)
+    # And they are not kept: all that the forward pass holds on to is where each block began.
+    model, held = utils.OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)), {}
+    for model.recompute in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.nbytes), x)[1], lambda x: x):
+            model(torch.zeros(1, 3, 32, 32, 32), torch.tensor([0]))
+        held[model.recompute] = sum(sizes)
+    assert held[True] < 0.5 * held[False]
+
+
+def test_precision():
+    assert utils.precision_for("auto", "cpu") == torch.float32
+    assert utils.precision_for("bfloat16", "cpu") == torch.bfloat16
+    for name in ("float16", "half"):
+        with pytest.raises(ValueError, match="PRECISION"):
+            utils.precision_for(name, "cpu")
+
+
+def test_half_precision_trains_alike_and_heads_stay_full(tmp_path):
+    train, valid = Blobs(4, 0), Blobs(2, 1)
+    config = {**CONFIG, "epochs": 2}
+    exact = utils.train_classifier(tmp_path, "a", train, valid, config)
+    half = utils.train_classifier(tmp_path, "b", train, valid, {**config, "precision": "bfloat16"})
+    assert not half.equals(exact)
+    np.testing.assert_allclose(half["loss"], exact["loss"], rtol=0.02)
+    model = utils.OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        log_p = model(torch.zeros(2, 3, 32, 32, 32), torch.tensor([0, 1]))
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(2, 5), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scope", ["level", "study"])
+def test_pooling_is_kept_with_the_weights(tmp_path, scope):
+    prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
+    x, level = torch.randn(3, 3, 32, 32, 32), torch.tensor([0, 2, 4])
+    for pooling in ("grid", "global"):
+        model = utils.OrdinalClassifier(scope, "tiny", (32, 32, 32), prior, pooling=pooling).eval()
+        log_p = model(x, level)
+        assert log_p.shape == ((3, 5, 3) if scope == "level" else (3, 5, 5, 3))
+        utils.save_classifier(tmp_path / "a.safetensors", model, {"fold": 0})
+        again, about = utils.load_classifier(tmp_path / "a.safetensors")
+        assert about["pooling"] == again.pooling == pooling
+        torch.testing.assert_close(again(x, level), log_p)
+    # One vector for the whole volume: what stands where in the features does not matter.
+    turned = torch.flip(model.backbone.forward_features(x), (2, 3, 4))
+    model.backbone.forward_features = lambda _: turned
+    torch.testing.assert_close(model(x, level), log_p, atol=1e-4, rtol=1e-4)
+    if scope == "level":
+        torch.testing.assert_close(model(x, torch.zeros_like(level)), log_p, atol=1e-4, rtol=1e-4)
+    else:
+        assert model.score.out_features == 25 and not hasattr(model, "attention")
+    with pytest.raises(ValueError, match="POOLING"):
+        utils.OrdinalClassifier(scope, "tiny", (32, 32, 32), prior, pooling="max")
+
+
+def test_weights_from_before_there_was_a_choice_of_pooling(tmp_path):
+    model = utils.OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
+    del model.config["pooling"]
+    utils.save_classifier(tmp_path / "a.safetensors", model, {})
+    again, about = utils.load_classifier(tmp_path / "a.safetensors")
+    x = torch.randn(1, 3, 32, 32, 32)
+    torch.testing.assert_close(again(x, torch.tensor([1])), model(x, torch.tensor([1])))
+    assert "pooling" not in about and again.pooling == "grid"
+
+
+def test_views_are_measured_chosen_and_stored(tmp_path, monkeypatch):
+    held_out = {"level_0": Blobs(3, 1), "level_1": Blobs(2, 2)}
+    torch.manual_seed(0)
+    for name in held_out:
+        model = utils.OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
+        utils.save_classifier(tmp_path / f"{name}.safetensors", model, {"crop": CROP, "fold": 0})
+    before = weights_of(tmp_path / "level_1.safetensors")[0]
+    views = ({}, {"mirror": True}, {"scale": 1.06})
+    log_p = utils.measure_views([model], held_out["level_1"], views)
+    assert log_p.shape == (3, 2, 5, 5, 3)
+    for view, measured in zip(views, log_p, strict=True):
+        np.testing.assert_allclose(np.exp(measured), utils.predict_dataset([model], held_out["level_1"], (view,)))
+    seen = []
+
+    def choose(grades, log_p, views):
+        seen.append((grades, log_p))
+        table = utils.choose_views(grades, log_p, views)[1].assign(kept=[True, False, True])
+        return [views[0], views[2]], table
+
+    monkeypatch.setattr(classifiers, "choose_views", choose)
+    predicted, table = utils.settle_views(tmp_path, held_out, "cpu", views)
+    # One choice on all held-out studies; both weights carry it; the predictions are made with it.
+    assert len(seen) == 1 and len(seen[0][0]) == 5 and seen[0][1].shape[:2] == (3, 5)
+    np.testing.assert_array_equal(seen[0][1][:, 3:], log_p)
+    assert table["view"].map(json.loads).tolist() == list(views)
+    after, metadata = weights_of(tmp_path / "level_1.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) and len(after) == len(before)
+    for name in held_out:
+        model, about = utils.load_classifier(tmp_path / f"{name}.safetensors")
+        assert about["views"] == [{}, {"scale": 1.06}] and about["fold"] == 0
+        np.testing.assert_allclose(
+            predicted[name], utils.predict_dataset([model], held_out[name], about["views"]), atol=1e-12
+        )
+    # Once more: nothing changes, and nothing is written.
+    times = [path.stat().st_mtime_ns for path in sorted(Path(tmp_path).iterdir())]
+    utils.settle_views(tmp_path, held_out, "cpu", views)
+    assert times == [path.stat().st_mtime_ns for path in sorted(Path(tmp_path).iterdir())]
 
 
 def test_backbones():

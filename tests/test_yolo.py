@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,14 @@ def bright_detector(condition, point_mm=(0.0, 12.0, 20.0)):
     return utils.YoloDetector(BrightNet().eval(), meta)
 
 
+def raw_scores(detector, study, view=None):
+    """(5, sides, 3) of one study under one view."""
+    (found,) = utils.yolo_scores(detector, [study], [boxes()], [view or {}])
+    if isinstance(found, Exception):
+        raise found
+    return found[0]
+
+
 @pytest.mark.parametrize("flips", [{}, {"flip_rows": True}, {"flip_columns": True}, {"left_first": True}])
 def test_patch_shows_the_marked_point_where_the_transform_says(flips):
     mark = np.array([8.0, 11.0, -13.5])
@@ -130,7 +139,7 @@ def test_side_and_level_come_from_patient_coordinates(flips):
     # A finding on the patient's left at L3/L4 and one on the right at L1/L2, nothing else.
     points = [(12.0, 0.0, LEVEL_Z_MM[2]), (-12.0, 0.0, LEVEL_Z_MM[0])]
     study = utils.Study(1, [sagittal_volume(points, **flips)])
-    scores = utils.yolo_scores(bright_detector("nfn"), study, boxes())
+    scores = raw_scores(bright_detector("nfn"), study)
     assert scores.shape == (5, 2, 3)
     severe = scores[..., 2] > 0.1
     expected = np.zeros((5, 2), bool)
@@ -142,15 +151,157 @@ def test_axial_sides_and_levels_without_slices():
     volume = axial_volume(LEVEL_Z_MM[3])
     k, row, column = np.round(volume.lps_to_voxel([12.0, 0.0, LEVEL_Z_MM[3]])).astype(int)
     volume.array[k, row - 1 : row + 2, column - 1 : column + 2] = 1
-    scores = utils.yolo_scores(bright_detector("ss"), utils.Study(1, [volume]), boxes())
+    scores = raw_scores(bright_detector("ss"), utils.Study(1, [volume]))
     assert np.isnan(scores[[0, 1, 2, 4]]).all() and np.isfinite(scores[3]).all()
     assert scores[3, 0, 2] > 10 * scores[3, 1, 2]
 
 
 def test_study_without_the_series_gives_nan_rows_only():
-    scores = utils.yolo_scores(bright_detector("scs", (0.0, 0.0, 20.0)), utils.Study(1, [axial_volume(0.0)]), boxes())
+    scores = raw_scores(bright_detector("scs", (0.0, 0.0, 20.0)), utils.Study(1, [axial_volume(0.0)]))
     assert scores.shape == (5, 1, 3) and np.isnan(scores).all()
     assert np.isnan(utils.yolo_probabilities(scores)).all()
+
+
+def noisy_study(study_id=1, description="Axial T2", seed=0):
+    """Five axial slices at the levels, or a sagittal series, of nothing but noise, dark on the patient's right."""
+    rng = np.random.default_rng(seed)
+    volumes = [sagittal_volume(description=description)] if description != "Axial T2" else map(axial_volume, LEVEL_Z_MM)
+    study = utils.Study(study_id, list(volumes))
+    for volume in study.volumes:
+        volume.array = rng.random(volume.array.shape, np.float32) ** 8
+        (volume.array[:6] if volume.plane == "sagittal" else volume.array[:, :, : SIZE // 2])[:] *= 0.03
+    return study
+
+
+def mirrored(study):
+    """The same patient with left and right exchanged; the volumes are symmetric about x = 0, so only pixels move."""
+    axis = 0 if study.volumes[0].plane == "sagittal" else 2
+    volumes = [replace(v, array=np.ascontiguousarray(np.flip(v.array, axis))) for v in study.volumes]
+    return utils.Study(study.study_id, volumes)
+
+
+def pixel_wise(condition):
+    """bright_detector whose patches have the axial slices' own pixels, so that mirrored ones have mirrored cells."""
+    detector = bright_detector(condition, (0.0, 0.0 if condition == "scs" else 12.0, 20.0))
+    detector.about["mm_per_px"] = 0.8
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("condition", "description"), [("ss", "Axial T2"), ("nfn", "Sagittal T1"), ("scs", "Sagittal T2/STIR")]
+)
+def test_a_mirrored_patient_has_left_and_right_exchanged(condition, description):
+    study, detector = noisy_study(description=description), pixel_wise(condition)
+    p, q = utils.yolo_studies(detector, [study, mirrored(study)], [boxes(), boxes()])
+    np.testing.assert_allclose(q, p[::-1], atol=1e-6)
+    if condition != "scs":
+        assert (np.abs(p - p[::-1]).max(-1) > 0.02).all()  # so the line above means something
+
+
+def test_a_mirrored_view_names_the_sides_as_they_are():
+    study, detector = noisy_study(), pixel_wise("ss")
+    plain, turned = raw_scores(detector, study), raw_scores(detector, study, {"mirror": True})
+    patch, other = (utils.yolo_views(detector, study, boxes(), view)[0][0] for view in ({}, {"mirror": True}))
+    np.testing.assert_array_equal(patch, other[:, ::-1])
+    assert np.abs(plain[:, 0] - plain[:, 1]).max() > 0.05
+    np.testing.assert_allclose(turned, plain, atol=1e-6)
+
+
+def test_every_view_finds_the_sides_and_levels():
+    points = [(12.0, 0.0, LEVEL_Z_MM[2]), (-12.0, 0.0, LEVEL_Z_MM[0])]
+    axial = utils.Study(1, [axial_volume(z) for z in LEVEL_Z_MM])
+    for number, point in ((2, points[0]), (0, points[1])):
+        _, row, column = np.round(axial.volumes[number].lps_to_voxel(point)).astype(int)
+        axial.volumes[number].array[0, row - 1 : row + 2, column - 1 : column + 2] = 1.0
+    expected = np.zeros((5, 2), bool)
+    expected[2, 0] = expected[0, 1] = True
+    for condition, study in (("nfn", utils.Study(1, [sagittal_volume(points)])), ("ss", axial)):
+        views = utils.DETECTOR_VIEWS[condition]
+        assert views[0] == {} and json.loads(json.dumps(views)) == list(views)
+        (found,) = utils.yolo_scores(bright_detector(condition), [study], [boxes()], views)
+        for view, scores in zip(views, found, strict=True):
+            np.testing.assert_array_equal(scores[..., 2] > 0.1, expected, err_msg=f"{condition} {view}")
+    with pytest.raises(ValueError, match="no turn"):
+        raw_scores(bright_detector("ss"), axial, {"turn": 1})
+
+
+def test_a_wider_reach_sees_neighbouring_slices():
+    study, detector = noisy_study(description="Sagittal T1"), bright_detector("nfn")
+    slices = [
+        {view["slice"] for view in utils.yolo_views(detector, study, boxes(), change)[1]}
+        for change in ({}, {"reach": 1.7})
+    ]
+    assert slices[0] < slices[1]
+
+
+def test_studies_share_batches_and_only_the_broken_one_fails():
+    studies, detector = [noisy_study(number, seed=number) for number in range(3)], bright_detector("ss")
+    alone = [utils.yolo_study(detector, study, boxes()) for study in studies]
+    sizes, forward = [], detector.net.forward
+    detector.net.forward = lambda x: sizes.append(len(x)) or forward(x)
+    found = utils.yolo_studies(detector, studies, [boxes(), None, boxes()], batch=7)
+    assert sizes == [7, 3]
+    assert isinstance(found[1], Exception)
+    for n in (0, 2):
+        assert found[n].shape == (2, 5, 3)
+        np.testing.assert_allclose(found[n], alone[n], atol=1e-6)
+    with pytest.raises(TypeError):
+        utils.yolo_study(detector, studies[1], None)
+
+    def refuse(x):
+        if (x == x.amax()).any() and x.amax() == 1:
+            raise RuntimeError("too bright")
+        return forward(x)
+
+    for study in (studies[0], studies[2]):
+        for volume in study.volumes:
+            volume.array *= 0.9
+    studies[1].volumes[0].array[0] = 1.0
+    detector.net.forward = refuse
+    found = utils.yolo_studies(detector, studies, [boxes()] * 3, batch=64)
+    assert [type(entry) for entry in found] == [np.ndarray, RuntimeError, np.ndarray]
+    assert utils.yolo_studies(detector, [], []) == []
+
+
+def test_views_are_averaged_as_log_probabilities():
+    study, detector = noisy_study(), bright_detector("ss")
+    detector.about["calibration"] = {
+        "trust": 1.0,
+        "prior": np.full((5, 3), 1 / 3).tolist(),
+        "mean": [-1.0, -2.0],
+        "scale": [0.5, 2.0],
+        "matrix": [[0.3, -0.2], [0.1, 0.4]],
+        "bias": [0.1, -0.3],
+    }
+    views = [{}, {"shift_px": [4, 4]}, {"zoom": 1.1}]
+    logs = np.log([utils.yolo_studies(detector, [study], [boxes()], [view])[0] for view in views])
+    mean = np.exp(logs.mean(0))
+    (p,) = utils.yolo_studies(detector, [study], [boxes()], views)
+    np.testing.assert_allclose(p, mean / mean.sum(-1, keepdims=True), atol=1e-9)
+    assert np.abs(p - np.exp(logs[0])).max() > 1e-3
+    detector.about["views"] = views  # what the weights carry is the default
+    np.testing.assert_allclose(utils.yolo_study(detector, study, boxes()), p, atol=1e-9)
+
+
+def test_a_view_without_a_word_leaves_it_to_the_others():
+    scores = np.array([[[0.2, 0.1, 0.4]] * 2, [[0.05, 0.1, 0.1]] * 2, [[np.nan] * 3] * 2])
+    scores[:, 1] = np.nan
+    mean = utils.mean_scores(scores)
+    np.testing.assert_allclose(mean[0], [0.1, 0.1, 0.2])
+    assert np.isnan(mean[1]).all()
+
+
+def test_detector_views_that_pay_are_chosen():
+    rng = np.random.default_rng(5)
+    grades = np.full((80, 5, 5), -1)
+    grades[:, 1:3] = rng.choice(3, size=(80, 2, 5), p=[0.7, 0.2, 0.1])
+    truth = 1.5 * np.eye(3)[grades[:, 1:3].transpose(0, 2, 1)]
+    noise = rng.normal(size=(3, *truth.shape))
+    # The second view errs on its own, the third repeats the first's errors.
+    scores = 0.01 * np.exp(np.stack([truth + noise[0], truth + noise[1], truth + noise[0] + 0.01 * noise[2]], axis=1))
+    scores[60:] = np.nan  # of other folds
+    kept, table = utils.choose_detector_views(grades, scores, "nfn", [{}, {"reach": 2.0}, {"zoom": 1.01}])
+    assert kept == [{}, {"reach": 2.0}] and list(table["kept"]) == [True, True, False]
 
 
 def weighted_loss(p, grades):
@@ -296,52 +447,135 @@ def test_point_offsets_count_towards_the_own_side(dataset):
     assert utils.fit_point_offsets(points, {}) is None
 
 
+@pytest.mark.parametrize("shape", [(60, 96), (96, 60), (500, 300)])
+def test_a_letterboxed_slice_is_whole_and_its_pixels_are_where_the_transform_says(shape):
+    volume = replace(sagittal_volume(), array=np.zeros((2, *shape), np.float32))
+    at = np.array([shape[0] * 3 // 4, shape[1] // 4])
+    half = max(shape) // 32
+    volume.array[1, at[0] - half : at[0] + half + 1, at[1] - half : at[1] + half + 1] = 1.0
+    image, to_slice = utils.letterbox_slice(volume, 1, 128)
+    assert image.shape == (128, 128)
+    short = 128 * min(shape) / max(shape)
+    rows, columns = (image != 114).any(1).sum(), (image != 114).any(0).sum()
+    assert abs(min(rows, columns) - short) <= 1 and max(rows, columns) == 128
+    bright = np.where(image == 114, 0, image)
+    row, column = (np.indices(image.shape) * bright).sum((1, 2)) / bright.sum()
+    np.testing.assert_allclose((to_slice @ [column, row, 1])[1::-1], at, atol=0.3 * max(shape) / 128)
+
+
+@pytest.fixture(scope="module")
+def original_dataset(dataset):
+    folder = dataset["root"] / "nfn_original"
+    info = utils.write_yolo_dataset(folder, *dataset["arguments"], imgsz=96, scheme="original")
+    return {"dir": folder, "info": info}
+
+
+def test_original_scheme_names_condition_level_and_severity(dataset, original_dataset):
+    from PIL import Image
+
+    info, names = original_dataset["info"], utils.original_names("nfn")
+    assert info["names"] == names and len(names) == 30 and len(utils.original_names("scs")) == 15
+    assert info["shape_px"] == [96, 96] and info["box_px"] == 5.0
+    files = sorted((original_dataset["dir"] / "images").iterdir())
+    assert len(files) == 8  # the labelled slices and no others
+    seen = []
+    for path in files:
+        study, image = int(path.stem.split("_")[0]), np.asarray(Image.open(path))
+        lines = np.loadtxt(original_dataset["dir"] / "labels" / f"{path.stem}.txt", ndmin=2)
+        for cls, x, y, w, h in lines:
+            np.testing.assert_allclose([w * 96, h * 96], 5.0, atol=1e-3)
+            row, column = int(y * 96), int(x * 96)
+            assert image[row - 1 : row + 2, column - 1 : column + 2].max() > 100
+            seen.append((study, names[int(cls)]))
+    expected = [
+        (study, f"{utils.CONDITIONS[c]}_{utils.LEVELS[level]}_{utils.SEVERITIES[dataset['grades'][n, c, level]]}")
+        for n, study in enumerate(range(101, 105))
+        for c in (1, 2)
+        for level in range(5)
+        if dataset["grades"][n, c, level] >= 0
+    ]
+    assert sorted(seen) == sorted(expected)
+    before = (original_dataset["dir"] / "dataset.json").stat().st_mtime_ns
+    utils.write_yolo_dataset(original_dataset["dir"], *dataset["arguments"], imgsz=96, scheme="original")
+    assert (original_dataset["dir"] / "dataset.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="SCHEME"):
+        utils.write_yolo_dataset(original_dataset["dir"], *dataset["arguments"], scheme="both")
+
+
+class ClassNet(BrightNet):
+    """Stands in for a network of the original scheme: the score of class c is a slice's mean if it is c / 100."""
+
+    def forward(self, x):
+        cls = (x.mean((1, 2, 3)) * 100).round().long()
+        p = torch.full((len(x), 30, 144), 0.01)
+        p[torch.arange(len(x)), cls, 7] = 0.5 + 0.01 * torch.arange(len(x)) % 2
+        head = {"scores": torch.logit(p)}
+        return None, {"one2one": head, "one2many": head}
+
+
+def test_original_scheme_takes_the_best_confidence_over_all_slices():
+    names = utils.original_names("nfn")
+    meta = {"condition": "nfn", "scheme": "original", "imgsz": 96, "shape_px": [96, 96], "names": names}
+    detector = utils.YoloDetector(ClassNet().eval(), meta | {"calibration": None, "views": [{}]})
+    study = utils.Study(1, [sagittal_volume(), sagittal_volume(description="Sagittal T2/STIR")])
+    found = names.index("right_neural_foraminal_narrowing_l4_l5_severe")
+    study.volumes[0].array[:] = 0.0
+    study.volumes[0].array[3] = found / 100
+    study.volumes[1].array[:] = names.index("left_neural_foraminal_narrowing_l2_l3_severe") / 100  # another series
+    p, nothing = utils.yolo_studies(detector, [study, utils.Study(2, [axial_volume(0.0)])], [None, None])
+    assert p.shape == (2, 5, 3)
+    expected = np.full((2, 5, 3), 1 / 3)
+    expected[0, 0] = np.array([0.5, 0.01, 0.01]) / 0.52  # class 0: all dark slices
+    expected[1, 3] = np.array([0.01, 0.01, 0.5]) / 0.52
+    np.testing.assert_allclose(p, expected, atol=0.01)
+    np.testing.assert_allclose(nothing, 1 / 3)
+
+
 CHILD = """
-import socket, sys, json
+import os, shutil, socket, sys
 def refuse(*a, **k): raise RuntimeError("network attempt")
 socket.socket.connect = refuse
 socket.getaddrinfo = refuse
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import utils
-kill = sys.argv[3] == "kill"
-if kill:
-    import os
-    class Bar:
-        def __init__(self, it): self.it, self.n = iter(it), 0
-        def __iter__(self): return self
-        def __next__(self):
-            self.n += 1
-            if self.n == 3: os._exit(9)
-            return next(self.it)
-    sys.modules[utils.train_yolo.__module__].progress = lambda it, *a, **k: Bar(it)
-import shutil
-from pathlib import Path
+out = Path(sys.argv[2])
+utils.prepare_ultralytics(out / "ultralytics")
+from lumbar.yolo_trainer import PatchTrainer
+if sys.argv[3] == "kill":
+    run_callbacks = PatchTrainer.run_callbacks
+    def die(self, event):
+        run_callbacks(self, event)
+        if event == "on_train_batch_end" and self.epoch == 2: os._exit(9)  # amid the third epoch
+    PatchTrainer.run_callbacks = die
 module = sys.modules[utils.train_yolo.__module__]
 write = module._write_yolo
 def keep_checkpoint(path, *rest):
-    shutil.copy(Path(sys.argv[2]) / "run_nfn_0" / "weights" / "last.pt", Path(sys.argv[2]) / "kept.pt")
+    shutil.copy(out / "run_nfn_0" / "weights" / "last.pt", out / "kept.pt")
     write(path, *rest)
 module._write_yolo = keep_checkpoint
-path = utils.train_yolo(sys.argv[1], "nfn", 0, sys.argv[2], model="yolov10n.yaml", width=0.125, epochs=4, batch=4,
-                        device="cpu")
-print(path)
+print(utils.train_yolo(sys.argv[1], "nfn", 0, out, model="yolov10n.yaml", width=0.125, epochs=int(sys.argv[4]), batch=4,
+                       device="cpu", settings={"scale": 0.1, "degrees": 5.0}))
 """
+
+
+def train_in_child(dataset_dir, out, how, epochs):
+    command = [sys.executable, "-c", CHILD, dataset_dir, out, how, str(epochs)]
+    environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
 def trained(dataset):
-    """Trained from a moved copy of the data set, killed after two epochs, continued: (weights, run folder,
-    results.csv at the kill)."""
+    """Trained from a moved copy of the data set, killed in the third epoch, continued: (weights, run folder,
+    results.csv at the kill, weights of a run that nothing stopped)."""
     moved = dataset["root"] / "elsewhere" / "nfn"
     shutil.copytree(dataset["dir"], moved)
-    out = dataset["root"] / "out"
-    environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent), "OMP_NUM_THREADS": "1"}
+    out, whole = dataset["root"] / "out", dataset["root"] / "whole"
 
-    def child(how):
-        return subprocess.run(
-            [sys.executable, "-c", CHILD, moved, out, how], env=environment, capture_output=True, text=True, timeout=600
-        )
+    def child(how, out=out):
+        return train_in_child(moved, out, how, 4)
 
     killed = child("kill")
     assert killed.returncode == 9, killed.stderr[-2000:]
@@ -349,11 +583,13 @@ def trained(dataset):
     before = (out / "run_nfn_0" / "results.csv").read_text()
     finished = child("go")
     assert finished.returncode == 0, finished.stderr[-2000:]
-    return out / "yolo_nfn_0.safetensors", out / "run_nfn_0", before
+    unstopped = child("go", whole)
+    assert unstopped.returncode == 0, unstopped.stderr[-2000:]
+    return out / "yolo_nfn_0.safetensors", out / "run_nfn_0", before, whole / "yolo_nfn_0.safetensors"
 
 
 def test_training_resumes_after_a_kill(trained):
-    weights, run, before = trained
+    weights, run, before, _ = trained
     assert weights.exists()
     epochs = pd.read_csv(run / "results.csv")["epoch"].tolist()
     assert epochs == [1, 2, 3, 4]
@@ -361,8 +597,19 @@ def test_training_resumes_after_a_kill(trained):
     assert len(before.splitlines()) == 3 and (run / "results.csv").read_text().startswith(before)
 
 
+def test_a_killed_training_ends_as_one_that_was_not(trained):
+    resumed, whole = utils.load_yolo(trained[0]), utils.load_yolo(trained[3])
+    assert resumed.about == whole.about
+    other = whole.net.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in resumed.net.state_dict().items())
+    losses = [
+        pd.read_csv(path.parent / "run_nfn_0" / "results.csv").drop(columns="time") for path in (trained[0], trained[3])
+    ]
+    pd.testing.assert_frame_equal(*losses)
+
+
 def test_loaded_weights_predict_what_ultralytics_does(trained):
-    weights, run, _ = trained
+    weights, run, *_ = trained
     detector = utils.load_yolo(weights)
     # The checkpoint is ultralytics' pickle, written by the fixture above.
     assert not (run / "weights").exists()
@@ -399,6 +646,71 @@ def test_calibration_is_kept_with_the_weights(trained, tmp_path):
     detector = utils.load_yolo(copy)
     assert detector.about["calibration"] == {"ridge": 3.0}
     assert all(torch.equal(v, before[k]) for k, v in detector.net.state_dict().items())
+
+
+def test_original_scheme_trains_and_predicts(dataset, original_dataset, tmp_path):
+    done = train_in_child(original_dataset["dir"], tmp_path, "go", 1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    detector = utils.load_yolo(tmp_path / "yolo_nfn_0.safetensors")
+    assert detector.original and detector.about["arguments"]["settings"]["fliplr"] == 0.5
+    paths = utils.study_paths(dataset["root"])
+    studies = [utils.load_study(paths[n]) for n in (101, 102)]
+    found = utils.yolo_studies(detector, studies, [None, None], batch=5)
+    assert all(p.shape == (2, 5, 3) for p in found) and np.abs(found[0] - 1 / 3).max() > 1e-4
+    np.testing.assert_allclose(np.sum(found, axis=-1), 1)
+    scores = utils.score_studies(detector, paths, None, [101, 102, 999])
+    np.testing.assert_allclose(utils.original_probabilities(scores[0, 0]).transpose(1, 0, 2), found[0], atol=1e-5)
+    assert np.isnan(scores[2]).all()
+
+
+DISTRIBUTED = """
+import sys
+from pathlib import Path
+import utils
+utils.prepare_ultralytics(Path(sys.argv[1]) / "config")
+from types import SimpleNamespace
+from ultralytics.utils import callbacks, dist
+from lumbar.yolo_trainer import PatchTrainer
+# A trainer for two GPUs cannot be made without them; what ultralytics writes down of one can.
+trainer = PatchTrainer.__new__(PatchTrainer)
+trainer.args, trainer.model = SimpleNamespace(model="yolov10n.yaml"), "yolov10n.yaml"
+trainer.callbacks, trainer.world_size, trainer.resume = callbacks.get_default_callbacks(), 2, False
+trainer.save_dir = Path(sys.argv[1]) / "run"
+trainer.save_dir.mkdir()
+command, file = dist.generate_ddp_command(trainer)
+assert not trainer.save_dir.exists()  # why setup_* lies beside it
+print(" ".join(command), file=sys.stderr)
+print(file)
+"""
+
+
+def test_processes_for_several_gpus_find_the_trainer(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent)}
+    made = subprocess.run(
+        [sys.executable, "-c", DISTRIBUTED, tmp_path], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert "torch.distributed.run --nproc_per_node 2" in made.stderr
+    script = Path(made.stdout.split()[-1])
+    text = script.read_text()
+    begin, build = text.split("    trainer = state", 1)
+    assert build.startswith('["trainer"](cfg=cfg, overrides=state["args"]')
+    script.write_text(begin + '    print(state["trainer"].__module__, state["trainer"].__mro__[1].__name__)\n')
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0", "YOLO_CONFIG_DIR": str(tmp_path / "config")}
+    ran = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.split()[-2:] == ["lumbar.yolo_trainer", "DetectionTrainer"]
+
+
+def test_all_gpus_are_used_as_far_as_each_gets_an_image(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert utils.yolo_device("auto", 16) == utils.yolo_device(None, 16) == "0,1,2,3"
+    assert utils.yolo_device("auto", 2) == "0,1" and utils.yolo_device("1", 16) == "1"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert utils.yolo_device("auto", 16) == utils.yolo_device("cpu", 16) == "cpu"
 
 
 def test_table_leaves_rows_without_prediction_out():

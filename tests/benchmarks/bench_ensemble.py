@@ -1,15 +1,20 @@
 """What the search for an ensemble gains: seven synthetic members on 2,000 studies, nested cross-validation.
 
-    python tests/benchmarks/bench_ensemble.py                    # the table for 2,000 studies
-    python tests/benchmarks/bench_ensemble.py --studies 12 --repeat 20
+    python tests/benchmarks/bench_ensemble.py                           # every bed, as a Markdown table
+    python tests/benchmarks/bench_ensemble.py --beds half --studies 12 --folds 4 --repeat 20
 
-The grades are the phantom's: the competition's frequencies, correlated between sides, levels and conditions. A
-member sees each grade through noise, part of it shared by all members (the image's and the reader's), part its own,
-of a size per group of conditions; it weighs what it sees with the cell's prior as the metric wants, then is made too
-sure or too unsure, is biased and loses rows. Members look at one cell at a time, so what the neighbours know is
-left to the stacker: an upper bound of what it can gain on real members, whose crops show neighbours, too. With
-`--context` each member has learned on 1,500 other studies what neighbours say (a lower bound). With `--independent`
-grades do not correlate and the stacker has nothing to find. A script, which pytest does not collect.
+The latent severities have the competition's correlations and the grades its frequencies (phantom.py); the reader adds
+noise, a part of it his own style over the whole study. A member is the Bayesian posterior of a grade given evidence:
+the severity of its cell through noise that all members share, larger in poor images, and noise of its own with heavy
+tails; and, blurred once more, that of the cells it looks at: its own, its level's, or all. Then its calibration is
+spoiled: sharpness and class bias differ by condition, level and fold, most of it alike in all members. Rows are lost.
+The beds:
+
+none: a member sees its cell alone, an upper bound of what neighbours can be worth to the stacker;
+half: other cells are blurred by a standard deviation of the severity; well: by a quarter of it, a lower bound;
+rough: as half, but spoiled more, and 1% of the grades are slips, 1.5% of the studies are graded a level off;
+null: as none, with grades that do not correlate: there is nothing to find for the stacker.
+A script, which pytest does not collect.
 """
 
 import argparse
@@ -24,95 +29,151 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
+from scipy.special import ndtr  # noqa: E402
 
 import phantom  # noqa: E402
 from lumbar import ensemble  # noqa: E402
-from lumbar.files import class_prior, make_folds, to_submission  # noqa: E402
-from lumbar.names import GRADES, GROUPS, LABEL_COLUMNS  # noqa: E402
+from lumbar.files import make_folds, to_submission  # noqa: E402
+from lumbar.names import GRADES, LABEL_COLUMNS, SEVERITY_WEIGHTS  # noqa: E402
 
-SHARED = 0.59  # standard deviation of the noise that all members share, in grades
-MEMBERS = {  # own noise in grades (spinal, foraminal, subarticular), sharpness (1 is right), bias, share of rows lost
-    "yolo": ((0.17, 0.18, 0.22), 1.3, (0.0, -0.1, -0.2), 0.10),
-    "level": ((0.14, 0.14, 0.14), 1.2, (0.0, 0.1, -0.2), 0.03),
-    "study": ((0.28, 0.31, 0.29), 0.8, (0.0, 0.0, 0.0), 0.0),
-    "level_large": ((0.12, 0.15, 0.13), 1.5, (0.0, -0.2, -0.1), 0.03),
-    "axial": ((0.23, 0.38, 0.12), 1.2, (0.0, 0.0, 0.3), 0.05),
-    "sagittal": ((0.14, 0.16, 0.34), 0.7, (0.0, 0.2, 0.0), 0.0),
-    "weak": ((0.42, 0.42, 0.42), 1.6, (0.0, 0.3, 0.3), 0.05),
+RELIABILITY = 0.93  # correlation of the graded severity with the latent one
+STYLE = 0.3  # correlation of a reader's noise between cells of one study
+SHARED = np.repeat([0.30, 0.80, 0.80, 0.62, 0.62], 5)  # the shared noise of the cells, in standard deviations
+# name: (shared noise, so that equal weights score about .39; blur of other cells; spoiled calibration; slips)
+BEDS = {
+    "none": (0.51, np.inf, 0.6, 0.0),
+    "half": (0.56, 1.0, 0.6, 0.0),
+    "well": (0.60, 0.25, 0.6, 0.0),
+    "rough": (0.45, 1.0, 1.0, 1.0),
+    "null": (0.45, np.inf, 0.6, 0.0),
 }
+MEMBERS = {  # own noise (spinal, foraminal, subarticular), the cells it looks at, share of rows lost
+    "yolo": ((0.08, 0.09, 0.09), "cell", 0.10),
+    "level": ((0.07, 0.07, 0.07), "all", 0.03),
+    "study": ((0.13, 0.13, 0.13), "all", 0.0),
+    "level_large": ((0.07, 0.07, 0.07), "level", 0.03),
+    "axial": ((0.09, 0.16, 0.07), "level", 0.05),
+    "sagittal": ((0.07, 0.07, 0.15), "all", 0.0),
+    "weak": ((0.12, 0.15, 0.13), "level", 0.05),
+}
+_CONDITION, _LEVEL = np.divmod(np.arange(25), 5)
+_GROUP = np.array([0, 1, 1, 2, 2])[_CONDITION]
 
 
-def make_case(studies, seed, independent=False, context=False):
-    """(labels in train.csv's form with gaps, dict member -> submission with rows missing)."""
+def make_case(studies, seed, bed="half", folds=5):
+    """(labels in train.csv's form with gaps, dict member -> submission with rows missing, folds: study_id, fold)."""
     rng = np.random.default_rng(seed)
-    _, grades = phantom.sample_severity(rng, studies)
-    if independent:
-        grades = np.stack([rng.permutation(column) for column in grades.reshape(studies, 25).T], 1).reshape(-1, 5, 5)
+    noise, blur, spoiled, slips = BEDS[bed]
+    latent, grades = _sample(rng, studies, bed == "null", slips)
     ids = np.sort(rng.choice(10**9, studies, replace=False))
-    labels = pd.DataFrame(np.array(GRADES, object)[grades.reshape(studies, 25)], columns=list(LABEL_COLUMNS))
+    labels = pd.DataFrame(np.array(GRADES, object)[grades], columns=list(LABEL_COLUMNS))
     labels = labels.mask(rng.random(labels.shape) < 0.012)
     labels.insert(0, "study_id", ids)
-    _, population = phantom.sample_severity(np.random.default_rng(10**6), 4000)
-    prior = np.log(class_prior(population))
-    population = population[:1500]
-    shared, other = (SHARED * rng.standard_normal(g.shape) for g in (grades, population))
+    table = make_folds(labels, folds, seed)
+    fold = table["fold"].to_numpy()
+
+    def draw(size, *shape):
+        return spoiled * size * rng.standard_normal(shape)
+
+    poor = np.where(rng.random((studies, 1)) < 0.05, 2.0, 1.0) * np.where(rng.random(latent.shape) < 0.03, 2.5, 1.0)
+    seen_by_all = latent + noise * SHARED * poor * rng.standard_normal(latent.shape)
+    correlation = np.eye(25) if bed == "null" else _correlation()
+    sharpness = draw(0.10, 3)[_GROUP] + draw(0.08, 3, 5)[_GROUP, _LEVEL]
+    bias = draw(0.12, 3, 3)[_GROUP] + draw(0.12, 3, 5, 3)[_GROUP, _LEVEL]
     tables = {}
-    for name, (noises, sharpness, bias, lost) in MEMBERS.items():
-        p = _member(rng, grades, prior, shared, noises, sharpness, bias)
-        if context:
-            learned = ensemble.fit_stacker(population, _member(rng, population, prior, other, noises, sharpness, bias))
-            p = ensemble.apply_stacker(learned, p)
-        table = to_submission(ids, p)
-        tables[name] = table[rng.random(len(table)) >= lost]
-    return labels, tables
+    for name, (noises, looks_at, lost) in MEMBERS.items():
+        own = np.array(noises)[_GROUP]
+        tail = np.where(rng.random(latent.shape) < 0.04, 3.0, 1.0)
+        evidence = seen_by_all + own * tail * rng.standard_normal(latent.shape)
+        variance = 1.1 * ((noise * SHARED) ** 2 + own**2)
+        logits = np.log(_posterior(rng, evidence, variance, correlation, looks_at, blur))
+        sharp = sharpness + 0.06 * spoiled + draw(0.06, 3)[_GROUP] + draw(0.05, 3, 5)[_GROUP, _LEVEL]
+        sharp = np.exp(sharp + draw(0.03, folds)[fold][:, None])
+        moved = bias + draw(0.06, 3, 3)[_GROUP] + draw(0.10, 3, 5, 3)[_GROUP, _LEVEL]
+        moved = moved + draw(0.05, folds, 3, 3)[fold][:, _GROUP]
+        logits = logits * sharp[..., None] + moved
+        p = np.exp(logits - logits.max(-1, keepdims=True)).reshape(studies, 5, 5, 3)
+        predictions = to_submission(ids, p)
+        tables[name] = predictions[rng.random(len(predictions)) >= lost]
+    return labels, tables, table
 
 
-def _member(rng, grades, prior, shared, noises, sharpness, bias):
-    """One member's probabilities (n, 5, 5, 3)."""
-    own = np.empty((1, 5, 1))
-    for group, noise in zip(GROUPS.values(), noises, strict=True):
-        own[:, list(group)] = noise
-    seen = grades + shared + own * rng.standard_normal(grades.shape)
-    logits = prior - np.square(seen[..., None] - np.arange(3)) / (2 * (own**2 + SHARED**2))[..., None]
-    logits = sharpness * logits + np.asarray(bias)
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
+def _correlation():
+    """(25, 25) correlations of the latent severities: what the grades show, less the reader's part."""
+    levels = phantom._LEVEL_CORRELATION[np.abs(np.subtract.outer(range(5), range(5)))]
+    shown = phantom.READER_RELIABILITY**2 * np.kron(phantom._CONDITION_CORRELATION, levels)
+    latent = shown - (1 - RELIABILITY**2) * STYLE
+    np.fill_diagonal(latent, RELIABILITY**2)
+    value, vector = np.linalg.eigh(latent)
+    latent = (vector * np.maximum(value, 1e-3)) @ vector.T
+    return latent / np.sqrt(np.outer(np.diag(latent), np.diag(latent)))
 
 
-def run(studies, seed, folds=5, independent=False, context=False, **options):
+def _sample(rng, studies, independent, slips):
+    """(latent severity (n, 25), grades (n, 25) int in {0, 1, 2})."""
+    correlation = np.eye(25) if independent else _correlation()
+    reader = np.eye(25) if independent else STYLE + (1 - STYLE) * np.eye(25)
+    latent, noise = (rng.standard_normal((studies, 25)) @ np.linalg.cholesky(m).T for m in (correlation, reader))
+    graded = RELIABILITY * latent + np.sqrt(1 - RELIABILITY**2) * noise
+    grades = (graded[..., None] > phantom.grade_thresholds().reshape(25, 2)).sum(-1)
+    slip = rng.random(grades.shape) < 0.01 * slips
+    grades = np.where(slip, grades[rng.permutation(studies)], grades).reshape(-1, 5, 5)
+    off = rng.random(studies) < 0.015 * slips
+    grades[off] = np.concatenate([grades[off, :, 1:], grades[off, :, -1:]], 2)
+    return latent, grades.reshape(-1, 25)
+
+
+def _posterior(rng, evidence, variance, correlation, looks_at, blur):
+    """The grades' probabilities (n, 25, 3), weighted as the metric is, given evidence (n, 25), variance (25,)."""
+    blurred = evidence + (blur if np.isfinite(blur) else 0.0) * rng.standard_normal(evidence.shape)
+    cuts = phantom.grade_thresholds().reshape(25, 2)
+    result = np.empty((*evidence.shape, 3))
+    for cell in range(25):
+        seen = {"cell": _LEVEL < 0, "level": _LEVEL == _LEVEL[cell], "all": _LEVEL >= 0}[looks_at] & np.isfinite(blur)
+        seen[cell] = True
+        (seen,) = np.nonzero(seen)
+        values = np.where(seen == cell, evidence[:, seen], blurred[:, seen])
+        noise = variance[seen] + np.where(seen == cell, 0.0, blur if np.isfinite(blur) else 0.0) ** 2
+        with_cell = RELIABILITY * correlation[seen, cell]
+        gain = np.linalg.solve(correlation[np.ix_(seen, seen)] + np.diag(noise), with_cell)
+        below = ndtr((cuts[cell] - (values @ gain)[:, None]) / np.sqrt(1 - with_cell @ gain))
+        edges = np.concatenate([np.zeros((len(below), 1)), below, np.ones((len(below), 1))], 1)
+        result[:, cell] = np.maximum(np.diff(edges), 1e-5) * SEVERITY_WEIGHTS
+    return result
+
+
+def run(studies, seed, bed="half", folds=5, **options):
     """Nested scores of one case: DataFrame as cross_validate_ensemble makes it."""
-    labels, tables = make_case(studies, seed, independent, context)
-    return ensemble.cross_validate_ensemble(labels, tables, make_folds(labels, folds, seed), **options)[0]
+    return ensemble.cross_validate_ensemble(*make_case(studies, seed, bed, folds), **options)[0]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--studies", type=int, default=2000)
+    parser.add_argument("--beds", nargs="+", default=list(BEDS), choices=list(BEDS))
+    parser.add_argument("--studies", type=int, default=1975)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--repeat", type=int, default=1, help="cases, averaged; gain_se is then that of the mean")
-    parser.add_argument("--towards", default="defaults", choices=("defaults", "equal"))
-    parser.add_argument("--independent", action="store_true", help="grades without correlations")
-    parser.add_argument("--context", action="store_true", help="members know what neighbours say")
+    parser.add_argument("--repeat", type=int, default=1, help="cases, averaged; the error is then that of the mean")
+    parser.add_argument("--towards", default="equal", choices=("defaults", "equal"))
     options = parser.parse_args()
-    started = time.time()
-    tables = [
-        run(
-            options.studies,
-            options.seed + n,
-            options.folds,
-            options.independent,
-            options.context,
-            towards=options.towards,
-        )
-        for n in range(options.repeat)
-    ]
-    scores = sum(tables) / len(tables)
-    if options.repeat > 1:
-        scores["gain_se"] = np.std([t["gain"] for t in tables], axis=0, ddof=1) / np.sqrt(options.repeat)
-        scores["worst_gain"] = np.min([t["gain"] for t in tables], axis=0)
-    print(scores.round(4).to_string())
-    print(f"{(time.time() - started) / options.repeat:.1f} s a case")
+    columns = {}
+    for bed in options.beds:
+        started = time.time()
+        cases = range(options.seed, options.seed + options.repeat)
+        tables = [run(options.studies, seed, bed, options.folds, towards=options.towards) for seed in cases]
+        mean = sum(tables) / len(tables)
+        column = {"best member": f"{mean['total'][list(MEMBERS)].min():.4f}"}
+        column |= {name: f"{mean['total'][name]:.4f}" for name in ensemble.VARIANTS}
+        over_equal = [t["total"]["equal weights"] - t["total"]["+ stacker"] for t in tables]
+        column["gain over equal weights"] = f"{np.mean(over_equal):.4f}"
+        if options.repeat > 1:
+            column["gain over equal weights"] += f" +- {np.std(over_equal, ddof=1) / np.sqrt(len(tables)):.4f}"
+            column["worst case's gain"] = f"{min(over_equal):.4f}"
+        columns[bed] = column
+        print(f"{bed}: {(time.time() - started) / len(tables):.0f} s a case", file=sys.stderr, flush=True)
+    print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    for name in next(iter(columns.values())):
+        print(f"| {name} | " + " | ".join(column[name] for column in columns.values()) + " |")
 
 
 if __name__ == "__main__":

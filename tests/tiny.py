@@ -1,0 +1,102 @@
+"""Small things that act like the real ones: a phantom study of few slices and pixels, members with random weights."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import phantom
+import utils
+
+SERIES = dict(zip((101, 102, 103), utils.DESCRIPTIONS, strict=True))  # series_id -> description
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def resized(plan, count, size):
+    """The phantom's SeriesPlan with `count` slices of size x size pixels, same middle and field of view."""
+    row, column, normal = plan.row_cosine[0], plan.column_cosine[0], plan.normal[0]
+    spacing = tuple(mm * n / size for mm, n in zip(plan.spacing_mm, plan.shape, strict=True))
+    half = (np.array(plan.shape) - 1) / 2 * plan.spacing_mm
+    middle = plan.position_mm.mean(0) + column * half[0] + row * half[1]
+    gap_mm = plan.gap_mm * len(plan.position_mm) / count
+    first = middle - column * spacing[0] * (size - 1) / 2 - row * spacing[1] * (size - 1) / 2
+    return replace(
+        plan,
+        position_mm=first + (np.arange(count) - (count - 1) / 2)[:, None] * gap_mm * normal,
+        row_cosine=np.tile(row, (count, 1)),
+        column_cosine=np.tile(column, (count, 1)),
+        spacing_mm=spacing,
+        shape=(size, size),
+        gap_mm=gap_mm,
+        instances=np.arange(1, count + 1),
+    )
+
+
+def write_study(folder, seed=3, slices=(9, 12), pixels=(112, 96)):
+    """Write one phantom study's series (see SERIES) below `folder`; slices, pixels: of sagittal and axial series."""
+    anatomy, _, _, grids, plans, rng = phantom.simulate(seed, anomalies="none")
+    plans = {plan.description: plan for plan in plans}
+    plans = [
+        resized(plans[d], *((slices[1], pixels[1]) if d == "Axial T2" else (slices[0], pixels[0])))
+        for d in SERIES.values()
+    ]
+    images = phantom.acquire_study(rng, anatomy, grids, plans)
+    for number, (series_id, plan, image) in enumerate(zip(SERIES, plans, images, strict=True), 1):
+        where = Path(folder) / str(series_id)
+        phantom.write_series(where, plan, image, study_id=1, number=number, patient="Tiny", rng=rng, anomalies="none")
+
+
+def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8"), random_spinenet=False):
+    """Write random weights of every member into `folder`, SpineNet being the shipped or a random one. Returns it.
+
+    shape: voxels along each side of both crops; imgsz: of the detectors.
+    """
+    from lumbar import yolo
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    prior = utils.class_prior(np.random.default_rng(0).choice(3, (40, 5, 5), p=(0.7, 0.2, 0.1)))
+    spinenet = utils.load_spinenet(ROOT / "weights" / "spinenet_phantom.safetensors")
+    if random_spinenet:
+        tiny = utils.SpineNet(widths=(8, 8, 8), resolution_mm=4.0).eval()
+        tiny.about = spinenet.about
+        with torch.no_grad():  # sees something in every image, if no vertebrae
+            tiny.head[0].weight.normal_(std=0.3)
+            tiny.head[0].bias[:20] = -1.0
+        spinenet = tiny
+    utils.save_spinenet(spinenet, folder / "spinenet.safetensors")
+    for scope, backbone, extent_mm in zip(
+        ("level", "study"), backbones, ((56.0, 96.0, 96.0), (256.0, 128.0, 160.0)), strict=True
+    ):
+        crop = {"scope": scope, "shape": [shape] * 3, "extent_mm": extent_mm, "shift_mm": (0.0, 0.0, 14.0)}
+        model = utils.OrdinalClassifier(scope, backbone, crop["shape"], prior).eval()
+        torch.nn.init.normal_(model.score.weight, std=0.3)  # so that answers differ between studies
+        about = {"crop": crop, "prior": prior.tolist(), "views": [{}, {"mirror": True}]}
+        utils.save_classifier(folder / f"{scope}_0.safetensors", model, about)
+    yolo.prepare_ultralytics(folder / "ultralytics")
+    from ultralytics.nn.tasks import DetectionModel
+
+    description = yolo._yolo_model_yaml("yolov10n.yaml", 0.125, folder)
+    for condition in utils.DETECTORS:
+        net = DetectionModel(description, ch=1, nc=3, verbose=False)
+        with torch.no_grad():
+            for name, value in net.named_parameters():
+                if "cv3" in name and name.endswith("2.bias"):  # class scores, near 0 in a network that saw nothing
+                    value.copy_(torch.tensor([-2.0, -3.0, -4.0]))
+                elif "cv3" in name and name.endswith("2.weight"):
+                    value.normal_(std=0.5)
+        shape_px, mm_per_px = utils.yolo_shape_px(utils.YOLO_VIEWS[condition], imgsz)
+        about = {
+            "kind": "yolo",
+            "condition": condition,
+            "cfg": net.yaml,
+            "channels": 1,
+            "names": list(utils.SEVERITIES),
+            "shape_px": list(shape_px),
+            "mm_per_px": mm_per_px,
+            "prior": prior.tolist(),
+        }
+        yolo._write_yolo(folder / f"yolo_{condition}_0.safetensors", net.state_dict(), about)
+    return folder
