@@ -222,22 +222,28 @@ def open_stage(out, name, parameters, inputs=()):
     """
     folder = Path(out).resolve() / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _lock(folder)
     identity = {
         "parameters": {k: v for k, v in parameters.items() if k not in PARAMETERS_WITHOUT_EFFECT},
         "inputs": {str(path): fingerprint(path) for path in inputs},
     }
     identity = json.loads(json.dumps(identity, default=_plain))
     begun = folder / "begun.json"
-    if begun.is_file() and json.loads(begun.read_text()) != identity:
-        number = 1
-        while (old := folder.with_name(f"{name}.old-{number}")).exists():
-            number += 1
-        folder.rename(old)
-        print(f"{name}: other parameters or inputs than last time; the old results are now in {old}")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not begun.is_file():
-        write_json(begun, identity)
+
+    def same():
+        return begun.is_file() and json.loads(begun.read_text()) == identity
+
+    # Finished work is only read: jobs that share it run side by side.
+    if not (same() and _is_complete(folder)):
+        _lock(folder)
+        if begun.is_file() and not same():
+            number = 1
+            while (old := folder.with_name(f"{name}.old-{number}")).exists():
+                number += 1
+            folder.rename(old)
+            print(f"{name}: other parameters or inputs than last time; the old results are now in {old}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not begun.is_file():
+            write_json(begun, identity)
     done = _is_complete(folder)
     print(f"{name}: " + ("already finished, found by its manifest" if done else f"working in {folder}"))
     return Stage(folder, name, done, identity, time.time())

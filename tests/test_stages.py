@@ -1,6 +1,8 @@
 """Checked parameters, stages that are found or continued, and the loop that runs notebooks."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -61,6 +63,17 @@ def test_a_stage_is_found_continued_or_moved_aside(tmp_path):
     assert (utils.open_stage(tmp_path, "s", {"A": 2}, [data]).dir.parent / "s.old-2").exists()
     with pytest.raises(FileNotFoundError, match="run the stage that writes it"):
         utils.open_stage(tmp_path, "t", {}, [tmp_path / "nothing"])
+
+
+def test_two_processes_share_finished_work_and_nothing_else(tmp_path):
+    stage = utils.open_stage(tmp_path, "finished", {"A": 1})
+    (stage.dir / "x").write_text("x")
+    stage.close(outputs=["x"])
+    utils.open_stage(tmp_path, "running", {"A": 1})
+    other = "import sys, utils\nfor name in ('finished', 'running'): utils.open_stage(sys.argv[1], name, {'A': 1})"
+    done = subprocess.run([sys.executable, "-c", other, str(tmp_path)], cwd=ROOT, text=True, capture_output=True)
+    assert "finished: already finished" in done.stdout
+    assert "another process is working in" in done.stderr and "running" in done.stderr.splitlines()[-1]
 
 
 def write_notebook(path, body):
