@@ -56,7 +56,7 @@ def progress(iterable=None, desc=None, total=None, **kwargs):
 def write_json(path, data):
     """Write `data` as JSON so that the file is either the old one or complete."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     temporary.write_text(json.dumps(data, indent=2, default=_plain) + "\n")
     os.replace(temporary, path)
 
@@ -72,7 +72,7 @@ def _plain(value):
 def write_csv(path, table):
     """Write a DataFrame as CSV so that the file is either the old one or complete."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     table.to_csv(temporary, index=False)
     os.replace(temporary, path)
 

@@ -232,7 +232,7 @@ def open_stage(out, name, parameters, inputs=()):
     def same():
         return begun.is_file() and json.loads(begun.read_text()) == identity
 
-    # Finished work is only read: jobs that share it run side by side.
+    # Finished work needs no lock: jobs that share it run side by side.
     if not (same() and _is_complete(folder)):
         _lock(folder)
         if begun.is_file() and not same():

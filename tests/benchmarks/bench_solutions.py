@@ -44,6 +44,8 @@ In favour of both, or the same for both
 - Augmentation: mirroring with swapped labels, each time with probability .5 (they trained on both copies); no jitter
   (strength 0), no mixing. The trainer's little noise and its left-out channels stay.
 - No test-time augmentation, no calibration.
+- One budget means the same passes over the same studies. B's detectors see the labelled slices alone, whole, and ours
+  patches of the slices near them, too: fewer and larger images, about as many pixels. counts.json has both.
 """
 
 import argparse
@@ -534,6 +536,18 @@ def train_detector(job):
     _save(target, study_ids=np.array(list(job["test"]), np.int64), p=np.array(p))
 
 
+def detector_images(run, out, settings):
+    """dict of what the detectors see in an epoch: images and millions of pixels, ours and B's."""
+    counts = {}
+    for condition in DETECTORS:
+        for name, folder in (("our", run / "01_preprocess" / "yolo"), ("B's", out / "yolo")):
+            height, width = json.loads((folder / condition / "dataset.json").read_text())["shape_px"]
+            images = len((folder / condition / f"train_{settings['fold']}.txt").read_text().split())
+            counts[f"{name} {condition} images"] = images
+            counts[f"{name} {condition} megapixels"] = round(images * height * width / 1e6, 1)
+    return counts
+
+
 def _save(path, **arrays):
     temporary = path.with_suffix(".part")
     with open(temporary, "wb") as file:
@@ -747,6 +761,7 @@ def bench_run(run, out, workers, check, seed):
     write_csv(out / "scores.csv", result[0].rename_axis("prediction").reset_index())
     np.savez(out / "predictions.npz", study_ids=ids, grades=grades, **predictions)
     counts = {
+        **detector_images(run, out, settings),
         "studies with six vertebrae": len(centers),
         "studies": len(paths),
         "test studies with six vertebrae": int(np.isin(ids, list(centers)).sum()),
