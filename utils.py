@@ -10,14 +10,16 @@
  8. lumbar/randomise.py    training images for SpineNet: painted anatomies, random contrasts, artefacts
  9. lumbar/finetune.py     SpineNet trained further on the competition's own label points
 10. lumbar/official.py     vertebrae from SpineNet's official package, for those who may use it
-11. lumbar/yolo.py         detectors: data sets, training, dense class scores, side and level by geometry
+11. lumbar/views.py        test-time views, and which of them pay
+12. lumbar/yolo.py         detectors: data sets, training, dense class scores, side and level by geometry
                            (yolo_trainer.py: the part of it that ultralytics' own processes import)
-12. lumbar/classifiers.py  timm_3d backbones, cumulative logits, crops and their views, training
-13. lumbar/distributed.py  the same training in several processes or on several GPUs
-14. lumbar/ensemble.py     test-time views, weights, calibration, the stacker, what each gains
-15. lumbar/inference.py    a study in, 25 rows out, whatever is broken
-16. lumbar/looking.py      plots, viewers, HTML pages
-17. lumbar/kaggle.py       where inputs are mounted, pushing kernels
+13. lumbar/distributed.py  training in several processes or on several GPUs
+14. lumbar/classifiers.py  timm_3d backbones, cumulative logits, crops and their views, training
+15. lumbar/ensemble.py     weights, calibration, the stacker, what each gains
+16. lumbar/inference.py    a study in, 25 rows out, whatever is broken
+17. lumbar/looking.py      plots, tables, the report as a page
+18. lumbar/viewer.py       a study to look at: viewer for notebooks, page that opens offline
+19. lumbar/kaggle.py       where inputs are mounted, pushing kernels
 
 Everything public is reached as `utils.name`. Heavy libraries (ultralytics, open3d, timm_3d, pydicom) are imported
 where they are used.
@@ -45,4 +47,6 @@ from lumbar.official import *
 from lumbar.randomise import *
 from lumbar.spinenet import *
 from lumbar.stages import *
+from lumbar.viewer import *
+from lumbar.views import *
 from lumbar.yolo import *

@@ -17,7 +17,6 @@ from torch import nn
 
 from .dicom import load_study
 from .distributed import all_sum, launch, processes_for, rank, world
-from .ensemble import TTA_VIEWS, choose_views
 from .files import class_prior, score_arrays
 from .geometry import boxes_from_table, crop_level, crop_study, study_box
 from .names import (
@@ -35,6 +34,7 @@ from .names import (
     write_csv,
     write_json,
 )
+from .views import TTA_VIEWS, choose_views, cross_fitted_views, deal_parts
 
 
 def cumulative_log_probabilities(score, cutpoints):
@@ -53,27 +53,16 @@ def cumulative_log_probabilities(score, cutpoints):
     return torch.cat([first, middle, last], -1)
 
 
-def cumulative_link_loss(log_probabilities, grades, class_weights=SEVERITY_WEIGHTS, by_weight=False):
-    """Weighted negative log likelihood over the graded entries only.
-
-    log_probabilities: (..., K); grades: (...) int64, -1 = missing label. Returns a scalar tensor, 0 (with a
-    gradient of 0) if nothing is graded. By default mean(w * nll), as spacecutter's CumulativeLinkLoss; by_weight
-    divides by sum(w) instead, as the competition's metric does.
-    """
-    loss, weight = weighted_losses(log_probabilities, grades, class_weights)
-    total = weight.sum() if by_weight else (grades >= 0).sum()
-    return loss / total.clamp(min=1)
-
-
-def weighted_losses(log_probabilities, grades, class_weights=SEVERITY_WEIGHTS, share=None):
+def weighted_losses(log_probabilities, grades, share=None):
     """(sum of w * nll, sum of w), scalar tensors float32: what losses over several batches are put together from.
 
-    log_probabilities: (..., K); grades: (...) int64, -1 = missing label, weighs nothing; share: broadcast against
-    grades, multiplies the weights (of labels that stand for a part of a mixed input).
+    log_probabilities: (..., 3); grades: (...) int64, -1 = missing label, weighs nothing; share: broadcast against
+    grades, multiplies the weights (of labels that stand for a part of a mixed input). The weights are the metric's, and
+    so is the first sum over the second; over the number of graded entries it is spacecutter's CumulativeLinkLoss.
     """
     safe = grades.clamp(min=0)
     nll = -log_probabilities.gather(-1, safe[..., None])[..., 0]
-    weight = torch.as_tensor(class_weights, dtype=nll.dtype, device=nll.device)[safe] * (grades >= 0)
+    weight = torch.as_tensor(SEVERITY_WEIGHTS, dtype=nll.dtype, device=nll.device)[safe] * (grades >= 0)
     if share is not None:
         weight = weight * share
     return (weight * nll).sum(), weight.sum()
@@ -341,7 +330,8 @@ class CropDataset(torch.utils.data.Dataset):
     """Crops (with margin) and grades of studies.
 
     Items: crop (3, D, H, W) float16, level () int64, grades (5,) int64 for scope `level`, one item per study and
-    level; crop, 0, grades (5, 5) for scope `study`. With a cache folder each study is cut once.
+    level; crop, 0, grades (5, 5) for scope `study`. With a cache folder each study is cut once, all levels together;
+    without one an item cuts what it needs and no more.
     """
 
     def __init__(self, paths, study_ids, grades, levels_table, crop, cache=None):
@@ -353,23 +343,26 @@ class CropDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.study_ids) * self.per_study
 
-    def crops_of(self, study_id):
-        """(1 or 5, 3, D, H, W) float16, from the cache if it is there."""
-        path = self.cache / f"{study_id}.npy" if self.cache else None
-        if path and path.is_file():
-            return np.load(path, mmap_mode="r")
-        boxes = boxes_from_table(self.levels_table, study_id) if self.crop["scope"] == "level" else None
-        crops = cut_crops(load_study(self.paths[study_id]), boxes, self.crop)
-        if path:
+    def crops_of(self, study_id, level=None):
+        """(1 or 5, 3, D, H, W) float16, from the cache if it is there; level: only this one's crop (`study`: 0)."""
+        only = slice(None) if level is None else slice(level, level + 1)
+        if not self.cache:
+            return self._cut(study_id, only)
+        path = self.cache / f"{study_id}.npy"
+        if not path.is_file():
             temporary = path.with_name(f"{path.stem}.{os.getpid()}.part")
             with open(temporary, "wb") as file:
-                np.save(file, crops)
+                np.save(file, self._cut(study_id, slice(None)))
             os.replace(temporary, path)
-        return crops
+        return np.load(path, mmap_mode="r")[only]
+
+    def _cut(self, study_id, levels):
+        boxes = boxes_from_table(self.levels_table, study_id)[levels] if self.crop["scope"] == "level" else None
+        return cut_crops(load_study(self.paths[study_id]), boxes, self.crop)
 
     def __getitem__(self, number):
         study, level = divmod(number, self.per_study)
-        crop = torch.from_numpy(np.array(self.crops_of(self.study_ids[study])[level]))
+        crop = torch.from_numpy(np.array(self.crops_of(self.study_ids[study], level)[0]))
         grades = self.grades[study, :, level] if self.per_study > 1 else self.grades[study]
         return crop, level, torch.from_numpy(np.ascontiguousarray(grades))
 
@@ -539,43 +532,71 @@ def crops_to_studies(predicted, scope):
     return predicted.reshape(-1, len(LEVELS), len(CONDITIONS), len(SEVERITIES)).transpose(0, 2, 1, 3)
 
 
-def measure_views(models, dataset, views=TTA_VIEWS, numbers=None):
+class _Studies(torch.utils.data.Dataset):
+    """All crops of a study as one item, for those of a CropDataset's studies with these numbers."""
+
+    def __init__(self, dataset, numbers):
+        self.dataset, self.numbers = dataset, [int(number) for number in numbers]
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, place):
+        return torch.from_numpy(np.array(self.dataset.crops_of(self.dataset.study_ids[self.numbers[place]])))
+
+
+def measure_views(models, dataset, views=TTA_VIEWS, numbers=None, workers=0):
     """Log probabilities of each view for a CropDataset: (views, n studies, 5, 5, 3), as choose_views takes them.
 
-    A study at a time, so that memory stays small; its crops are cut once for all views. numbers: which studies, by
-    their place in dataset.study_ids (all, if None); the rows of the others are 0.
+    A study at a time, so that memory stays small; its crops are cut once for all views, by `workers` other processes
+    while the models see the studies before (0: by this one), which does not change the result. numbers: which studies,
+    by their place in dataset.study_ids (all, if None); the rows of the others are 0.
     """
     result = np.zeros((len(views), len(dataset.study_ids), len(CONDITIONS), len(LEVELS), len(SEVERITIES)))
-    for number in range(len(dataset.study_ids)) if numbers is None else numbers:
-        crops = dataset.crops_of(dataset.study_ids[number])
+    numbers = range(len(dataset.study_ids)) if numbers is None else numbers
+    loader = torch.utils.data.DataLoader(
+        _Studies(dataset, numbers),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=1 if workers else None,  # a whole study of full size has 175 MB
+        generator=torch.Generator(),  # the caller's random numbers stay as they are
+    )
+    for number, crops in zip(numbers, loader, strict=True):
         levels = np.arange(len(crops)) if dataset.per_study > 1 else None
-        for view, log_p in enumerate(predict_views(models, crops, dataset.crop, levels, views)):
+        for view, log_p in enumerate(predict_views(models, crops.numpy(), dataset.crop, levels, views)):
             result[view, number] = crops_to_studies(log_p, dataset.crop["scope"])[0]
     return result
 
 
-def predict_dataset(models, dataset, views=({},), numbers=None):
-    """(n studies, 5, 5, 3) probabilities for a CropDataset; rows of studies not among `numbers` are uniform."""
-    return _softmax(measure_views(models, dataset, views, numbers).mean(0))
+def predict_dataset(models, dataset, views=({},), numbers=None, workers=0):
+    """(n studies, 5, 5, 3) probabilities for a CropDataset; rows of studies not among `numbers` are uniform.
+
+    The arguments are measure_views'.
+    """
+    return _softmax(measure_views(models, dataset, views, numbers, workers).mean(0))
 
 
-def settle_views(out, held_out, device="auto", views=TTA_VIEWS):
-    """Choose the test-time views on held-out studies, store them in the weights, predict these studies with them.
+def settle_views(out, held_out, device="auto", views=TTA_VIEWS, workers=0):
+    """Choose the test-time views on held-out studies, store them in the weights, predict these studies.
 
     out: folder with <name>.safetensors; held_out: dict name -> CropDataset of the studies that these weights were not
-    trained on. The choice is made on all of them together; see choose_views. Returns (dict name -> (n, 5, 5, 3)
-    probabilities with the chosen views, choose_views' table). Done again after a kill it ends the same.
+    trained on; workers: processes that cut crops. What is stored is chosen on all of the studies together, see
+    choose_views. The predictions are cross-fitted: each fifth of the studies is predicted with the views that pay on
+    the other four fifths, see cross_fitted_views. Returns (dict name -> (n, 5, 5, 3) probabilities, choose_views'
+    table). Done again after a kill it ends the same.
     """
-    device, measured = device_for(device), {}
+    device, measured = device_for(device), []
     for name, dataset in progress(held_out.items(), desc="views"):
         model, _ = load_classifier(Path(out) / f"{name}.safetensors", device)
-        measured[name] = measure_views([model], dataset, views)
-    grades = np.concatenate([dataset.grades for dataset in held_out.values()])
-    chosen, table = choose_views(grades, np.concatenate(list(measured.values()), 1), views)
+        measured.append(measure_views([model], dataset, views, workers=workers))
+    grades, log_p = np.concatenate([dataset.grades for dataset in held_out.values()]), np.concatenate(measured, 1)
+    chosen, table = choose_views(grades, log_p, views)
     for name in held_out:
         store_views(Path(out) / f"{name}.safetensors", chosen)
-    kept = table["kept"].to_numpy()
-    return {name: _softmax(log_p[kept].mean(0)) for name, log_p in measured.items()}, table
+    used = cross_fitted_views(grades, log_p, views, deal_parts(np.ones(len(grades), bool)))
+    share = (used / used.sum(1, keepdims=True)).T[..., None, None, None]
+    ends = np.cumsum([len(dataset.study_ids) for dataset in held_out.values()])
+    return dict(zip(held_out, np.split(_softmax((log_p * share).sum(0)), ends[:-1]), strict=True)), table
 
 
 # ---- Training ----
@@ -684,14 +705,14 @@ class _StepNorms:
             norm.momentum = 0.0
 
     def end(self):
-        """After the last batch of a step."""
+        """After the last batch of a step. What overflowed leaves no trace: it would never fade."""
         if not self.norms:
             return
         mean = all_sum(torch.cat(self._state())) / world()
         sizes = [len(x) for x in self.before]
         momenta = [m for m in self.momentum for _ in range(2)]
         for state, before, new, m in zip(self._state(), self.before, mean.split(sizes), momenta, strict=True):
-            state.copy_(before.lerp(new, m))
+            state.copy_(torch.where(torch.isfinite(new), before.lerp(new, m), before))
         for norm, momentum, count in zip(self.norms, self.momentum, self.counts, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count + 1)
@@ -758,7 +779,8 @@ class _Training:
             getattr(self, part).load_state_dict(saved[part])
 
     def epoch(self, train, seed, workers):
-        """One epoch over this process' share of the batches. Returns the mean loss of its steps.
+        """One epoch over this process' share of the batches. Returns the mean loss of its steps, without those that
+        overflowed (NaN, if all did).
 
         Random numbers come from a seed for each batch: they depend neither on workers or processes nor on where the
         training began.
@@ -785,7 +807,8 @@ class _Training:
             if last:
                 losses.append(self._step(sums))
                 sums = torch.zeros(2, device=device)
-        return float(np.mean(losses))
+        losses = [loss for loss in losses if math.isfinite(loss)]
+        return float(np.mean(losses)) if losses else math.nan
 
     def _batch(self, crops, level, grades, crop, seed):
         """Augment a batch and add its gradients. Returns (2,): its weighted_losses."""
@@ -804,7 +827,7 @@ class _Training:
         return torch.stack([loss.detach(), weight])
 
     def _step(self, sums):
-        """Move the weights by the gradients of all batches of a step. Returns the step's loss.
+        """Move the weights by the gradients of all batches of a step, if they are finite. Returns the step's loss.
 
         The loss of a step is the sum of its batches' losses over the sum of their weights, of all processes: as if
         they had been one batch. The weights are only known at the end, so the gradients are divided then.
@@ -815,19 +838,22 @@ class _Training:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        # The same in all processes, which have the same gradients.
+        finite = bool(torch.isfinite(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)))
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()  # in float16 a step that overflowed is followed by smaller losses
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.norms.end()
-        self.average.update_parameters(self.model)
+        if finite:
+            self.average.update_parameters(self.model)
         return float(loss / weight.clamp(min=1))
 
-    def predict(self, valid):
+    def predict(self, valid, workers):
         """(n, 5, 5, 3) probabilities of the averaged weights, the studies shared out to the processes."""
         mine = np.arange(rank(), len(valid.study_ids), world())
-        predicted = predict_dataset([self.average.module.eval()], valid, numbers=mine)
+        predicted = predict_dataset([self.average.module.eval()], valid, numbers=mine, workers=workers)
         result = torch.zeros(predicted.shape, dtype=torch.float64, device=self.device)
         result[mine] = torch.from_numpy(predicted[mine]).to(self.device)
         return all_sum(result).cpu().numpy()
@@ -898,7 +924,7 @@ def _train(out, name, train, valid, config, seed, device, workers):
     with progress(total=config["epochs"], desc=name, initial=first_epoch, disable=rank() > 0) as bar:
         for epoch in range(first_epoch, config["epochs"]):
             loss = training.epoch(train, (seed, epoch), workers)
-            scores = score_arrays(valid.grades, training.predict(valid))
+            scores = score_arrays(valid.grades, training.predict(valid, workers))
             history.append({"epoch": epoch + 1, "loss": loss, **scores})
             bar.set_postfix(loss=f"{loss:.3f}", score=f"{scores['total']:.3f}", refresh=False)
             bar.update()

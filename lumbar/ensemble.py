@@ -1,4 +1,4 @@
-"""Test-time views, the weighted ensemble, its stacker, and what both are worth.
+"""The weighted ensemble, its stacker, and what both are worth.
 
 Members are combined in three steps, each fitted on out-of-fold predictions under the competition's own terms and each
 pulled to doing nothing: weights per group of conditions; temperature, class bias and a share of the prior per group;
@@ -6,16 +6,19 @@ and a correction of each cell's log odds by those of its neighbours. cross_valid
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .files import (
+    EPS,
     class_prior,
     from_submission,
     labels_to_array,
     make_folds,
+    paired_gain,
     read_labels,
     row_ids,
     score_arrays,
@@ -23,23 +26,6 @@ from .files import (
 )
 from .names import GRADES, GROUPS, LABEL_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS, SUBMISSION_COLUMNS
 
-EPS = np.finfo(np.float64).eps  # the metric's clip
-
-# Views of the 3D networks whose log probabilities may be averaged, likely best first; the first is the plain one. What
-# each is worth is measured on held-out studies (choose_views). Shifts run along the crop's axes (foot, back, left);
-# some views are mirrored as well, so that a set of them looks from both sides.
-TTA_VIEWS = (
-    {},
-    {"mirror": True},
-    {"scale": 1.06},
-    {"scale": 0.94, "mirror": True},
-    {"shift_mm": [2.0, 0.0, 0.0]},
-    {"shift_mm": [-2.0, 0.0, 0.0], "mirror": True},
-    {"shift_mm": [0.0, 2.0, 0.0], "mirror": True},
-    {"shift_mm": [0.0, -2.0, 0.0]},
-    {"rotation_deg": [4.0, 0.0, 0.0]},
-    {"rotation_deg": [-4.0, 0.0, 0.0], "mirror": True},
-)
 MEMBERS = ("yolo", "level", "study")
 # Solution B's weights, .65 for the detectors and .35 for the 3D networks, which are two here.
 DEFAULT_WEIGHTS = {"yolo": 0.65, "level": 0.25, "study": 0.10}
@@ -167,108 +153,6 @@ class _Target:
         by_logit = np.where(self.any_true, -1.0, worst / (1 - worst)) * weight
         slope[study, 0, level] += by_logit[:, None] * (np.array([0.0, 0.0, 1.0]) - p[study, 0, level])
         return float(-(weight * np.log(np.where(self.any_true, worst, 1 - worst))).sum())
-
-
-def _term_sums(grades, probabilities):
-    """Each study's share in the four terms: (loss (n, 4), weight (n, 4)); a term is loss.sum() / weight.sum().
-
-    grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3). The terms are those of GROUPS, then any severe.
-    """
-    graded, safe = grades >= 0, np.clip(grades, 0, 2)
-    weight = np.where(graded, np.asarray(SEVERITY_WEIGHTS, np.float64)[safe], 0.0)
-    true = np.take_along_axis(probabilities, safe[..., None], -1)[..., 0]
-    loss = -weight * np.log(np.clip(np.where(graded, true, 1), EPS, 1 - EPS))
-    severe = np.where(graded[:, 0], probabilities[:, 0, :, 2], 0.0).max(1)
-    any_weight, any_true = weight[:, 0].max(1), (grades[:, 0] == 2).any(1)
-    any_loss = -any_weight * np.log(np.clip(np.where(any_true, severe, 1 - severe), EPS, 1 - EPS))
-    losses = [loss[:, list(members)].sum((1, 2)) for members in GROUPS.values()]
-    weights = [weight[:, list(members)].sum((1, 2)) for members in GROUPS.values()]
-    return np.stack([*losses, any_loss], 1), np.stack([*weights, any_weight], 1)
-
-
-def _gain(grades, before, after, terms=(0, 1, 2, 3)):
-    """How much lower `after` scores than `before`, summed over the terms, and the standard error of that.
-
-    The error is that of a ratio of sums over independent studies (the delta method), of the paired difference.
-    """
-    loss_before, weight = _term_sums(grades, before)
-    loss_after, _ = _term_sums(grades, after)
-    total = np.maximum(weight.sum(0), 1e-12)
-    saved = loss_before - loss_after
-    gain = saved.sum(0) / total
-    influence = ((saved - gain * weight) / total)[:, list(terms)].sum(1)
-    return float(gain[list(terms)].sum()), float(np.sqrt(np.square(influence).sum()))
-
-
-# ---- Test-time augmentation: which views pay ----
-
-
-def choose_views(grades, log_p, views, errors=1.0):
-    """Which views are worth averaging over, from a member's predictions for studies it was not trained on.
-
-    grades: (n, 5, 5) int, -1 missing; log_p: (views, n, 5, 5, 3) log probabilities of each view, left and right
-    already swapped back where it is mirrored; cells of which the plain view says nothing (NaN) do not count, and
-    where another view says nothing the rest are averaged. views: the dicts, the plain one first.
-    Forward and greedy from the plain view: the view that lowers the competition's score most joins, as long as that
-    is more than `errors` standard errors of the paired difference. Terms without a label or prediction are left out.
-    Returns (list of kept views, in the order in which they joined; DataFrame view (JSON text), alone (score of the
-    view by itself), gain (of plain and this one averaged over plain), gain_se, kept (bool)). Deterministic: of equal
-    ones the first wins. Raises ValueError if the shapes do not fit together.
-    """
-    grades, log_p = np.asarray(grades), np.asarray(log_p, np.float64)
-    if log_p.shape != (len(views), *grades.shape, 3) or not len(views):
-        raise ValueError(f"{len(views)} views of {grades.shape} grades do not fit log p of {log_p.shape}")
-    # The metric's own clip: a view that is certain must not outweigh all others by a log probability of -inf.
-    log_p = np.maximum(log_p, np.log(EPS))
-    there = np.isfinite(log_p).all(-1)
-    grades = np.where(there[0], grades, -1)
-    plain = _mean_of_views(log_p, there, [0])
-
-    def gain(before, after):
-        _, weight = _term_sums(grades, before)
-        terms = np.flatnonzero(weight.sum(0) > 0)
-        value, error = _gain(grades, before, after, terms) if len(terms) else (np.nan, np.nan)
-        return value / max(len(terms), 1), error / max(len(terms), 1)
-
-    pairs = [(0.0, 0.0), *(gain(plain, _mean_of_views(log_p, there, [0, v])) for v in range(1, len(views)))]
-    kept, current = [0], plain
-    while True:
-        best = None
-        for number in set(range(len(views))) - set(kept):
-            candidate = _mean_of_views(log_p, there, [*kept, number])
-            value, error = gain(current, candidate)
-            # A copy of a kept view gains nothing but rounding.
-            if value > max(errors * error, 1e-9) and (best is None or (value, -number) > best[:2]):
-                best = (value, -number, candidate)
-        if best is None:
-            break
-        kept, current = [*kept, -best[1]], best[2]
-    plain_views = [json.loads(json.dumps(view)) for view in views]
-    table = pd.DataFrame(
-        {
-            "view": [json.dumps(view) for view in plain_views],
-            "alone": [_score_of_view(grades, log_p[v], there[v]) for v in range(len(views))],
-            "gain": [value for value, _ in pairs],
-            "gain_se": [error for _, error in pairs],
-            "kept": [v in kept for v in range(len(views))],
-        }
-    )
-    return [plain_views[number] for number in kept], table
-
-
-def _mean_of_views(log_p, there, numbers):
-    """Probabilities (n, 5, 5, 3) of the mean log p over these views; 1/3 where none of them says anything."""
-    there = there[numbers][..., None]
-    mean = np.where(there, log_p[numbers], 0.0).sum(0) / np.maximum(there.sum(0), 1)
-    p = np.exp(mean - mean.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
-
-
-def _score_of_view(grades, log_p, there):
-    """Competition score of one view on the cells it has: the mean of the terms that have a label, NaN without any."""
-    loss, weight = _term_sums(np.where(there, grades, -1), _mean_of_views(log_p[None], there[None], [0]))
-    terms = weight.sum(0) > 0
-    return float((loss.sum(0)[terms] / weight.sum(0)[terms]).mean()) if terms.any() else float("nan")
 
 
 # ---- Weights, temperature, bias, floor ----
@@ -489,7 +373,7 @@ def fit_stacker(grades, probabilities, strengths=STACKER_STRENGTHS, parts=4, err
         own[:, list(conditions)] = grades[:, list(conditions)]
         trials = _try_strengths(case, is_own, own, list(conditions), part, strengths, group == "spinal")
         terms = (0, 3) if group == "spinal" else (number,)
-        gains = [_gain(own, probabilities, trial, terms) for trial in trials]
+        gains = [paired_gain(own, probabilities, trial, terms) for trial in trials]
         best = int(np.argmax([gain for gain, _ in gains]))
         result["gain"][group] = [*gains[best], float(strengths[best])]
         if gains[best][0] > errors * gains[best][1]:
@@ -585,7 +469,7 @@ def cross_validate_ensemble(labels, tables, folds, strength=STRENGTH, members=ME
     for name, p in nested.items():
         own = np.isfinite(aligned[name]).all(-1) if name in aligned else there
         safe = np.where(there[..., None], p, 1 / 3)
-        gain = _gain(grades, np.where(there[..., None], nested["default weights"], 1 / 3), safe)
+        gain = paired_gain(grades, np.where(there[..., None], nested["default weights"], 1 / 3), safe)
         scores[name] = {
             **score_arrays(grades, safe),
             "gain": gain[0] / 4,
@@ -687,24 +571,81 @@ def align_members(study_ids, tables):
     return aligned
 
 
-def read_out_of_fold(folders):
+def member_weights(folders):
+    """Which file stands for each fold of each member's weights: (dict name -> path, list of sentences).
+
+    folders: looked at themselves and one folder below, as the outputs of several Kaggle kernels lie side by side; the
+    names are the files', such as yolo_scs_0 and level_3, in order. The sentences say what is left out, and why:
+    - unfinished weights: a classifier beside its checkpoint, where 04 writes each better epoch, and a detector that 03
+      has not calibrated yet;
+    - those trained for comparison, as other solutions have them (detectors of the scheme "original", classifiers with
+      global pooling), where there are any of the kit's own of that detector or classifier. Attached alone they stand.
+    - all but the first of one fold, in the order of the folders; one that cannot be read comes last, and where it is
+      all there is loading it says what is wrong.
+    """
+    found, left_out = {}, {}
+    for folder in map(Path, folders):
+        for path in sorted({*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")}):
+            name = re.fullmatch(r"(yolo_[a-z]+|level|study)_.+", path.stem)
+            below = path.relative_to(folder).parts
+            if name and "solutions" not in below and not any(".old-" in part for part in path.parts):
+                found.setdefault(name[1], {}).setdefault(path.resolve(), path)
+    chosen = {}
+    for part, paths in found.items():
+        kinds = {path: _kind_of_weights(path) for path in paths.values()}
+        wanted = "comparison" if "comparison" in kinds.values() and "own" not in kinds.values() else "own"
+        for path in sorted(kinds, key=lambda path: kinds[path] == "unreadable"):
+            if kinds[path] not in (wanted, "unreadable"):
+                left_out.setdefault((kinds[path], path.parent), []).append(path.stem)
+            elif chosen.setdefault(path.stem, path) != path:
+                left_out.setdefault((f"already found in {chosen[path.stem].parent}", path.parent), []).append(path.stem)
+    why = {"comparison": "trained for comparison, the kit's own stand", "unfinished": "training has not finished"}
+    sentences = [
+        f"{', '.join(names)} in {folder} left out: {why.get(kind, kind)}" for (kind, folder), names in left_out.items()
+    ]
+    return dict(sorted(chosen.items())), sentences
+
+
+def _kind_of_weights(path):
+    """own, comparison, unfinished or unreadable, see member_weights."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as file:
+            known = file.metadata() or {}
+        about = json.loads(known.get("classifier") or known["metadata"])
+    except Exception:  # whatever a damaged file makes of it
+        return "unreadable"
+    comparison = about.get("scheme") == "original" or about.get("pooling") == "global"
+    uncalibrated = path.stem.startswith("yolo") and not comparison and about.get("calibration") is None
+    if uncalibrated or path.with_suffix(".checkpoint").is_file():
+        return "unfinished"
+    return "comparison" if comparison else "own"
+
+
+def read_out_of_fold(folders, verbose=True):
     """dict member -> out-of-fold table, from the stage folders of 03 and 04; the three detectors are one member.
 
-    Looks for */oof.csv below each folder too, as the outputs of several Kaggle kernels lie side by side.
+    Only of weights that stand (see member_weights, whose sentences `verbose` prints): of the oof.csv beside them the
+    rows of their folds; without a column `fold` all rows.
     """
+    chosen, sentences = member_weights(folders)
+    if verbose and sentences:
+        print(*sentences, sep="\n")
+    places = {}
+    for name, path in chosen.items():
+        part, _, fold = name.rpartition("_")
+        places.setdefault(part.split("_")[0], {}).setdefault(path.parent, set()).add(fold)
     tables = {}
-    for folder in folders:
-        for path in sorted({*Path(folder).glob("oof.csv"), *Path(folder).glob("*/oof.csv")}):
-            for member, pattern in (
-                ("yolo", "yolo_*.safetensors"),
-                ("level", "level_*.safetensors"),
-                ("study", "study_*.safetensors"),
-            ):
-                if any(path.parent.glob(pattern)):
-                    tables.setdefault(member, {})[path.resolve()] = pd.read_csv(path)
-    # The same fold's table may be attached twice.
+    for member in [m for m in MEMBERS if m in places]:
+        for folder, folds in places[member].items():
+            if (folder / "oof.csv").is_file():
+                table = pd.read_csv(folder / "oof.csv")
+                if "fold" in table.columns:
+                    table = table[table["fold"].astype(str).str.removesuffix(".0").isin(folds)]
+                tables.setdefault(member, []).append(table)
     return {
-        member: pd.concat(found.values(), ignore_index=True).drop_duplicates("row_id", ignore_index=True)
+        member: pd.concat(found, ignore_index=True).drop_duplicates("row_id", ignore_index=True)
         for member, found in tables.items()
     }
 
@@ -713,16 +654,36 @@ def ensemble_for(folders, data, members=MEMBERS):
     """The ensemble's weights: an ensemble.json that lies with the weights (05_inference writes one, keep it there);
     else fitted on the oof.csv files that lie there and data/train.csv; else the defaults. See fit_ensemble.
 
-    folders: as weight_folders finds them. Prints which of the three it was.
+    A member with weights in the folders of which neither knows anything gets the share that DEFAULT_WEIGHTS give it
+    among the attached ones, and the others' weights share the rest as before.
+    folders: as weight_folders finds them. Prints which of the three it was, and who got a default share.
     """
+    members = [m for m in MEMBERS if m in members]
+    attached = {name.split("_")[0] for name in member_weights(folders)[0]}
+    attached = [m for m in members if m in attached]
     for folder in folders:
         if (Path(folder) / "ensemble.json").is_file():
             print(f"the ensemble's weights are those of {Path(folder) / 'ensemble.json'}")
-            return json.loads((Path(folder) / "ensemble.json").read_text())
-    tables = {m: t for m, t in read_out_of_fold(folders).items() if m in members}
+            return _with_default_shares(json.loads((Path(folder) / "ensemble.json").read_text()), attached)
+    tables = {m: t for m, t in read_out_of_fold(folders, verbose=False).items() if m in members}
     labels = Path(data) / "train.csv"
     if not tables or not labels.is_file():
         print("no out-of-fold predictions or no train.csv: the ensemble's default weights stand")
-        return default_ensemble([m for m in MEMBERS if m in members])
+        return default_ensemble(members)
     print(f"the ensemble's weights are fitted on out-of-fold predictions of {', '.join(tables)}")
-    return fit_ensemble(read_labels(labels), tables, members=[m for m in MEMBERS if m in members])
+    return _with_default_shares(fit_ensemble(read_labels(labels), tables, members=members), attached)
+
+
+def _with_default_shares(ensemble, attached):
+    """The ensemble with a default share of the weights for each attached member that it does not know."""
+    defaults, weights = DEFAULT_WEIGHTS, {}
+    for group, known in ensemble["weights"].items():
+        unknown = [m for m in attached if m not in known]
+        every = sum(defaults.get(m, 0.1) for m in {*known, *unknown})
+        shares = {m: defaults.get(m, 0.1) / every for m in unknown}
+        scale = (1 - sum(shares.values())) / (sum(known.values()) or 1.0)
+        weights[group] = {m: weight * scale for m, weight in known.items()} | shares if unknown else known
+        if unknown and group == next(iter(GROUPS)):
+            text = ", ".join(f"{m} {share:.2f}" for m, share in shares.items())
+            print(f"nothing is known of what these members are worth, their default shares stand: {text}")
+    return {**ensemble, "weights": weights}

@@ -7,6 +7,8 @@ import pandas as pd
 
 from .names import CONDITIONS, GRADES, GROUPS, LABEL_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS
 
+EPS = np.finfo(np.float64).eps  # the metric's clip of probabilities, as scikit-learn has it
+
 
 def _read_table(path, columns):
     if not Path(path).is_file():
@@ -111,11 +113,10 @@ def from_submission(table):
 
 
 def _weighted_log_loss(true_probability, weight):
-    """sum(w * -log p) / sum(w); NaN where nothing is graded. float64 eps, as scikit-learn clips it."""
+    """sum(w * -log p) / sum(w); NaN where nothing is graded."""
     if weight.sum() == 0:
         return float("nan")
-    eps = np.finfo(np.float64).eps
-    return float(np.sum(weight * -np.log(np.clip(true_probability, eps, 1 - eps))) / weight.sum())
+    return float(np.sum(weight * -np.log(np.clip(true_probability, EPS, 1 - EPS))) / weight.sum())
 
 
 def score_arrays(grades, probabilities):
@@ -142,6 +143,38 @@ def score_arrays(grades, probabilities):
     scores["any_severe"] = _weighted_log_loss(np.where(any_true, severe, 1 - severe), weight[counts, 0].max(1))
     scores["total"] = float(np.mean([scores[term] for term in (*GROUPS, "any_severe")]))
     return scores
+
+
+def term_sums(grades, probabilities):
+    """Each study's share in the four terms: (loss (n, 4), weight (n, 4)); a term is loss.sum() / weight.sum().
+
+    grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3). The terms are those of GROUPS, then any severe.
+    """
+    graded, safe = grades >= 0, np.clip(grades, 0, 2)
+    weight = np.where(graded, np.asarray(SEVERITY_WEIGHTS, np.float64)[safe], 0.0)
+    true = np.take_along_axis(probabilities, safe[..., None], -1)[..., 0]
+    loss = -weight * np.log(np.clip(np.where(graded, true, 1), EPS, 1 - EPS))
+    severe = np.where(graded[:, 0], probabilities[:, 0, :, 2], 0.0).max(1)
+    any_weight, any_true = weight[:, 0].max(1), (grades[:, 0] == 2).any(1)
+    any_loss = -any_weight * np.log(np.clip(np.where(any_true, severe, 1 - severe), EPS, 1 - EPS))
+    losses = [loss[:, list(members)].sum((1, 2)) for members in GROUPS.values()]
+    weights = [weight[:, list(members)].sum((1, 2)) for members in GROUPS.values()]
+    return np.stack([*losses, any_loss], 1), np.stack([*weights, any_weight], 1)
+
+
+def paired_gain(grades, before, after, terms=(0, 1, 2, 3)):
+    """How much lower `after` scores than `before`, summed over the terms, and the standard error of that.
+
+    grades: (n, 5, 5) int, -1 left out; before, after: (n, 5, 5, 3); terms: which of term_sums' four.
+    The error is that of a ratio of sums over independent studies (the delta method), of the paired difference.
+    """
+    loss_before, weight = term_sums(grades, before)
+    loss_after, _ = term_sums(grades, after)
+    total = np.maximum(weight.sum(0), 1e-12)
+    saved = loss_before - loss_after
+    gain = saved.sum(0) / total
+    influence = ((saved - gain * weight) / total)[:, list(terms)].sum(1)
+    return float(gain[list(terms)].sum()), float(np.sqrt(np.square(influence).sum()))
 
 
 def competition_score(labels, submission):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ import torch
 
 from .classifiers import crops_to_studies, cut_crops, load_classifier, predict_crops
 from .dicom import Study, normalise_study, read_study
-from .ensemble import MEMBERS, combine_members, default_ensemble, read_out_of_fold
+from .ensemble import MEMBERS, combine_members, default_ensemble, member_weights, read_out_of_fold
 from .files import read_descriptions, to_submission
 from .geometry import boxes_to_table
-from .levels import locate_levels_surely
+from .levels import _locating_key, locate_levels_surely
 from .names import (
     CONDITIONS,
     DETECTORS,
@@ -37,7 +38,7 @@ from .names import (
 )
 from .official import official_detector
 from .spinenet import load_spinenet
-from .yolo import load_yolo, yolo_studies
+from .yolo import load_yolo, without_frames, yolo_studies
 
 
 @dataclass
@@ -64,34 +65,31 @@ def find_weights(folders, pattern):
 
 
 def load_members(folders, members=MEMBERS, device="auto"):
-    """Load every member's weights found in the folders (see find_weights). Returns Members.
+    """Load every member's weights found in the folders, or one folder below. Returns Members.
 
+    Which file stands for a fold, and which are left out: see member_weights. Prints both.
     Raises FileNotFoundError without a SpineNet or without any member: a submission made of nothing but a prior
     would look like a result.
     """
     device = device_for(device)
+    places = ", ".join(map(str, folders))
     spinenet = find_weights(folders, "spinenet.safetensors")
     if not spinenet:
-        raise FileNotFoundError(
-            f"no spinenet.safetensors in {', '.join(map(str, folders))}: attach 02_train_spinenet's output"
-        )
+        raise FileNotFoundError(f"no spinenet.safetensors in {places}: attach 02_train_spinenet's output")
+    chosen, sentences = member_weights(folders)
+    wanted = {name: path for name, path in chosen.items() if name.startswith(tuple(f"{member}_" for member in members))}
+    print(*sentences, *_where(wanted | {"spinenet": spinenet[0]}), sep="\n")
     classifiers = {
-        scope: [load_classifier(path, device) for path in find_weights(folders, f"{scope}_*.safetensors")]
-        if scope in members
-        else []
+        scope: [load_classifier(path, device) for name, path in wanted.items() if name.startswith(f"{scope}_")]
         for scope in ("level", "study")
     }
     yolo = {
-        condition: [load_yolo(path, device) for path in find_weights(folders, f"yolo_{condition}_*.safetensors")]
-        if "yolo" in members
-        else []
+        condition: [load_yolo(path, device) for name, path in wanted.items() if name.startswith(f"yolo_{condition}_")]
         for condition in DETECTORS
     }
     abouts = [about for models in classifiers.values() for _, about in models]
     if not abouts and not any(yolo.values()):
-        raise FileNotFoundError(
-            f"no member's weights in {', '.join(map(str, folders))}: attach the outputs of 03 and 04"
-        )
+        raise FileNotFoundError(f"no finished member's weights in {places}: attach the outputs of 03 and 04")
     priors = [about.get("prior") for about in abouts + [model.about for models in yolo.values() for model in models]]
     priors = [np.asarray(prior, np.float64) for prior in priors if prior is not None]
     model = load_spinenet(spinenet[0], device)
@@ -108,13 +106,22 @@ def load_members(folders, members=MEMBERS, device="auto"):
     )
 
 
+def _where(chosen):
+    """Lines that say which weights are from which folder."""
+    folders = {}
+    for name, path in chosen.items():
+        folders.setdefault(path.parent, []).append(name)
+    return [f"{', '.join(names)} from {folder}" for folder, names in folders.items()]
+
+
 def weight_folders(places):
     """Folders with trained weights in or below the given ones, in the order found.
 
-    places: paths. Image folders and finished stages' caches are not searched: /kaggle/input may hold 150,000 files.
+    places: paths. Image folders and finished stages' caches are not searched: /kaggle/input may hold 150,000 files; nor
+    is `solutions`, where tests/benchmarks/bench_solutions.py keeps the members of others, unless it is a place itself.
     Raises FileNotFoundError naming the places if there is none.
     """
-    skipped = {"train_images", "test_images", "volumes", "crops", "yolo", "images", "labels", "studies"}
+    skipped = {"train_images", "test_images", "volumes", "crops", "yolo", "images", "labels", "studies", "solutions"}
     found = []
     for place in places:
         for folder, below, files in os.walk(place):
@@ -201,14 +208,36 @@ def prepare_study(folder, descriptions, members, wanted=("level", "study")):
 
 
 def _cut(study, boxes, crop, device, crops):
-    """The crops of a study from `crops`, where they are put if they are not there yet; raises what cutting raised."""
+    """The crops of a study from `crops`, where they are put if they are not there yet, or the Exception that cutting
+    raised."""
     key = _crop_key(crop)
     if key not in crops:
         try:
             crops[key] = cut_crops(study, boxes, crop, device)
         except Exception as error:
-            crops[key] = error
+            crops[key] = without_frames(error)
     return crops[key]
+
+
+def _cut_again(study, boxes, crop, device, crops):
+    """_cut, and once more where the device's memory was too full for it."""
+    if isinstance(_cut(study, boxes, crop, device, crops), torch.OutOfMemoryError):
+        del crops[_crop_key(crop)]
+        _free_memory()
+    return _cut(study, boxes, crop, device, crops)
+
+
+def _free_memory():
+    """Give back what is cached of the device's memory."""
+    try:
+        torch.cuda.empty_cache()
+    except Exception:
+        pass  # on a device that fails altogether even this does: see _device_failure
+
+
+def _out_of_memory(problems):
+    """True if some of the sentences tell of a device whose memory was full: by chance, not because of the study."""
+    return any(torch.OutOfMemoryError.__name__ in problem for problem in problems)
 
 
 # Voxels that go through a network together, at most: eight crops of 128^3, one study of 256^3.
@@ -235,7 +264,7 @@ def _together_or_alone(work, items):
         return work(items)
     except Exception as error:
         if len(items) == 1:
-            return [error]
+            return [without_frames(error)]
     return [_together_or_alone(work, [item])[0] for item in items]
 
 
@@ -252,7 +281,11 @@ def _classify(scope, batch, members, views):
     logs = [np.zeros((len(CONDITIONS), len(LEVELS), len(SEVERITIES))) for _ in batch]
     failed = {}
     for crop, chosen, models in groups.values():
-        cut = {k: _cut(p.study, p.boxes, crop, members.device, p.crops) for k, p in enumerate(batch) if k not in failed}
+        cut = {
+            k: _cut_again(p.study, p.boxes, crop, members.device, p.crops)
+            for k, p in enumerate(batch)
+            if k not in failed
+        }
         failed |= {k: crops for k, crops in cut.items() if isinstance(crops, Exception)}
         there = [k for k in cut if k not in failed]
 
@@ -272,6 +305,21 @@ def _classify(scope, batch, members, views):
     return [failed.get(k, mean / mean.sum(-1, keepdims=True)) for k, mean in enumerate(means)]
 
 
+_FEW_PATCHES = 4  # that go through a detector together where memory is short
+
+
+def _mean_of_folds(found):
+    """Mean log probabilities, normalised, of those folds that say something of a row; NaN where none does.
+
+    found: list of (..., 3). Folds see a study through views of their own, so that one may miss a row of the others.
+    """
+    log_p = np.log(np.clip(found, 1e-12, 1))
+    there = np.isfinite(log_p).all(-1, keepdims=True)
+    count = there.sum(0)
+    p = np.exp(np.where(there, log_p, 0).sum(0) / np.maximum(count, 1))
+    return np.where(count > 0, p / p.sum(-1, keepdims=True), np.nan)
+
+
 def _detect(batch, members, views):
     """The detectors on Prepared studies: list of ((5, 5, 3) probabilities, NaN where they say nothing; list of
     sentences about detectors that failed)."""
@@ -282,17 +330,22 @@ def _detect(batch, members, views):
         for model in models:
             chosen = _views(model.about, views)
 
-            def work(numbers, model=model, chosen=chosen):
-                return yolo_studies(model, [studies[k] for k in numbers], [boxes[k] for k in numbers], chosen)
+            def work(numbers, model=model, chosen=chosen, **options):
+                return yolo_studies(
+                    model, [studies[k] for k in numbers], [boxes[k] for k in numbers], chosen, **options
+                )
 
             for k, found in enumerate(_together_or_alone(work, list(range(len(batch))))):
+                if isinstance(found, torch.OutOfMemoryError):
+                    _free_memory()
+                    (found,) = _together_or_alone(partial(work, batch=_FEW_PATCHES), [k])
                 if isinstance(found, Exception):
                     results[k][1].append(f"yolo: {condition}: {type(found).__name__}: {found}")
                 else:
                     said[k].append(found)
         for k, found in enumerate(said):
             if found:
-                mean = np.mean(found, 0)
+                mean = _mean_of_folds(found)
                 results[k][0][list(DETECTORS[condition][1])] = mean
                 unseen = ~np.isfinite(mean).all((0, 2))
                 if unseen.any():
@@ -333,19 +386,6 @@ def predict_studies(batch, members, views=None, clock=time.perf_counter):
     return predictions, problems, seconds
 
 
-def predict_study(study, members, views=None):
-    """One normalised study -> (dict member -> (5, 5, 3) probabilities or NaN, five LevelBoxes or None, sentences).
-
-    views: as predict_studies takes it.
-    """
-    boxes, problems = None, list(study.problems)
-    if study.volumes:
-        boxes, _, problem = locate_levels_surely(study, members.spinenet, detector=members.detector)
-        problems += [f"levels: {problem}"] if problem else []
-    predictions, failed, _ = predict_studies([Prepared(study, boxes, {}, problems, {})], members, views)
-    return predictions[0], boxes, problems + failed[0]
-
-
 def studies_to_predict(data, split):
     """dict study_id -> dict series_id -> description: every study that a submission must have rows of.
 
@@ -379,7 +419,7 @@ def out_of_fold_table(folders):
     """All members' out-of-fold predictions that lie with the weights, as one table: row_id, the three severities, fold,
     member. folders: as weight_folders finds them. Without any the table is empty."""
     columns = [*SUBMISSION_COLUMNS, "fold", "member"]
-    tables = [table.assign(member=member) for member, table in read_out_of_fold(folders).items()]
+    tables = [table.assign(member=member) for member, table in read_out_of_fold(folders, verbose=False).items()]
     return pd.concat(tables, ignore_index=True).reindex(columns=columns) if tables else pd.DataFrame(columns=columns)
 
 
@@ -457,23 +497,26 @@ class Schedule:
         return pace * max(1.0, real / thought if thought else 1.0)
 
     def note_batch(self, seconds, studies):
-        """A batch took `seconds` in all: where that is more than the sum of what is measured, projections heed it."""
+        """A batch took `seconds`: where that is more than the sum of what is measured, projections heed it.
+
+        What was waited for studies that were given up does not belong to it: it says nothing of those to come.
+        """
         self.batches += 1
         if self.batches > 1:  # the first one waits for studies that nobody has read ahead
             thought = max(self._network_s(self.choice), self.cost_s("preparing") / self.readers) * studies
             self.expected.append((seconds, thought))
 
-    def plan(self, left, batch=1):
+    def plan(self, left, batch=1, whole=False):
         """The choice for the next `batch` of `left` studies: dict member -> number of views, empty for none at all.
 
-        `.choice` and `.reason` keep it.
+        whole: everything or nothing. `.choice` and `.reason` keep it.
         """
         time_s = self.limit_s - self.used_s()
         choice, projected = dict(self.views), left * self.pace_s(self.views)
         preparing = self.cost_s("preparing") / self.readers
 
         def late():
-            return left * self.pace_s(choice) > time_s and self._network_s(choice) > preparing
+            return not whole and left * self.pace_s(choice) > time_s and self._network_s(choice) > preparing
 
         while late() and max(choice.values()) > 1:
             most = max(choice.values()) - 1
@@ -503,6 +546,13 @@ _STARTED = {}  # stage folder -> when this process first worked in it
 # ---- Reading ahead ----
 
 
+class _Slot:
+    """One job's place: whether (begun) and since when (since_s, of time.monotonic) it is worked on, and its result."""
+
+    def __init__(self, job):
+        self.job, self.begun, self.since_s, self.result = job, threading.Event(), 0.0, queue.SimpleQueue()
+
+
 class _Ahead:
     """Work on jobs in threads, a bounded number of them ahead of who takes the results, in the jobs' order.
 
@@ -520,19 +570,23 @@ class _Ahead:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self):
-        while (task := self.tasks.get()) is not None and not self.stopped:
-            job, slot = task
-            slot.put(self.work(job))
+        while (slot := self.tasks.get()) is not None and not self.stopped:
+            slot.since_s = time.monotonic()
+            slot.begun.set()
+            slot.result.put(self.work(slot.job))
 
-    def take(self, patience_s):
-        """The next job's result. Raises queue.Empty after patience_s seconds; then another thread takes the place of
-        the one that hangs, and the job is passed over."""
+    def take(self, patience_s, wait_s=math.inf):
+        """The next job's result. Raises queue.Empty when it has been worked on for patience_s seconds, or was waited
+        for wait_s seconds here; then another thread takes the place of the one that hangs, and the job is passed over.
+        """
         while self.jobs and len(self.slots) < self.ahead:
-            task = self.jobs.popleft(), queue.SimpleQueue()
-            self.slots.append(task[1])
-            self.tasks.put(task)
+            self.slots.append(_Slot(self.jobs.popleft()))
+            self.tasks.put(self.slots[-1])
+        slot, until_s = self.slots.popleft(), time.monotonic() + wait_s
         try:
-            return self.slots.popleft().get(timeout=patience_s)
+            if not slot.begun.wait(min(wait_s, threading.TIMEOUT_MAX)):
+                raise queue.Empty
+            return slot.result.get(timeout=max(0.0, min(until_s, slot.since_s + patience_s) - time.monotonic()))
         except queue.Empty:
             self._start()
             raise
@@ -548,12 +602,14 @@ class _Ahead:
 
 
 def _results_key(members, views):
-    """What a study's result depends on besides its images, as a hash of the weights' metadata."""
-    known = [_RESULTS_VERSION, views, _abouts(members)]
+    """What a study's result depends on besides its images, as a hash: the members' metadata, what locates levels."""
+    detector = members.detector if isinstance(members.detector, str) else members.detector.__qualname__
+    spinenet = _locating_key(members.spinenet, getattr(members.spinenet, "about", None), detector)
+    known = [_RESULTS_VERSION, views, _abouts(members), spinenet]
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
 
 
-_RESULTS_VERSION = 1  # to be raised when the same weights give other predictions
+_RESULTS_VERSION = 2  # to be raised when the same weights give other predictions
 
 
 def _digest(result):
@@ -620,9 +676,12 @@ def infer_studies(
     and cut the studies to come, default as many as the CPU has cores, at most 4.
 
     Each finished study is saved in out/studies, so a restart continues; a damaged one, or one of other weights, is
-    done again. One predicted with less for want of time counts, one left to the prior does not. Memory does not grow
-    with the number of studies: at most 2 * batch_studies + readers of them are held, and what one may hold is bounded
-    too (see dicom.MAX_SLICES). A batch's company does not change a study's result, up to rounding in the networks.
+    done again. One predicted with less for want of time is saved, too, and a restart does it again with everything, as
+    far as there is time after those without a result. One left to the prior is not saved, nor one that was given up or
+    found the device's memory full: these may go better another time.
+    Memory does not grow with the number of studies: at most 2 * batch_studies + readers of them are held, and what one
+    may hold is bounded too (see dicom.MAX_SLICES). A batch's company does not change a study's result, up to rounding
+    in the networks.
 
     What is left of the ensemble where a member fails, or has no time: the others carry its weight; where only the
     study model is left, which needs no levels, it stands alone; where none is, the training set's prior for the
@@ -632,8 +691,8 @@ def infer_studies(
     run's time; problems.
 
     Raises RuntimeError when a member that was loaded failed in every study: that is a mistake in the set-up, not bad
-    luck with the data (while Kaggle scores a submission it is printed instead, a submission without that member being
-    better than none).
+    luck with the data; and when the device itself fails, of which nothing is saved, so that a restart continues (while
+    Kaggle scores a submission both are printed instead, a submission with less being better than none).
     """
     folder = Path(out) / "studies"
     folder.mkdir(parents=True, exist_ok=True)
@@ -642,6 +701,7 @@ def infer_studies(
     key = _results_key(members, views)
     results = {study_id: _load_result(folder / f"{study_id}.json", key) for study_id in jobs}
     todo = [study_id for study_id, result in results.items() if result is None]
+    again = [study_id for study_id, result in results.items() if result and result["dropped"]]
     counts = {m: max(len(_views(about, views)) for about in abouts) for m, abouts in _abouts(members).items()}
     weights = {m: float(np.mean([group.get(m, 0.0) for group in ensemble["weights"].values()])) for m in counts}
     if not counts:
@@ -659,34 +719,42 @@ def infer_studies(
         except Exception as error:  # nothing known does this; whoever waits for the study shall not wait in vain
             problem = f"given up ({type(error).__name__}: {error}), every row is the prior"
             prepared = Prepared(Study(study_id, []), None, {}, [problem], {})
-        schedule.note("preparing", clock() - begun, 1)
-        return prepared
+        return prepared, clock() - begun
 
-    ahead = _Ahead(todo, prepare, readers, batch_studies + readers)
+    batches = [
+        (part[first : first + batch_studies], len(part) - first, part is again)
+        for part in (todo, again)
+        for first in range(0, len(part), batch_studies)
+    ]
+    ahead = _Ahead([*todo, *again], prepare, readers, batch_studies + readers)
+    finished = len(jobs) - len(todo) - len(again)
     try:
-        with progress(total=len(jobs), desc=f"predicting {split} studies", initial=len(jobs) - len(todo)) as bar:
-            for first in range(0, len(todo), batch_studies):
-                begun, left = clock(), len(todo) - first
-                if not schedule.plan(left, batch_studies):
+        with progress(total=len(jobs), desc=f"predicting {split} studies", initial=finished) as bar:
+            for study_ids, left, whole in batches:
+                begun = clock()
+                if not schedule.plan(len(study_ids) if whole else left, batch_studies, whole):
                     break
-                batch = [_take(ahead, study_id, schedule) for study_id in todo[first : first + batch_studies]]
-                choice = schedule.plan(left, batch_studies)
+                batch, lost_s = _take_batch(ahead, study_ids, schedule, prepare)
+                choice = schedule.plan(len(study_ids) if whole else left, batch_studies, whole)
                 if not choice:
                     break
                 predictions, problems, seconds = predict_studies(batch, members, choice, clock)
                 for member, spent in seconds.items():
                     schedule.note(member, spent, choice[member] * sum(bool(p.study.volumes) for p in batch))
                 share = (clock() - begun) / len(batch)
-                schedule.note_batch(clock() - begun, len(batch))
+                schedule.note_batch(clock() - begun - lost_s, len(batch))
+                failure = _device_failure(members.device) if any(problems) else None
                 for prepared, predicted, failed in zip(batch, predictions, problems, strict=True):
                     extra = {f"{m}_s": round(s / len(batch), 3) for m, s in seconds.items()}
                     extra |= {"predicting_s": round(sum(seconds.values()) / len(batch), 3), "seconds": round(share, 3)}
                     extra["dropped"] = schedule.dropped() if prepared.study.volumes else []
+                    sentences = prepared.problems + failed + ([failure] if failure else [])
                     study_id = prepared.study.study_id
-                    result = _result(prepared, predicted, prepared.problems + failed, key, extra)
-                    # What was given up is not saved: a restart tries it again.
-                    path = folder / f"{study_id}.json" if prepared.seconds else None
-                    results[study_id] = _save_result(path, result)
+                    # What may go better another time is not saved, and does not take the place of what was.
+                    sound = prepared.seconds and not failure and not _out_of_memory(sentences)
+                    if sound or results[study_id] is None:
+                        path = folder / f"{study_id}.json" if sound else None
+                        results[study_id] = _save_result(path, _result(prepared, predicted, sentences, key, extra))
                 end_s = schedule.used_s() + (left - len(batch)) * schedule.pace_s(schedule.choice)
                 limit = f" of {_hours(hours * 3600)}" if hours > 0 else ""
                 bar.set_postfix_str(f"end at {_hours(end_s)}{limit} h", refresh=False)
@@ -708,14 +776,50 @@ def _hours(seconds):
     return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02}"
 
 
+def _take_batch(ahead, study_ids, schedule, prepare):
+    """(the next studies, Prepared; the seconds that were waited for those given up). See _take; prepare: what `ahead`
+    does, for studies that found the device's memory full: they are prepared once more, by this thread alone."""
+    batch, lost_s = [], 0.0
+    for study_id in study_ids:
+        begun = schedule.clock()
+        prepared = _take(ahead, study_id, schedule)
+        if not prepared.seconds:
+            lost_s += schedule.clock() - begun
+        elif _out_of_memory(prepared.problems):
+            _free_memory()
+            prepared, _ = prepare(study_id)
+        batch.append(prepared)
+    return batch, lost_s
+
+
 def _take(ahead, study_id, schedule):
     """The next Prepared study; one without images, and the reason, where preparing it hangs."""
-    patience = min(PATIENCE_S, max(1.0, schedule.limit_s - schedule.used_s()))
     try:
-        return ahead.take(patience)
+        prepared, seconds = ahead.take(PATIENCE_S, max(1.0, schedule.limit_s - schedule.used_s()))
+        schedule.note("preparing", seconds, 1)
+        return prepared
     except queue.Empty:
-        problem = f"given up: not read and located in {patience:.0f} s, every row is the prior"
+        problem = f"given up: not read and located in {PATIENCE_S:.0f} s or before the end, every row is the prior"
         return Prepared(Study(study_id, []), None, {}, [problem], {})
+
+
+def _device_failure(device):
+    """None if the device still works, else a sentence; raises RuntimeError with it, but not while Kaggle scores.
+
+    Some errors of CUDA leave every later call in this process failing, whatever it is about.
+    """
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except torch.OutOfMemoryError:  # it works, for others
+        return None
+    except Exception as error:
+        failure = f"the device {device} fails ({type(error).__name__}: {error})"
+    else:
+        return None
+    if not os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
+        raise RuntimeError(f"{failure}: start again, in a new process; the studies until here are finished")
+    print(failure)
+    return failure
 
 
 def _collect(jobs, results, members, ensemble, folder):

@@ -1,5 +1,6 @@
-"""Kaggle: where inputs are mounted, pushing kernels."""
+"""Kaggle: where inputs are mounted; staging kernels and data sets; pushing them and waiting for them."""
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -9,27 +10,42 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+from .names import write_json
+from .stages import ALL_FOLDS, MEMBER_STAGES, check_notebook_parameters
+
 KAGGLE_OWNER_PLACEHOLDER = "your-kaggle-user"
+KAGGLE_INPUT = "/kaggle/input"
+KAGGLE_WORKING = "/kaggle/working"
 
 
-def find_input(name, roots=("/kaggle/input",)):
+# ---- Inputs: what a kernel finds where ----
+
+
+def input_root():
+    """The folder in which inputs are mounted: /kaggle/input, or what KAGGLE_INPUT_DIR names, to try things out."""
+    return Path(os.environ.get("KAGGLE_INPUT_DIR", KAGGLE_INPUT))
+
+
+def find_input(name, roots=None):
     """Folder (or file) of an input, wherever this machine keeps it.
 
     name: what the input is called: a path that exists or is meant below a root, the slug of a data set, competition
         or notebook output ("lumbar-spine-weights"), "owner/slug", or "model/framework/variation" for a Kaggle model
         (its newest version is taken).
-    roots: folders to look in, in this order: Kaggle's mount point and, for local runs, your data folders. Known
-        layouts below a root: <slug>, competitions/<slug>, datasets/<owner>/<slug>, notebooks/<owner>/<slug>,
+    roots: folders to look in, in this order; default input_root(). Known layouts below a root: <slug>,
+        competitions/<slug>, datasets/<owner>/<slug>, notebooks/<owner>/<slug>,
         [models/<owner>/]<model>/<framework>/<variation>/<version>.
     Returns a Path. Raises FileNotFoundError with the places looked at and what is there instead, ValueError where
     several owners' inputs have the same slug.
     """
-    name, roots = str(name), [Path(root) for root in ([roots] if isinstance(roots, (str, Path)) else roots)]
+    roots = [input_root()] if roots is None else [roots] if isinstance(roots, (str, Path)) else roots
+    name, roots = str(name), [Path(root) for root in roots]
     if name and os.path.exists(name):
         return Path(name)
-    for root in roots:  # /kaggle/input/<slug> where this machine mounts it as /kaggle/input/competitions/<slug>
+    for root in (*roots, KAGGLE_INPUT):  # /kaggle/input/<slug> may be mounted as /kaggle/input/competitions/<slug>
         name = name.removeprefix(f"{root}/")
     name = name.strip("/")
     owner, _, slug = name.rpartition("/")
@@ -51,27 +67,404 @@ def find_input(name, roots=("/kaggle/input",)):
                 raise ValueError(f"several inputs are called {name}: {', '.join(map(str, found))}; say owner/{name}")
             if found:
                 return found[0]
-    there = [
+    raise FileNotFoundError(
+        f"input {name!r} was not found. Looked at: {', '.join(looked)}. "
+        f"There is: {', '.join(_attached(roots)) or 'nothing'}. "
+        "On Kaggle add it under 'Add input' (or in kernel-metadata.json), elsewhere give its path."
+    )
+
+
+def _attached(roots):
+    """The inputs below the roots, at most 30, as text."""
+    return [
         str(path.relative_to(root))
         for root in roots
         if root.is_dir()
         for depth in ("*", "competitions/*", "datasets/*/*", "notebooks/*/*")
         for path in sorted(root.glob(depth))
-    ]
-    raise FileNotFoundError(
-        f"input {name!r} was not found. Looked at: {', '.join(looked)}. "
-        f"There is: {', '.join(there[:30]) or 'nothing'}. "
-        "On Kaggle add it under 'Add input' (or in kernel-metadata.json), elsewhere give its path."
+    ][:30]
+
+
+# Folders of many files, below which nothing is looked for: the mounts are network drives.
+_CROWDED = {"train_images", "test_images", "volumes", "crops", "yolo", "studies", "images", "labels"}
+
+
+def _folders(root, depth=5):
+    """The folders below root, nearest first, without those of images, caches and results moved aside."""
+    level = [Path(root)] if Path(root).is_dir() else []
+    for _ in range(depth):
+        level = [
+            folder
+            for parent in level
+            for folder in sorted(parent.iterdir())
+            if folder.is_dir() and folder.name not in _CROWDED and ".old-" not in folder.name
+        ]
+        yield from level
+
+
+def attached_stages(root=None):
+    """dict stage name -> folder, of all finished stages below the root (default input_root()).
+
+    Outputs of several kernels each bring some; of two with the same name the first found counts, and it is said.
+    """
+    found = {}
+    for folder in _folders(root or input_root()):
+        if re.match(r"\d\d_\w+$", folder.name) and (folder / "manifest.json").is_file():
+            if folder.name in found:
+                print(f"{folder.name} is attached twice: {found[folder.name]} is taken, {folder} is not")
+            found.setdefault(folder.name, folder)
+    return dict(sorted(found.items()))
+
+
+def gather_stages(stages):
+    """One folder with links to the folders of stages, as a run has them side by side. Returns it.
+
+    stages: dict name -> folder, as attached_stages returns it. The folder lies with the temporary files.
+    """
+    known = hashlib.sha256(json.dumps({k: str(v) for k, v in stages.items()}).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"lumbar_run_{known}"
+    folder.mkdir(exist_ok=True)
+    for name, stage in stages.items():
+        if not (folder / name).exists():
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(Path(stage).resolve(), target_is_directory=True)
+    return folder
+
+
+def find_inputs(parameters):
+    """Where this machine has what a notebook's parameters call /kaggle/input/...: dict name -> value.
+
+    parameters: dict, as notebook_parameters returns it. Only texts, and lists of texts, that begin with /kaggle/input
+    are looked at:
+      /kaggle/input/<slug>[/...]: the input of that slug in whichever layout (see find_input), else, where the last
+        part names a stage (01_preprocess), that stage from whichever input has it;
+      RUN = "/kaggle/input": one folder with all stages of all inputs (see gather_stages);
+      PREDICTIONS = ["/kaggle/input"]: the folders of all stages.
+    What is not found keeps its value, for the notebook to complain of, and what there is is printed.
+    """
+
+    def locate(name, text):
+        root, path = input_root(), Path(text)
+        if path == Path(KAGGLE_INPUT):
+            if name == "RUN" and (stages := attached_stages()):
+                return [str(gather_stages(stages))]
+            return list(map(str, attached_stages().values())) if name == "PREDICTIONS" else [str(root)]
+        slug, *rest = path.relative_to(KAGGLE_INPUT).parts
+        candidates = [path, root / path.relative_to(KAGGLE_INPUT)]
+        try:
+            candidates.append(find_input(slug).joinpath(*rest))
+        except (FileNotFoundError, ValueError):
+            pass
+        if place := next((place for place in candidates if place.exists()), attached_stages().get(path.name)):
+            return [str(place)]
+        print(f"{name}: {text} is not there; attached are {', '.join(_attached([root])) or 'no inputs'}")
+        return [text]
+
+    found = {}
+    for name, value in parameters.items():
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and Path(text).is_relative_to(KAGGLE_INPUT) for text in texts):
+            located = [
+                place
+                for text in texts
+                for place in (locate(name, text) if Path(text).is_relative_to(KAGGLE_INPUT) else [text])
+            ]
+            found[name] = located if isinstance(value, list) else located[0]
+    return found
+
+
+# What the kit imports and not every machine has: module -> package. All but KAGGLE_HAS is missing in Kaggle's image.
+NEEDED = {"timm_3d": "timm-3d", "ultralytics": "ultralytics-opencv-headless", "pydicom": "pydicom"}
+KAGGLE_HAS = ("pydicom",)
+
+
+def install_missing(needed=NEEDED, root=None):
+    """Install the packages that are not there from wheels in an attached data set, without network.
+
+    needed: module -> package; root: where data sets are mounted, default input_root(). Does nothing where all modules
+    are found. The image's own torch, numpy and pandas stay: dependencies are not touched. Returns the packages
+    installed. Raises ModuleNotFoundError, saying what to do, where a package is missing and no wheel of it is attached.
+    """
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if not missing:
+        return []
+    folders = [folder for folder in _folders(root or input_root()) if any(folder.glob("*.whl"))]
+    links = [argument for folder in folders for argument in ("--find-links", str(folder))]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", *links, *missing]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) if folders else None
+    if done is None or done.returncode:
+        raise ModuleNotFoundError(
+            f"{', '.join(missing)} not installed: on Kaggle attach the data set of wheels that notebooks/publish.ipynb "
+            f"makes, elsewhere run `pip install -r requirements.txt`. {done.stdout.strip() if done else ''}".strip()
+        )
+    importlib.invalidate_caches()
+    return missing
+
+
+# ---- Staging: everything that Kaggle needs, in folders ----
+
+
+def kaggle_kernels(base="lumbar-spine", folds=(0,)):
+    """The kernels that make up a run on Kaggle, in their order: dict name -> dict.
+
+    base: what all slugs begin with; folds: to train, a kernel for each fold of each member. Fold 0 has the member's
+    plain name (train-vit-level), the others their number behind it (train-vit-level-3).
+    Each has notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads) and gpu.
+    """
+
+    def output(kernel, stage):
+        return f"{KAGGLE_INPUT}/{base}-{kernel}/{stage}"
+
+    if not folds or not set(folds) <= set(ALL_FOLDS):
+        raise ValueError(f"folds must be some of {', '.join(map(str, ALL_FOLDS))}, not {list(folds)}")
+    volumes = {"PREPROCESSED": output("preprocess", "01_preprocess")}
+    located = {**volumes, "LEVELS_DIR": output("train-spinenet", "02_train_spinenet")}
+    kernels = {
+        "preprocess": ("01_preprocess", {}, [], False),
+        "train-spinenet": ("02_train_spinenet", volumes, ["preprocess"], True),
+    }
+    for fold in sorted(folds):
+        for member in MEMBER_STAGES:
+            notebook, _, own = member.rpartition("_")
+            key = "SCOPE" if notebook == "04_train_vit" else "CONDITION"
+            name = member[3:].replace("_", "-") + (f"-{fold}" if fold else "")
+            kernels[name] = (notebook, {**located, key: own, "FOLDS": [fold]}, ["preprocess", "train-spinenet"], True)
+    trained = [name for name in kernels if name.startswith("train-")]
+    stages = ["preprocess", *trained]
+    kernels["inference"] = ("05_inference", {"WEIGHTS": [KAGGLE_INPUT]}, trained, True)
+    kernels["report"] = ("06_report", {"RUN": KAGGLE_INPUT}, [*stages, "inference"], False)
+    shown = {**located, "PREDICTIONS": [KAGGLE_INPUT], "INFERENCE": output("inference", "05_inference")}
+    kernels["inspect"] = ("inspect", shown, [*stages, "inference"], False)
+    return {
+        name: {"notebook": notebook, "parameters": parameters, "needs": needs, "gpu": gpu}
+        for name, (notebook, parameters, needs, gpu) in kernels.items()
+    }
+
+
+def staged_notebook(notebook, parameters):
+    """A notebook's JSON text with the parameters injected as papermill does it, without outputs or traces of a run.
+
+    Raises ValueError or TypeError for a parameter that the notebook does not have, see check_notebook_parameters.
+    """
+    import nbformat
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    check_notebook_parameters(notebook, parameters)
+    staged = parameterize_notebook(load_notebook_node(str(notebook)), parameters)
+    staged.metadata.pop("papermill")
+    for number, cell in enumerate(staged.cells):
+        cell.metadata.pop("papermill", None)
+        cell["id"] = f"cell-{number}"  # papermill's own are random: the same notebook shall give the same text
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    staged.nbformat_minor = max(staged.nbformat_minor, 5)
+    return nbformat.writes(staged)
+
+
+def _check_user(user):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{1,49}", str(user)) or user == KAGGLE_OWNER_PLACEHOLDER:
+        raise ValueError(
+            f"{user!r} is no Kaggle user name: give the one in the address of your profile, "
+            "https://www.kaggle.com/<user name> (letters, digits and hyphens)"
+        )
+
+
+def _check_title(title, slug):
+    """Kaggle makes the slug from the title; if it is not the one that other kernels name, they do not find it."""
+    made = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    if made != slug or not 6 <= len(slug) <= 50 or not 6 <= len(title) <= 50:
+        raise ValueError(f"title {title!r} and slug {slug!r} must say the same, in 6 to 50 characters")
+
+
+def _title(slug):
+    return slug.replace("-", " ").title()
+
+
+def stage_kaggle(user, build, repository=".", folds=(0,), weights=(), parameters=None, wheels=True):
+    """Lay out everything that Kaggle needs in folders: kernels/<name> and datasets/<slug>. Returns the list of folders.
+
+    user: your Kaggle user name. build: folder, made new. repository: the kit's folder; its kernel-metadata.json, the
+    inference kernel's, is what the others are derived from: their competition, data sets, machine and privacy.
+    folds: to train on Kaggle, see kaggle_kernels. weights: folders of a run made elsewhere (its OUT, or stages in it):
+    its weights become a data set, and the only kernel is inference, which reads that. parameters: dict kernel -> dict
+    of notebook parameters, over the kernels' own. wheels: whether to download the packages that Kaggle's image lacks
+    (see stage_wheels).
+
+    Raises ValueError for a user name that cannot be one, a kernel or parameter that does not exist, a title that does
+    not make its slug, or a build folder with something else in it; FileNotFoundError where weights are asked for and
+    there are none.
+    """
+    _check_user(user)
+    repository, build, parameters = Path(repository), Path(build), parameters or {}
+    template = json.loads((repository / "kernel-metadata.json").read_text(encoding="utf-8"))
+    base = template["id"].rpartition("/")[2].removesuffix("-inference")
+    kernels = kaggle_kernels(base, folds)
+    if weights:
+        kernels = {"inference": {**kernels["inference"], "needs": []}}
+    if unknown := set(parameters) - set(kernels):
+        raise ValueError(f"there is no kernel {', '.join(sorted(unknown))}; there are {', '.join(kernels)}")
+    data = f"{KAGGLE_INPUT}/{template['competition_sources'][0]}"
+    sources = [source.rpartition("/")[2] for source in template["dataset_sources"]]
+    kinds = {source.rpartition("-")[2]: source for source in sources}
+    if missing := {"code", "weights", "wheels"} - set(kinds):
+        raise ValueError(
+            f"kernel-metadata.json: dataset_sources lacks one that ends with -{', -'.join(sorted(missing))}"
+        )
+    old = [build / folder for folder in ("kernels", "datasets") if (build / folder).exists()]
+    if old and not (build / "staged.json").is_file():
+        raise ValueError(f"{old[0]} was not made by publish, which would delete it: choose another BUILD")
+    for folder in old:
+        shutil.rmtree(folder)
+    build.mkdir(parents=True, exist_ok=True)
+    write_json(build / "staged.json", {"user": user, "folds": list(folds), "weights": list(map(str, weights))})
+    staged = [stage_code(build / "datasets" / kinds["code"], repository)]
+    if wheels:
+        staged.append(stage_wheels(build / "datasets" / kinds["wheels"]))
+    if weights:
+        staged.append(stage_weights(build / "datasets" / kinds["weights"], weights))
+    for folder in staged:
+        _check_title(_title(folder.name), folder.name)
+        about = {"title": _title(folder.name), "id": f"{user}/{folder.name}", "licenses": [{"name": "other"}]}
+        write_json(folder / "dataset-metadata.json", about)
+    for name, kernel in kernels.items():
+        folder, slug = build / "kernels" / name, f"{base}-{name}"
+        _check_title(_title(slug), slug)
+        metadata = {
+            **template,
+            "id": f"{user}/{slug}",
+            "title": _title(slug),
+            "code_file": f"{slug}.ipynb",
+            "enable_gpu": kernel["gpu"],
+            "dataset_sources": [f"{user}/{source}" for source in sources if source != kinds["weights"] or weights],
+            "kernel_sources": [f"{user}/{base}-{need}" for need in kernel["needs"]],
+        }
+        if not kernel["gpu"]:
+            metadata.pop("machine_shape", None)
+        given = {"DATA": data, "OUT": KAGGLE_WORKING, **kernel["parameters"], **parameters.get(name, {})}
+        folder.mkdir(parents=True)
+        text = staged_notebook(repository / "notebooks" / f"{kernel['notebook']}.ipynb", given)
+        (folder / metadata["code_file"]).write_text(text, encoding="utf-8")
+        write_json(folder / "kernel-metadata.json", metadata)
+        staged.append(folder)
+    return staged
+
+
+def stage_code(folder, repository="."):
+    """Copy what the notebooks import, and the shipped weights, into the folder of a data set. Returns the folder."""
+    folder, repository = Path(folder), Path(repository)
+    folder.mkdir(parents=True)
+    for pattern in ("utils.py", "phantom.py", "lumbar/*.*", "weights/*.safetensors"):
+        for path in sorted(path for path in repository.glob(pattern) if path.is_file()):
+            target = folder / path.relative_to(repository)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    return folder
+
+
+def stage_weights(folder, places):
+    """Copy what 05_inference reads of a run, stage by stage, into the folder of a data set. Returns the folder.
+
+    places: folders with a run's stages (its OUT), or such stages.
+    """
+    from .inference import weight_folders
+
+    folder = Path(folder)
+    wanted = ("spinenet.safetensors", "yolo_*.safetensors", "level_*.safetensors", "study_*.safetensors", "oof.csv")
+    for source in weight_folders(places):
+        for path in sorted({path for pattern in wanted for path in source.glob(pattern)}):
+            target = folder / source.name / path.name
+            if target.exists():
+                raise ValueError(f"two folders called {source.name} have a {path.name}: one of them is {source}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    ensembles = [path for place in places for path in sorted(Path(place).glob("05_inference/ensemble.json"))]
+    beside = sorted(folder.glob("*/spinenet.safetensors"))  # ensemble.json counts where weights lie
+    if not beside:
+        raise FileNotFoundError(
+            f"no spinenet.safetensors in {', '.join(map(str, places))}: 02_train_spinenet writes it"
+        )
+    if ensembles:
+        shutil.copyfile(ensembles[0], beside[0].with_name("ensemble.json"))
+    return folder
+
+
+def kaggle_packages():
+    """The packages that Kaggle's image lacks, in the versions that are installed here: those that are tested."""
+    from importlib.metadata import version
+
+    return [f"{package}=={version(package)}" for module, package in NEEDED.items() if module not in KAGGLE_HAS]
+
+
+def stage_wheels(folder, packages=None, python="3.12"):
+    """Download wheels for Kaggle's Python into the folder of a data set. Returns the folder.
+
+    packages: default kaggle_packages(). Without their dependencies, which the image has: its torch, numpy and pandas
+    fit its GPU driver and each other. Raises RuntimeError with pip's words.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--python-version", python, "--implementation", "cp", "--abi", f"cp{python.replace('.', '')}"]
+    command += ["--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64", "--dest", str(folder)]
+    command += packages or kaggle_packages()
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode or not any(folder.glob("*.whl")):
+        raise RuntimeError(f"the wheels for Kaggle could not be downloaded: {done.stdout.strip()}")
+    return folder
+
+
+# ---- Pushing ----
+
+# The client reports most failures in words only and ends with status 0.
+_REFUSED = re.compile(r"\berror\b|are not valid|does not resolve|unsuccessful|Skipping", re.IGNORECASE)
+_NO_TOKEN = re.compile(r"authenticat|unauthorized|\b401\b|could not find kaggle.json", re.IGNORECASE)
+_FORBIDDEN = re.compile(r"forbidden|\b403\b|permission", re.IGNORECASE)
+
+
+def _client(arguments, environment=None):
+    """Run Kaggle's client: (exit status, what it said on both outputs)."""
+    if importlib.util.find_spec("kaggle") is None:
+        raise ModuleNotFoundError("Kaggle's client is not installed: `pip install kaggle six`")
+    done = subprocess.run(
+        [sys.executable, "-m", "kaggle", *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
     )
+    # Bars rewrite their line; only what is left standing is of interest.
+    return done.returncode, "\n".join(line.split("\r")[-1] for line in done.stdout.strip().splitlines())
+
+
+def _client_or_raise(what, arguments, environment, expected):
+    """Run Kaggle's client; RuntimeError, with what to do about it, unless it says what is expected and no trouble."""
+    status, said = _client(arguments, environment)
+    if not status and re.search(expected, said) and not _REFUSED.search(said):
+        return said
+    advice = ""
+    if _NO_TOKEN.search(said):
+        advice = (
+            " What to do: make a token at https://www.kaggle.com/settings/api and save it as ~/.kaggle/access_token "
+            "(or set KAGGLE_API_TOKEN), or run `kaggle auth login`."
+        )
+    elif _FORBIDDEN.search(said):
+        advice = (
+            " What to do: the user name that everything was staged for must be the token's, and the competition's "
+            "rules must be accepted on its page."
+        )
+    elif "not valid" in said:
+        advice = " What to do: push what it names first, and wait until Kaggle has finished with it."
+    raise RuntimeError(f"{what} failed (exit status {status}): {said}{advice}")
 
 
 def kaggle_push(folder, owner=None, environment=None):
-    """Send the notebook that folder/kernel-metadata.json names to Kaggle with the `kaggle` client.
+    """Send the notebook that folder/kernel-metadata.json names to Kaggle, which runs it.
 
     folder: folder of kernel-metadata.json; code_file is relative to it.
     owner: your Kaggle user name; it replaces the placeholder `your-kaggle-user` in a temporary copy of the metadata.
-    environment: environment of the client (default: this process's), with KAGGLE_USERNAME and KAGGLE_KEY or
-        a ~/.kaggle/kaggle.json.
+    environment: environment of the client (default: this process's), with a token as the client takes it.
     Returns what the client printed. Raises RuntimeError when the push was refused or an input was not accepted: the
     client says so on its output only and ends with status 0. Raises ValueError when the placeholder is still there.
     """
@@ -90,45 +483,102 @@ def kaggle_push(folder, owner=None, environment=None):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / code_file, target)
         (Path(staged) / "kernel-metadata.json").write_text(text, encoding="utf-8")
-        run = subprocess.run(
-            [sys.executable, "-m", "kaggle", "kernels", "push", "-p", staged],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
+        return _client_or_raise(
+            "kaggle kernels push", ["kernels", "push", "-p", staged], environment, "successfully pushed"
         )
-    if (
-        run.returncode
-        or re.search(r"\berror\b|are not valid|does not resolve", run.stdout, re.IGNORECASE)
-        or "successfully pushed" not in run.stdout
-    ):
-        raise RuntimeError(f"kaggle kernels push failed (exit status {run.returncode}): {run.stdout.strip()}")
-    return run.stdout.strip()
 
 
-# What the kit imports and Kaggle's image lacks: module -> package.
-NEEDED = {"timm_3d": "timm-3d", "ultralytics": "ultralytics-opencv-headless", "pydicom": "pydicom"}
+def kaggle_upload(folder, environment=None):
+    """Send the folder of a data set to Kaggle: a new private data set, or a new version of the one that is there.
 
-
-def install_missing(needed=NEEDED, root="/kaggle/input"):
-    """Install the packages that are not there from wheels in an attached data set, without network.
-
-    needed: module -> package; root: where data sets are mounted. Does nothing where all modules are found. The
-    image's own torch, numpy and pandas stay: dependencies are not touched. Returns the packages installed.
-    Raises ModuleNotFoundError, saying what to do, where a package is missing and no wheel of it is attached.
+    folder: with dataset-metadata.json; folders in it travel as archives, which Kaggle unpacks.
+    Returns what the client printed. Raises RuntimeError when it, or one of its files, was refused.
     """
-    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
-    if not missing:
-        return []
-    folders = sorted({path.parent for depth in ("*", "*/*", "*/*/*") for path in Path(root).glob(f"{depth}/*.whl")})
-    links = [argument for folder in folders for argument in ("--find-links", str(folder))]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", *links, *missing]
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) if folders else None
-    if done is None or done.returncode:
-        raise ModuleNotFoundError(
-            f"{', '.join(missing)} not installed: on Kaggle attach a data set of their wheels, elsewhere run "
-            f"`pip install -r requirements.txt`. {done.stdout.strip() if done else ''}".strip()
-        )
-    importlib.invalidate_caches()
-    return missing
+    folder = Path(folder)
+    ref = json.loads((folder / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
+    arguments = ["-p", folder, "--dir-mode", "zip"]
+    if kaggle_status("datasets", ref, environment):
+        arguments = ["datasets", "version", "-m", time.strftime("%Y-%m-%d %H:%M"), *arguments]
+        return _client_or_raise("kaggle datasets version", arguments, environment, "is being created")
+    return _client_or_raise(
+        "kaggle datasets create", ["datasets", "create", *arguments], environment, "is being created"
+    )
+
+
+def kaggle_status(kind, ref, environment=None):
+    """What Kaggle says of a data set ("ready") or kernel ("complete", "error", "running", ...); "" where it knows none.
+
+    kind: "datasets" or "kernels"; ref: owner/slug.
+    """
+    status, said = _client([kind, "status", ref], environment)
+    found = re.search(r'has status "(?:\w+\.)?(\w+)"', said) if kind == "kernels" else re.search(r"^(\w+)$", said, re.M)
+    return found[1].lower() if found and not status else ""
+
+
+def kaggle_publish(build, names, environment=None, at_once=2, pause_s=60.0):
+    """Upload staged data sets, then run staged kernels on Kaggle, each after those whose outputs it reads.
+
+    build: folder that stage_kaggle made; names: data sets (their slugs, or the part after the last hyphen) and kernels
+    (preprocess, train-spinenet, ...); what is not named is taken to be there already. at_once: kernels that run side
+    by side (Kaggle gives two GPU sessions); pause_s: seconds between two looks.
+    Returns dict name -> what the client said of it, with the address. Raises ValueError for a name that was not
+    staged, RuntimeError where something was refused or a kernel failed; name then only what is left to do.
+    """
+    build = Path(build)
+    datasets = {path.parent.name: path.parent for path in sorted(build.glob("datasets/*/dataset-metadata.json"))}
+    kernels = {path.parent.name: path.parent for path in build.glob("kernels/*/kernel-metadata.json")}
+    short = {slug.rpartition("-")[2]: slug for slug in datasets}
+    chosen = [short.get(name, name) for name in names]
+    if unknown := [name for name in chosen if name not in datasets and name not in kernels]:
+        there = ", ".join([*short, *kernels])
+        raise ValueError(f"{', '.join(unknown)}: not in {build}; there are {there or 'nothing: stage_kaggle fills it'}")
+    said = {}
+    for name in (name for name in chosen if name in datasets):
+        said[name] = kaggle_upload(datasets[name], environment)
+        print(f"{name}: {said[name].splitlines()[-1]}", flush=True)
+    for name in list(said):
+        ref = json.loads((datasets[name] / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
+        _wait({name: ref}, "datasets", environment, pause_s)
+
+    metadata = {
+        name: json.loads((kernels[name] / "kernel-metadata.json").read_text(encoding="utf-8"))
+        for name in chosen
+        if name in kernels
+    }
+    waiting, running = list(metadata), {}
+    while waiting or running:
+        unfinished = {metadata[name]["id"] for name in (*waiting, *running)}
+        for name in list(waiting):
+            if len(running) < at_once and not unfinished & set(metadata[name]["kernel_sources"]):
+                said[name] = kaggle_push(kernels[name], environment=environment)
+                print(f"{name}: {said[name].splitlines()[-1]}", flush=True)
+                waiting.remove(name)
+                running[name] = metadata[name]["id"]
+        finished = _wait(running, "kernels", environment, pause_s)
+        del running[finished]
+        print(f"{finished}: complete", flush=True)
+    return said
+
+
+_PATIENCE = 30  # looks in a row at which Kaggle says nothing, before that is taken for an answer
+
+
+def _wait(refs, kind, environment, pause_s):
+    """Wait until the first of several data sets or kernels is ready; returns its name. refs: dict name -> owner/slug.
+
+    The first look comes after a pause: right after an upload the state is still that of the version before.
+    """
+    silent = dict.fromkeys(refs, 0)
+    while True:
+        time.sleep(pause_s)
+        for name, ref in refs.items():
+            state = kaggle_status(kind, ref, environment)
+            silent[name] = 0 if state else silent[name] + 1
+            if state in ("complete", "ready"):
+                return name
+            if "error" in state or "cancel" in state or "fail" in state or silent[name] == _PATIENCE:
+                where = f"https://www.kaggle.com/{'code' if kind == 'kernels' else 'datasets'}/{ref}"
+                raise RuntimeError(
+                    f"{name}: {state or 'no answer from Kaggle'}. What to do: read its log at {where}; when it is "
+                    "mended, publish it again with what comes after it."
+                )

@@ -1,13 +1,9 @@
-"""Looking: plots, viewers, HTML pages."""
+"""Looking: plots, tables, the report as a page."""
 
-import base64
 import html
-import io
 import itertools
 import json
 import os
-import uuid
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +11,8 @@ import pandas as pd
 
 from .dicom import load_study
 from .ensemble import align_members
-from .files import class_prior, from_submission, labels_to_array, make_folds, score_arrays
-from .geometry import boxes_from_table, coordinates_to_lps, crop_level, nearest_slice
+from .files import class_prior, make_folds, score_arrays
+from .geometry import boxes_from_table, coordinates_to_lps, nearest_slice
 from .levels import compare_with_labels
 from .names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, LEVELS, SEVERITY_WEIGHTS
 
@@ -68,9 +64,12 @@ def condition_point(box, condition):
     return box.to_lps(CONDITION_OFFSETS_MM[condition])
 
 
-def box_on_slice(box, volume, index):
-    """Where a slice cuts a LevelBox: polygon (n, 2) as x_px, y_px of pixel centres in order, n = 0 if it does not."""
-    voxels = volume.lps_to_voxel(box.corners_lps())
+def corners_on_slice(corners_lps, volume, index):
+    """Where a slice cuts a prism: polygon (n, 2) as x_px, y_px of pixel centres in order, n = 0 if it does not.
+
+    corners_lps: (8, 3) in LPS mm, numbered in binary as LevelBox.corners_lps has them.
+    """
+    voxels = volume.lps_to_voxel(corners_lps)
     height = voxels[:, 0] - index
     cuts = []
     for a, b in itertools.combinations(range(8), 2):
@@ -82,6 +81,11 @@ def box_on_slice(box, volume, index):
     polygon = np.array(cuts)[:, [2, 1]]
     around = polygon - polygon.mean(0)
     return polygon[np.argsort(np.arctan2(around[:, 1], around[:, 0]))]
+
+
+def box_on_slice(box, volume, index):
+    """Where a slice cuts a LevelBox: polygon (n, 2) as x_px, y_px of pixel centres in order, n = 0 if it does not."""
+    return corners_on_slice(box.corners_lps(), volume, index)
 
 
 def points_on_slice(points, volume, index):
@@ -527,6 +531,19 @@ def read_views(run):
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
+def ensemble_table(ensemble):
+    """What ensemble.json holds, for people: DataFrame, one row a group of conditions."""
+    groups = list(ensemble["weights"])
+    table = pd.DataFrame(ensemble["weights"]).T
+    table["Temperature"] = [ensemble["temperature"][group] for group in groups]
+    for k, grade in enumerate(GRADES[1:], 1):
+        table[f"Bias, {grade.lower()}"] = [ensemble["bias"][group][k] for group in groups]
+    table["Floor"] = [ensemble.get("floor", {}).get(group, 0.0) for group in groups]
+    table["Stacker"] = [group in ensemble.get("stacker", {}).get("coefficients", {}) for group in groups]
+    table.index = pd.Index([TERM_NAMES[group] for group in groups], name="Condition")
+    return table
+
+
 def level_label_table(paths, levels, coordinates, limit=200):
     """How well the level boxes meet the label points: one row a point, see compare_with_labels, with study_id.
 
@@ -685,478 +702,6 @@ def table_html(table, caption="", decimals=3, names=None):
     )
     title = f"<caption style='text-align:left;caption-side:top'>{html.escape(caption)}</caption>" if caption else ""
     return f"<table class=kit>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-_VIEWER_STYLE = """
-.lumbar-viewer{--ink:#1b1b1b;--soft:#5a5a5a;--paper:#fff;--rule:#d0d0d0;--key:#0072b2;color:var(--ink);
- background:var(--paper);font:14px/1.4 system-ui,sans-serif;padding:12px;border:1px solid var(--rule);border-radius:6px}
-@media (prefers-color-scheme:dark){.lumbar-viewer{--ink:#eee;--soft:#b0b0b0;--paper:#1c1c1c;--rule:#444;--key:#56b4e9}}
-.lumbar-viewer h3{margin:0 0 4px;font-size:17px}
-.lumbar-viewer p{margin:4px 0;color:var(--soft)}
-.lumbar-viewer .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(240px,1fr));gap:12px}
-.lumbar-viewer figure{margin:0;min-width:0}
-.lumbar-viewer figcaption{min-height:2.8em}
-.lumbar-viewer figcaption b{display:block}
-.lumbar-viewer figcaption span,.lumbar-viewer .legend{color:var(--soft);font-size:13px}
-.lumbar-viewer svg{display:block;width:100%;aspect-ratio:1;background:#000;outline-offset:2px}
-.lumbar-viewer svg:focus{outline:2px solid var(--key)}
-.lumbar-viewer .none{display:grid;place-items:center;aspect-ratio:1;background:#000;color:#ccc}
-.lumbar-viewer input[type=range]{width:100%;margin:6px 0;accent-color:var(--key)}
-.lumbar-viewer svg text{paint-order:stroke;stroke:#000;stroke-width:.22em;stroke-linejoin:round;font-family:inherit}
-.lumbar-viewer svg polygon,.lumbar-viewer svg circle,.lumbar-viewer svg line{
- fill:none;vector-effect:non-scaling-stroke;stroke-width:1.5px}
-.lumbar-viewer .tools{display:flex;flex-wrap:wrap;gap:4px 18px;align-items:center;margin:6px 0}
-.lumbar-viewer .tools input[type=range]{width:110px;margin:0 0 0 6px;vertical-align:middle}
-.lumbar-viewer .scroll{overflow-x:auto}
-.lumbar-viewer table{border-collapse:collapse;margin-top:8px;font-size:13px;width:100%;table-layout:fixed;
- min-width:640px}
-.lumbar-viewer th,.lumbar-viewer td{padding:3px 6px;border:1px solid var(--rule);text-align:left;vertical-align:top;
- color:var(--ink);background:none}
-.lumbar-viewer th:first-child{width:4.5em}
-.lumbar-viewer td[tabindex]{cursor:pointer}
-.lumbar-viewer td[tabindex]:hover,.lumbar-viewer td.here{outline:2px solid var(--key);outline-offset:-2px}
-.lumbar-viewer .bar{display:flex;height:7px;margin-top:3px;background:var(--rule)}
-.lumbar-viewer .bar i{display:block;height:100%}
-.lumbar-viewer .miss{font-weight:bold}
-.lumbar-viewer .swatch{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 .8em;vertical-align:-.05em}
-"""
-
-_VIEWER_SCRIPT = """
-(() => {
-const root = document.getElementById(ROOT_ID), data = DATA;
-const dot = (a, b) => a[0]*b[0] + a[1]*b[1] + a[2]*b[2];
-const sub = (a, b) => [a[0]-b[0], a[1]-b[1], a[2]-b[2]];
-const add = (o, u, s, v, t) => [0, 1, 2].map(i => o[i] + u[i]*s + v[i]*t);
-const panels = [...root.querySelectorAll('figure[data-panel]')].map(figure => ({
-  figure, frames: data.panels[+figure.dataset.panel], svg: figure.querySelector('svg'), now: 0,
-  slider: figure.querySelector('input'), caption: figure.querySelector('figcaption span'),
-  image: figure.querySelector('image'), over: figure.querySelector('g') }));
-const on = name => root.querySelector('input[data-show=' + name + ']').checked;
-function put(parent, tag, attributes, text) {
-  const item = document.createElementNS(parent.namespaceURI, tag);
-  for (const name in attributes) item.setAttribute(name, attributes[name]);
-  if (text) item.textContent = text;
-  return parent.appendChild(item);
-}
-// The line in which slice a cuts slice b, within both pictures: two points in b's millimetres, or null.
-function cut(a, b) {
-  const A = data.stacks[a.s], B = data.stacks[b.s];
-  const p = dot(A.n, B.u), q = dot(A.n, B.v), r = dot(A.n, sub(a.o, b.o)), size = p*p + q*q;
-  if (size < 1e-3) return null;
-  const start = add(b.o, B.u, r*p/size, B.v, r*q/size), along = add([0, 0, 0], B.u, -q, B.v, p);
-  let low = -1e9, high = 1e9;
-  const limit = (from, step, length) => {
-    if (Math.abs(step) < 1e-9) { if (from < 0 || from > length) high = -1e9; return; }
-    const one = -from/step, two = (length - from)/step;
-    low = Math.max(low, Math.min(one, two)); high = Math.min(high, Math.max(one, two));
-  };
-  for (const [frame, S] of [[a, A], [b, B]]) {
-    limit(dot(sub(start, frame.o), S.u), dot(along, S.u), S.w);
-    limit(dot(sub(start, frame.o), S.v), dot(along, S.v), S.h);
-  }
-  if (low >= high) return null;
-  return [low, high].map(t => sub(add(start, along, t, along, 0), b.o)).map(d => [dot(d, B.u), dot(d, B.v)]);
-}
-function draw(panel) {
-  const frame = panel.frames[panel.now], stack = data.stacks[frame.s], size = Math.max(stack.w, stack.h);
-  panel.svg.setAttribute('viewBox', '0 0 ' + stack.w + ' ' + stack.h);
-  panel.image.setAttribute('width', stack.w); panel.image.setAttribute('height', stack.h);
-  panel.image.setAttribute('href', 'data:image/jpeg;base64,' + frame.i);
-  panel.slider.value = panel.now; panel.caption.textContent = frame.c;
-  panel.slider.setAttribute('aria-valuetext', frame.c);
-  panel.over.replaceChildren();
-  const font = { 'font-size': size*.036 };
-  if (on('lines')) for (const other of panels) {
-    const line = other !== panel && cut(other.frames[other.now], frame);
-    if (line) put(panel.over, 'line', { x1: line[0][0], y1: line[0][1], x2: line[1][0], y2: line[1][1], stroke: '#fff',
-      'stroke-dasharray': '5 4', opacity: .65 });
-  }
-  if (on('boxes')) for (const [level, sure, points] of frame.b) {
-    const colour = data.colours[level];
-    put(panel.over, 'polygon', { points: points.join(' '), stroke: colour, 'stroke-dasharray': sure ? 'none' : '6 4' });
-    const y = points.filter((_, i) => i % 2), x = points.filter((_, i) => i % 2 === 0), left = Math.min(...x);
-    const beside = left > size*.13;
-    put(panel.over, 'text', { ...font, fill: colour, 'text-anchor': beside ? 'end' : 'start',
-      x: beside ? left - size*.01 : size*.01,
-      y: Math.min(Math.max(y.reduce((a, b) => a + b)/y.length, size*.05), stack.h - 4) }, data.levels[level]);
-  }
-  if (on('points')) for (const [level, x, y, name] of frame.p) {
-    put(panel.over, 'circle', { cx: x, cy: y, r: size*.014, stroke: data.colours[level] });
-    // Of two points at one height, left and right, each has its name on its own side.
-    const end = frame.p.some(other => other[1] > x + 1 && Math.abs(other[2] - y) < size*.06);
-    put(panel.over, 'text', { ...font, fill: data.colours[level], 'text-anchor': end ? 'end' : 'start',
-      x: x + (end ? -1 : 1)*size*.022, y: y + size*.012 }, name);
-  }
-  const sides = [[.025, .5], [.975, .5], [.5, .045], [.5, .985]];
-  sides.forEach(([x, y], i) => put(panel.over, 'text', { ...font, fill: '#ddd', 'text-anchor': 'middle', x: x*stack.w,
-    y: y*stack.h }, stack.l[i]));
-}
-const drawAll = () => panels.forEach(draw);
-function show(panel, number) {
-  panel.now = Math.max(0, Math.min(panel.frames.length - 1, number)); drawAll();
-}
-// Every series goes to the slice nearest to a point of the patient.
-function jump(point) {
-  for (const panel of panels) {
-    let best = 1e9;
-    panel.frames.forEach((frame, number) => {
-      const S = data.stacks[frame.s], d = sub(point, frame.o), x = dot(d, S.u), y = dot(d, S.v);
-      const away = Math.abs(dot(d, S.n)) + Math.max(0, -x, x - S.w) + Math.max(0, -y, y - S.h);
-      if (away < best) { best = away; panel.now = number; }
-    });
-  }
-  drawAll();
-}
-for (const panel of panels) {
-  panel.now = +panel.slider.value;
-  panel.slider.addEventListener('input', () => show(panel, +panel.slider.value));
-  panel.svg.addEventListener('wheel', event => {
-    event.preventDefault(); show(panel, panel.now + Math.sign(event.deltaY));
-  }, { passive: false });
-  panel.svg.addEventListener('pointerdown', () => panel.svg.focus());
-  panel.svg.addEventListener('keydown', event => {
-    const step = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1, PageUp: -5, PageDown: 5 }[event.key];
-    // Jupyter has its own meaning for these keys.
-    if (step) { event.preventDefault(); event.stopPropagation(); show(panel, panel.now + step); }
-  });
-}
-for (const box of root.querySelectorAll('input[data-show]')) box.addEventListener('change', drawAll);
-root.querySelector('input[data-light]').addEventListener('input', event => {
-  for (const panel of panels) panel.image.style.filter = 'brightness(' + event.target.value + ')';
-});
-for (const cell of root.querySelectorAll('td[data-point]')) {
-  const go = () => {
-    root.querySelectorAll('td.here').forEach(other => other.classList.remove('here'));
-    cell.classList.add('here'); jump(JSON.parse(cell.dataset.point));
-  };
-  cell.addEventListener('click', go);
-  cell.addEventListener('keydown', event => { if (event.key === 'Enter') go(); });
-}
-if (data.start) jump(data.start); else drawAll();
-})();
-"""
-
-
-def encode_slice(image, longest_px, quality):
-    """A slice (h, w) in the normalised scale -> base64 text of a JPEG whose longer side has at most longest_px."""
-    from PIL import Image
-
-    picture = Image.fromarray((np.clip(np.asarray(image, np.float32), 0, 1) * 255).astype(np.uint8))
-    picture.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality, optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def _encode_study(study, max_bytes):
-    """dict (volume number, slice) -> base64 JPEG, as fine as fits into max_bytes; at the coarsest some are left out."""
-    keys = [(number, k) for number, volume in enumerate(study.volumes) for k in range(len(volume.array))]
-    for longest_px, quality in ((512, 80), (384, 75), (320, 65), (256, 55)):
-        # A guess from every 8th slice saves encoding all of them in vain.
-        some = [len(encode_slice(study.volumes[v].array[k], longest_px, quality)) for v, k in keys[::8]]
-        if some and np.mean(some) * len(keys) < 0.95 * max_bytes:
-            break
-    else:
-        keys = keys[:: int(np.ceil(np.mean(some) * len(keys) / (0.95 * max_bytes)))] if some else keys
-    return {(v, k): encode_slice(study.volumes[v].array[k], longest_px, quality) for v, k in keys}
-
-
-def _picture_mm(xy_px, pixel_mm):
-    """(..., 2) x_px, y_px of pixel centres -> list of millimetres from the picture's upper left corner."""
-    return ((np.asarray(xy_px, np.float64) + 0.5) * pixel_mm).round(2).tolist()
-
-
-def _viewer_data(study, boxes, points, max_bytes):
-    """What the viewer's script draws, in numbers: panels (one a description) of frames, and the frames' stacks."""
-    stacks, panels = [], [[] for _ in DESCRIPTIONS]
-    # Stacks from head to foot, so that the slider runs through a series of one block per disc in the body's order.
-    study = replace(
-        study,
-        volumes=sorted(
-            study.volumes, key=lambda volume: -volume.voxel_to_lps((np.array(volume.array.shape) - 1) / 2)[2]
-        ),
-    )
-    pictures = _encode_study(study, max_bytes)
-    for number, volume in enumerate(study.volumes):
-        normal, down, right = slice_axes(volume)
-        _, row_mm, column_mm = volume.spacing_mm
-        pixel_mm = (column_mm, row_mm)
-        height_mm, width_mm = volume.array.shape[1] * row_mm, volume.array.shape[2] * column_mm
-        stacks.append(
-            {
-                "w": round(width_mm, 2),
-                "h": round(height_mm, 2),
-                "u": right.round(5).tolist(),
-                "v": down.round(5).tolist(),
-                "n": normal.round(5).tolist(),
-                "l": [direction_letter(side) for side in (-right, right, -down, down)],
-            }
-        )
-        alike = [other for other in study.volumes if other.description == volume.description]
-        place = next(i for i, other in enumerate(alike) if other is volume)
-        for k in range(len(volume.array)):
-            if (number, k) not in pictures:
-                continue
-            cuts = [
-                (LEVELS.index(box.level), int(box.confidence >= 0.5), box_on_slice(box, volume, k)) for box in boxes
-            ]
-            rings = [] if points is None else points_on_slice(points, volume, k).itertuples()
-            panels[DESCRIPTIONS.index(volume.description)].append(
-                {
-                    "s": number,
-                    "i": pictures[number, k],
-                    "o": volume.voxel_to_lps([k, -0.5, -0.5]).round(3).tolist(),
-                    "c": slice_caption(volume, k, boxes)
-                    + (f" (stack {place + 1} of {len(alike)})" if len(alike) > 1 else ""),
-                    "b": [
-                        [level, sure, np.ravel(_picture_mm(polygon, pixel_mm)).tolist()]
-                        for level, sure, polygon in cuts
-                        if len(polygon)
-                    ],
-                    "p": [
-                        [
-                            LEVELS.index(row.level),
-                            *_picture_mm((row.x_px, row.y_px), pixel_mm),
-                            f"{level_name(row.level)} {CONDITION_NAMES[CONDITIONS.index(row.condition)].lower()}",
-                        ]
-                        for row in rings
-                    ],
-                }
-            )
-    start = condition_point(boxes[-2], 0).round(1).tolist() if len(boxes) > 1 else None
-    return {"stacks": stacks, "panels": panels, "colours": LEVEL_COLOURS, "levels": LEVEL_NAMES, "start": start}
-
-
-def grade_table_html(probabilities=None, truth=None, boxes=()):
-    """A study's 25 cells as an HTML table: most probable grade, its probability, a bar, the grade in the labels."""
-    head = "".join(f"<th scope=col>{name}</th>" for name in ("Level", *CONDITION_NAMES))
-    points = {box.level: box for box in boxes}
-    rows = []
-    for number, level in enumerate(LEVELS):
-        cells = [f"<th scope=row>{LEVEL_NAMES[number]}</th>"]
-        for condition in range(len(CONDITIONS)):
-            text, read = "", -1 if truth is None else int(truth[condition][number])
-            if probabilities is not None and np.isfinite(probabilities[condition][number]).all():
-                p = np.asarray(probabilities[condition][number], np.float64)
-                guess = int(p.argmax())
-                bar = "".join(
-                    f"<i style='width:{100 * part:.1f}%;background:{colour}'></i>"
-                    for part, colour in zip(p, SEVERITY_COLOURS)
-                )
-                spoken = ", ".join(f"{grade} {part:.0%}" for grade, part in zip(GRADES, p))
-                text = f"<span title='{spoken}'>{GRADES[guess]} {p[guess]:.0%}</span>"
-                if read >= 0:
-                    text += f"<br><span class='{'miss' if read != guess else 'hit'}'>label: {GRADES[read]}</span>"
-                text += f"<div class=bar aria-hidden=true>{bar}</div>"
-            elif read >= 0:
-                text = f"label: {GRADES[read]}"
-            go = ""
-            if level in points:
-                point = json.dumps(condition_point(points[level], condition).round(1).tolist())
-                go = f" tabindex=0 data-point='{point}' title='show this place in all series'"
-            cells.append(f"<td{go}>{text or '&ndash;'}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-
-
-def study_html(
-    study, boxes=None, points=None, probabilities=None, truth=None, title=None, page=False, max_bytes=2_400_000
-):
-    """A study to leaf through in any browser, offline: one file or fragment with pictures, style and script inside.
-
-    study: normalised Study; boxes: LevelBoxes (outlined; dashed below a confidence of 0.5); points: label points as
-    read_coordinates has them; probabilities: (5, 5, 3) and truth: (5, 5) grades of this study, -1 missing, for the
-    table below the images (a click on a cell moves all series to that place); title: any text, escaped here.
-    page: a whole page instead of a fragment for a notebook or report; several fragments on a page do not disturb
-    each other. max_bytes: for the pictures, which become coarser to fit. Shows no id but the study's, in `title`.
-    Slices turn with slider, mouse wheel, and, on a clicked image, arrow keys. Returns the HTML text.
-    """
-    boxes = list(boxes or ())
-    points = None if points is None else points[points["study_id"] == study.study_id]
-    data = _viewer_data(study, boxes, points, max_bytes)
-    name = html.escape(title or f"Study {study.study_id}")
-    figures = []
-    for number, (description, frames) in enumerate(zip(DESCRIPTIONS, data["panels"])):
-        if not frames:
-            figures.append(
-                f"<figure><figcaption><b>{description}</b><span></span></figcaption>"
-                "<div class=none>no such series in this study</div></figure>"
-            )
-            continue
-        figures.append(
-            f"<figure data-panel={number}><figcaption><b>{description}</b><span></span></figcaption>"
-            f"<svg tabindex=0 role=img aria-label='{description}'><image preserveAspectRatio=none></image><g></g></svg>"
-            f"<input type=range min=0 max={len(frames) - 1} value={len(frames) // 2} "
-            f"aria-label='slice of {description}'>"
-            "</figure>"
-        )
-    table = (
-        grade_table_html(probabilities, truth, boxes)
-        if any(x is not None for x in (probabilities, truth)) or boxes
-        else ""
-    )
-    swatches = "".join(
-        f"<i class=swatch style='background:{colour}'></i>{grade}" for grade, colour in zip(GRADES, SEVERITY_COLOURS)
-    )
-    identity = f"viewer-{uuid.uuid4().hex}"
-    # Nothing from outside is among these texts, so none can end the script.
-    numbers = json.dumps(data, separators=(",", ":"))
-    script = _VIEWER_SCRIPT.replace("ROOT_ID", f"'{identity}'", 1).replace("DATA", numbers, 1)
-    fragment = (
-        f"<style>{_VIEWER_STYLE}</style><section class=lumbar-viewer id={identity}><h3>{name}</h3>"
-        "<p>Slider, mouse wheel or, after a click on an image, arrow keys turn the slices. "
-        "A click on a cell of the table shows its place in all series. Dashed white: where the others' slices cut.</p>"
-        "<div class=tools><label><input type=checkbox data-show=boxes checked> level boxes</label>"
-        "<label><input type=checkbox data-show=points checked> label points</label>"
-        "<label><input type=checkbox data-show=lines checked> slice lines</label>"
-        "<label>brightness<input type=range data-light min=0.4 max=2.5 step=0.05 value=1></label></div>"
-        f"<div class=panels>{''.join(figures)}</div>{table}"
-        + (
-            f"<div class=legend>Probabilities:{swatches}. Bold: the label is not the most probable grade.</div>"
-            if probabilities is not None
-            else ""
-        )
-        + f"<noscript>The images need JavaScript.</noscript></section><script>{script}</script>"
-    )
-    if not page:
-        return fragment
-    return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<meta name=color-scheme content='light dark'><title>{name}</title></head><body>{fragment}</body></html>\n"
-    )
-
-
-def inspect_study(paths, levels=None, coordinates=None, labels=None, submission=None):
-    """Live viewer for a notebook: study, series, slice, level, condition, window; needs a running kernel.
-
-    paths: dict study_id -> volume file, as study_paths returns it; levels: levels.csv as a table; coordinates: as
-    read_coordinates has them; labels: train.csv's wide form; submission: any table of predictions. Choosing a level
-    or condition moves to the slice on which it is graded. Returns an ipywidgets.VBox whose `.controls` are the
-    widgets by name. Raises ValueError when there is no study.
-    """
-    import ipywidgets as widgets
-
-    if not paths:
-        raise ValueError("no study to look at: paths is empty (run 01_preprocess first)")
-    predicted = dict(zip(*from_submission(submission))) if submission is not None else {}
-    truths = dict(zip(*labels_to_array(labels))) if labels is not None else {}
-    wide = {"style": {"description_width": "70px"}, "layout": widgets.Layout(width="330px")}
-    controls = {
-        "study": widgets.Dropdown(description="study", options=sorted(paths), **wide),
-        "series": widgets.Dropdown(description="series", **wide),
-        "slice": widgets.IntSlider(description="slice", min=0, max=0, continuous_update=True, **wide),
-        "level": widgets.Dropdown(description="level", options=list(zip(LEVEL_NAMES, range(5))), value=3, **wide),
-        "condition": widgets.Dropdown(description="condition", options=list(zip(CONDITION_NAMES, range(5))), **wide),
-        "window": widgets.FloatRangeSlider(
-            description="window", value=(0.0, 1.0), min=-0.2, max=2.0, step=0.02, **wide
-        ),
-    }
-    image, table = widgets.Image(format="png"), widgets.HTML()
-    state = {"study": None, "boxes": [], "busy": False}
-
-    def redraw(change=None):
-        if state["busy"]:
-            return
-        study, boxes = state["study"], state["boxes"]
-        box = boxes[controls["level"].value] if boxes else None
-        volume = study.volumes[controls["series"].value] if study.volumes else None
-        image.value = _inspection_png(
-            study,
-            volume,
-            controls["slice"].value,
-            controls["window"].value,
-            boxes,
-            box,
-            coordinates,
-            controls["condition"].value,
-        )
-        table.value = (
-            grade_table_html(predicted.get(study.study_id), truths.get(study.study_id)) if predicted or truths else ""
-        )
-
-    def choose_series(number):
-        controls["series"].value = number
-        count = len(state["study"].volumes[number].array)
-        controls["slice"].max = count - 1
-        controls["slice"].value = count // 2
-
-    def go_to_level(change=None):
-        """The series and slice on which the chosen condition is graded at the chosen level."""
-        condition, volumes = controls["condition"].value, state["study"].volumes
-        wanted = next(description for description, members in DETECTORS.values() if condition in members)
-        found = [number for number, volume in enumerate(volumes) if volume.description == wanted] or range(len(volumes))
-        if not volumes or (change is not None and state["busy"]):
-            return
-        was_busy, state["busy"] = state["busy"], True
-        if state["boxes"]:
-            point = condition_point(state["boxes"][controls["level"].value], condition)
-            volume = nearest_volume([volumes[number] for number in found], point)
-            choose_series(next(number for number, other in enumerate(volumes) if other is volume))
-            controls["slice"].value = nearest_slice(volume, point)[0]
-        else:
-            choose_series(found[0])
-        state["busy"] = was_busy
-        redraw()
-
-    def load(change=None):
-        state["busy"] = True
-        study_id = controls["study"].value
-        state["study"] = load_study(paths[study_id])
-        there = levels is not None and (levels["study_id"] == study_id).any()
-        state["boxes"] = boxes_from_table(levels, study_id) if there else []
-        controls["series"].options = [
-            (f"{volume.description}, {len(volume.array)} slices", number)
-            for number, volume in enumerate(state["study"].volumes)
-        ]
-        go_to_level()
-        state["busy"] = False
-        redraw()
-
-    def series_changed(change):
-        if not state["busy"] and change["new"] is not None:
-            state["busy"] = True
-            choose_series(change["new"])
-            state["busy"] = False
-            redraw()
-
-    controls["study"].observe(load, "value")
-    controls["series"].observe(series_changed, "value")
-    for name, action in (("slice", redraw), ("window", redraw), ("level", go_to_level), ("condition", go_to_level)):
-        controls[name].observe(action, "value")
-    load()
-    viewer = widgets.VBox([widgets.HBox([widgets.VBox(list(controls.values())), image]), table])
-    viewer.controls = controls
-    return viewer
-
-
-def _inspection_png(study, volume, index, window, boxes, box, coordinates, condition):
-    """The live viewer's picture as PNG bytes: a slice, and three planes of the level's crop of the same series kind."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.6, 5.6), layout="constrained")
-    axes = figure.subplot_mosaic(
-        [["slice", "slice", "sagittal"], ["slice", "slice", "coronal"], ["slice", "slice", "axial"]]
-    )
-    if volume is None:
-        axes["slice"].set_title("; ".join(study.problems)[:120] or "no readable series", fontsize=9, wrap=True)
-    else:
-        plot_slice(axes["slice"], volume, index, window, boxes)
-        plot_level_boxes(axes["slice"], boxes, volume, index)
-        if coordinates is not None:
-            plot_label_points(axes["slice"], coordinates, volume, index)
-    planes = [axes[name] for name in ("sagittal", "coronal", "axial")]
-    if volume is None or box is None:
-        for ax in planes:
-            ax.set_axis_off()
-    else:
-        size_mm = (56.0, 96.0, 96.0)
-        crop, covered = crop_level(study, box, (56, 96, 96), size_mm)
-        channel = DESCRIPTIONS.index(volume.description)
-        plot_level_crop(planes, crop[channel], covered[channel], size_mm, window)
-        planes[0].set_title(f"{level_name(box.level)} on {volume.description}: sagittal", fontsize=8)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=90)
-    return file.getvalue()
 
 
 _PAGE_STYLE = """

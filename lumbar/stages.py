@@ -304,11 +304,14 @@ def run_notebook(notebook, output, parameters, threads=1):
     import signal
     import subprocess
 
+    import yaml
+
     check_notebook_parameters(notebook, parameters)
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    settings = output.with_suffix(".parameters.json")  # JSON is YAML, and keeps 1e-3 a number and "0012" a text
-    write_json(settings, parameters)
+    # Not JSON, whose 1e-05 is a text in YAML.
+    settings = output.with_suffix(".parameters.yaml")
+    settings.write_text(yaml.safe_dump(json.loads(json.dumps(parameters, default=_plain)), sort_keys=False))
     # PASSIVE: threads that wait for work sleep. Spinning ones slow a shared machine down by an order of magnitude.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
     command = [
@@ -399,7 +402,8 @@ def run_stages(stages, runs, workers=2):
     return seconds
 
 
-# Settings by stage or notebook; what is not named keeps the notebooks' full-size defaults.
+# Settings by stage or notebook; what is not named keeps the notebooks' full-size defaults. Mixup is for longer
+# trainings than these.
 DEMO = {
     "01_preprocess": {"YOLO_IMGSZ": 256},
     # The shipped weights, tuned as briefly as shows how it goes.
@@ -414,6 +418,7 @@ DEMO = {
         "ROTATE": 0.0,
     },
     "03_train_yolo_ss": {"EPOCHS": 4, "BATCH": 8},
+    "04_train_vit": {"MIX": 0.0},
     "04_train_vit_level": {
         "BACKBONE": "tiny",
         "SHAPE": [32, 48, 48],

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from .dicom import load_study
-from .ensemble import choose_views
 from .geometry import boxes_from_table
 from .names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS, progress, write_json
+from .views import choose_views, cross_fitted_views, deal_parts
 
 # A detector's classes are the three severities and nothing else. One sagittal slice cannot show its side and one
 # axial slice barely shows its level, so both come from patient coordinates. It also makes a horizontal flip of an
@@ -825,6 +825,12 @@ def _pooled_scores(detector, studies, patches, views, batch):
         return list(np.where(weight > 0, total / weight, np.nan))
 
 
+def without_frames(error):
+    """The exception without the frames it came through, and those of what it came of: they keep tensors alive."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
 def yolo_scores(detector, studies, boxes, views=({},), batch=16):
     """Raw severity scores of studies under each view: list of (views, 5 levels, sides, 3 severities) float64, NaN where
     no slice shows a level. An entry is the Exception instead where that study failed; the others are not harmed.
@@ -842,7 +848,7 @@ def yolo_scores(detector, studies, boxes, views=({},), batch=16):
         try:
             result.append(_study_patches(detector, study, own, views))
         except Exception as error:
-            result.append(error)
+            result.append(without_frames(error))
     good = [n for n, patches in enumerate(result) if not isinstance(patches, Exception)]
 
     def pooled(numbers):
@@ -850,13 +856,15 @@ def yolo_scores(detector, studies, boxes, views=({},), batch=16):
 
     try:
         found = pooled(good)
-    except Exception:  # whose fault it was shows one by one
+    except Exception:  # whose fault it was shows one by one, and not in here, where its tensors are still held
+        found = None
+    if found is None:
         found = []
         for n in good:
             try:
                 found += pooled([n])
             except Exception as error:
-                found.append(error)
+                found.append(without_frames(error))
     for n, scores in zip(good, found):
         result[n] = scores
     return result
@@ -876,19 +884,46 @@ def mean_scores(scores):
 
 
 def choose_detector_views(grades, scores, condition, views):
-    """Which of a detector's test-time views pay on held-out studies. See ensemble.choose_views.
+    """Which of a detector's test-time views pay on held-out studies. See choose_views and cross_fitted_views.
 
     grades: (n, 5 conditions, 5 levels), -1 missing; scores: (n, views, 5 levels, sides, 3) out of fold, NaN where there
     are none. Each view has a cross-fitted calibration of its own here: what it is worth, not how it is calibrated,
-    decides. Returns (list of views, table).
+    decides. Returns (list of views that pay on all of them, table, (n, views) bool: which views pay for a study on the
+    parts of cross_fitted_probabilities other than its own).
     """
     conditions = list(DETECTORS[condition][1])
     own = grades[:, conditions].transpose(0, 2, 1)
     log_p = np.full((len(views), *grades.shape, len(SEVERITIES)), np.nan)
-    for number in range(len(views)):
-        p = cross_fitted_probabilities(scores[:, number], own)
+    for number, alone in enumerate(np.eye(len(views), dtype=bool)):
+        p = cross_fitted_probabilities(scores, own, np.broadcast_to(alone, scores.shape[:2]))
         log_p[number, :, conditions] = np.log(p).transpose(2, 0, 1, 3)
-    return choose_views(grades, log_p, views)
+    kept, table = choose_views(grades, log_p, views)
+    return kept, table, cross_fitted_views(grades, log_p, views, deal_parts(_has_scores(scores)))
+
+
+def settle_detectors(weights, grades, scores, views):
+    """Choose the test-time views and the calibration of a condition's detectors on their held-out studies, store both
+    in the weights, predict these studies.
+
+    weights: files of train_yolo, a fold each; grades: (n, 5 conditions, 5 levels), -1 missing; scores: (n, views, 5
+    levels, sides, 3) of score_studies by the detector that held the study out, NaN where there are none; views: dicts,
+    the plain one first. Stored is what all of these studies say. The predictions are cross-fitted in both: a study's
+    own label chose none of its views and calibrated nothing of it. Returns ((n, 5 levels, sides, 3) probabilities, NaN
+    where the scores are; table of choose_views). Done again after a kill it ends the same.
+    A detector of the original scheme has one view, no calibration, and 1/3 where the scores are NaN.
+    """
+    about = _read_yolo_metadata(weights[0])
+    own = grades[:, list(DETECTORS[about["condition"]][1])].transpose(0, 2, 1)
+    kept, table, used = choose_detector_views(grades, scores, about["condition"], views)
+    mean = mean_scores(np.moveaxis(scores[:, table["kept"].to_numpy()], 1, 0))
+    if about["scheme"] == "original":
+        p, calibration = original_probabilities(mean), None
+    else:
+        p = cross_fitted_probabilities(scores, own, used)
+        calibration = fit_yolo_calibration(mean, own, severity_prior(own))
+    for path in weights:
+        store_yolo_calibration(path, calibration, kept)
+    return p, table
 
 
 def severity_prior(grades, strength=10.0):
@@ -997,21 +1032,27 @@ def yolo_probabilities(scores, calibration=None):
     return np.where(missing[..., None], np.nan, p)
 
 
-def cross_fitted_probabilities(scores, grades, parts=5):
+def _has_scores(scores):
+    """(n, ...) -> (n,) bool: the studies that a detector held out, and has a word on."""
+    return np.isfinite(scores).any(axis=tuple(range(1, np.ndim(scores))))
+
+
+def cross_fitted_probabilities(scores, grades, used):
     """Calibrated probabilities in which no study saw its own labels, neither in the network nor in the calibration.
 
-    scores: (n, 5, sides, 3) out of fold, NaN throughout for studies that no detector held out: these serve the prior
-    alone. grades: (n, 5, sides), -1 missing. The held-out studies are dealt into `parts`, each is calibrated on the
-    others. Returns (n, 5, sides, 3), NaN where the scores are.
+    scores: (n, views, 5, sides, 3) out of fold, NaN throughout for studies that no detector held out: these serve the
+    prior alone. grades: (n, 5, sides), -1 missing. The held-out studies are dealt into parts (deal_parts), each is
+    calibrated on the others. used: (n, views) bool, alike within a part: the views whose mean scores are calibrated.
+    Returns (n, 5, sides, 3), NaN where these scores are.
     """
     scores, grades = np.asarray(scores, float), np.asarray(grades)
-    held_out = np.isfinite(scores).any(axis=(1, 2, 3))
-    part = np.where(held_out, np.cumsum(held_out) % parts, -1)
-    result = np.full(scores.shape, np.nan)
-    for p in np.unique(part[held_out]):
+    part = deal_parts(_has_scores(scores))
+    result = np.full((len(scores), *scores.shape[2:]), np.nan)
+    for p in np.unique(part[part >= 0]):
         others = part != p
-        calibration = fit_yolo_calibration(scores[others], grades[others], severity_prior(grades[others]))
-        result[~others] = yolo_probabilities(scores[~others], calibration)
+        mean = mean_scores(np.moveaxis(scores[:, used[~others][0]], 1, 0))
+        calibration = fit_yolo_calibration(mean[others], grades[others], severity_prior(grades[others]))
+        result[~others] = yolo_probabilities(mean[~others], calibration)
     return result
 
 
@@ -1062,14 +1103,6 @@ def yolo_studies(detector, studies, boxes, views=None, batch=16):
             scores = p.transpose(1, 0, 2)
         result.append(scores)
     return result
-
-
-def yolo_study(detector, study, boxes):
-    """yolo_studies of a single study. Raises what it raised."""
-    (found,) = yolo_studies(detector, [study], [boxes])
-    if isinstance(found, Exception):
-        raise found
-    return found
 
 
 def yolo_table(study_ids, probabilities, condition):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,9 @@ def test_probabilities_and_loss_equal_spacecutter():
     log_p = utils.cumulative_log_probabilities(score, link.cutpoints.detach())
     torch.testing.assert_close(log_p.exp(), expected.detach(), atol=1e-6, rtol=1e-5)
     reference = CumulativeLinkLoss(class_weights=torch.tensor(utils.SEVERITY_WEIGHTS, dtype=torch.float32))
-    torch.testing.assert_close(utils.cumulative_link_loss(log_p, grades), reference(expected, grades[:, None]).detach())
+    loss, weight = utils.weighted_losses(log_p, grades)
+    torch.testing.assert_close(loss / len(grades), reference(expected, grades[:, None]).detach())
+    assert weight == np.array(utils.SEVERITY_WEIGHTS)[grades].sum()
 
 
 def test_gradients_equal_spacecutter():
@@ -39,10 +42,11 @@ def test_gradients_equal_spacecutter():
     grades = torch.arange(30) % 3
     link = LogisticCumulativeLink(3)
     theirs = score.clone().requires_grad_()
-    CumulativeLinkLoss()(link(theirs[:, None]), grades[:, None]).backward()
+    weights = torch.tensor(utils.SEVERITY_WEIGHTS, dtype=torch.float32)
+    CumulativeLinkLoss(class_weights=weights)(link(theirs[:, None]), grades[:, None]).backward()
     ours, cutpoints = score.clone().requires_grad_(), link.cutpoints.detach().clone().requires_grad_()
     log_p = utils.cumulative_log_probabilities(ours, cutpoints)
-    utils.cumulative_link_loss(log_p, grades, class_weights=(1, 1, 1)).backward()
+    (utils.weighted_losses(log_p, grades)[0] / len(grades)).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(cutpoints.grad, link.cutpoints.grad, atol=1e-6, rtol=1e-4)
 
@@ -61,10 +65,8 @@ def test_missing_labels_do_not_count():
     grades = torch.randint(0, 3, (6, 5))
     masked = grades.clone()
     masked[2:] = -1
-    for by_weight in (False, True):
-        part = utils.cumulative_link_loss(log_p[:2], grades[:2], by_weight=by_weight)
-        torch.testing.assert_close(utils.cumulative_link_loss(log_p, masked, by_weight=by_weight), part)
-    assert utils.cumulative_link_loss(log_p, torch.full_like(grades, -1)) == 0
+    torch.testing.assert_close(utils.weighted_losses(log_p, masked), utils.weighted_losses(log_p[:2], grades[:2]))
+    assert utils.weighted_losses(log_p, torch.full_like(grades, -1)) == (0, 0)
 
 
 def test_heads_start_at_the_prior_with_ascending_cutpoints():
@@ -173,6 +175,34 @@ def test_a_mirrored_patient_is_a_mirrored_crop_with_swapped_labels(phantom_study
             assert (after == expected).all()
 
 
+def test_an_item_without_a_cache_cuts_its_own_crop_only(phantom_study, tmp_path, monkeypatch):
+    study, boxes, grades, _ = phantom_study
+    utils.save_study(study, tmp_path / "7.safetensors")
+    table, cut = utils.boxes_to_table(7, boxes), []
+    crop_level = classifiers.crop_level
+    monkeypatch.setattr(classifiers, "crop_level", lambda *given: cut.append(given[1].level) or crop_level(*given))
+
+    def items(cache):
+        data = utils.CropDataset({7: tmp_path / "7.safetensors"}, [7], grades[None], table, CROP, cache)
+        cut.clear()
+        return data, [data[number] for number in (3, 1)]
+
+    data, alone = items(None)
+    assert cut == [utils.LEVELS[3], utils.LEVELS[1]]
+    (tmp_path / "cache").mkdir()
+    kept, cached = items(tmp_path / "cache")
+    assert cut == list(utils.LEVELS)  # with one all, once
+    every = data.crops_of(7)
+    assert every.shape[0] == 5 and np.array_equal(every, kept.crops_of(7)) and every.any()
+    for level, own, other in zip((3, 1), alone, cached, strict=True):
+        np.testing.assert_array_equal(own[0], every[level])
+        np.testing.assert_array_equal(other[0], every[level])
+        assert own[1] == level and own[2].tolist() == grades[:, level].tolist()
+    # A whole study is one crop.
+    whole = utils.CropDataset({7: tmp_path / "7.safetensors"}, [7], grades[None], None, {**CROP, "scope": "study"})
+    np.testing.assert_array_equal(whole[0][0], whole.crops_of(7)[0])
+
+
 class Blobs(utils.CropDataset):
     """Studies whose only sign of disease is a bright blob, on the left for left and on the right for right."""
 
@@ -190,8 +220,8 @@ class Blobs(utils.CropDataset):
                 self.stored[study, level, 1, 14:24, 14:24, middle + 4 : middle + 12] += left
                 self.stored[study, level, 1, 14:24, 14:24, middle - 12 : middle - 4] += right
 
-    def crops_of(self, study_id):
-        return self.stored[study_id]
+    def crops_of(self, study_id, level=None):
+        return self.stored[study_id] if level is None else self.stored[study_id][level : level + 1]
 
 
 CONFIG = {
@@ -336,6 +366,50 @@ def test_batch_normalisation_takes_the_mean_of_a_steps_batches():
     assert norm.num_batches_tracked == 1 and norm.momentum == 0.1
 
 
+def finite(state):
+    return all(torch.isfinite(x).all() for x in state.values() if x.is_floating_point())
+
+
+def test_an_overflow_leaves_no_trace_in_batch_normalisation():
+    norm = nn.BatchNorm3d(2)
+    norms = classifiers._StepNorms(norm)
+    inputs = torch.randn(3, 2, 4, 4, 4)
+    for number, x in enumerate((inputs, torch.stack([inputs[:, 0], torch.full_like(inputs[:, 1], torch.inf)], 1))):
+        norms.batch(number)
+        norm(x)
+    norms.end()
+    # The channel that overflowed stays where it was, the other one moves.
+    assert norm.running_mean[1] == 0 and norm.running_var[1] == 1
+    torch.testing.assert_close(norm.running_mean[0], 0.1 * inputs[:, 0].mean())
+    norms.batch(0)
+    norm(inputs)
+    norms.end()
+    torch.testing.assert_close(norm.running_mean[1], 0.1 * inputs[:, 1].mean())
+
+
+def test_a_step_that_overflows_is_left_out():
+    train = Blobs(10, 0)
+    training = classifiers._Training(train, {**CONFIG, "epochs": 1}, 0, torch.device("cpu"))
+    training.epoch(train, (0, 0), 0)
+    before = {part: copy.deepcopy(getattr(training, part).state_dict()) for part in ("model", "average")}
+    stored = train.stored.copy()
+    train.stored[:] = np.inf
+    assert np.isnan(training.epoch(train, (0, 1), 0))
+    # Neither weights nor averages move, which an average over the same weights once more would do.
+    for part in before:
+        after = getattr(training, part).state_dict()
+        assert finite(after)
+        for name, tensor in before[part].items():
+            assert torch.equal(after[name], tensor) or name.endswith("num_batches_tracked"), f"{part}: {name}"
+    # One bad crop among good ones costs its own step only.
+    train.stored[:] = stored
+    train.stored[7, 2] = np.inf
+    assert np.isfinite(training.epoch(train, (0, 2), 0))
+    moved = training.average.state_dict()
+    assert finite(moved) and finite(training.model.state_dict())
+    assert not all(torch.equal(moved[name], tensor) for name, tensor in before["average"].items())
+
+
 @pytest.mark.parametrize("scope", ["level", "study"])
 def test_mixed_inputs_count_both_label_sets(scope):
     torch.manual_seed(0)
@@ -453,24 +527,58 @@ def test_views_are_measured_chosen_and_stored(tmp_path, monkeypatch):
         table = utils.choose_views(grades, log_p, views)[1].assign(kept=[True, False, True])
         return [views[0], views[2]], table
 
+    def cross_fitted(grades, log_p, views, part):
+        seen.append((grades, log_p))
+        assert len(set(part)) == 5
+        return np.arange(5)[:, None] >= [0, 4, 1]  # the first study has no view but the plain one, the last has all
+
     monkeypatch.setattr(classifiers, "choose_views", choose)
+    monkeypatch.setattr(classifiers, "cross_fitted_views", cross_fitted)
     predicted, table = utils.settle_views(tmp_path, held_out, "cpu", views)
-    # One choice on all held-out studies; both weights carry it; the predictions are made with it.
-    assert len(seen) == 1 and len(seen[0][0]) == 5 and seen[0][1].shape[:2] == (3, 5)
-    np.testing.assert_array_equal(seen[0][1][:, 3:], log_p)
+    # One choice on all held-out studies, which both weights carry; each study is predicted with its own views.
+    assert len(seen) == 2
+    for grades, given in seen:
+        assert len(grades) == 5 and given.shape[:2] == (3, 5)
+        np.testing.assert_array_equal(given[:, 3:], log_p)
     assert table["view"].map(json.loads).tolist() == list(views)
     after, metadata = weights_of(tmp_path / "level_1.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) and len(after) == len(before)
     for name in held_out:
         model, about = utils.load_classifier(tmp_path / f"{name}.safetensors")
         assert about["views"] == [{}, {"scale": 1.06}] and about["fold"] == 0
-        np.testing.assert_allclose(
-            predicted[name], utils.predict_dataset([model], held_out[name], about["views"]), atol=1e-12
-        )
+        expected = utils.predict_dataset([model], held_out[name], about["views"])
+        if name == "level_0":
+            expected[0] = utils.predict_dataset([model], held_out[name])[0]
+        else:
+            expected[1] = utils.predict_dataset([model], held_out[name], views)[1]
+        np.testing.assert_allclose(predicted[name], expected, atol=1e-12)
     # Once more: nothing changes, and nothing is written.
     times = [path.stat().st_mtime_ns for path in sorted(Path(tmp_path).iterdir())]
     utils.settle_views(tmp_path, held_out, "cpu", views)
     assert times == [path.stat().st_mtime_ns for path in sorted(Path(tmp_path).iterdir())]
+
+
+class Signed(Blobs):
+    """Leaves a note for each study: which process cut its crops."""
+
+    def crops_of(self, study_id, level=None):
+        Path(self.notes, f"{study_id}_{os.getpid()}").touch()
+        return super().crops_of(study_id, level)
+
+
+def test_other_processes_cut_the_crops_of_held_out_studies(tmp_path):
+    model = utils.OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
+    nn.init.normal_(model.score.weight, std=0.3)
+    data, found = Signed(5, 3), []
+    for workers in (0, 2):
+        data.notes = tmp_path / str(workers)
+        data.notes.mkdir()
+        found.append(utils.measure_views([model], data, ({}, {"mirror": True}), [4, 0, 2], workers))
+        studies, processes = zip(*(path.name.split("_") for path in data.notes.iterdir()), strict=True)
+        assert sorted(studies) == ["0", "2", "4"]
+        assert len(set(processes)) == 2 and str(os.getpid()) not in processes if workers else len(set(processes)) == 1
+    np.testing.assert_array_equal(*found)
+    assert (found[0][:, [1, 3]] == 0).all() and np.abs(found[0][:, 0] - found[0][:, 4]).max() > 1e-3
 
 
 def test_backbones():

@@ -262,7 +262,7 @@ def test_the_loss_is_the_competitions():
         part = list(conditions)
         value = section._Target(grades[:, part], group == "spinal").loss(logits[:, part])[0]
         assert value == pytest.approx(score[group] + (score["any_severe"] if group == "spinal" else 0))
-    loss, weight = section._term_sums(grades, p)
+    loss, weight = utils.term_sums(grades, p)
     assert list(loss.sum(0) / weight.sum(0)) == pytest.approx([score[t] for t in (*utils.GROUPS, "any_severe")])
 
 

@@ -1,14 +1,20 @@
 """Inference never loses a row: what fails costs its own contribution, and says so."""
 
+import json
+import queue
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
 
 import utils
-from lumbar import inference
+from lumbar import inference, yolo
 
 PRIOR = np.random.default_rng(0).dirichlet((5, 2, 1), (5, 5))
 CROP = {"scope": "level", "shape": [8, 8, 8], "extent_mm": [8.0, 8.0, 8.0], "shift_mm": [0.0, 0.0, 0.0]}
@@ -360,6 +366,7 @@ def timed(data, networks, tmp_path, monkeypatch):
         assert len(found) == 60
         return (clock.now - before) / 3600, log.fillna("")
 
+    run.clock = clock
     return run
 
 
@@ -459,3 +466,412 @@ def test_weights_are_found_below_but_not_in_image_folders(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "x.safetensors").touch()
     assert utils.weight_folders([tmp_path]) == [tmp_path / "a/03_train_yolo_scs"]
+
+
+def weights(folder, name, **about):
+    """A file that looks like a member's weights of 03 or 04: metadata, and next to nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = "metadata" if name.startswith("yolo") else "classifier"
+    about = ({"calibration": {"trust": 1.0}} if name.startswith("yolo") else {}) | about
+    save_file({"x": torch.zeros(1)}, folder / f"{name}.safetensors", metadata={kind: json.dumps(about)})
+    return folder
+
+
+def out_of_fold(folder, studies, fold, severe, conditions=utils.CONDITIONS):
+    """An oof.csv of these studies, in which every row says `severe`."""
+    p = np.tile([1 - severe, 0.0, severe], (len(studies), 5, 5, 1))
+    table = utils.to_submission(studies, p).assign(fold=fold)
+    table = table[table["row_id"].str.contains("|".join(conditions))]
+    before = [pd.read_csv(folder / "oof.csv")] if (folder / "oof.csv").is_file() else []
+    pd.concat([*before, table]).to_csv(folder / "oof.csv", index=False)
+
+
+def severe_by_study(table):
+    return table.groupby(table["row_id"].str.split("_").str[0].astype(int))["severe"].first().round(3).to_dict()
+
+
+def test_members_of_the_comparison_stand_only_alone(tmp_path):
+    ours, theirs = tmp_path / "03_train_yolo_scs", tmp_path / "03_train_yolo_scs_original"
+    weights(ours, "yolo_scs_0")
+    for fold in (0, 1):
+        weights(theirs, f"yolo_scs_{fold}", scheme="original", calibration=None)
+        out_of_fold(theirs, [10 + fold, 20 + fold], fold, 0.9)
+    out_of_fold(ours, [10], 0, 0.2)  # one study less than theirs
+    weights(tmp_path / "04_train_vit_level_1", "level_1", pooling="global")
+    weights(tmp_path / "04_train_vit_level_2", "level_2", pooling="grid")
+    weights(tmp_path / "solutions" / "B", "study_0", pooling="global")
+    weights(tmp_path / "solutions", "study_1")
+    assert not any(name.startswith("study") for name in utils.member_weights([tmp_path])[0])
+    found, sentences = utils.member_weights(utils.weight_folders([tmp_path]))
+    assert {name: path.parent.name for name, path in found.items()} == {
+        "level_2": "04_train_vit_level_2",
+        "yolo_scs_0": "03_train_yolo_scs",
+    }
+    assert any("yolo_scs_0, yolo_scs_1" in text and "for comparison" in text for text in sentences)
+    assert any(text.startswith("level_1 in") for text in sentences)
+    assert severe_by_study(utils.read_out_of_fold(utils.weight_folders([tmp_path]))["yolo"]) == {10: 0.2}
+    alone, sentences = utils.member_weights([theirs])
+    assert list(alone) == ["yolo_scs_0", "yolo_scs_1"] and not sentences
+    assert severe_by_study(utils.read_out_of_fold([theirs])["yolo"]) == {10: 0.9, 20: 0.9, 11: 0.9, 21: 0.9}
+    places = utils.weight_folders([tmp_path / "solutions" / "B"])
+    assert places == [tmp_path / "solutions" / "B"] and list(utils.member_weights(places)[0]) == ["study_0"]
+
+
+def test_unfinished_weights_are_left_out_and_a_fold_is_taken_from_one_folder(tmp_path, capsys):
+    for place, severe in (("a", 0.1), ("b", 0.2), ("c", 0.3)):
+        folder = tmp_path / place
+        weights(folder, "level_0")
+        out_of_fold(folder, [1, 2], 0, severe)
+        out_of_fold(folder, [ord(place)], 0, severe)  # a study that the others' fold lacks
+    (tmp_path / "a" / "level_0.checkpoint").touch()
+    weights(tmp_path / "a", "level_1")
+    out_of_fold(tmp_path / "a", [3], 1, 0.1)
+    weights(tmp_path / "c", "level_2")
+    out_of_fold(tmp_path / "c", [4], 2, 0.3)
+    weights(tmp_path / "a", "yolo_ss_0", scheme="severity", calibration=None)
+    (tmp_path / "a" / "study_0.safetensors").write_bytes(b"cut")
+    weights(tmp_path / "c", "study_0")
+    folders = utils.weight_folders([tmp_path])
+    found, sentences = utils.member_weights(folders)
+    places = {name: path.parent.name for name, path in found.items()}
+    assert places == {"level_0": "b", "level_1": "a", "level_2": "c", "study_0": "c"}
+    unfinished = [text for text in sentences if "has not finished" in text]
+    assert unfinished == [f"level_0, yolo_ss_0 in {tmp_path / 'a'} left out: training has not finished"]
+    assert any(f"level_0 in {tmp_path / 'c'} left out: already found in {tmp_path / 'b'}" in text for text in sentences)
+    tables = utils.read_out_of_fold(folders)
+    assert severe_by_study(tables["level"]) == {1: 0.2, 2: 0.2, ord("b"): 0.2, 3: 0.1, 4: 0.3}
+    said = capsys.readouterr().out
+    assert "already found in" in said and "has not finished" in said
+
+
+def test_what_is_loaded_from_where_is_printed(tmp_path, monkeypatch, capsys):
+    for name in ("level_0", "level_1"):
+        weights(tmp_path / "04_train_vit_level", name)
+    weights(tmp_path / "03_train_yolo_nfn_3", "yolo_nfn_3")
+    weights(tmp_path / "03_train_yolo_nfn_3_old", "yolo_nfn_3")
+    weights(tmp_path / "02_train_spinenet", "spinenet")
+    monkeypatch.setattr(inference, "load_classifier", lambda path, device: (path.stem, {}))
+    monkeypatch.setattr(inference, "load_yolo", lambda path, device: SimpleNamespace(about={}, path=path))
+    monkeypatch.setattr(inference, "load_spinenet", lambda path, device: SimpleNamespace(about={}))
+    loaded = utils.load_members(utils.weight_folders([tmp_path]), device="cpu")
+    assert [model for model, _ in loaded.level] == ["level_0", "level_1"] and not loaded.study
+    assert [model.path.parent.name for model in loaded.yolo["nfn"]] == ["03_train_yolo_nfn_3"]
+    said = capsys.readouterr().out
+    assert f"level_0, level_1 from {tmp_path / '04_train_vit_level'}" in said
+    assert f"yolo_nfn_3 in {tmp_path / '03_train_yolo_nfn_3_old'} left out: already found in" in said
+    utils.load_members([tmp_path], ["level"], "cpu")
+    assert "yolo_nfn_3 from" not in capsys.readouterr().out
+
+
+def test_a_member_without_out_of_fold_predictions_gets_its_default_share(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    studies = np.arange(100, 130)
+    grades = np.array(utils.GRADES, object)[rng.choice(3, (len(studies), 25))]
+    labels = pd.DataFrame(grades, columns=list(utils.LABEL_COLUMNS))
+    labels.insert(0, "study_id", studies)
+    labels.to_csv(tmp_path / "train.csv", index=False)
+    weights(tmp_path / "level", "level_0")
+    weights(tmp_path / "study", "study_0")
+    p = rng.dirichlet((1, 1, 1), (len(studies), 5, 5))
+    utils.to_submission(studies, p).assign(fold=0).to_csv(tmp_path / "level" / "oof.csv", index=False)
+    folders = [tmp_path / "level", tmp_path / "study"]
+    fitted = utils.ensemble_for(folders, tmp_path)
+    assert "default shares stand: study 0.29" in capsys.readouterr().out
+    for group in utils.GROUPS:
+        assert fitted["weights"][group] == pytest.approx({"level": 0.25 / 0.35, "study": 0.10 / 0.35})
+    assert fitted["temperature"]["spinal"] != 1  # the rest is fitted
+    utils.write_json(tmp_path / "level" / "ensemble.json", utils.default_ensemble(["level"]))
+    kept = utils.ensemble_for(folders, tmp_path)
+    assert kept["weights"]["spinal"]["study"] == pytest.approx(0.10 / 0.35)
+    asked = utils.ensemble_for(folders, tmp_path, ["level"])
+    assert list(asked["weights"]["spinal"]) == ["level"]
+
+
+def test_folds_of_a_detector_are_averaged_as_logs_where_they_speak(data, networks, monkeypatch):
+    """Each fold has its own views; where one of them sees no level the others stand."""
+    one, two = np.full((1, 5, 3), [0.9, 0.08, 0.02]), np.full((1, 5, 3), [0.1, 0.2, 0.7])
+    one[0, [0, 2]] = np.nan
+    two[0, [1, 2]] = np.nan
+    folds = [
+        SimpleNamespace(about={"views": [{}], "says": one}),
+        SimpleNamespace(about={"views": [{}, {"reach": 1.7}]}),
+    ]
+    folds[1].about["says"] = two
+    seen = []
+
+    def yolo_studies(detector, studies, boxes, views):
+        seen.append(views)
+        return [detector.about["says"] for _ in studies]
+
+    monkeypatch.setattr(inference, "yolo_studies", yolo_studies)
+    loaded = utils.Members(None, {"scs": folds}, [], [], PRIOR)
+    prepared = utils.prepare_study(data / "test_images" / "1", {11: "Sagittal T1"}, loaded)
+    (predicted,), (problems,), _ = utils.predict_studies([prepared], loaded)
+    assert seen == [[{}], [{}, {"reach": 1.7}]]
+    levels = predicted["yolo"][0]
+    np.testing.assert_allclose(levels[0], [0.1, 0.2, 0.7], atol=1e-9)
+    np.testing.assert_allclose(levels[1], [0.9, 0.08, 0.02], atol=1e-9)
+    assert np.isnan(levels[2]).all() and problems == ["yolo: scs: no Sagittal T2/STIR slice shows l3_l4"]
+    geometric = np.sqrt([0.09, 0.016, 0.014])
+    np.testing.assert_allclose(levels[3:], np.tile(geometric / geometric.sum(), (2, 1)), atol=1e-9)
+
+
+# ---- Time: what is short is done again ----
+
+
+def test_waiting_for_a_study_that_hangs_is_no_pace(timed, monkeypatch):
+    hanging = threading.Event()
+    read, take = inference.read_study, inference._Ahead.take
+    clock = timed.clock
+
+    def hang(folder, descriptions):
+        if folder.name == "106":
+            hanging.wait(30)
+        return read(folder, descriptions)
+
+    def slowly(self, *limits):
+        try:
+            return take(self, *limits)
+        except queue.Empty:
+            clock.now += 900
+            raise
+
+    monkeypatch.setattr(inference, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(inference, "read_study", hang)
+    monkeypatch.setattr(inference._Ahead, "take", slowly)
+    used, log = timed(2.0, readers=2)  # 1.08 h of work and .25 h of waiting
+    hanging.set()
+    assert "given up" in log.loc[106, "problems"]
+    assert used > 1.25 and (log["dropped"] == "").all()
+
+
+def test_what_was_short_of_time_is_done_again_with_everything(timed, networks):
+    _, first = timed(0.8)
+    short = first.index[first["dropped"] != ""]
+    networks.clear()
+    used, second = timed(0.3)  # enough for some of them
+    done = sorted(set(short) - set(second.index[second["dropped"] != ""]))
+    assert 0 < len(done) < len(short) and used <= 0.3
+    assert set(networks) >= set(map(str, done)) and set(networks) <= set(map(str, short))
+    assert (second.loc[second["dropped"] != "", "partial"] == "yolo").all()  # the old result stands
+    networks.clear()
+    used, third = timed(9.0)
+    assert (third["dropped"] == "").all() and len(networks) == len(short) - len(done)
+    networks.clear()
+    assert timed(9.0)[0] == 0 and not networks
+
+
+def test_what_was_short_of_time_stands_where_doing_it_again_fails(timed, monkeypatch, tmp_path):
+    _, first = timed(0.8)
+    short = first["dropped"] != ""
+    saved = {path: path.read_text() for path in (tmp_path / "out" / "studies").iterdir()}
+
+    def cut_crops(*_):
+        raise full()
+
+    monkeypatch.setattr(inference, "cut_crops", cut_crops)
+    _, second = timed(9.0)
+    columns = ["members", "partial", "dropped", "problems"]
+    pd.testing.assert_frame_equal(first.loc[short, columns], second.loc[short, columns])
+    assert saved == {path: path.read_text() for path in (tmp_path / "out" / "studies").iterdir()}
+
+
+def test_those_without_a_result_come_before_those_that_were_short(timed, networks):
+    _, first = timed(0.2)  # some late, the others short or whole
+    late = set(map(str, first.index[first["problems"].str.contains("no time left")]))
+    short = set(map(str, first.index[first["dropped"] != ""])) - late
+    assert late and short
+    networks.clear()
+    _, second = timed(9.0)
+    assert (second["dropped"] == "").all() and (second["prior_rows"] < 25).all()
+    assert set(networks) == late | short and set(networks[: len(late)]) == late
+
+
+def test_patience_begins_with_the_work():
+    ahead = inference._Ahead([1], lambda job: job + 1, 0, 1)
+    threading.Timer(0.4, ahead._start).start()
+    assert ahead.take(0.1) == 2
+    waiting = inference._Ahead([1], lambda job: job, 0, 1)
+    with pytest.raises(queue.Empty):
+        waiting.take(10.0, 0.1)
+    waiting.close(1)
+    ahead.close(1)
+
+
+def test_studies_that_hang_together_are_given_up_together():
+    hanging = threading.Event()
+    ahead = inference._Ahead([1, 2, 3, 4, 5], lambda job: hanging.wait(30 if job < 5 else 0), 4, 5)
+    started = time.monotonic()
+    for _ in range(4):
+        with pytest.raises(queue.Empty):
+            ahead.take(0.5)
+    ahead.take(5.0)
+    assert time.monotonic() - started < 1.5
+    hanging.set()
+    ahead.close(9)
+
+
+# ---- The device's memory, and the device ----
+
+
+def full():
+    return torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_crops_that_found_the_memory_full_are_cut_again(data, networks, tmp_path, monkeypatch):
+    calls = []
+
+    def cut_crops(study, boxes, crop, device):
+        calls.append((study.study_id, threading.current_thread() is threading.main_thread()))
+        if study.study_id == 2 and not calls[-1][1]:
+            raise full()
+        return np.zeros(5)
+
+    monkeypatch.setattr(inference, "cut_crops", cut_crops)
+    found, log, _ = infer(data, members(), tmp_path / "out")
+    np.testing.assert_allclose(found[2], np.tile(SAYS, (5, 5, 1)), atol=1e-9)
+    assert [call for call in calls if call[0] == 2] == [(2, False), (2, True)]
+    assert "Memory" not in log.loc[2, "problems"] and (tmp_path / "out" / "studies" / "2.json").is_file()
+
+
+def test_levels_that_found_the_memory_full_are_located_again(data, networks, tmp_path, monkeypatch):
+    locate, calls = inference.locate_levels_surely, []
+
+    def short(study, model, detector):
+        boxes, vertebrae, _ = locate(study, model, detector)
+        calls.append(study.study_id)
+        full_ = study.study_id == 2 and calls.count(2) == 1
+        return boxes, vertebrae, f"detection failed ({type(full()).__name__}: no room)" if full_ else None
+
+    monkeypatch.setattr(inference, "locate_levels_surely", short)
+    found, log, _ = infer(data, members(), tmp_path / "out")
+    assert calls.count(2) == 2 and "Memory" not in log.loc[2, "problems"] and log.loc[2, "members"] == "level"
+
+
+def test_what_failed_for_want_of_memory_is_not_kept(data, networks, tmp_path, monkeypatch):
+    def cut_crops(study, boxes, crop, device):
+        if study.study_id == 2:
+            raise full()
+        return np.zeros(5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "cut_crops", cut_crops)
+        _, log, _ = infer(data, members(), tmp_path / "out")
+    assert "OutOfMemoryError" in log.loc[2, "problems"]
+    assert sorted(path.stem for path in (tmp_path / "out" / "studies").glob("*.json")) == ["1", "3", "4"]
+    networks.clear()
+    _, log, _ = infer(data, members(), tmp_path / "out")
+    assert networks == ["2"] and log.loc[2, "members"] == "level"
+
+
+def test_a_detector_that_found_the_memory_full_is_asked_again_for_less(data, networks, tmp_path, monkeypatch):
+    batches = []
+
+    def yolo_studies(detector, studies, boxes, views, batch=16):
+        batches.append((len(studies), batch))
+        return [full() if s.study_id == 2 and batch == 16 else np.tile(SAYS, (1, 5, 1)) for s in studies]
+
+    monkeypatch.setattr(inference, "yolo_studies", yolo_studies)
+    loaded = utils.Members(None, {"scs": [SimpleNamespace(about={})]}, [], [], PRIOR)
+    found, log, _ = infer(data, loaded, tmp_path / "out")
+    np.testing.assert_allclose(found[2][0], np.tile(SAYS, (5, 1)), atol=1e-9)
+    assert batches == [(2, 16), (1, inference._FEW_PATCHES)] and "Memory" not in log.loc[2, "problems"]
+
+
+def test_errors_that_are_kept_hold_no_frames(data, networks, monkeypatch):
+    def cut_crops(*_):
+        try:
+            raise KeyError("inner")
+        except KeyError as error:
+            raise ValueError("outer") from error
+
+    monkeypatch.setattr(inference, "cut_crops", cut_crops)
+    prepared = utils.prepare_study(data / "test_images" / "1", {11: "Sagittal T1"}, members())
+    (kept,) = prepared.crops.values()
+
+    def work(items):
+        raise RuntimeError(items)
+
+    monkeypatch.setattr(yolo, "_study_patches", cut_crops)
+    detector = yolo.YoloDetector(None, {"condition": "scs"})
+    (silent,) = utils.yolo_scores(detector, [prepared.study], [prepared.boxes])
+    for error in (kept, silent, *inference._together_or_alone(work, [1, 2])):
+        assert isinstance(error, Exception)
+        assert error.__traceback__ is None and error.__context__ is None and error.__cause__ is None
+
+
+def test_a_device_that_fails_ends_the_run_with_nothing_of_it_saved(data, networks, tmp_path, monkeypatch, capsys):
+    zeros, predict = torch.zeros, inference.predict_crops
+
+    def broken(*arguments, **options):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def breaks(models, crops, *rest):
+        if (crops == 2).any():
+            monkeypatch.setattr(torch, "zeros", broken)
+        return predict(models, crops, *rest) if torch.zeros is zeros else broken()
+
+    monkeypatch.setattr(inference, "predict_crops", breaks)
+    saved = tmp_path / "out" / "studies"
+    with pytest.raises(RuntimeError, match="the device cpu fails .*illegal memory access.*start again"):
+        infer(data, members(), tmp_path / "out", batch_studies=1)
+    assert [path.stem for path in saved.glob("*.json")] == ["1"]
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    found, log, _ = infer(data, members(), tmp_path / "out", batch_studies=1)
+    assert "the device cpu fails" in log.loc[2, "problems"] and "the device cpu fails" in capsys.readouterr().out
+    np.testing.assert_allclose(found[1], np.tile(SAYS, (5, 5, 1)), atol=1e-9)
+    np.testing.assert_allclose(found[2], PRIOR, atol=1e-9)
+    assert not (saved / "2.json").exists()
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(inference, "predict_crops", predict)
+    networks.clear()
+    _, log, _ = infer(data, members(), tmp_path / "out", batch_studies=1)
+    assert "2" in networks and "1" not in networks and log.loc[2, "members"] == "level"
+
+
+def test_results_belong_to_what_located_the_levels():
+    loaded = members()
+    keys = [inference._results_key(loaded, -1)]
+    for spinenet, detector in ((SimpleNamespace(about={"steps": 30}), "own"), (None, lambda volume: [])):
+        loaded.spinenet, loaded.detector = spinenet, detector
+        keys.append(inference._results_key(loaded, -1))
+        assert inference._results_key(loaded, -1) == keys[-1]
+    network = utils.SpineNet(widths=(8, 8, 8))
+    for step in range(2):
+        network.about = {}
+        with torch.no_grad():
+            network.head[0].weight.add_(step)
+        loaded.spinenet, loaded.detector = network, "own"
+        keys.append(inference._results_key(loaded, -1))
+    assert len(set(keys)) == len(keys)
+
+
+# ---- Notebook 05 ----
+
+
+def test_the_notebook_closes_when_nothing_is_late_and_only_reads_finished_work(tmp_path):
+    study = tmp_path / "data" / "test_images" / "7"
+    tiny.write_study(study)
+    rows = [(7, series_id, what) for series_id, what in tiny.SERIES.items()]
+    columns = ["study_id", "series_id", "series_description"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "data" / "test_series_descriptions.csv", index=False)
+    tiny.write_members(tmp_path / "weights", random_spinenet=True)
+    stage = tmp_path / "out" / "05_inference"
+
+    def run(hours):
+        parameters = {"DATA": tmp_path / "data", "WEIGHTS": [str(tmp_path / "weights")], "OUT": tmp_path / "out"}
+        parameters = {k: v if isinstance(v, list) else str(v) for k, v in parameters.items()}
+        parameters |= {"HOURS": hours, "RESERVE": 0.0001, "DEVICE": "cpu"}
+        output = tmp_path / "run.ipynb"
+        utils.run_notebook(tiny.ROOT / "notebooks" / "05_inference.ipynb", output, parameters)
+        return pd.read_csv(tmp_path / "out" / "submission.csv"), output.read_text()
+
+    late, said = run(0.00011)
+    assert len(late) == 25 and not (stage / "manifest.json").exists() and "more HOURS" in said
+    found, _ = run(9.0)
+    assert (stage / "manifest.json").is_file() and not np.allclose(found["severe"], late["severe"])
+    (tmp_path / "out" / "submission.csv").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    again, _ = run(9.0)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    pd.testing.assert_frame_equal(found, again)

@@ -1,74 +1,34 @@
 """The real `kaggle` client pushes our notebook to a stub of Kaggle's server on this machine."""
 
 import json
-import os
-import threading
-import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from kaggle_stub import USER, client_environment, running_stub, write_wheel
 
 import utils
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPETITION = "rsna-2024-lumbar-spine-degenerative-classification"
-GOOD_ANSWER = {"url": "https://www.kaggle.com/code/somebody/lumbar-spine-inference", "versionNumber": 1}
-
-
-class KaggleStub(ThreadingHTTPServer):
-    """Answers every POST with `answer` and keeps what was asked for."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), KaggleStubHandler)
-        self.requests = []
-        self.answer = GOOD_ANSWER
-
-
-class KaggleStubHandler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.requests.append((self.path, body))
-        answer = json.dumps(self.server.answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *arguments):
-        pass
+GOOD_ANSWER = {"url": f"https://www.kaggle.com/code/{USER}/lumbar-spine-inference", "versionNumber": 1}
 
 
 @pytest.fixture
 def stub():
-    server = KaggleStub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with running_stub() as server:
+        server.datasets = {f"lumbar-spine-{kind}": {} for kind in ("code", "weights", "wheels")}
+        yield server
 
 
 @pytest.fixture
 def environment(stub, tmp_path):
-    """Nothing of the caller's account or proxies; http goes to the stub, https nowhere."""
-    return {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "KAGGLE_CONFIG_DIR": str(tmp_path),
-        "KAGGLE_USERNAME": "somebody",
-        "KAGGLE_KEY": "dummy",
-        "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
-        "HTTP_PROXY": f"http://127.0.0.1:{stub.server_port}",
-        "HTTPS_PROXY": "http://127.0.0.1:9",
-        "NO_PROXY": "",
-    }
+    return client_environment(stub, tmp_path)
 
 
 def test_push_sends_the_inference_notebook(stub, environment):
-    said = utils.kaggle_push(ROOT, owner="somebody", environment=environment)
+    said = utils.kaggle_push(ROOT, owner=USER, environment=environment)
     assert "successfully pushed" in said
-    saves = [body for path, body in stub.requests if path.endswith("SaveKernel")]
+    saves = [body for method, body in stub.requests if method == "SaveKernel"]
     assert len(saves) == 1
     assert len(saves[0]) < 1_000_000
     request = json.loads(saves[0])
@@ -76,26 +36,26 @@ def test_push_sends_the_inference_notebook(stub, environment):
     ours = json.loads((ROOT / "notebooks" / "05_inference.ipynb").read_text(encoding="utf-8"))
     assert ["".join(cell["source"]) for cell in sent["cells"]] == ["".join(cell["source"]) for cell in ours["cells"]]
     assert sent["metadata"]["kernelspec"]["name"] == "python3"
-    assert request["slug"] == "somebody/lumbar-spine-inference"
+    assert request["slug"] == f"{USER}/lumbar-spine-inference"
     assert request["language"] == "python" and request["kernelType"] == "notebook"
     assert request["enableInternet"] is False
     assert request["enableGpu"] is True and request["machineShape"] == "NvidiaTeslaT4"
     assert request["isPrivate"] is True
     assert request["competitionDataSources"] == [COMPETITION]
-    assert request["datasetDataSources"] == [f"somebody/lumbar-spine-{kind}" for kind in ("code", "weights", "wheels")]
+    assert request["datasetDataSources"] == [f"{USER}/lumbar-spine-{kind}" for kind in ("code", "weights", "wheels")]
 
 
 @pytest.mark.parametrize(
     "answer, reason",
     [
         ({"error": "Maximum batch GPU session count of 2 reached."}, "Maximum batch GPU session count"),
-        ({**GOOD_ANSWER, "invalidDatasetSources": ["somebody/lumbar-spine-weights"]}, "not valid dataset sources"),
+        ({**GOOD_ANSWER, "invalidDatasetSources": [f"{USER}/lumbar-spine-weights"]}, "not valid dataset sources"),
     ],
 )
 def test_refused_push_is_noticed(stub, environment, answer, reason):
-    stub.answer = answer
+    stub.refuse["SaveKernel"] = 200, answer
     with pytest.raises(RuntimeError, match=f"exit status 0.*{reason}"):
-        utils.kaggle_push(ROOT, owner="somebody", environment=environment)
+        utils.kaggle_push(ROOT, owner=USER, environment=environment)
 
 
 def test_placeholder_is_not_pushed(stub, environment):
@@ -156,15 +116,7 @@ def test_missing_packages_come_from_attached_wheels_or_are_named(tmp_path, monke
     assert utils.install_missing({"json": "json"}) == []
     with pytest.raises(ModuleNotFoundError, match="no-such-thing not installed: on Kaggle attach"):
         utils.install_missing({"no_such_thing": "no-such-thing"}, tmp_path)
-    wheels = tmp_path / "lumbar-spine-wheels" / "wheels"
-    wheels.mkdir(parents=True)
-    info = "Metadata-Version: 2.1\nName: no-such-thing\nVersion: 1.0\n"
-    tag = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    with zipfile.ZipFile(wheels / "no_such_thing-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("no_such_thing.py", "answer = 42\n")
-        wheel.writestr("no_such_thing-1.0.dist-info/METADATA", info)
-        wheel.writestr("no_such_thing-1.0.dist-info/WHEEL", tag)
-        wheel.writestr("no_such_thing-1.0.dist-info/RECORD", "")
+    write_wheel(tmp_path / "lumbar-spine-wheels" / "wheels")
     monkeypatch.setenv("PIP_TARGET", str(tmp_path / "site"))
     assert utils.install_missing({"no_such_thing": "no-such-thing"}, tmp_path) == ["no-such-thing"]
     assert (tmp_path / "site" / "no_such_thing.py").is_file()

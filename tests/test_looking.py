@@ -1,4 +1,4 @@
-"""Plots return their axes; viewers and pages stand alone, escape what they show, and are small."""
+"""Plots return their axes; tables and the exported page say what they should, and stand alone."""
 
 import re
 from dataclasses import replace
@@ -10,70 +10,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from small_study import make_boxes, make_points, make_study, no_network
 
 import utils
-
-HEAD, LEFT, BACK = np.array([0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 0.0])
-
-
-def make_volume(description, series_id, slice_step, row_step, column_step, origin, shape):
-    """Noise with a bright ball around the patient's origin, on a grid along the given steps (LPS mm)."""
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2], affine[:3, 3] = slice_step, row_step, column_step, origin
-    volume = utils.Volume(np.zeros(shape, np.float32), affine, 7, series_id, description, 0, np.arange(shape[0]) + 1)
-    xyz = volume.voxel_to_lps(np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1))
-    noise = np.random.default_rng(series_id).random(shape) * 0.2
-    return replace(volume, array=(noise + 0.8 * np.exp(-(xyz**2).sum(-1) / 900)).astype(np.float16))
 
 
 @pytest.fixture(scope="module")
 def study():
-    """Two sagittal series and two axial stacks, the lower one tilted."""
-    sagittal = dict(
-        slice_step=-5 * LEFT, row_step=-2 * HEAD, column_step=2 * BACK, origin=[20, -80, 100], shape=(9, 100, 80)
-    )
-    tilted = -0.97 * HEAD + 0.24 * BACK
-    return utils.Study(
-        7,
-        [
-            make_volume("Sagittal T1", 11, **sagittal),
-            make_volume("Sagittal T2/STIR", 12, **sagittal),
-            make_volume("Axial T2", 13, -6 * HEAD, 2 * BACK, 2 * LEFT, [-64, -64, 60], (6, 64, 64)),
-            make_volume(
-                "Axial T2", 14, 6 * tilted, 2 * (0.97 * BACK + 0.24 * HEAD), 2 * LEFT, [-64, -64, -20], (6, 64, 64)
-            ),
-        ],
-    )
+    return make_study()
 
 
 @pytest.fixture(scope="module")
 def boxes():
-    return [
-        utils.LevelBox(
-            level,
-            np.array([0.0, 0.0, 70.0 - 35 * n]),
-            np.stack([HEAD, LEFT, BACK]),
-            np.array([30.0, 60.0, 50.0]),
-            0.9 if n else 0.2,
-            "t2",
-        )
-        for n, level in enumerate(utils.LEVELS)
-    ]
+    return make_boxes()
 
 
 @pytest.fixture(scope="module")
 def points():
-    return pd.DataFrame(
-        {
-            "study_id": [7, 7],
-            "series_id": [12, 13],
-            "instance_number": [5, 2],
-            "condition": ["spinal_canal_stenosis", "left_subarticular_stenosis"],
-            "level": ["l3_l4", "l1_l2"],
-            "x_px": [50.0, 40.0],
-            "y_px": [50.0, 40.0],
-        }
-    )
+    return make_points()
 
 
 @pytest.fixture(scope="module")
@@ -169,46 +123,6 @@ def test_sides_of_the_body(study):
     assert "right of the stack's middle" in utils.slice_caption(sagittal, 8)
 
 
-def no_network(page):
-    """What a browser would fetch: sources, links, imports and urls that are not inline."""
-    fetched = re.findall(r"""(?:\bsrc|\bhref|\baction)\s*=\s*["']?([^"'\s>]+)""", page)
-    fetched += re.findall(r"""url\(\s*["']?([^"')]+)""", page) + re.findall(r"""@import\s+["']?([^"';]+)""", page)
-    fetched += re.findall(r"""\bimport\(?\s*["']([^"']+)""", page)
-    return [target for target in fetched if not target.startswith(("data:", "#", "'data:"))]
-
-
-def test_viewer_stands_alone(study, boxes, points, graded):
-    truth, probabilities = graded[0][0], graded[1][0]
-    page = utils.study_html(study, boxes, points, probabilities, truth, title="<b>5 & 6</b></script>", page=True)
-    assert no_network(page) == [] and "http" not in page
-    assert page.count("<figure data-panel=") == page.count("aria-label='slice of ") == 3
-    assert len(re.findall(r'"i":"/9j/', page)) == sum(len(volume.array) for volume in study.volumes)
-    assert "&lt;b&gt;5 &amp; 6&lt;/b&gt;" in page and "<b>5 & 6" not in page
-    assert page.count("</script>") == 1
-    assert page.count("data-point=") == 25
-    assert len(page) < 3_000_000
-    assert "L3/L4 spinal canal" in page
-
-
-def test_viewers_on_one_page_have_ids_of_their_own(study):
-    identities = [re.findall(r"\bid=([^\s>]+)", utils.study_html(study)) for _ in range(2)]
-    assert len(identities[0]) == 1 and identities[0] != identities[1]
-
-
-def test_viewer_of_a_study_without_a_series(study):
-    page = utils.study_html(utils.Study(7, study.of("Axial T2")))
-    assert page.count("no such series") == 2 and page.count("<figure data-panel=") == 1
-    assert utils.study_html(utils.Study(7, [])).count("no such series") == 3
-
-
-@pytest.mark.parametrize("noise, kept", [(0.15, 150), (1.0, 75)])
-def test_viewer_of_a_large_study_stays_small(noise, kept):
-    """150 noisy slices of 384 px become coarser to fit; only pure noise, the worst case for JPEG, loses slices."""
-    array = (0.3 + noise * np.random.default_rng(0).random((150, 384, 384))).astype(np.float16)
-    page = utils.study_html(utils.Study(7, [utils.Volume(array, np.eye(4), 7, 1, "Axial T2", 0, np.arange(150))]))
-    assert len(page) < 3_000_000 and page.count('"i":"/9j/') == kept
-
-
 def test_score_table_agrees_with_the_metric(graded):
     truth, probabilities = graded
     canal_only = np.where(np.arange(5)[:, None, None] == 0, probabilities, np.nan)
@@ -257,29 +171,6 @@ def test_table_is_rounded_and_escaped():
     text = utils.table_html(table, "x & y")
     assert "a&lt;b" in text and ">0.123<" in text and "&ndash;" in text and "1,234" in text and "x &amp; y" in text
     assert "loss mm" in text
-
-
-def test_live_viewer_follows_its_controls(tmp_path, study, boxes, points):
-    utils.save_study(study, tmp_path / "7.safetensors")
-    utils.save_study(utils.Study(8, [], ["study 8: nothing"]), tmp_path / "8.safetensors")
-    viewer = utils.inspect_study(
-        {7: tmp_path / "7.safetensors", 8: tmp_path / "8.safetensors"},
-        utils.boxes_to_table(7, boxes),
-        points,
-        submission=utils.to_submission([7], np.full((1, 5, 5, 3), 1 / 3)),
-    )
-    picture, table = viewer.children[0].children[1], viewer.children[1]
-    assert "Normal/Mild 33%" in table.value
-    seen = {bytes(picture.value)}
-    for name, value in (("level", 1), ("condition", 1), ("slice", 2), ("window", (0.0, 0.5)), ("series", 2)):
-        viewer.controls[name].value = value
-        seen.add(bytes(picture.value))
-        if name == "condition":
-            assert study.volumes[viewer.controls["series"].value].description == "Sagittal T1"
-            assert viewer.controls["slice"].value == 1  # 17 mm to the left: x from 20 mm in steps of -5
-    assert len(seen) == 6 and all(png.startswith(b"\x89PNG") for png in seen)
-    viewer.controls["study"].value = 8
-    assert viewer.controls["series"].options == ()
 
 
 def test_exported_page_stands_alone_and_hides_code(tmp_path, study):
@@ -337,6 +228,14 @@ def test_the_share_closed_is_0_for_the_prior_and_1_for_the_perfect_reader(graded
     table = utils.score_table(truth, {"Class prior": prior, "m": 0.5 * (prior + perfect), "Perfect reader": perfect})
     assert table["closed"].iloc[[0, 2]].tolist() == [0, 1] and 0 < table.loc["m", "closed"] < 1
     assert "closed" not in utils.score_table(truth, {"Class prior": prior})
+
+
+def test_the_ensembles_table_has_a_row_for_each_group():
+    ensemble = utils.default_ensemble(["yolo", "level"])
+    table = utils.ensemble_table(ensemble | {"floor": {"spinal": 0.02}})
+    assert table.index.tolist() == ["Spinal canal", "Foraminal", "Subarticular"]
+    assert table["Floor"].tolist() == [0.02, 0, 0] and not table["Stacker"].any()
+    assert table.loc["Foraminal", "yolo"] == ensemble["weights"]["foraminal"]["yolo"]
 
 
 def test_histories_are_found_and_split(tmp_path):

@@ -109,6 +109,14 @@ def test_stages_run_side_by_side_in_order(tmp_path, capfd):
     assert "[a] said" in capfd.readouterr().out
 
 
+def test_parameters_arrive_as_they_were_given(tmp_path):
+    notebook = write_notebook(
+        tmp_path / "n.ipynb", "import json\nopen(OUT, 'w').write(json.dumps([WAIT, type(WAIT).__name__]))"
+    )
+    utils.run_notebook(notebook, tmp_path / "runs" / "n.ipynb", {"OUT": str(tmp_path / "0012"), "WAIT": 1e-5})
+    assert json.loads((tmp_path / "0012").read_text()) == [1e-5, "float"]
+
+
 def test_a_failing_stage_stops_the_run_with_its_reason(tmp_path):
     bad = write_notebook(tmp_path / "bad.ipynb", "raise ValueError('the spoon is missing')")
     stages = [

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import utils
+from lumbar import yolo
 
 SIZE = 96
 LEVEL_Z_MM = np.array([36.0, 18.0, 0.0, -18.0, -36.0])
@@ -236,17 +237,15 @@ def test_a_wider_reach_sees_neighbouring_slices():
 
 def test_studies_share_batches_and_only_the_broken_one_fails():
     studies, detector = [noisy_study(number, seed=number) for number in range(3)], bright_detector("ss")
-    alone = [utils.yolo_study(detector, study, boxes()) for study in studies]
+    alone = [utils.yolo_studies(detector, [study], [boxes()])[0] for study in studies]
     sizes, forward = [], detector.net.forward
     detector.net.forward = lambda x: sizes.append(len(x)) or forward(x)
     found = utils.yolo_studies(detector, studies, [boxes(), None, boxes()], batch=7)
     assert sizes == [7, 3]
-    assert isinstance(found[1], Exception)
+    assert isinstance(found[1], TypeError)
     for n in (0, 2):
         assert found[n].shape == (2, 5, 3)
         np.testing.assert_allclose(found[n], alone[n], atol=1e-6)
-    with pytest.raises(TypeError):
-        utils.yolo_study(detector, studies[1], None)
 
     def refuse(x):
         if (x == x.amax()).any() and x.amax() == 1:
@@ -280,7 +279,7 @@ def test_views_are_averaged_as_log_probabilities():
     np.testing.assert_allclose(p, mean / mean.sum(-1, keepdims=True), atol=1e-9)
     assert np.abs(p - np.exp(logs[0])).max() > 1e-3
     detector.about["views"] = views  # what the weights carry is the default
-    np.testing.assert_allclose(utils.yolo_study(detector, study, boxes()), p, atol=1e-9)
+    np.testing.assert_allclose(utils.yolo_studies(detector, [study], [boxes()])[0], p, atol=1e-9)
 
 
 def test_a_view_without_a_word_leaves_it_to_the_others():
@@ -300,8 +299,49 @@ def test_detector_views_that_pay_are_chosen():
     # The second view errs on its own, the third repeats the first's errors.
     scores = 0.01 * np.exp(np.stack([truth + noise[0], truth + noise[1], truth + noise[0] + 0.01 * noise[2]], axis=1))
     scores[60:] = np.nan  # of other folds
-    kept, table = utils.choose_detector_views(grades, scores, "nfn", [{}, {"reach": 2.0}, {"zoom": 1.01}])
+    kept, table, used = utils.choose_detector_views(grades, scores, "nfn", [{}, {"reach": 2.0}, {"zoom": 1.01}])
     assert kept == [{}, {"reach": 2.0}] and list(table["kept"]) == [True, True, False]
+    assert (used[:60] == [True, True, False]).all() and (used[60:] == [True, False, False]).all()
+
+
+def test_views_and_calibration_are_stored_and_no_study_has_its_own(tmp_path):
+    rng = np.random.default_rng(5)
+    grades = np.full((110, 5, 5), -1)
+    grades[:, 1:3] = rng.choice(3, size=(110, 2, 5), p=[0.7, 0.2, 0.1])
+    own = grades[:, 1:3].transpose(0, 2, 1)
+    held_out = np.arange(110) % 11 != 3
+    part = utils.deal_parts(held_out)
+    # A second view that pays, by what it does to the first part alone.
+    first = part == 0
+    sight = np.where(first[:, None], [-1.0, 3.0], [3.0, 1.0])[..., None, None, None]  # (studies, views)
+    noise = np.where(sight == 3, 0.7, 1.5) * rng.normal(size=(110, 2, 5, 2, 3))
+    scores = 0.01 * np.exp(sight * np.eye(3)[own][:, None] + noise)
+    scores[~held_out] = np.nan
+    weights, views = [tmp_path / f"yolo_nfn_{fold}.safetensors" for fold in (0, 1)], [{}, {"zoom": 1.06}]
+    for path in weights:
+        about = {"condition": "nfn", "scheme": "severity", "calibration": None, "views": [{}]}
+        yolo._write_yolo(path, {"x": torch.zeros(1)}, about)
+    p, table = utils.settle_detectors(weights, grades, scores, views)
+    assert table["kept"].all()
+    mean = utils.mean_scores(np.moveaxis(scores, 1, 0))
+    for path in weights:
+        about = yolo._read_yolo_metadata(path)
+        assert about["views"] == views
+        assert about["calibration"] == utils.fit_yolo_calibration(mean, own, utils.severity_prior(own))
+    # The first part is predicted without that view, the others with it, each calibrated on the rest.
+    assert np.isnan(p[~held_out]).all() and np.isfinite(p[held_out]).all()
+    for number in range(5):
+        inside, rest = part == number, part != number
+        given = scores[:, 0] if number == 0 else mean
+        calibration = utils.fit_yolo_calibration(given[rest], own[rest], utils.severity_prior(own[rest]))
+        np.testing.assert_allclose(p[inside], utils.yolo_probabilities(given[inside], calibration), atol=1e-9)
+    changed = np.where(first[:, None, None] & (grades >= 0), (grades + 1) % 3, grades)
+    assert np.abs(utils.settle_detectors(weights, changed, scores, views)[0] - p)[first].max() < 1e-12
+    # The original scheme: one view, no calibration, a word on every study.
+    yolo._write_yolo(weights[0], {"x": torch.zeros(1)}, about | {"scheme": "original"})
+    p, _ = utils.settle_detectors(weights[:1], grades, scores[:, :1], [{}])
+    np.testing.assert_allclose(p, utils.original_probabilities(scores[:, 0]), atol=1e-6)
+    assert yolo._read_yolo_metadata(weights[0])["calibration"] is None
 
 
 def weighted_loss(p, grades):
@@ -321,12 +361,17 @@ def prior_probabilities(grades):
     return np.broadcast_to((p / p.sum(-1, keepdims=True))[:, None], (*grades.shape, 3))
 
 
+def cross_fitted(scores, grades):
+    """Of a single view."""
+    return utils.cross_fitted_probabilities(scores[:, None], grades, np.ones((len(scores), 1), bool))
+
+
 def test_calibration_corrects_a_class_that_scores_low():
     rng = np.random.default_rng(0)
     grades = draw_grades(rng, 60)
     scores = 0.05 + 0.3 * np.eye(3)[grades] + 0.2 * rng.random((*grades.shape, 3))
     scores[..., 2] *= 0.1
-    fitted = weighted_loss(utils.cross_fitted_probabilities(scores, grades), grades)
+    fitted = weighted_loss(cross_fitted(scores, grades), grades)
     assert fitted < 0.6 * weighted_loss(prior_probabilities(grades), grades)
     assert fitted < 0.9 * weighted_loss(utils.yolo_probabilities(scores), grades)
 
@@ -336,7 +381,7 @@ def test_useless_scores_lose_nothing_against_the_class_prior():
     grades = draw_grades(rng, 60)
     scores = 0.1 + rng.random((*grades.shape, 3))
     base = weighted_loss(prior_probabilities(grades), grades)
-    assert weighted_loss(utils.cross_fitted_probabilities(scores, grades), grades) < 1.05 * base
+    assert weighted_loss(cross_fitted(scores, grades), grades) < 1.05 * base
     assert weighted_loss(utils.yolo_probabilities(scores), grades) > 1.2 * base  # so the line above means something
 
 

@@ -47,16 +47,17 @@ def write_study(folder, seed=3, slices=(9, 12), pixels=(112, 96)):
         phantom.write_series(where, plan, image, study_id=1, number=number, patient="Tiny", rng=rng, anomalies="none")
 
 
-def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8"), random_spinenet=False):
+def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8"), random_spinenet=False, fold=0):
     """Write random weights of every member into `folder`, SpineNet being the shipped or a random one. Returns it.
 
-    shape: voxels along each side of both crops; imgsz: of the detectors.
+    shape: voxels along each side of both crops; imgsz: of the detectors; fold: in the files' names, other numbers are
+    other weights; the detectors of fold 1 and on have a second view.
     """
     from lumbar import yolo
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
+    torch.manual_seed(fold)
     prior = utils.class_prior(np.random.default_rng(0).choice(3, (40, 5, 5), p=(0.7, 0.2, 0.1)))
     spinenet = utils.load_spinenet(ROOT / "weights" / "spinenet_phantom.safetensors")
     if random_spinenet:
@@ -74,10 +75,13 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
         model = utils.OrdinalClassifier(scope, backbone, crop["shape"], prior).eval()
         torch.nn.init.normal_(model.score.weight, std=0.3)  # so that answers differ between studies
         about = {"crop": crop, "prior": prior.tolist(), "views": [{}, {"mirror": True}]}
-        utils.save_classifier(folder / f"{scope}_0.safetensors", model, about)
+        utils.save_classifier(folder / f"{scope}_{fold}.safetensors", model, about)
     yolo.prepare_ultralytics(folder / "ultralytics")
     from ultralytics.nn.tasks import DetectionModel
 
+    # Scores times the metric's weights, which is what stands without a calibration; without one they were unfinished.
+    unfitted = {"mean": [0.0, 0.0], "scale": [1.0, 1.0], "matrix": [[0.0, 0.0]] * 2, "bias": [0.0, 0.0]}
+    calibration = {"trust": 1.0, "prior": [[1 / 3] * 3] * 5, **unfitted}
     description = yolo._yolo_model_yaml("yolov10n.yaml", 0.125, folder)
     for condition in utils.DETECTORS:
         net = DetectionModel(description, ch=1, nc=3, verbose=False)
@@ -97,6 +101,8 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
             "shape_px": list(shape_px),
             "mm_per_px": mm_per_px,
             "prior": prior.tolist(),
+            "calibration": calibration,
+            "views": [{}, {"reach": 1.7}] if fold else [{}],
         }
-        yolo._write_yolo(folder / f"yolo_{condition}_0.safetensors", net.state_dict(), about)
+        yolo._write_yolo(folder / f"yolo_{condition}_{fold}.safetensors", net.state_dict(), about)
     return folder

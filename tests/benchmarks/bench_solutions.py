@@ -73,7 +73,7 @@ import torch.nn.functional as F  # noqa: E402
 import phantom  # noqa: E402
 from lumbar import classifiers, ensemble, yolo  # noqa: E402
 from lumbar.dicom import load_study, preprocess_studies, study_paths  # noqa: E402
-from lumbar.files import class_prior, labels_to_array, read_coordinates, read_labels  # noqa: E402
+from lumbar.files import class_prior, labels_to_array, read_coordinates, read_labels, term_sums  # noqa: E402
 from lumbar.levels import locate_studies  # noqa: E402
 from lumbar.looking import TERM_NAMES, score_table  # noqa: E402
 from lumbar.names import DESCRIPTIONS, DETECTORS, LEVELS, device_for, progress, write_csv, write_json  # noqa: E402
@@ -681,7 +681,7 @@ def resampled_totals(grades, predictions, seed):
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
     totals = {}
     for name, p in predictions.items():
-        loss, weight = ensemble._term_sums(grades, p / p.sum(-1, keepdims=True))
+        loss, weight = term_sums(grades, p / p.sum(-1, keepdims=True))
         with np.errstate(invalid="ignore", divide="ignore"):
             totals[name] = ((draws @ loss) / (draws @ weight)).mean(1)
     return totals

@@ -1,0 +1,443 @@
+"""What publish stages for Kaggle, and the real client pushing all of it to a stub of the server on this machine."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from kaggle_stub import KEY, USER, client_environment, running_stub, write_wheel
+
+import utils
+from lumbar import kaggle
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPETITION = "rsna-2024-lumbar-spine-degenerative-classification"
+NAMES = [
+    "preprocess",
+    "train-spinenet",
+    "train-vit-level",
+    "train-yolo-ss",
+    "train-yolo-nfn",
+    "train-yolo-scs",
+    "train-vit-study",
+    "inference",
+    "report",
+    "inspect",
+]
+
+
+@pytest.fixture
+def stub():
+    with running_stub() as server:
+        yield server
+
+
+@pytest.fixture
+def environment(stub, tmp_path):
+    return client_environment(stub, tmp_path)
+
+
+def wheels_from(folder):
+    """stage_wheels without a download: an empty wheel."""
+    write_wheel(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Everything staged for training on Kaggle."""
+    folder = tmp_path_factory.mktemp("publish") / "build"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kaggle, "stage_wheels", wheels_from)
+        utils.stage_kaggle(USER, folder, ROOT)
+    return folder
+
+
+def metadata(build, name):
+    return json.loads((build / "kernels" / name / "kernel-metadata.json").read_text())
+
+
+def injected(build, name):
+    """Parameters that the staged notebook injects."""
+    about = metadata(build, name)
+    notebook = nbformat.read(build / "kernels" / name / about["code_file"], as_version=4)
+    (cell,) = (c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", []))
+    assert cell.source.startswith("# Parameters\n")  # how notebook_parameters knows it
+    return utils.assigned_literals(cell.source)
+
+
+# ---- Staging ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kernel_is_staged_as_kaggle_takes_it(build, name):
+    about, template = metadata(build, name), json.loads((ROOT / "kernel-metadata.json").read_text())
+    slug = about["id"].removeprefix(f"{USER}/")
+    made_of_title = re.sub(r"[^a-z0-9]+", "-", about["title"].lower())
+    assert slug == f"lumbar-spine-{name}" == made_of_title and 6 <= len(slug) <= 50
+    assert set(about) <= set(template) and None not in about.values()
+    assert about["competition_sources"] == template["competition_sources"] == [COMPETITION]
+    assert about["dataset_sources"] == [f"{USER}/lumbar-spine-code", f"{USER}/lumbar-spine-wheels"]
+    assert about["enable_internet"] is False and about["is_private"] is True
+    on_gpu = name.startswith("train-") or name == "inference"
+    assert about["enable_gpu"] is on_gpu and ("machine_shape" in about) == on_gpu
+    path = build / "kernels" / name / about["code_file"]
+    assert path.stat().st_size < 1_000_000
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3" and "papermill" not in notebook.metadata
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+    source = next(p for p in (ROOT / "notebooks").glob("*.ipynb") if p.stem == utils.kaggle_kernels()[name]["notebook"])
+    utils.check_notebook_parameters(source, injected(build, name))
+    # Every parameter that names an input by default is set: the slugs are this user's.
+    defaults = utils.assigned_literals(
+        next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    )
+    assert {key for key, value in defaults.items() if "/kaggle/" in str(value)} <= set(injected(build, name))
+    assert injected(build, name)["DATA"] == f"/kaggle/input/{COMPETITION}"
+
+
+def test_kernels_are_the_stages_of_a_run_and_feed_one_another(build):
+    assert sorted(path.name for path in (build / "kernels").iterdir()) == sorted(NAMES)
+    kernels = utils.kaggle_kernels()
+    for number, (name, kernel) in enumerate(kernels.items()):
+        assert set(kernel["needs"]) <= set(list(kernels)[:number])
+        assert metadata(build, name)["kernel_sources"] == [f"{USER}/lumbar-spine-{need}" for need in kernel["needs"]]
+        # Whatever is read from another kernel's output is among the sources, under the slug that it is pushed with.
+        for value in injected(build, name).values():
+            if isinstance(value, str) and (slug := re.match("/kaggle/input/(lumbar-spine-[^/]+)", value)):
+                assert f"{USER}/{slug[1]}" in metadata(build, name)["kernel_sources"]
+    # The same stages as the local run's, each fold of each member once.
+    stages = utils.pipeline_stages(ROOT / "notebooks", "data", "out", "full", folds=[0, 3])
+    kernels = utils.kaggle_kernels(folds=(3, 0))
+    told = [(s["notebook"].stem, s["parameters"].get("CONDITION", s["parameters"].get("SCOPE"))) for s in stages]
+    here = [(k["notebook"], k["parameters"].get("CONDITION", k["parameters"].get("SCOPE"))) for k in kernels.values()]
+    assert sorted(told, key=str) == sorted(here[:-1], key=str) and here[-1][0] == "inspect"
+    assert kernels["train-yolo-ss-3"]["parameters"]["FOLDS"] == [3] and "train-yolo-ss-3" in kernels["report"]["needs"]
+    with pytest.raises(ValueError, match="folds must be some of"):
+        utils.kaggle_kernels(folds=(5,))
+
+
+def test_code_data_set_runs_alone(build, tmp_path):
+    code = build / "datasets" / "lumbar-spine-code"
+    assert not list(code.rglob("__pycache__")) and (code / "weights" / "spinenet_phantom.safetensors").is_file()
+    there = {path.name for path in (ROOT / "lumbar").iterdir() if path.is_file()}
+    assert {path.name for path in (code / "lumbar").iterdir()} == there
+    environment = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(code)!r}); import utils, phantom; print(utils)"],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
+    assert str(code) in done.stdout, done.stderr
+
+
+def test_weights_made_elsewhere_become_a_data_set_that_inference_reads(tmp_path):
+    run = tmp_path / "run"
+    for stage, files in {
+        "02_train_spinenet": ("spinenet.safetensors", "spinenet_before.safetensors", "levels.csv"),
+        "04_train_vit_level_0": ("level_0.safetensors", "oof.csv", "training.png"),
+        "04_train_vit_level_0.old-1": ("level_0.safetensors",),
+        "05_inference": ("ensemble.json", "submission.csv"),
+    }.items():
+        (run / stage).mkdir(parents=True)
+        for name in files:
+            (run / stage / name).write_text(stage)
+    utils.stage_kaggle(USER, tmp_path / "build", ROOT, weights=[run], wheels=False)
+    data = tmp_path / "build" / "datasets" / "lumbar-spine-weights"
+    files = {str(path.relative_to(data)) for path in data.rglob("*") if path.is_file()}
+    assert files == {
+        "dataset-metadata.json",
+        "02_train_spinenet/spinenet.safetensors",
+        "02_train_spinenet/ensemble.json",  # beside weights, where ensemble_for looks
+        "04_train_vit_level_0/level_0.safetensors",
+        "04_train_vit_level_0/oof.csv",
+    }
+    assert [path.name for path in (tmp_path / "build" / "kernels").iterdir()] == ["inference"]
+    about = metadata(tmp_path / "build", "inference")
+    assert about["kernel_sources"] == [] and f"{USER}/lumbar-spine-weights" in about["dataset_sources"]
+    (run / "02_train_spinenet" / "spinenet.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="02_train_spinenet writes it"):
+        utils.stage_kaggle(USER, tmp_path / "build", ROOT, weights=[run], wheels=False)
+
+
+def test_settings_are_injected_and_mistakes_are_named(tmp_path):
+    utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit-level": {"EPOCHS": 7}}, wheels=False)
+    assert injected(tmp_path / "b", "train-vit-level")["EPOCHS"] == 7
+    for user in ("", "your-kaggle-user", "me@example.org", "a/b"):
+        with pytest.raises(ValueError, match="no Kaggle user name.*address of your profile"):
+            utils.stage_kaggle(user, tmp_path / "b", ROOT, wheels=False)
+    with pytest.raises(ValueError, match="no kernel train-vit; there are preprocess"):
+        utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit": {}}, wheels=False)
+    with pytest.raises(ValueError, match="Did you mean EPOCHS"):
+        utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit-level": {"EPOCH": 7}}, wheels=False)
+    (tmp_path / "mine" / "datasets").mkdir(parents=True)
+    with pytest.raises(ValueError, match="not made by publish, which would delete it"):
+        utils.stage_kaggle(USER, tmp_path / "mine", ROOT, wheels=False)
+    assert (tmp_path / "mine" / "datasets").is_dir()
+    shutil.copytree(ROOT / "notebooks", tmp_path / "kit" / "notebooks")
+    text = (ROOT / "kernel-metadata.json").read_text().replace("/lumbar-spine-inf", f"/{'long-' * 8}inf")
+    (tmp_path / "kit" / "kernel-metadata.json").write_text(text)
+    with pytest.raises(ValueError, match="6 to 50 characters"):
+        utils.stage_kaggle(USER, tmp_path / "b", tmp_path / "kit", wheels=False)
+
+
+def test_wheels_are_of_kaggles_python_and_of_what_its_image_lacks(tmp_path, monkeypatch):
+    packages = utils.kaggle_packages()
+    assert [p.partition("==")[0] for p in packages] == ["timm-3d", "ultralytics-opencv-headless"]
+    calls = []
+
+    def pip(command, **named):
+        calls.append(command)
+        write_wheel(Path(command[command.index("--dest") + 1]))
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(kaggle.subprocess, "run", pip)
+    utils.stage_wheels(tmp_path / "wheels")
+    (command,) = calls
+    assert "--no-deps" in command and command[-2:] == packages
+    assert command[command.index("--python-version") + 1] == "3.12"
+    monkeypatch.setattr(
+        kaggle.subprocess, "run", lambda c, **n: subprocess.CompletedProcess(c, 1, "No matching distribution")
+    )
+    with pytest.raises(RuntimeError, match="could not be downloaded: No matching"):
+        utils.stage_wheels(tmp_path / "none")
+
+
+# ---- Pushing ----
+
+
+def test_everything_is_pushed_in_order_with_what_it_must_carry(stub, environment, build):
+    stub.states["lumbar-spine-preprocess"] = ["QUEUED", "RUNNING"]
+    said = utils.kaggle_publish(build, ["code", "wheels", *NAMES], environment, pause_s=0.0)
+    assert set(said) == {"lumbar-spine-code", "lumbar-spine-wheels", *NAMES}
+    saved = [json.loads(body) for method, body in stub.requests if method == "SaveKernel"]
+    assert sorted(request["slug"] for request in saved) == sorted(f"{USER}/lumbar-spine-{name}" for name in NAMES)
+    for request in saved:
+        name = request["slug"].removeprefix(f"{USER}/lumbar-spine-")
+        about = metadata(build, name)
+        assert len(json.dumps(request)) < 1_000_000
+        assert request["enableInternet"] is False and request["isPrivate"] is True
+        assert request["enableGpu"] is about["enable_gpu"]
+        assert request.get("machineShape") == ("NvidiaTeslaT4" if about["enable_gpu"] else None)
+        assert request["language"] == "python" and request["kernelType"] == "notebook"
+        assert request["newTitle"] == about["title"]
+        assert request["competitionDataSources"] == [COMPETITION]
+        assert request["datasetDataSources"] == about["dataset_sources"]
+        assert request.get("kernelDataSources", []) == about["kernel_sources"]
+        sent = nbformat.reads(request["text"], as_version=4)
+        kept = nbformat.read(build / "kernels" / name / about["code_file"], as_version=4)
+        assert [cell.source for cell in sent.cells] == [cell.source for cell in kept.cells]
+    # Each after all whose outputs it reads, which had finished by then.
+    order = [request["slug"] for request in saved]
+    for request in saved:
+        for source in request.get("kernelDataSources", []):
+            assert order.index(source) < order.index(request["slug"])
+    asked = [m for m, _ in stub.requests]
+    assert asked[asked.index("SaveKernel") + 1 :].index("SaveKernel") >= 3  # looks at preprocess come before the next
+    # Nothing of this account or machine is in a body.
+    for method, body in stub.requests:
+        assert KEY.encode() not in body and str(ROOT).encode() not in body, method
+
+
+def test_data_sets_travel_whole_and_a_second_time_as_a_version(stub, environment, build):
+    folder = build / "datasets" / "lumbar-spine-code"
+    assert "is being created" in utils.kaggle_upload(folder, environment)
+    (request,) = (json.loads(body) for method, body in stub.requests if method == "CreateDataset")
+    assert request["ownerSlug"] == USER and request["slug"] == "lumbar-spine-code" and request["isPrivate"] is True
+    assert request["title"] == "Lumbar Spine Code" and request["licenseName"] == "other"
+    sent = stub.datasets["lumbar-spine-code"]
+    assert set(sent) == {"utils.py", "phantom.py", "lumbar.zip", "weights.zip"}
+    assert sent["utils.py"] == (ROOT / "utils.py").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(sent["lumbar.zip"])) as archive:  # Kaggle unpacks it into a folder of its name
+        assert set(archive.namelist()) == {path.name for path in (folder / "lumbar").iterdir()}
+        assert archive.read("kaggle.py") == (folder / "lumbar" / "kaggle.py").read_bytes()
+    utils.kaggle_upload(folder, environment)
+    assert [m for m, _ in stub.requests if m.startswith("CreateDataset")] == ["CreateDataset", "CreateDatasetVersion"]
+
+
+@pytest.mark.parametrize(
+    "refused, name, reason",
+    [
+        ({"SaveKernel": (200, {"error": "Maximum batch GPU session count of 2 reached."})}, "preprocess", "Maximum"),
+        ({"SaveKernel": (403, {"message": "Forbidden"})}, "preprocess", "What to do: the user name"),
+        ({"CreateDataset": (200, {"status": "error", "error": "Bad title"})}, "code", "Bad title"),
+        ({"CreateDataset": (401, {"message": "Unauthorized"})}, "code", "What to do: make a token"),
+        ({"StartBlobUpload": (400, {"message": "Quota exceeded"})}, "wheels", "Bad Request"),
+    ],
+)
+def test_what_is_refused_is_a_failure_that_says_why(stub, environment, build, refused, name, reason):
+    stub.datasets |= {"lumbar-spine-code": {}, "lumbar-spine-wheels": {}} if name == "preprocess" else {}
+    stub.refuse = refused
+    with pytest.raises(RuntimeError, match=f"(?s)failed.*{reason}"):
+        utils.kaggle_publish(build, [name], environment, pause_s=0.0)
+
+
+def test_missing_sources_failed_kernels_and_unknown_names_stop_the_run(stub, environment, build):
+    with pytest.raises(RuntimeError, match="(?s)not valid dataset sources.*push what it names first"):
+        utils.kaggle_publish(build, ["preprocess"], environment, pause_s=0.0)
+    stub.datasets |= {"lumbar-spine-code": {}, "lumbar-spine-wheels": {}}
+    stub.states["lumbar-spine-preprocess"] = ["RUNNING", "ERROR"]
+    with pytest.raises(RuntimeError, match="preprocess: error. What to do: read its log at https"):
+        utils.kaggle_publish(build, ["preprocess", "train-spinenet"], environment, pause_s=0.0)
+    assert f"{USER}/lumbar-spine-train-spinenet" not in stub.kernels
+    with pytest.raises(ValueError, match="weights: not in .*; there are code, wheels, "):
+        utils.kaggle_publish(build, ["weights"], environment)
+
+
+def test_without_a_token_it_says_where_to_get_one(environment, build):
+    nobody = {k: v for k, v in environment.items() if k not in ("KAGGLE_USERNAME", "KAGGLE_KEY")}
+    with pytest.raises(RuntimeError, match="What to do: make a token at https://www.kaggle.com/settings"):
+        utils.kaggle_push(build / "kernels" / "preprocess", environment=nobody)
+
+
+def test_the_notebook_stages_and_sends_what_it_is_told(stub, environment, tmp_path):
+    stub.datasets["lumbar-spine-wheels"] = {}
+    given = {"USER": USER, "BUILD": str(tmp_path / "build"), "WHEELS": False, "PUSH": ["code", "preprocess"]}
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    text = (ROOT / "notebooks" / "publish.ipynb").read_text()
+    assert text.count("utils.kaggle_publish(ROOT / BUILD, names)") == 1
+    (tmp_path / "publish.ipynb").write_text(text.replace("ROOT / BUILD, names)", "ROOT / BUILD, names, pause_s=0)"))
+    command = [sys.executable, "-m", "papermill", "--log-output", tmp_path / "publish.ipynb", tmp_path / "done.ipynb"]
+    command += ["-f", tmp_path / "given.json"]
+    own = {**os.environ, **environment, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=own, text=True, capture_output=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert list(stub.kernels) == [f"{USER}/lumbar-spine-preprocess"] and "lumbar-spine-code" in stub.datasets
+    assert "preprocess: complete" in done.stdout + done.stderr
+
+
+# ---- Finding it all again on Kaggle ----
+
+LAYOUTS = {
+    "old": ("", "", ""),
+    "new": ("competitions/", f"datasets/{USER}/", f"notebooks/{USER}/"),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def mounted(request, build, tmp_path, monkeypatch):
+    """A tree of inputs as Kaggle mounts them, with stages that are little more than their manifests."""
+    competitions, datasets, notebooks = LAYOUTS[request.param]
+    root = tmp_path / "input"
+    (root / f"{competitions}{COMPETITION}" / "test_images").mkdir(parents=True)
+    shutil.copytree(build / "datasets" / "lumbar-spine-code", root / f"{datasets}lumbar-spine-code")
+    write_wheel(root / f"{datasets}lumbar-spine-wheels")
+    for kernel, stage in {
+        "preprocess": "01_preprocess",
+        "train-spinenet": "02_train_spinenet",
+        "train-vit-level": "04_train_vit_level_0",
+        "inference": "05_inference",
+    }.items():
+        folder = root / f"{notebooks}lumbar-spine-{kernel}" / stage
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    monkeypatch.setenv("KAGGLE_INPUT_DIR", str(root))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the report's links go
+    return root
+
+
+def test_every_staged_parameter_finds_its_input(build, mounted, tmp_path):
+    for name in NAMES:
+        given = injected(build, name)
+        found = {**given, **utils.find_inputs(given)}
+        assert Path(found["DATA"]).name == COMPETITION and Path(found["DATA"]).is_dir()
+        assert found["OUT"] == "/kaggle/working"
+        for key, stage in (("PREPROCESSED", "01_preprocess"), ("LEVELS_DIR", "02_train_spinenet")):
+            assert key not in given or (Path(found[key]) / "manifest.json").is_file() and Path(found[key]).name == stage
+    assert utils.find_inputs(injected(build, "inference"))["WEIGHTS"] == [str(mounted)]
+    run = Path(utils.find_inputs(injected(build, "report"))["RUN"])
+    stages = ["01_preprocess", "02_train_spinenet", "04_train_vit_level_0", "05_inference"]
+    assert sorted(path.name for path in run.iterdir()) == stages and all(
+        (run / s / "manifest.json").is_file() for s in stages
+    )
+    shown = utils.find_inputs(injected(build, "inspect"))
+    assert [Path(place).name for place in shown["PREDICTIONS"]] == stages
+    assert (Path(shown["INFERENCE"]) / "manifest.json").is_file()
+    # The notebooks' own defaults name other kernels: their stages are found by name.
+    assert utils.find_inputs({"PREPROCESSED": "/kaggle/input/another-name/01_preprocess"})["PREPROCESSED"] == str(
+        next(mounted.rglob("01_preprocess"))
+    )
+
+
+def test_what_is_not_attached_is_said(mounted, capsys):
+    assert utils.find_inputs({"WEIGHTS": "/kaggle/input/somewhere", "OUT": "/kaggle/working", "SEED": 1}) == {
+        "WEIGHTS": "/kaggle/input/somewhere"
+    }
+    assert "WEIGHTS: /kaggle/input/somewhere is not there; attached are" in capsys.readouterr().out
+
+
+def test_inputs_elsewhere_are_left_alone(tmp_path):
+    assert utils.find_inputs({"DATA": "runs/demo/data", "WEIGHTS": [str(tmp_path)], "EPOCHS": 3}) == {}
+
+
+def test_wheels_and_code_are_found_in_every_layout(mounted, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "site"))
+    assert utils.install_missing({"no_such_thing": "no-such-thing"}) == ["no-such-thing"]
+    assert (tmp_path / "site" / "no_such_thing.py").is_file()
+    notebook = json.loads((ROOT / "notebooks" / "05_inference.ipynb").read_text())
+    bootstrap = "".join(notebook["cells"][2]["source"]).partition("import utils")[0]
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", f"{bootstrap}\nprint(ROOT)"], cwd=tmp_path / "elsewhere", text=True, capture_output=True
+    )
+    assert done.stdout.strip() == str(next(mounted.rglob("lumbar-spine-code"))), done.stderr
+
+
+def test_staged_inference_runs_from_mounted_inputs_only(build, tmp_path):
+    """papermill in an empty folder, the kit nowhere but in the data set: as Kaggle scores, with random weights."""
+    root, working = tmp_path / "input", tmp_path / "working"
+    data = root / "competitions" / COMPETITION
+    tiny.write_study(data / "test_images" / "7", slices=(7, 9), pixels=(96, 80))
+    rows = [(7, series_id, what) for series_id, what in tiny.SERIES.items()]
+    columns = ["study_id", "series_id", "series_description"]
+    pd.DataFrame(rows, columns=columns).to_csv(data / "test_series_descriptions.csv", index=False)
+    code = root / "datasets" / USER / "lumbar-spine-code"
+    shutil.copytree(build / "datasets" / "lumbar-spine-code", code)
+    stage = root / "notebooks" / USER / "lumbar-spine-train-vit-level" / "04_train_vit_level_0"
+    tiny.write_members(stage, imgsz=64, random_spinenet=True)
+    working.mkdir()
+    source = next((build / "kernels" / "inference").glob("*.ipynb"))
+    environment = {**os.environ, "KAGGLE_INPUT_DIR": str(root), "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    environment |= {"KAGGLE_IS_COMPETITION_RERUN": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    notebook = nbformat.read(source, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('"/kaggle/working"', repr(str(working)))  # this machine has no such folder
+    nbformat.write(notebook, tmp_path / "kernel.ipynb")
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            "--log-output",
+            str(tmp_path / "kernel.ipynb"),
+            str(tmp_path / "done.ipynb"),
+        ],
+        cwd=working,
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    submission = pd.read_csv(working / "submission.csv")
+    assert len(submission) == 25 and submission["row_id"].str.startswith("7_").all()
+    values = submission[list(utils.SEVERITIES)].to_numpy()
+    assert np.isfinite(values).all() and np.abs(values.sum(1) - 1).max() < 1e-9
+    log = pd.read_csv(working / "05_inference" / "inference_log.csv")
+    assert set(f"{log['members'][0]} {log['partial'][0]}".split()) - {"nan"} == {"yolo", "level", "study"}
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}, "the inputs were written to"
