@@ -19,7 +19,7 @@
 16. lumbar/inference.py    a study in, 25 rows out, whatever is broken
 17. lumbar/looking.py      plots, tables, the report as a page
 18. lumbar/viewer.py       a study to look at: viewer for notebooks, page that opens offline
-19. lumbar/kaggle.py       where inputs are mounted, pushing kernels
+19. lumbar/kaggle.py       where inputs are mounted, staging and pushing kernels and data sets
 
 Everything public is reached as `utils.name`. Heavy libraries (ultralytics, open3d, timm_3d, pydicom) are imported
 where they are used.

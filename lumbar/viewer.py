@@ -553,8 +553,8 @@ def study_html(
     data["names"] = [str(name) for name in members]
     data["truth"] = None if truth is None else np.asarray(truth, int).tolist()
     data["start"] = [int(number) for number in start]
-    # Nothing from outside is among these texts but vertebrae's names, and none of them can end the script.
-    numbers = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    # Names come from outside: without this sign none of them can end the script.
+    numbers = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     identity = f"viewer-{uuid.uuid4().hex}"
     here = Path(__file__).parent
     style, script = ((here / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
@@ -577,7 +577,8 @@ def study_html(
         f"<i class=swatch style='background:{colour}'></i>{grade}" for grade, colour in zip(GRADES, SEVERITY_COLOURS)
     )
     fragment = (
-        f"<style>{style}</style><section class=lumbar-viewer id={identity}><div class=head><h3>{name}</h3>"
+        f"<style>{style}</style><section class=lumbar-viewer id={identity} "
+        f"data-lm-suppress-shortcuts=true><div class=head><h3>{name}</h3>"
         f"<details><summary>Mouse and keys</summary><dl>{keys}</dl></details></div><div class=tools>"
         f"{_choice('level', 'level', LEVEL_NAMES)}{_choice('condition', 'condition', CONDITION_NAMES)}"
         f"{several}{toggles}"

@@ -318,13 +318,15 @@ def rehearse_scoring(python, folder, build, layout, alone):
     submission = pd.read_csv(folder / "working" / "submission.csv")
     check_submission(submission, data)
     log = pd.read_csv(folder / "working" / "05_inference" / "inference_log.csv")
+    speaking = (log["members"] + " " + log["partial"].fillna("")).str.split().apply(set)
+    assert all(names == set(utils.MEMBERS) for names in speaking[:-1]), log.to_dict("records")  # the last lacks series
     here = predict_here(data, inputs, folder / "here").set_index("row_id").loc[submission["row_id"]]
     difference = np.abs(here[list(utils.SEVERITIES)].to_numpy() - submission[list(utils.SEVERITIES)].to_numpy()).max()
     assert difference < 1e-3, f"the same weights predict otherwise in this environment: {difference}"
     facts |= {
         "rows": len(submission),
         "difference_to_here": float(difference),
-        "members": log["members"].tolist(),
+        "members": [" ".join(sorted(names)) for names in speaking],
         "problems": log["problems"].fillna("").tolist(),
         "output": sorted(str(p.relative_to(folder / "working")) for p in (folder / "working").rglob("*.*")),
     }
