@@ -176,7 +176,7 @@ class Stage:
 def code_fingerprint():
     """A short hash of the kit's modules, to tell results of an older version."""
     digest = hashlib.sha256()
-    for module in sorted(Path(__file__).parent.glob("*.py")):
+    for module in sorted(path for ending in ("py", "js", "css") for path in Path(__file__).parent.glob(f"*.{ending}")):
         digest.update(module.read_bytes())
     return digest.hexdigest()[:12]
 
