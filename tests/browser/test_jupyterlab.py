@@ -115,6 +115,9 @@ def live(chromium, lab):
     """The page of JupyterLab after all cells were run."""
     page = chromium.new_page(viewport={"width": 1500, "height": 2300})
     try:
+        # Other packages' extensions (dash, which comes with open3d) make JupyterLab offer to build itself anew.
+        offer = page.locator(".jp-Dialog")
+        page.add_locator_handler(offer, lambda: offer.locator(".jp-mod-reject").first.click())
         page.goto(lab)
         page.locator(".jp-Notebook .jp-Cell").first.click(timeout=90_000)
         page.locator("[data-mime-type='text/markdown']").first.wait_for(timeout=60_000)
