@@ -112,13 +112,6 @@ def from_submission(table):
     return study_ids, values.reshape(-1, len(CONDITIONS), len(LEVELS), len(SEVERITIES))
 
 
-def _weighted_log_loss(true_probability, weight):
-    """sum(w * -log p) / sum(w); NaN where nothing is graded."""
-    if weight.sum() == 0:
-        return float("nan")
-    return float(np.sum(weight * -np.log(np.clip(true_probability, EPS, 1 - EPS))) / weight.sum())
-
-
 def score_arrays(grades, probabilities):
     """The competition's metric on arrays. See competition_score.
 
@@ -127,20 +120,13 @@ def score_arrays(grades, probabilities):
     grades = np.asarray(grades)
     probabilities = np.asarray(probabilities, np.float64)
     probabilities = probabilities / probabilities.sum(-1, keepdims=True)
-    graded = grades >= 0
-    weight = np.where(graded, np.asarray(SEVERITY_WEIGHTS, np.float64)[np.clip(grades, 0, 2)], 0.0)
-    true = np.take_along_axis(probabilities, np.clip(grades, 0, 2)[..., None], -1)[..., 0]
-    if not np.isfinite(true[graded]).all():
+    if not np.isfinite(probabilities[grades >= 0]).all():
         raise ValueError("a graded row has no finite prediction")
-    scores = {}
-    for term, members in GROUPS.items():
-        members = list(members)
-        scores[term] = _weighted_log_loss(true[:, members], weight[:, members])
-    canal = grades[:, 0]
-    counts = (canal >= 0).any(1)
-    severe = np.where(canal[counts] >= 0, probabilities[counts, 0, :, 2], -np.inf).max(1)
-    any_true = (canal[counts] == 2).any(1)
-    scores["any_severe"] = _weighted_log_loss(np.where(any_true, severe, 1 - severe), weight[counts, 0].max(1))
+    losses, weights = (sums.sum(0) for sums in term_sums(grades, probabilities))
+    scores = {
+        term: float(loss / weight) if weight > 0 else float("nan")
+        for term, loss, weight in zip((*GROUPS, "any_severe"), losses, weights, strict=True)
+    }
     scores["total"] = float(np.mean([scores[term] for term in (*GROUPS, "any_severe")]))
     return scores
 

@@ -466,7 +466,7 @@ def coordinates_to_lps(coordinates, study):
 
 
 def point_cloud(study, every=2):
-    """The study as an open3d.geometry.PointCloud in LPS millimetres, for the 3D view.
+    """The study as an open3d.geometry.PointCloud in LPS millimetres, to look at in Open3D.
 
     A point per voxel (every `every`-th row and column) brighter than 5% of the scale; the colour's red, green and
     blue are T1, axial T2 and T2/STIR, so that one glance tells which series a point is from.
