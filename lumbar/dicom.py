@@ -588,15 +588,28 @@ def normalise_study(study):
     return replace(study, volumes=volumes, problems=study.problems + blank)
 
 
-def save_study(study, path):
-    """Write a normalised study as one safetensors file, complete or not at all."""
+# Volumes in 8 bits: grey values from -1/8 to 1.47 (1 is the 99.5th percentile), in steps below an image's noise.
+_GREY_STEP, _GREY_LOW = 1 / 160, -1 / 8
+
+
+def save_study(study, path, bits=16):
+    """Write a normalised study as one safetensors file, complete or not at all.
+
+    bits: 16, as normalised; 8 for half the disk: rounded to steps of 1/160, and cut off above 1.47. Raises ValueError
+    for others.
+    """
     from safetensors.numpy import save_file
 
+    if bits not in (8, 16):
+        raise ValueError(f"BITS must be 8 or 16, not {bits!r}")
     path = Path(path)
     about = {"study_id": study.study_id, "problems": study.problems, "volumes": []}
     tensors = {}
     for number, volume in enumerate(study.volumes):
-        tensors[f"array_{number}"] = np.ascontiguousarray(volume.array)
+        array = volume.array
+        if bits == 8:
+            array = np.clip(np.round((array.astype(np.float32) - _GREY_LOW) / _GREY_STEP), 0, 255).astype(np.uint8)
+        tensors[f"array_{number}"] = np.ascontiguousarray(array)
         tensors[f"affine_{number}"] = np.ascontiguousarray(volume.affine)
         tensors[f"instance_numbers_{number}"] = np.ascontiguousarray(volume.instance_numbers)
         about["volumes"].append(
@@ -622,7 +635,7 @@ def load_study(path, descriptions=None):
         about = json.loads(file.metadata()["study"])
         volumes = [
             Volume(
-                file.get_tensor(f"array_{number}"),
+                _as_float16(file.get_tensor(f"array_{number}")),
                 file.get_tensor(f"affine_{number}"),
                 about["study_id"],
                 item["series_id"],
@@ -637,6 +650,13 @@ def load_study(path, descriptions=None):
     return Study(about["study_id"], volumes, about["problems"])
 
 
+def _as_float16(array):
+    """The grey values of a stored array, whichever way save_study wrote it."""
+    if array.dtype != np.uint8:
+        return array
+    return (array * np.float32(_GREY_STEP) + np.float32(_GREY_LOW)).astype(np.float16)
+
+
 def study_paths(preprocessed):
     """dict study_id -> path of its volumes, from 01_preprocess' folder."""
     paths = {int(path.stem): path for path in sorted((Path(preprocessed) / "volumes").glob("*.safetensors"))}
@@ -645,7 +665,7 @@ def study_paths(preprocessed):
     return paths
 
 
-def preprocess_study(data, split, study_id, descriptions, out):
+def preprocess_study(data, split, study_id, descriptions, out, bits=16):
     """Read one study of the competition folder, write its volumes to `out`. Returns rows for series.csv.
 
     A study whose file is already there is not read again.
@@ -655,7 +675,7 @@ def preprocess_study(data, split, study_id, descriptions, out):
         study = load_study(path)
     else:
         study = normalise_study(read_study(Path(data) / f"{split}_images" / str(study_id), descriptions))
-        save_study(study, path)
+        save_study(study, path, bits)
     rows = []
     for volume in study.volumes:
         row = {
@@ -676,8 +696,10 @@ def preprocess_study(data, split, study_id, descriptions, out):
     return rows
 
 
-def preprocess_studies(data, split, out, workers=2):
+def preprocess_studies(data, split, out, workers=2, bits=16):
     """Read every study of a split into out/<study_id>.safetensors. Returns series.csv: one row a volume or problem.
+
+    bits: of a stored grey value, see save_study.
 
     Works in threads (decoding and percentiles run outside Python's lock, and nothing has to be imported anew), shows
     progress, and finds the studies that an earlier, killed run has finished.
@@ -687,7 +709,7 @@ def preprocess_studies(data, split, out, workers=2):
     Path(out).mkdir(parents=True, exist_ok=True)
     table = read_descriptions(data, split)
     jobs = [
-        (data, split, int(study_id), dict(zip(group["series_id"], group["description"], strict=True)), out)
+        (data, split, int(study_id), dict(zip(group["series_id"], group["description"], strict=True)), out, bits)
         for study_id, group in table.groupby("study_id")
     ]
     with ThreadPoolExecutor(max(1, workers)) as pool:

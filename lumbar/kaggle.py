@@ -220,7 +220,8 @@ def kaggle_kernels(base="lumbar-spine", folds=(0,)):
     volumes = {"PREPROCESSED": output("preprocess", "01_preprocess")}
     located = {**volumes, "LEVELS_DIR": output("train-spinenet", "02_train_spinenet")}
     kernels = {
-        "preprocess": ("01_preprocess", {}, [], False),
+        # A kernel's output holds 20 GB, and is slow to attach with 100,000 files.
+        "preprocess": ("01_preprocess", {"BITS": 8, "DETECTOR_IMAGES": False}, [], False),
         "train-spinenet": ("02_train_spinenet", volumes, ["preprocess"], True),
     }
     for fold in sorted(folds):

@@ -4,6 +4,7 @@ import html
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 
 from .dicom import load_study
 from .ensemble import align_members
-from .files import class_prior, make_folds, score_arrays
+from .files import class_prior, make_folds, score_arrays, term_sums
 from .geometry import boxes_from_table, coordinates_to_lps, nearest_slice
 from .levels import compare_with_labels
 from .names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, LEVELS, SEVERITY_WEIGHTS
@@ -361,23 +362,29 @@ def plot_reliability(ax, truth, probabilities, bins=8):
     return ax
 
 
-def plot_scores(ax, scores, references=None):
+def plot_scores(ax, scores, references=None, intervals=None):
     """Bars of scores (lower is better), best at the top; references as dotted lines with their names.
 
-    scores, references: dicts of name -> score. Scores that are not finite are left out.
+    scores, references: dicts of name -> score. Scores that are not finite are left out. intervals: dict of name ->
+    (low, high), drawn as whiskers.
     """
     scores = {name: value for name, value in scores.items() if np.isfinite(value)}
     order = sorted(scores, key=scores.get, reverse=True)
     ax.barh(range(len(order)), [scores[name] for name in order], height=0.6, color=MEMBER_COLOURS[0])
+    ends = [scores[name] for name in order]
     for position, name in enumerate(order):
-        ax.text(scores[name], position, f" {scores[name]:.3f}", va="center", fontsize=8)
+        low, high = (intervals or {}).get(name, (np.nan, np.nan))
+        if np.isfinite(low) and np.isfinite(high):
+            ax.plot([low, high], [position] * 2, color="0.25", linewidth=1.6, solid_capstyle="butt")
+            ends[position] = max(high, scores[name])
+        ax.text(ends[position], position, f" {scores[name]:.3f}", va="center", fontsize=8)
     ax.set_yticks(range(len(order)), order, fontsize=8)
     ax.set_ylim(-0.6, len(order) - 0.4)
     lines = {name: value for name, value in (references or {}).items() if np.isfinite(value)}
     for number, (name, value) in enumerate(sorted(lines.items(), key=lambda item: item[1])):
         colour = MEMBER_COLOURS[(4, 2, 3)[number % 3]]
         ax.axvline(value, color=colour, linestyle=":", linewidth=1.4, label=f"{name}: {value:.3f}")
-    ax.set_xlim(0, 1.15 * max([*scores.values(), *lines.values(), 1e-9]))
+    ax.set_xlim(0, 1.15 * max([*ends, *lines.values(), 1e-9]))
     if lines:
         ax.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(lines))
     ax.set_xlabel("weighted log loss (lower is better)", fontsize=8)
@@ -478,28 +485,104 @@ def worst_rows(study_ids, grades, probabilities, count=6):
     return pd.DataFrame(rows, columns=["study_id", "condition", "level", "grade", "loss"])
 
 
-def score_table(grades, predictions):
+def score_table(grades, predictions, draws=0):
     """The metric's terms of several predictions: DataFrame, one row a name, columns of TERM_NAMES and rows.
 
     predictions: dict name -> (n, 5, 5, 3), NaN where there is none. A member that grades only some conditions or
     studies is scored on those (`rows` counts them); its terms without a row are NaN, and so is its total.
     With a `Class prior` and a `Perfect reader` among them, `closed` is how much of the distance between the two each
-    prediction closes: 0 is no better than the prior, 1 is perfect.
+    prediction closes: 0 is no better than the prior, 1 is perfect. draws: above 0, `low` and `high` are the total's
+    95% interval over so many draws of resampled_scores.
     """
     table = {}
     for name, probabilities in predictions.items():
-        there = (np.asarray(grades) >= 0) & np.isfinite(probabilities).all(-1)
-        scores = (
-            score_arrays(np.where(there, grades, -1), np.where(there[..., None], probabilities, 1 / 3))
-            if there.any()
-            else dict.fromkeys(TERM_NAMES, np.nan)
-        )
-        table[name] = {**scores, "rows": int(there.sum())}
+        there, known = _graded_rows(grades, probabilities)
+        scores = score_arrays(there, known) if (there >= 0).any() else dict.fromkeys(TERM_NAMES, np.nan)
+        table[name] = {**scores, "rows": int((there >= 0).sum())}
     table = pd.DataFrame.from_dict(table, orient="index")
+    if draws:
+        totals = np.stack([drawn[:, -1] for drawn in resampled_scores(grades, predictions, draws).values()], 1)
+        for place, (end, percent) in enumerate((("low", 2.5), ("high", 97.5))):
+            table.insert(len(TERM_NAMES) + place, end, percentiles(totals, percent))
     if {"Class prior", "Perfect reader"} <= set(table.index):
         prior, perfect = table.loc["Class prior", "total"], table.loc["Perfect reader", "total"]
-        table.insert(len(TERM_NAMES), "closed", (prior - table["total"]) / (prior - perfect))
+        table.insert(table.columns.get_loc("rows"), "closed", (prior - table["total"]) / (prior - perfect))
     return table
+
+
+def _graded_rows(grades, probabilities):
+    """(grades, probabilities) with -1 and 1/3 where a prediction is missing."""
+    there = (np.asarray(grades) >= 0) & np.isfinite(probabilities).all(-1)
+    return np.where(there, grades, -1), np.where(there[..., None], probabilities, 1 / 3)
+
+
+def resampled_scores(grades, predictions, draws=1000, seed=0):
+    """The score on studies drawn anew with replacement, the bootstrap: dict name -> (draws, 5), TERM_NAMES' terms.
+
+    predictions as in score_table. All of them meet the same draws, so that differences between two of them can be
+    taken draw by draw. A term that has nothing to weigh in a draw is NaN there, and so is the total.
+    """
+    count = len(grades)
+    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), draws).astype(np.float64)
+    scores = {}
+    for name, probabilities in predictions.items():
+        there, known = _graded_rows(grades, probabilities)
+        loss, weight = term_sums(there, known / known.sum(-1, keepdims=True))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            terms = (times @ loss) / (times @ weight)
+        scores[name] = np.concatenate([terms, terms.mean(1, keepdims=True)], 1)
+    return scores
+
+
+def percentiles(values, percent):
+    """Percentile(s) of each column of values (n, k), NaN left out: ([p,] k), NaN for a column that has nothing else."""
+    known = np.isfinite(values).any(0)
+    return np.where(known, np.nanpercentile(np.where(known, values, 0), percent, axis=0), np.nan)
+
+
+def interval_text(low, high, digits=3):
+    """`0.31 to 0.38`, or a dash."""
+    return f"{low:.{digits}f} to {high:.{digits}f}" if np.isfinite(low) and np.isfinite(high) else "\N{EN DASH}"
+
+
+def term_table(grades, predictions, name, reference, draws=1000):
+    """One prediction's terms beside a reference's: DataFrame by term with 95% intervals over resampled studies.
+
+    predictions as in score_table; name, reference: keys of it. Columns: the reference's and the prediction's score,
+    its interval, how much lower it is than the reference, and that difference's interval (text).
+    """
+    table = score_table(grades, {key: predictions[key] for key in (reference, name)})
+    drawn = resampled_scores(grades, {key: predictions[key] for key in (reference, name)}, draws)
+    rows = {}
+    for place, (term, title) in enumerate(TERM_NAMES.items()):
+        own, gain = drawn[name][:, place], drawn[reference][:, place] - drawn[name][:, place]
+        ends = [interval_text(*percentiles(x[:, None], [2.5, 97.5])[:, 0]) for x in (own, gain)]
+        rows[title] = {
+            reference: table.loc[reference, term],
+            name: table.loc[name, term],
+            "95% interval": ends[0],
+            "Lower by": table.loc[reference, term] - table.loc[name, term],
+            "its 95% interval": ends[1],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("Term")
+
+
+def problem_table(sentences):
+    """What was left out or doubtful, counted: DataFrame what, times, example, the most frequent first.
+
+    sentences: problems of read_study, as series.csv and inference_log.csv have them. Those that differ only in
+    studies, series, files and numbers count as one.
+    """
+    rows = {}
+    for sentence in sentences:
+        what = re.sub(r"^study \d+(, series \d+)?: ", "", sentence)
+        what = re.sub(r"\S+\.dcm\b", "a file", what)
+        what = re.sub(r"\d+(\.\d+)?", "\N{HORIZONTAL ELLIPSIS}", what)
+        times, example = rows.get(what, (0, sentence))
+        rows[what] = (times + 1, example)
+    table = [(what, times, example) for what, (times, example) in rows.items()]
+    table.sort(key=lambda row: (-row[1], row[0]))
+    return pd.DataFrame(table, columns=["what", "times", "example"])
 
 
 def out_of_fold_prior(grades, folds):

@@ -458,7 +458,8 @@ HOUR = {
 }
 # On top of DEMO: everything once, as fast as it goes. The scores mean nothing.
 SMOKE = {
-    "01_preprocess": {"YOLO_IMGSZ": 128},
+    # As on Kaggle: volumes in 8 bits, and the detectors' images cut by each training for itself.
+    "01_preprocess": {"BITS": 8, "DETECTOR_IMAGES": False},
     # Tuning needs a detector that finds something: this one is only there to be trained.
     "02_train_spinenet": {
         "WEIGHTS": "",
@@ -471,7 +472,7 @@ SMOKE = {
         "BATCH": 4,
         "FINE_TUNE_STEPS": 4,
     },
-    "03_train_yolo": {"EPOCHS": 1},
+    "03_train_yolo": {"EPOCHS": 1, "IMGSZ": 128},
     "03_train_yolo_ss": {"EPOCHS": 1},
     "04_train_vit_level": {"EPOCHS": 2, "SHAPE": [16, 32, 32]},
     "04_train_vit_study": {"EPOCHS": 2, "SHAPE": [48, 32, 16]},

@@ -310,6 +310,23 @@ def test_study_file_round_trip(tmp_path):
     assert len(utils.load_study(tmp_path / "1.safetensors", ["Axial T2"]).volumes) == 1
 
 
+def test_study_file_of_8_bits_keeps_the_picture(tmp_path):
+    rng = np.random.default_rng(0)
+    study = utils.normalise_study(linear_study(rng, np.array([0.5, 0.2, 0.1])))
+    study.volumes[0].array[0, 0, :4] = (0.0, -1.0, 8.0, 1.0)
+    for bits in (8, 16):
+        utils.save_study(study, tmp_path / f"{bits}.safetensors", bits)
+    loaded = utils.load_study(tmp_path / "8.safetensors")
+    for before, after in zip(study.volumes, loaded.volumes, strict=True):
+        assert after.array.dtype == np.float16
+        assert np.abs(np.clip(before.array, -0.125, 1.46875).astype(float) - after.array).max() <= 0.5 / 160 + 1e-3
+    assert loaded.volumes[0].array[0, 0, 0] == 0  # black stays black: what shows nothing is told by it
+    sizes = [(tmp_path / f"{bits}.safetensors").stat().st_size for bits in (8, 16)]
+    assert 0.49 < sizes[0] / sizes[1] < 0.6
+    with pytest.raises(ValueError, match="BITS must be 8 or 16"):
+        utils.save_study(study, tmp_path / "12.safetensors", 12)
+
+
 def replace_problems(study, problems):
     return utils.Study(study.study_id, study.volumes, problems)
 

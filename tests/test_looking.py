@@ -252,3 +252,63 @@ def test_histories_are_found_and_split(tmp_path):
         "03_b": ["fold_0"],
     }
     assert list(found["03_b"]["fold_0"].columns) == ["epoch", "train/cls_loss"]
+
+
+def test_intervals_of_resampled_scores_hold_the_truth_as_often_as_they_say(graded):
+    """Of small samples of a large population, 95% of the intervals hold the score of the whole."""
+    truth, p = graded
+    rng = np.random.default_rng(3)
+    truth, p = np.concatenate([truth] * 5), np.concatenate([p] * 5)
+    truth = np.where(rng.random(truth.shape) < 0.1, -1, truth)
+    whole = utils.score_arrays(truth, p)["total"]
+    inside = []
+    for draw in range(120):
+        rows = rng.choice(len(truth), 80)
+        drawn = utils.resampled_scores(truth[rows], {"m": p[rows]}, 200, draw)["m"][:, -1]
+        inside.append(np.percentile(drawn, 2.5) <= whole <= np.percentile(drawn, 97.5))
+    assert 0.86 < np.mean(inside) <= 1.0
+
+
+def test_resampled_scores_are_the_metric_of_the_drawn_studies(graded):
+    truth, p = graded
+    p = p.copy()
+    p[:3] = np.nan  # no prediction: left out of every draw
+    drawn = utils.resampled_scores(truth, {"m": p, "half": 0.5 * p}, 5, seed=1)
+    times = np.random.default_rng(1).multinomial(len(truth), np.full(len(truth), 1 / len(truth)), 5)
+    for draw in range(5):
+        rows = np.repeat(np.arange(len(truth)), times[draw])
+        rows = rows[rows >= 3]
+        scores = utils.score_arrays(truth[rows], p[rows])
+        assert drawn["m"][draw] == pytest.approx([scores[term] for term in utils.TERM_NAMES])
+    assert drawn["half"] == pytest.approx(drawn["m"])  # rows are brought to a sum of 1
+    table = utils.score_table(truth, {"m": p}, draws=200)
+    assert table.loc["m", "low"] < table.loc["m", "total"] < table.loc["m", "high"]
+    empty = utils.score_table(truth, {"m": p, "none": np.full(p.shape, np.nan)}, draws=20)
+    assert np.isnan(empty.loc["none", ["total", "low", "high"]].astype(float)).all()
+
+
+def test_a_difference_has_an_interval_of_its_own(graded):
+    truth, p = graded
+    better = p + 0.05 * np.eye(3)[np.clip(truth, 0, 2)]
+    better /= better.sum(-1, keepdims=True)
+    table = utils.term_table(truth, {"before": p, "after": better}, "after", "before", 300)
+    assert list(table.index) == list(utils.TERM_NAMES.values())
+    low, high = (float(x) for x in table.loc["Score", "its 95% interval"].split(" to "))
+    assert 0 < low < table.loc["Score", "Lower by"] < high
+    own = [float(x) for x in table.loc["Score", "95% interval"].split(" to ")]
+    assert high - low < 0.7 * (own[1] - own[0])  # the same studies are easy for both
+
+
+def test_problems_are_counted_by_kind():
+    table = utils.problem_table(
+        [
+            "study 1, series 2: 1-19.dcm: truncated",
+            "study 1, series 3: 1-7.dcm: truncated",
+            "study 5: no Axial T2 series",
+            "study 6, series 1: 13 slices are of one grey",
+            "study 7, series 1: 4 slices are of one grey",
+            "study 8, series 1: 4 slices are of one grey",
+        ]
+    )
+    assert table["times"].tolist() == [3, 2, 1] and table["example"][0].startswith("study 6")
+    assert table["what"][1] == "a file: truncated" and len(utils.problem_table([])) == 0

@@ -118,6 +118,14 @@ def test_a_run_ends_with_submission_report_and_manifest(run):
     assert 'src="http' not in report and "@import url(http" not in report
 
 
+def test_detectors_cut_their_own_images_and_leave_none(run):
+    made = json.loads((run / "out" / "01_preprocess" / "manifest.json").read_text())
+    assert not made["parameters"]["DETECTOR_IMAGES"] and not list(run.glob("out/01_preprocess/yolo"))
+    for manifest in run.glob("out/03_train_yolo_*/manifest.json"):
+        assert json.loads(manifest.read_text())["counts"]["images"] > 10
+        assert not (manifest.parent / "yolo").exists() and (manifest.parent / "examples.png").is_file()
+
+
 def test_no_step_reaches_for_the_network(run):
     attempts = run / "attempts.txt"
     assert not attempts.exists(), attempts.read_text()

@@ -73,9 +73,9 @@ import torch.nn.functional as F  # noqa: E402
 import phantom  # noqa: E402
 from lumbar import classifiers, ensemble, yolo  # noqa: E402
 from lumbar.dicom import load_study, preprocess_studies, study_paths  # noqa: E402
-from lumbar.files import class_prior, labels_to_array, read_coordinates, read_labels, term_sums  # noqa: E402
+from lumbar.files import class_prior, labels_to_array, read_coordinates, read_labels  # noqa: E402
 from lumbar.levels import locate_studies  # noqa: E402
-from lumbar.looking import TERM_NAMES, score_table  # noqa: E402
+from lumbar.looking import TERM_NAMES, resampled_scores, score_table  # noqa: E402
 from lumbar.names import DESCRIPTIONS, DETECTORS, LEVELS, device_for, progress, write_csv, write_json  # noqa: E402
 from lumbar.spinenet import detect_vertebrae, load_spinenet  # noqa: E402
 from lumbar.stages import open_stage  # noqa: E402
@@ -672,28 +672,14 @@ def all_predictions(run, out):
 # ---- Scores ----
 
 
-def resampled_totals(grades, predictions, seed):
-    """Totals on RESAMPLES draws of the test studies with replacement, the same draws for all: dict name -> (draws,).
-
-    A draw in which a term has nothing to weigh is NaN.
-    """
-    count = len(grades)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
-    totals = {}
-    for name, p in predictions.items():
-        loss, weight = term_sums(grades, p / p.sum(-1, keepdims=True))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            totals[name] = ((draws @ loss) / (draws @ weight)).mean(1)
-    return totals
-
-
 def run_scores(grades, predictions, seed):
-    """(scores DataFrame by name: the terms, total, closed; totals of resampled_totals). seed: of the draws, another
-    one for each run."""
+    """(scores DataFrame by name: the terms, total, closed; dict name -> (RESAMPLES,) totals of studies drawn anew).
+    seed: of the draws, another one for each run."""
     scores = score_table(grades, predictions).drop(columns="rows")
     prior, perfect = scores.loc["class prior", "total"], scores.loc["perfect reader", "total"]
     scores["closed"] = (prior - scores["total"]) / (prior - perfect)
-    return scores, resampled_totals(grades, predictions, seed)
+    drawn = resampled_scores(grades, predictions, RESAMPLES, seed)
+    return scores, {name: terms[:, -1] for name, terms in drawn.items()}
 
 
 def differences(results):
