@@ -54,6 +54,12 @@ class LevelBox:
             np.asarray(self.center_lps_mm), np.asarray(self.axes).T, np.asarray(self.extent_mm)
         )
 
+    def as_open3d_lines(self):
+        """The box's edges as open3d.geometry.LineSet."""
+        box = self.as_open3d()
+        box.color = (0.0, 0.0, 0.0)  # it is made without one, which Open3D warns of
+        return _open3d().geometry.LineSet.create_from_oriented_bounding_box(box)
+
 
 def boxes_to_table(study_id, boxes):
     """LevelBoxes of one study -> rows of levels.csv."""

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pandas as pd
 from .dicom import load_study
 from .ensemble import align_members
 from .files import class_prior, make_folds, score_arrays, term_sums
-from .geometry import boxes_from_table, coordinates_to_lps, nearest_slice
+from .geometry import boxes_from_table, coordinates_to_lps, nearest_slice, point_cloud
 from .levels import compare_with_labels
 from .names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, LEVELS, SEVERITY_WEIGHTS
 
@@ -734,6 +735,44 @@ def plot_example(axes, study, boxes, condition, level, probabilities, grade=-1, 
     plot_probabilities(axes[2], probabilities, grade)
     axes[2].set_title(f"{CONDITION_NAMES[condition]}, {LEVEL_NAMES[level]}", fontsize=9)
     return axes
+
+
+def study_figure(study, boxes=(), points=40_000, seed=0):
+    """The study in space as a plotly Figure to turn: Open3D's cloud of its bright voxels, and the level boxes.
+
+    With boxes, of the voxels only those in and near them are shown (half a box more to every side): the rest would
+    hide them. points: how many at most, drawn at random; the colours' red, green and blue are T1, axial T2 and
+    T2/STIR. Axes are LPS millimetres. Needs open3d, which brings plotly along (ImportError says how to get it).
+    """
+    cloud, traces = point_cloud(study), []
+    import plotly.graph_objects as go
+
+    for box in boxes:
+        style = {"color": LEVEL_COLOURS[LEVELS.index(box.level)], "width": 5}
+        edges = _lps(_edges(box.as_open3d_lines()))
+        traces.append(go.Scatter3d(**edges, mode="lines", line=style, name=level_name(box.level)))
+    near = [cloud.crop(replace(box, extent_mm=2 * np.asarray(box.extent_mm)).as_open3d()) for box in boxes] or [cloud]
+    xyz, colours = (np.concatenate([np.asarray(getattr(part, name)) for part in near]) for name in ("points", "colors"))
+    chosen = np.random.default_rng(seed).permutation(len(xyz))[:points]
+    shown = [f"rgb({r},{g},{b})" for r, g, b in (colours[chosen] * 255).astype(int)]
+    marker = {"size": 1.5, "color": shown, "opacity": 0.5}
+    traces.append(go.Scatter3d(**_lps(xyz[chosen]), mode="markers", marker=marker, name="voxels", hoverinfo="skip"))
+    style = {"showbackground": False, "gridcolor": "#444", "color": "#bbb"}
+    scene = {f"{axis}axis": style | {"title": {"text": text}} for axis, text in zip("xyz", ("left", "back", "head"))}
+    camera = {"eye": {"x": 1.9, "y": 1.1, "z": 0.3}, "up": {"x": 0, "y": 0, "z": 1}}
+    scene |= {"aspectmode": "data", "bgcolor": "black", "camera": camera}
+    return go.Figure(traces, {"scene": scene, "height": 700, "margin": {"l": 0, "r": 0, "t": 30, "b": 0}})
+
+
+def _lps(points):
+    """(n, 3) points as plotly's keywords."""
+    return dict(zip("xyz", np.asarray(points).T, strict=True))
+
+
+def _edges(line_set):
+    """An Open3D line set as (3 n, 3): start, end and NaN of each line, so that the pen lifts."""
+    ends = np.asarray(line_set.points)[np.asarray(line_set.lines)]
+    return np.concatenate([ends, np.full((len(ends), 1, 3), np.nan)], 1).reshape(-1, 3)
 
 
 # -- pages and viewers

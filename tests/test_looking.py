@@ -312,3 +312,25 @@ def test_problems_are_counted_by_kind():
     )
     assert table["times"].tolist() == [3, 2, 1] and table["example"][0].startswith("study 6")
     assert table["what"][1] == "a file: truncated" and len(utils.problem_table([])) == 0
+
+
+def test_the_figure_in_space_has_the_studys_points_and_boxes(study, boxes):
+    pytest.importorskip("open3d", exc_type=ImportError)
+    pytest.importorskip("plotly")
+    figure = utils.study_figure(study, boxes, points=500)
+    *outlines, cloud = figure.data
+    assert len(cloud.x) == 500 and len(cloud.marker.color) == 500
+    points = np.stack([cloud.x, cloud.y, cloud.z], 1)
+    voxels = np.concatenate([v.lps_to_voxel(points)[:, None] for v in study.volumes], 1)
+    whole = np.abs(voxels - voxels.round()).max(2).min(1)
+    assert whole.max() < 1e-6  # each point is a pixel's centre in one of the series
+    near = [(np.abs(box.from_lps(points)) <= np.asarray(box.extent_mm) + 1e-6).all(1) for box in boxes]
+    assert np.any(near, 0).all()
+    for box, outline in zip(boxes, outlines, strict=True):
+        ends = np.stack([outline.x, outline.y, outline.z], 1).astype(float).reshape(12, 3, 3)
+        assert np.isnan(ends[:, 2]).all()
+        assert np.sort(np.linalg.norm(ends[:, 0] - ends[:, 1], axis=1)) == pytest.approx(
+            np.sort(np.repeat(box.extent_mm, 4))
+        )
+        np.testing.assert_allclose(ends[:, :2].reshape(-1, 3).mean(0), box.center_lps_mm, atol=1e-6)
+    assert len(utils.study_figure(study).data) == 1
