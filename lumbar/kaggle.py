@@ -116,6 +116,12 @@ def attached_stages(root=None):
     return dict(sorted(found.items()))
 
 
+def unfinished_stages(name, root=None):
+    """The folders of a stage below the root (default input_root()) that were begun and not finished."""
+    found = [folder for folder in _folders(root or input_root()) if folder.name == name]
+    return [f for f in found if (f / "begun.json").is_file() and not (f / "manifest.json").is_file()]
+
+
 def gather_stages(stages):
     """One folder with links to the folders of stages, as a run has them side by side. Returns it.
 
@@ -204,11 +210,15 @@ def install_missing(needed=NEEDED, root=None):
 # ---- Staging: everything that Kaggle needs, in folders ----
 
 
+TRAINING_HOURS = 10.5  # of the 12 that Kaggle gives a kernel: the rest is for what comes before and after
+
+
 def kaggle_kernels(base="lumbar-spine", folds=(0,)):
     """The kernels that make up a run on Kaggle, in their order: dict name -> dict.
 
     base: what all slugs begin with; folds: to train, a kernel for each fold of each member. Fold 0 has the member's
-    plain name (train-vit-level), the others their number behind it (train-vit-level-3).
+    plain name (train-vit-level), the others their number behind it (train-vit-level-3). A training that is not done
+    in TRAINING_HOURS ends there, see stage_kaggle's `continued`.
     Each has notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads) and gpu.
     """
 
@@ -229,7 +239,8 @@ def kaggle_kernels(base="lumbar-spine", folds=(0,)):
             notebook, _, own = member.rpartition("_")
             key = "SCOPE" if notebook == "04_train_vit" else "CONDITION"
             name = member[3:].replace("_", "-") + (f"-{fold}" if fold else "")
-            kernels[name] = (notebook, {**located, key: own, "FOLDS": [fold]}, ["preprocess", "train-spinenet"], True)
+            own = {**located, key: own, "FOLDS": [fold], "HOURS": TRAINING_HOURS}
+            kernels[name] = (notebook, own, ["preprocess", "train-spinenet"], True)
     trained = [name for name in kernels if name.startswith("train-")]
     stages = ["preprocess", *trained]
     kernels["inference"] = ("05_inference", {"WEIGHTS": [KAGGLE_INPUT]}, trained, True)
@@ -282,7 +293,7 @@ def _title(slug):
     return slug.replace("-", " ").title()
 
 
-def stage_kaggle(user, build, repository=".", folds=(0,), weights=(), parameters=None, wheels=True):
+def stage_kaggle(user, build, repository=".", folds=(0,), weights=(), parameters=None, wheels=True, continued=()):
     """Lay out everything that Kaggle needs in folders: kernels/<name> and datasets/<slug>. Returns the list of folders.
 
     user: your Kaggle user name. build: folder, made new. repository: the kit's folder; its kernel-metadata.json, the
@@ -290,7 +301,8 @@ def stage_kaggle(user, build, repository=".", folds=(0,), weights=(), parameters
     folds: to train on Kaggle, see kaggle_kernels. weights: folders of a run made elsewhere (its OUT, or stages in it):
     its weights become a data set, and the only kernel is inference, which reads that. parameters: dict kernel -> dict
     of notebook parameters, over the kernels' own. wheels: whether to download the packages that Kaggle's image lacks
-    (see stage_wheels).
+    (see stage_wheels). continued: names of trainings that ran out of time: their last version's output is attached to
+    the next version, which goes on with its last epoch.
 
     Raises ValueError for a user name that cannot be one, a kernel or parameter that does not exist, a title that does
     not make its slug, or a build folder with something else in it; FileNotFoundError where weights are asked for and
@@ -303,7 +315,7 @@ def stage_kaggle(user, build, repository=".", folds=(0,), weights=(), parameters
     kernels = kaggle_kernels(base, folds)
     if weights:
         kernels = {"inference": {**kernels["inference"], "needs": []}}
-    if unknown := set(parameters) - set(kernels):
+    if unknown := {*parameters, *continued} - set(kernels):
         raise ValueError(f"there is no kernel {', '.join(sorted(unknown))}; there are {', '.join(kernels)}")
     data = f"{KAGGLE_INPUT}/{template['competition_sources'][0]}"
     sources = [source.rpartition("/")[2] for source in template["dataset_sources"]]
@@ -338,7 +350,7 @@ def stage_kaggle(user, build, repository=".", folds=(0,), weights=(), parameters
             "code_file": f"{slug}.ipynb",
             "enable_gpu": kernel["gpu"],
             "dataset_sources": [f"{user}/{source}" for source in sources if source != kinds["weights"] or weights],
-            "kernel_sources": [f"{user}/{base}-{need}" for need in kernel["needs"]],
+            "kernel_sources": [f"{user}/{base}-{need}" for need in [*kernel["needs"], *({name} & set(continued))]],
         }
         if not kernel["gpu"]:
             metadata.pop("machine_shape", None)

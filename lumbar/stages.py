@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -147,6 +149,17 @@ class Stage:
     identity: dict
     started: float
 
+    def pause(self):
+        """End the notebook here, without a manifest and without a failure: time is up, the next start goes on.
+
+        Raises SystemExit(0), which papermill (and with it Kaggle) takes for a notebook that ended well.
+        """
+        print(
+            f"{self.name}: time is up. {self.dir} has what the next start continues from; on Kaggle push this kernel "
+            "again with its own output attached (CONTINUE in notebooks/publish.ipynb)."
+        )
+        sys.exit(0)
+
     def close(self, outputs=(), scores=None, counts=None):
         """Write manifest.json, the sign that the stage is complete. Returns the manifest.
 
@@ -217,7 +230,8 @@ def open_stage(out, name, parameters, inputs=()):
     """Open the folder OUT/name of a stage: new, to be continued, or finished.
 
     parameters: dict, as notebook_parameters returns it; inputs: files or folders that the stage reads.
-    Finished work with the same parameters and inputs is found (`.done`); a killed run with the same ones continues;
+    Finished work with the same parameters and inputs is found (`.done`); a killed run with the same ones continues,
+    also in a new folder where an attached input (an earlier version of the Kaggle kernel) has what there was of it;
     anything else is moved aside to name.old-1, .old-2, ... so that results never mix and nothing is lost.
     """
     folder = Path(out).resolve() / name
@@ -241,12 +255,66 @@ def open_stage(out, name, parameters, inputs=()):
                 number += 1
             folder.rename(old)
             print(f"{name}: other parameters or inputs than last time; the old results are now in {old}")
+        if not folder.exists():
+            _continue_attached(folder, identity)
         folder.mkdir(parents=True, exist_ok=True)
         if not begun.is_file():
             write_json(begun, identity)
     done = _is_complete(folder)
     print(f"{name}: " + ("already finished, found by its manifest" if done else f"working in {folder}"))
     return Stage(folder, name, done, identity, time.time())
+
+
+def _continue_attached(folder, identity):
+    """Copy into a new stage's folder what an attached input has of the same work, unfinished, if one has."""
+    from .kaggle import unfinished_stages
+
+    for source in unfinished_stages(folder.name):
+        begun = json.loads((source / "begun.json").read_text())
+        # Where inputs are mounted may have changed; what they hold may not.
+        same = sorted(begun["inputs"].values()) == sorted(identity["inputs"].values())
+        if begun["parameters"] != identity["parameters"] or not same:
+            print(f"{source} is not continued: other parameters or inputs")
+            continue
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        for path in sorted(path for path in source.rglob("*") if path.is_file()):
+            target = part / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)  # without its mode: inputs are read-only
+        os.replace(part, folder)
+        print(f"{folder.name}: continues what {source} has")
+        return
+
+
+class time_limit:
+    """Stops what runs in its block when the hours are over: `with time_limit(10.5) as limit: ...`, then limit.reached.
+
+    hours: from here on, 0 for no end. What runs is stopped as Ctrl-C would, wherever it is; so only work that a kill
+    does not harm belongs inside. In the main thread only, where notebooks run (signal.setitimer).
+    """
+
+    class TimeIsUp(BaseException):
+        """Not an Exception: libraries that catch those must let it through."""
+
+    def __init__(self, hours):
+        self.hours, self.reached = hours, False
+
+    def _ring(self, *_):
+        raise self.TimeIsUp
+
+    def __enter__(self):
+        if self.hours > 0:
+            self.before = signal.signal(signal.SIGALRM, self._ring)
+            signal.setitimer(signal.ITIMER_REAL, max(3600 * self.hours, 1e-3))
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.hours > 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self.before)
+        self.reached = kind is self.TimeIsUp
+        return self.reached
 
 
 def member_folder(name, folds):

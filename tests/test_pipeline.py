@@ -202,6 +202,37 @@ def test_the_official_package_can_be_chosen(run):
     assert status != 0 and "DETECTOR is 'Official'" in output
 
 
+def test_a_training_that_ran_out_of_time_goes_on_from_its_attached_output(run):
+    """As on Kaggle: the kernel ends well without a manifest, its output is mounted read-only for the next version."""
+    finished = run / "out" / "04_train_vit_study_0"
+    parameters = json.loads((finished / "manifest.json").read_text())["parameters"]
+    attached, working = run / "attached", run / "working"
+
+    def start(hours):
+        given = json.dumps({**parameters, "OUT": str(working), "HOURS": hours, "WORKERS": 0})
+        command = [sys.executable, "-m", "papermill", "--log-output", "notebooks/04_train_vit.ipynb"]
+        environment = {**os.environ, "KAGGLE_INPUT_DIR": str(attached)}
+        done = subprocess.run(
+            [*command, str(run / "study.ipynb"), "-y", given], cwd=ROOT, env=environment, text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout + done.stderr
+
+    folder = working / finished.name
+    assert "time is up" in start(1e-7) and (folder / "begun.json").is_file()
+    assert not (folder / "manifest.json").exists() and not (folder / "oof.csv").exists()
+    place = attached / "notebooks" / "someone" / "lumbar-spine-train-vit-study" / finished.name
+    place.parent.mkdir(parents=True)
+    folder.rename(place)
+    (place / "kept.txt").write_text("of the first start")
+    for path in (*place.rglob("*"), place):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert f"continues what {place} has" in start(0.0)
+    assert (folder / "kept.txt").is_file() and (folder / "manifest.json").is_file()
+    ours, theirs = ((place / "oof.csv").read_text() for place in (folder, finished))
+    assert ours == theirs
+
+
 def test_inspect_shows_a_study(run):
     out = run / "out"
     parameters = {

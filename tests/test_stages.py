@@ -1,8 +1,10 @@
 """Checked parameters, stages that are found or continued, and the loop that runs notebooks."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -162,3 +164,43 @@ def test_json_is_replaced_whole(tmp_path):
         circular.append(circular)
         utils.write_json(tmp_path / "a.json", circular)
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_a_time_limit_stops_what_runs_and_nothing_else():
+    with utils.time_limit(1e-5) as limit:
+        while True:
+            try:
+                sum(range(1000))
+            except Exception:  # a library that catches everything it should
+                raise AssertionError("caught") from None
+    assert limit.reached
+    with utils.time_limit(0) as limit:
+        pass
+    assert not limit.reached
+    with pytest.raises(KeyError), utils.time_limit(1) as limit:
+        raise KeyError("its own")
+    assert not limit.reached
+    before = signal.getsignal(signal.SIGALRM)
+    with utils.time_limit(1):
+        pass
+    time.sleep(0.01)
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_only_the_same_unfinished_work_is_continued_from_an_input(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.csv").write_text("study_id\n1\n")
+    monkeypatch.setenv("KAGGLE_INPUT_DIR", str(tmp_path / "input"))
+    kernel = tmp_path / "input" / "my-kernel"
+    begun = utils.open_stage(kernel, "04_x", {"EPOCHS": 3, "HOURS": 1.0}, inputs=[data])
+    (begun.dir / "deep").mkdir()
+    (begun.dir / "deep" / "x.checkpoint").write_text("two epochs")
+    other = utils.open_stage(tmp_path / "other", "04_x", {"EPOCHS": 4}, inputs=[data])
+    assert not (other.dir / "deep").exists() and "not continued: other parameters" in capsys.readouterr().out
+    moved = data.rename(tmp_path / "data2")
+    same = utils.open_stage(tmp_path / "same", "04_x", {"EPOCHS": 3, "HOURS": 2.0}, inputs=[moved])
+    assert (same.dir / "deep" / "x.checkpoint").read_text() == "two epochs" and not same.done
+    begun.close()
+    again = utils.open_stage(tmp_path / "again", "04_x", {"EPOCHS": 3}, inputs=[moved])
+    assert not (again.dir / "deep").exists()  # finished elsewhere: read from there, not continued here
