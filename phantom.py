@@ -2878,6 +2878,8 @@ def main(arguments=None):
         return 0
     if not a.out:
         parser.error("OUT is missing")
+    if a.train + a.test < 1:
+        parser.error("--train and --test are both 0: there is nothing to make")
     try:
         floor = make_dataset(
             a.out,

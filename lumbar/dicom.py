@@ -661,7 +661,10 @@ def study_paths(preprocessed):
     """dict study_id -> path of its volumes, from 01_preprocess' folder."""
     paths = {int(path.stem): path for path in sorted((Path(preprocessed) / "volumes").glob("*.safetensors"))}
     if not paths:
-        raise FileNotFoundError(f"{preprocessed}/volumes holds no study: run 01_preprocess first")
+        raise FileNotFoundError(
+            f"{Path(preprocessed).resolve() / 'volumes'} holds no study: PREPROCESSED is the folder 01_preprocess of a "
+            "run; run that notebook first, or correct the path"
+        )
     return paths
 
 

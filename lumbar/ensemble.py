@@ -508,7 +508,10 @@ def _fold_of(folds, study_ids, needed):
         raise ValueError(f"study {study_ids[found.isna() & needed][0]} has no fold")
     result = np.where(needed, pd.factorize(found, sort=True)[0], -1)
     if len(np.unique(result[needed])) < 2:
-        raise ValueError("nested cross-validation wants predicted studies in two folds or more")
+        raise ValueError(
+            "nested cross-validation wants predicted studies in two folds or more; "
+            "utils.nested_folds deals those of a single one into parts"
+        )
     return result
 
 

@@ -12,7 +12,9 @@ EPS = np.finfo(np.float64).eps  # the metric's clip of probabilities, as scikit-
 
 def _read_table(path, columns):
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing: DATA must be the competition's folder, or one of phantom.py")
+        near = [str(found.parent) for found in sorted(Path(path).parent.glob(f"*/{Path(path).name}"))[:1]]
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise FileNotFoundError(f"{path} is missing: the competition's folder has it, or one of phantom.py{hint}")
     table = pd.read_csv(path)
     missing = [name for name in columns if name not in table.columns]
     if missing:

@@ -45,6 +45,8 @@ def find_input(name, roots=None):
     name, roots = str(name), [Path(root) for root in roots]
     if name and os.path.exists(name):
         return Path(name)
+    if os.path.isabs(name) and not any(Path(name).is_relative_to(root) for root in (*roots, KAGGLE_INPUT)):
+        raise FileNotFoundError(f"{name} does not exist: correct the path")
     for root in (*roots, KAGGLE_INPUT):  # /kaggle/input/<slug> may be mounted as /kaggle/input/competitions/<slug>
         name = name.removeprefix(f"{root}/")
     name = name.strip("/")

@@ -53,9 +53,10 @@ def check_values(defaults, given, where="parameters"):
         default = defaults[name]
         is_number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
         if default is not None and not is_number and type(value) is not type(default):
+            hint = f"; papermill takes it as -y '{{{name}: {value}}}'" if isinstance(default, (list, dict)) else ""
             raise TypeError(
                 f"{where}: {name} must be {type(default).__name__} (as in {name} = {default!r}), "
-                f"not {type(value).__name__} {value!r}"
+                f"not {type(value).__name__} {value!r}{hint}"
             )
         merged[name] = float(value) if is_number else value
     return merged
@@ -323,6 +324,16 @@ def member_folder(name, folds):
     Jobs of single folds, on one machine or many, can so share an OUT; later stages read all folders that they find.
     """
     return f"{name}_{folds[0]}" if len(folds) == 1 else name
+
+
+def check_folds(folds, preprocessed):
+    """Refuse folds that the folds.csv of 01_preprocess (its folder) does not have, before a stage begins."""
+    path = Path(preprocessed) / "folds.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"PREPROCESSED: {path} is missing; run 01_preprocess first, or correct the path")
+    known = sorted({int(line.rsplit(",", 1)[1]) for line in path.read_text().split()[1:]})
+    if not folds or not set(folds) <= set(known):
+        raise ValueError(f"FOLDS must be some of {', '.join(map(str, known))}, not {list(folds)}")
 
 
 def is_finished(stage):
@@ -619,7 +630,10 @@ def choose_stages(stages, names):
     known = [stage["name"] for stage in stages]
     for name in names:
         if name not in known and name not in MEMBER_STAGES:
-            raise ValueError(f"STAGES: there is no stage {name!r}; there are {', '.join([*known, *MEMBER_STAGES])}")
+            member, _, fold = name.rpartition("_")
+            hint = f" FOLDS leaves fold {fold} out: add it there." if member in MEMBER_STAGES and fold.isdigit() else ""
+            there = ", ".join([*known, *MEMBER_STAGES])
+            raise ValueError(f"STAGES: there is no stage {name!r}.{hint} There are {there}")
     chosen = [s for s in stages if not names or s["name"] in names or s["name"].rpartition("_")[0] in names]
     return [{**stage, "after": [a for a in stage["after"] if a in [s["name"] for s in chosen]]} for stage in chosen]
 

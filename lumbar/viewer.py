@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .dicom import load_study, normalise_study, read_study, study_paths
-from .ensemble import read_out_of_fold
+from .ensemble import MEMBERS, read_out_of_fold
 from .files import from_submission, labels_to_array, read_coordinates, read_labels
 from .geometry import boxes_from_table, sample_box
 from .inference import studies_to_predict, weight_folders
@@ -489,6 +489,7 @@ def _below(data, boxes):
         answer = (
             "<figcaption><b>Predicted and read</b><span class=answer-caption></span></figcaption>"
             f"<table><thead><tr><th>Grade</th>{heads}<th>Label</th></tr></thead><tbody class=grades></tbody></table>"
+            + ("" if data["members"] else "<p>No prediction of this study was given.</p>")
         )
     found = "".join(
         f"<tr><th scope=row>{level_name(box.level)}</th><td>{html.escape(box.source or 'unknown')}</td>"
@@ -711,6 +712,8 @@ class Inspection:
 
         detections: run the detectors, a second or two; options: as study_html takes them.
         """
+        if study_id not in self.paths:
+            raise ValueError(f"there is no study {study_id}; one of the {len(self.paths)} is {next(iter(self.paths))}")
         path = self.paths[study_id]
         study = path() if callable(path) else load_study(path)
         there = self.levels is not None and (self.levels["study_id"] == study_id).any()
@@ -735,8 +738,11 @@ def read_inspection(data, preprocessed, levels_dir="", predictions=(), inference
 
     data: competition folder; preprocessed: of 01; levels_dir: of 02; predictions: folders of 03 and 04, or one above
     them; inference: of 05, with which the test set is looked at, too; first: the member that ranks the errors.
-    Raises FileNotFoundError without volumes.
+    Raises FileNotFoundError without volumes, ValueError for a member that does not exist. What was looked for and is
+    not there is printed.
     """
+    if first not in MEMBERS:
+        raise ValueError(f"MEMBER must be one of {', '.join(MEMBERS)}, not {first!r}")
 
     def table(folder, name):
         path = Path(folder) / name
@@ -749,6 +755,13 @@ def read_inspection(data, preprocessed, levels_dir="", predictions=(), inference
     if submission is not None:
         tables["ensemble"] = submission
     levels = [found for folder in (levels_dir, inference) if (found := table(folder, "levels.csv")) is not None]
+    absent = {
+        f"labels: {labels}": labels.is_file(),
+        f"level boxes: levels.csv in {levels_dir or 'LEVELS_DIR'}": levels,
+        f"out-of-fold predictions: oof.csv in or below {', '.join(map(str, predictions)) or 'PREDICTIONS'}": members,
+    }
+    for what in (what for what, there in absent.items() if not there):
+        print(f"not there: {what}")
     return Inspection(
         study_paths(preprocessed) | (unseen_studies(data) if submission is not None or log is not None else {}),
         pd.concat(levels, ignore_index=True) if levels else None,

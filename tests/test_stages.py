@@ -204,3 +204,29 @@ def test_only_the_same_unfinished_work_is_continued_from_an_input(tmp_path, monk
     begun.close()
     again = utils.open_stage(tmp_path / "again", "04_x", {"EPOCHS": 3}, inputs=[moved])
     assert not (again.dir / "deep").exists()  # finished elsewhere: read from there, not continued here
+
+
+def test_folds_that_do_not_exist_are_refused_before_a_stage_begins(tmp_path):
+    with pytest.raises(FileNotFoundError, match="PREPROCESSED: .*folds.csv is missing; run 01_preprocess"):
+        utils.check_folds([0], tmp_path)
+    (tmp_path / "folds.csv").write_text("study_id,fold\n7,0\n8,2\n9,0\n")
+    utils.check_folds([2, 0], tmp_path)
+    for wrong in ([1], [0, 7], []):
+        with pytest.raises(ValueError, match="FOLDS must be some of 0, 2, not"):
+            utils.check_folds(wrong, tmp_path)
+
+
+def test_messages_say_what_to_do_next(tmp_path):
+    stages = utils.pipeline_stages(ROOT / "notebooks", "data", tmp_path, "demo")
+    with pytest.raises(ValueError, match="no stage '04_train_vit_level_3'. FOLDS leaves fold 3 out: add it there"):
+        utils.choose_stages(stages, ["04_train_vit_level_3"])
+    with pytest.raises(TypeError, match=r"papermill takes it as -y '\{FOLDS: \[0\]\}'"):
+        utils.check_values({"FOLDS": [0, 1]}, {"FOLDS": "[0]"})
+    (tmp_path / "unpacked").mkdir()
+    (tmp_path / "unpacked" / "train.csv").write_text("study_id\n")
+    with pytest.raises(FileNotFoundError, match="did you mean .*unpacked?"):
+        utils.read_labels(tmp_path / "train.csv")
+    with pytest.raises(FileNotFoundError, match="^/no/such/place does not exist: correct the path$"):
+        utils.find_input("/no/such/place")
+    with pytest.raises(ValueError, match="MEMBER must be one of yolo, level, study, not 'levle'"):
+        utils.read_inspection(tmp_path, tmp_path, first="levle")
