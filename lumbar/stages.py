@@ -514,7 +514,7 @@ DEMO = {
         "BACKBONE": "tiny_stride8",
         "SHAPE": [96, 64, 32],
         "EXTENT_MM": [230.0, 80.0, 130.0],
-        "EPOCHS": 24,
+        "EPOCHS": 40,  # it looks for the levels first: little shows before some 300 steps
         "BATCH": 4,
         "ACCUMULATE": 1,
         "LEARNING_RATE": 3.0e-3,
