@@ -32,14 +32,18 @@ DEFAULT_WEIGHTS = {"yolo": 0.65, "level": 0.25, "study": 0.10}
 # Penalties: a tenth of the strength over the number of studies, times the square of each move (studies, for the rows of
 # one go together). The weights pay a share of it. Tuned on tests/benchmarks/bench_ensemble.py at 12 to 2,000 studies.
 STRENGTH = 80.0
-WEIGHT_SHARE = 0.05
+WEIGHT_SHARE = 0.02
 FLOOR_UNIT = 0.1  # a tenth of the prior pays like a temperature of e
+# On fewer studies than these a temperature that flatters them can cost others more than it brings: scaling then has to
+# gain so many standard errors in cross-validation, a group at a time.
+SCALING_STUDIES = 200
+SCALING_ERRORS = 2.0
 # The stacker's strength is the best of these by cross-validation, strongest first; it has to gain so many standard
-# errors, and is not tried at all on fewer studies than these, where even the standard error is a guess. One error is
-# enough: the penalty already keeps what is found small where there is nothing to find.
-STACKER_STUDIES = 40
+# errors, because the best of several trials does by chance, and is not tried at all on fewer studies than these, where
+# even the standard error is a guess.
+STACKER_STUDIES = 100
 STACKER_STRENGTHS = (1000.0, 300.0, 100.0, 30.0)
-STACKER_ERRORS = 1.0
+STACKER_ERRORS = 2.0
 # What another cell says is a shift along the scale of severity; anything else pays this many times the penalty.
 OFF_SCALE = 10.0
 OWN_FEATURES = ("own", "level", "worst")  # how the names of a cell's own features begin
@@ -165,8 +169,9 @@ def fit_ensemble(labels, tables, strength=STRENGTH, members=MEMBERS, towards="de
     The competition's own terms are minimised (canal together with any-severe), plus a penalty of `strength` over the
     number of studies that pulls toward the start: a few dozen studies must not decide alone.
     members: the order of the names; others follow. towards: "defaults" (DEFAULT_WEIGHTS) or "equal", the weights that
-    the penalty pulls to. scaling: whether temperature, bias and floor are found, too; stacker: whether fit_stacker is
-    tried (it is kept only where cross-validation within these studies says that it gains).
+    the penalty pulls to. scaling: whether temperature, bias and floor are tried, stacker: whether fit_stacker is: both
+    are kept only in groups where cross-validation within these studies says that they gain (scaling: with
+    SCALING_STUDIES or more always).
     Returns a dict like default_ensemble's, with the scores before and after in `found`, and `stacker` where it gains.
     Deterministic, whatever the order of the rows. Raises ValueError on tables that check_predictions refuses.
     """
@@ -176,12 +181,18 @@ def fit_ensemble(labels, tables, strength=STRENGTH, members=MEMBERS, towards="de
     return _fit_arrays(grades, align_members(study_ids, tables), strength, members, towards, scaling, stacker)
 
 
-def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, stacker=True):
-    """fit_ensemble on arrays: grades (n, 5, 5), predictions dict member -> (n, 5, 5, 3), NaN where absent."""
+def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, stacker=True, judged=True):
+    """fit_ensemble on arrays: grades (n, 5, 5), predictions dict member -> (n, 5, 5, 3), NaN where absent.
+
+    judged: whether scaling has to gain in cross-validation to be kept.
+    """
     names = [m for m in members if m in predictions] + [m for m in predictions if m not in members]
     ensemble = default_ensemble(names) if towards == "defaults" else equal_ensemble(names)
     log_p, there = _log_probabilities([predictions[m] for m in names])
     prior, grades = class_prior(grades), np.where(there.any(0), grades, -1)
+    scaled = dict.fromkeys(GROUPS, scaling)
+    if scaling and judged:
+        scaled = _scaling_gains(grades, predictions, strength=strength, members=members, towards=towards)
     before, after = {}, {}
     for group, conditions in GROUPS.items():
         conditions = list(conditions)
@@ -191,7 +202,7 @@ def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, s
         target = _Target(grades[studies][:, conditions], group == "spinal")
         start = np.array([ensemble["weights"][group][m] for m in names])
         part = (log_p[:, studies][:, :, conditions], there[:, studies][:, :, conditions], prior[conditions])
-        fitted, before[group], after[group] = _fit_group(*part, target, start, strength, scaling)
+        fitted, before[group], after[group] = _fit_group(*part, target, start, strength, scaled[group])
         ensemble["weights"][group] = dict(zip(names, fitted.pop("weights")))
         for key, value in fitted.items():
             ensemble[key][group] = value
@@ -202,6 +213,33 @@ def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, s
         if found["coefficients"]:
             ensemble["stacker"] = found
     return ensemble
+
+
+def _scaling_gains(grades, predictions, parts=4, errors=SCALING_ERRORS, **options):
+    """Whether scaling gains in each group on studies that it was not fitted on: dict group -> bool.
+
+    options: strength, members and towards of fit_ensemble. From SCALING_STUDIES on it is taken for granted; with fewer
+    than two studies a part nothing gains.
+    """
+    studies = (grades >= 0).any((1, 2))
+    if studies.sum() >= SCALING_STUDIES or studies.sum() < 2 * parts:
+        return dict.fromkeys(GROUPS, studies.sum() >= SCALING_STUDIES)
+    grades = grades[studies]
+    predictions = {name: p[studies] for name, p in predictions.items()}
+    part = _deal(grades, parts)
+    without, scaled = np.full((2, *grades.shape, 3), 1 / 3)
+    for fold in range(part.max() + 1):
+        inside = part == fold
+        rest = {name: p[~inside] for name, p in predictions.items()}
+        own = {name: p[inside] for name, p in predictions.items()}
+        for found, scaling in ((without, False), (scaled, True)):
+            ensemble = _fit_arrays(grades[~inside], rest, scaling=scaling, stacker=False, judged=False, **options)
+            found[inside] = combine_members(own, ensemble, class_prior(grades[~inside]))[0]
+    gains = {}
+    for number, group in enumerate(GROUPS):
+        gain, error = paired_gain(grades, without, scaled, (0, 3) if group == "spinal" else (number,))
+        gains[group] = gain > errors * error
+    return gains
 
 
 def _fit_group(log_p, there, prior, target, start, strength, scaling):

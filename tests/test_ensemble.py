@@ -190,6 +190,22 @@ def test_what_other_cells_say_shifts_along_the_scale(bed):
         assert np.abs(2 * moderate - severe).sum() < 0.4 * np.abs(moderate + 2 * severe).sum()
 
 
+def test_on_few_studies_scaling_has_to_gain():
+    rng = np.random.default_rng(4)
+    p = rng.dirichlet([3, 1.5, 1], (60, 5, 5))
+    true = p / np.array(utils.SEVERITY_WEIGHTS)  # for these frequencies p is the metric's optimum
+    true /= true.sum(-1, keepdims=True)
+    grades = (rng.random((60, 5, 5, 1)) > true.cumsum(-1)[..., :2]).sum(-1)
+    options = (80.0, ["level"], "equal")
+    fair = section._fit_arrays(grades, {"level": p}, *options, stacker=False)
+    assert set(fair["temperature"].values()) == {1.0} and not np.any(list(fair["bias"].values()))
+    forced = section._fit_arrays(grades, {"level": p}, *options, stacker=False, judged=False)
+    assert 1.0 not in forced["temperature"].values()
+    sure = p**3 / (p**3).sum(-1, keepdims=True)
+    mended = section._fit_arrays(grades, {"level": sure}, *options, stacker=False)
+    assert min(mended["temperature"].values()) > 1.2
+
+
 def test_the_stacker_asks_for_enough_studies():
     rng = np.random.default_rng(0)
     grades = np.tile(rng.choice(3, (section.STACKER_STUDIES, 1, 1)), (1, 5, 5))  # every neighbour knows all
