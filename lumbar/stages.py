@@ -232,7 +232,7 @@ def open_stage(out, name, parameters, inputs=()):
 
     parameters: dict, as notebook_parameters returns it; inputs: files or folders that the stage reads.
     Finished work with the same parameters and inputs is found (`.done`); a killed run with the same ones continues,
-    also in a new folder where an attached input (an earlier version of the Kaggle kernel) has what there was of it;
+    with HOURS also in a new folder where an attached input (an earlier version of the Kaggle kernel) has some of it;
     anything else is moved aside to name.old-1, .old-2, ... so that results never mix and nothing is lost.
     """
     folder = Path(out).resolve() / name
@@ -256,7 +256,9 @@ def open_stage(out, name, parameters, inputs=()):
                 number += 1
             folder.rename(old)
             print(f"{name}: other parameters or inputs than last time; the old results are now in {old}")
-        if not folder.exists():
+        # Only trainings with an end are continued so, and publish attaches nobody else's: a detector's checkpoint is a
+        # pickle, which must not be read from whatever input happens to have one.
+        if not folder.exists() and parameters.get("HOURS"):
             _continue_attached(folder, identity)
         folder.mkdir(parents=True, exist_ok=True)
         if not begun.is_file():

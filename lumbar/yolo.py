@@ -557,7 +557,8 @@ def train_yolo(
     )
     reached = -1
     if last.exists():
-        # ultralytics' own checkpoint, a pickle; an earlier start of this run wrote it.
+        # ultralytics' own checkpoint, a pickle; an earlier start of this run wrote it, or an earlier version of the
+        # same Kaggle kernel (see open_stage).
         reached = torch.load(last, map_location="cpu", weights_only=False)["epoch"]
     if reached + 1 < int(epochs):
         overrides = {

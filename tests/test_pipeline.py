@@ -227,7 +227,7 @@ def test_a_training_that_ran_out_of_time_goes_on_from_its_attached_output(run):
     (place / "kept.txt").write_text("of the first start")
     for path in (*place.rglob("*"), place):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    assert f"continues what {place} has" in start(0.0)
+    assert f"continues what {place} has" in start(1.0)
     assert (folder / "kept.txt").is_file() and (folder / "manifest.json").is_file()
     ours, theirs = ((place / "oof.csv").read_text() for place in (folder, finished))
     assert ours == theirs

@@ -196,13 +196,15 @@ def test_only_the_same_unfinished_work_is_continued_from_an_input(tmp_path, monk
     begun = utils.open_stage(kernel, "04_x", {"EPOCHS": 3, "HOURS": 1.0}, inputs=[data])
     (begun.dir / "deep").mkdir()
     (begun.dir / "deep" / "x.checkpoint").write_text("two epochs")
-    other = utils.open_stage(tmp_path / "other", "04_x", {"EPOCHS": 4}, inputs=[data])
+    other = utils.open_stage(tmp_path / "other", "04_x", {"EPOCHS": 4, "HOURS": 1.0}, inputs=[data])
     assert not (other.dir / "deep").exists() and "not continued: other parameters" in capsys.readouterr().out
     moved = data.rename(tmp_path / "data2")
     same = utils.open_stage(tmp_path / "same", "04_x", {"EPOCHS": 3, "HOURS": 2.0}, inputs=[moved])
     assert (same.dir / "deep" / "x.checkpoint").read_text() == "two epochs" and not same.done
+    endless = utils.open_stage(tmp_path / "endless", "04_x", {"EPOCHS": 3, "HOURS": 0.0}, inputs=[moved])
+    assert not (endless.dir / "deep").exists()  # nothing is taken from inputs unless asked for
     begun.close()
-    again = utils.open_stage(tmp_path / "again", "04_x", {"EPOCHS": 3}, inputs=[moved])
+    again = utils.open_stage(tmp_path / "again", "04_x", {"EPOCHS": 3, "HOURS": 2.0}, inputs=[moved])
     assert not (again.dir / "deep").exists()  # finished elsewhere: read from there, not continued here
 
 
