@@ -100,8 +100,8 @@ SMALL_BACKBONES = {
 }
 
 
-def make_backbone(name, img_size):
-    """A timm_3d MaxxVit without its head: (B, 3, d, h, w) -> (B, features, d', h', w').
+def backbone_config(name, img_size):
+    """timm_3d's configuration of a MaxxVit.
 
     name: a key of SMALL_BACKBONES or of timm_3d's MaxxVit configurations (coatnet_rmlp_3_rw, maxvit_rmlp_tiny_rw, ...);
     img_size: (d, h, w), each divisible by the stride (32; `tiny`: 16, `tiny_stride8`: 8). Raises ValueError otherwise.
@@ -120,13 +120,25 @@ def make_backbone(name, img_size):
     else:
         known = {key.removesuffix("_256").removesuffix("_224"): value for key, value in maxxvit.model_cfgs.items()}
         if name not in known:
-            raise ValueError(f"unknown backbone {name!r}; there are {', '.join([*SMALL_BACKBONES, *sorted(known)])}")
+            names = ", ".join([*SMALL_BACKBONES, *sorted(known)])
+            raise ValueError(f"unknown backbone, BACKBONE {name!r}; there are {names}")
         config = known[name]
     stride = 2 ** (1 + len(config.embed_dim))
-    if any(n % stride for n in img_size):
-        raise ValueError(f"backbone {name} needs sizes divisible by {stride}, not {tuple(img_size)}")
+    if len(img_size) != 3 or any(n < stride or n % stride for n in img_size):
+        raise ValueError(
+            f"backbone {name} needs a SHAPE of three sizes, each divisible by {stride}, not {list(img_size)}"
+        )
+    return config
+
+
+def make_backbone(name, img_size):
+    """A timm_3d MaxxVit without its head: (B, 3, d, h, w) -> (B, features, d', h', w'). Arguments and errors are those
+    of backbone_config."""
+    config = backbone_config(name, img_size)
+    from timm_3d.models.maxxvit import MaxxVit
+
     # The pretrained weights are for 2D images and another number of channels; and nothing is downloaded.
-    return maxxvit.MaxxVit(config, img_size=tuple(img_size), in_chans=len(DESCRIPTIONS), num_classes=0, global_pool="")
+    return MaxxVit(config, img_size=tuple(img_size), in_chans=len(DESCRIPTIONS), num_classes=0, global_pool="")
 
 
 class LevelAttention(nn.Module):

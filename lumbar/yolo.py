@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -441,19 +442,29 @@ def prepare_ultralytics(config_dir):
     return ultralytics
 
 
+def find_yolo_description(model):
+    """Path of a model description: a file, or one that ultralytics ships (yolov10x.yaml; for families with one file
+    for all sizes that file). Raises ValueError for other names."""
+    # Looked up, not imported: its first import decides where it keeps its settings (see prepare_ultralytics).
+    shipped = Path(find_spec("ultralytics").origin).parent / "cfg/models"
+    model = Path(model)
+    # A family's file has no size in its name: yolov8n.yaml is described in yolov8.yaml.
+    for name in (model.name, f"{model.stem[:-1]}.yaml" if model.stem[-1:] in tuple("nsmblx") else model.name):
+        found = [model] if model.is_file() else sorted(shipped.rglob(name))
+        if found and model.suffix == ".yaml":
+            return found[0]
+    known = ", ".join(sorted(path.name for path in shipped.rglob("yolov10*.yaml")))
+    raise ValueError(f"MODEL {str(model)!r} is neither a file nor a description that ultralytics ships, as are {known}")
+
+
 def _yolo_model_yaml(model, width, folder):
-    """Path of the model description. width None: ultralytics' own file `model`; else a copy of it with that width
-    factor (a slimmer network for a CPU)."""
-    import ultralytics
+    """Name or path of the model description. width None: ultralytics' own file `model`; else a copy of it with that
+    width factor (a slimmer network for a CPU)."""
     from ultralytics.utils import YAML
 
+    source = find_yolo_description(model)
     if width is None:
         return str(model)
-    found = sorted((Path(ultralytics.__file__).parent / "cfg/models").rglob(Path(model).name))
-    unified = sorted((Path(ultralytics.__file__).parent / "cfg/models").rglob(f"{Path(model).stem[:-1]}.yaml"))
-    source = Path(model) if Path(model).exists() else (found or unified or [None])[0]
-    if source is None:
-        raise FileNotFoundError(f"MODEL '{model}': neither a file nor a model description that ultralytics ships")
     description = YAML.load(source)
     letter = Path(model).stem[-1]
     depth, _, channels = description["scales"][letter]
@@ -500,7 +511,7 @@ def train_yolo(
     have ended (see PatchTrainer); a finished one returns at once. What is shipped are the averaged (EMA) weights of the
     last epoch: mAP on a handful of validation studies is no good guide to log loss. Checkpoints under
     out_dir/run_<condition>_<fold> are pickles, written and read here only. Returns the path of the weights.
-    Raises FileNotFoundError without a data set or an empty training list.
+    Raises FileNotFoundError without a data set or an empty training list, ValueError for an unknown model.
     """
     dataset_dir, out_dir = Path(dataset_dir).resolve(), Path(out_dir).resolve()
     if not (dataset_dir / "dataset.json").exists():

@@ -584,8 +584,9 @@ def test_other_processes_cut_the_crops_of_held_out_studies(tmp_path):
 def test_backbones():
     with pytest.raises(ValueError, match="unknown backbone"):
         utils.make_backbone("resnet", (32, 32, 32))
-    with pytest.raises(ValueError, match="divisible by 32"):
-        utils.make_backbone("coatnet_rmlp_3_rw", (100, 128, 128))
+    for shape in ((100, 128, 128), (0, 128, 128), (128, 128)):
+        with pytest.raises(ValueError, match="SHAPE of three sizes, each divisible by 32"):
+            utils.backbone_config("coatnet_rmlp_3_rw", shape)
     model = utils.OrdinalClassifier("study", "tiny", (48, 16, 32), np.full((5, 5, 3), 1 / 3)).eval()
     log_p = model(torch.zeros(2, 3, 48, 16, 32))
     assert log_p.shape == (2, 5, 5, 3)

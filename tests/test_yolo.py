@@ -802,3 +802,16 @@ def test_plot_returns_its_axes():
     assert utils.plot_detections(ax, np.zeros((16, 16), np.uint8), scores, centers, 6, [(1, 0.5, 0.5, 0.3, 0.3)]) is ax
     assert len(ax.patches) == 2
     plt.close()
+
+
+def test_model_names():
+    assert utils.find_yolo_description("yolov10x.yaml").name == "yolov10x.yaml"
+    assert utils.find_yolo_description("yolov8n.yaml").name == "yolov8.yaml"
+    for wrong in ("yolov10q.yaml", "yolov10n.pt", "yolov10n", ""):
+        with pytest.raises(ValueError, match="MODEL .*yolov10x.yaml"):
+            utils.find_yolo_description(wrong)
+
+
+def test_looking_a_model_up_leaves_ultralytics_unimported():
+    code = "import sys, utils; utils.find_yolo_description('yolov10n.yaml'); sys.exit('ultralytics' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(utils.__file__).parent).returncode == 0

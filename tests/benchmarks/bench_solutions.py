@@ -8,8 +8,9 @@ shapes are read from its stages, solution A's and B's ways are trained with them
 scored on the run's test studies. Everything is kept in RUN/solutions (--out puts it elsewhere), each study and each
 epoch as it is finished: a killed benchmark goes on where it stopped, one with other settings moves the old folder
 aside. scores.csv there has the run's table; table.csv and table.md (--table, by default in the first run's folder)
-have all runs and their mean, with intervals from resampled test studies. --check 2 compares the voxelising below with
-Open3D's on two studies and stops. A script, which pytest does not collect.
+have all runs and their mean, with intervals from resampled test studies. --longer 4 gives A and B four times the
+members' epochs (in RUN/solutions_4x): whether their ways learn at all, and what the one budget costs them. --check 2
+compares the voxelising below with Open3D's on two studies and stops. A script, which pytest does not collect.
 
 What each way consists of, and what was decided where it could be read in more than one way:
 
@@ -331,9 +332,9 @@ def detector_settings(run, condition):
     return {key.lower(): parameters[key] for key in keys} | {"fold": fold}
 
 
-def read_settings(run):
-    """Everything that the benchmark takes from a run, and that its results depend on. Raises ValueError where the
-    members held out different folds."""
+def read_settings(run, longer=1):
+    """Everything that the benchmark takes from a run, and that its results depend on, with `longer` times the epochs.
+    Raises ValueError where the members held out different folds."""
     settings = {
         "version": VERSION,
         "imgsz": json.loads((run / "01_preprocess" / "manifest.json").read_text())["parameters"]["YOLO_IMGSZ"],
@@ -346,6 +347,8 @@ def read_settings(run):
     if len(folds) != 1:
         raise ValueError(f"{run}: the members held out folds {sorted(folds)}, not one and the same")
     settings["fold"] = folds.pop()
+    for trained in (settings["level"]["config"], settings["study"]["config"], *settings["yolo"].values()):
+        trained["epochs"] *= longer
     shape, stride = settings["study"]["shape"], 2 ** (1 + _stages(settings["study"]["config"]["backbone"]))
     settings["side"] = int(stride * np.ceil(np.prod(shape) ** (1 / 3) / stride - 1e-6))
     return settings
@@ -731,10 +734,10 @@ def markdown(table, digits=3):
 # ---- Running ----
 
 
-def bench_run(run, out, workers, check, seed):
+def bench_run(run, out, workers, check, seed, longer=1):
     """Everything for one run, in `out`. Returns what run_scores returns, None if only checking; seed: of its draws."""
     started = time.time()
-    settings = read_settings(run)
+    settings = read_settings(run, longer)
     out = open_stage(out.parent, out.name, settings).dir
     paths, centers = prepare(run, out, workers)
     if check:
@@ -765,12 +768,17 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, help="folder for <run's name>/solutions in place of the runs' own")
     parser.add_argument("--table", type=Path, help="folder for table.csv and table.md")
+    parser.add_argument("--longer", type=int, default=1, help="so many times the members' epochs for A and B")
     parser.add_argument("--check", type=int, default=0, help="compare the voxelising on so many studies, and stop")
     options = parser.parse_args()
+    if options.longer < 1:
+        parser.error("--longer: at least 1")
+    name = "solutions" if options.longer == 1 else f"solutions_{options.longer}x"
     runs = [run.resolve() for run in options.runs]
-    outs = [(options.out.resolve() / run.name if options.out else run) / "solutions" for run in runs]
+    outs = [(options.out.resolve() / run.name if options.out else run) / name for run in runs]
     results = [
-        bench_run(run, out, options.workers, options.check, seed) for seed, (run, out) in enumerate(zip(runs, outs))
+        bench_run(run, out, options.workers, options.check, seed, options.longer)
+        for seed, (run, out) in enumerate(zip(runs, outs))
     ]
     if options.check:
         return
