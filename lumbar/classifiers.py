@@ -633,15 +633,17 @@ def mix_crops(inputs, generator):
 def mixed_losses(model, inputs, level, grades, mixed=None):
     """weighted_losses of a batch, with both sets of labels where it was mixed.
 
-    mixed: (partner (B,), share (B,)) of mix_crops, or None.
+    level, grades: of the B inputs, and of further items behind them that are partners only. mixed: (partner (B,), share
+    (B,)) of mix_crops, or None.
     """
+    own = len(inputs)
     if mixed is None:
-        return weighted_losses(model(inputs, level), grades)
+        return weighted_losses(model(inputs, level[:own]), grades[:own])
     partner, share = (x.to(inputs.device) for x in mixed)
-    log_p = model(inputs, torch.stack([level, level[partner]], 1))  # (B, 2, 5, 3); (B, 5, 5, 3) for scope study
+    log_p = model(inputs, torch.stack([level[:own], level[partner]], 1))  # (B, 2, 5, 3); (B, 5, 5, 3) for scope study
     if grades.ndim == 3:
         log_p = log_p[:, None].expand(-1, 2, -1, -1, -1)
-    grades = torch.stack([grades, grades[partner]], 1)
+    grades = torch.stack([grades[:own], grades[partner]], 1)
     share = torch.stack([share, 1 - share], 1)
     return weighted_losses(log_p, grades, share=share.view(*share.shape, *[1] * (grades.ndim - 2)))
 
@@ -680,6 +682,15 @@ def epoch_batches(count, batch, accumulate, processes, seed):
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     steps = order[: count // size * size].view(-1, size)
     return [part.tolist() for step in steps for part in step.tensor_split(parts)], parts
+
+
+def with_partners(batches):
+    """The batches of an epoch, those of one item with that of the next batch behind it, for mix_crops to blend with.
+
+    Which item that is depends on the whole epoch's order alone, and so not on who works on the batches.
+    """
+    nexts = [*batches[1:], batches[0]]
+    return [batch if len(batch) > 1 else [*batch, after[0]] for batch, after in zip(batches, nexts, strict=True)]
 
 
 def _seed_of(*numbers):
@@ -801,9 +812,10 @@ class _Training:
         batches, parts = epoch_batches(len(train), config["batch"], config.get("accumulate", 1), count, _seed_of(*seed))
         # There are as many for each process: nothing is added or dropped.
         mine = list(torch.utils.data.DistributedSampler(batches, count, rank(), shuffle=False))
+        loaded = with_partners(batches) if config.get("mix") else batches
         loader = torch.utils.data.DataLoader(
             train,
-            batch_sampler=[batches[number] for number in mine],
+            batch_sampler=[loaded[number] for number in mine],
             num_workers=workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(0),
@@ -815,15 +827,16 @@ class _Training:
             last = turn % parts == parts - 1
             self.norms.batch(turn % parts)
             with contextlib.nullcontext() if last or count == 1 else self.network.no_sync():
-                sums += self._batch(crops.to(device), level.to(device), grades.to(device), train.crop, (*seed, number))
+                batch = (crops.to(device), level.to(device), grades.to(device))
+                sums += self._batch(*batch, len(batches[number]), train.crop, (*seed, number))
             if last:
                 losses.append(self._step(sums))
                 sums = torch.zeros(2, device=device)
         losses = [loss for loss in losses if math.isfinite(loss)]
         return float(np.mean(losses)) if losses else math.nan
 
-    def _batch(self, crops, level, grades, crop, seed):
-        """Augment a batch and add its gradients. Returns (2,): its weighted_losses."""
+    def _batch(self, crops, level, grades, own, crop, seed):
+        """Augment a batch and add the gradients of its first `own` items. Returns (2,): their weighted_losses."""
         seed = _seed_of(*seed)
         torch.manual_seed(seed)  # noise and dropout, on the device
         generator = torch.Generator().manual_seed(seed)
@@ -832,6 +845,8 @@ class _Training:
             inputs, grades = augment_crops(crops, grades, crop, generator, self.config["strength"])
             if torch.rand((), generator=generator) < self.config.get("mix", 0.0):
                 inputs, *mixed = mix_crops(inputs, generator)
+                mixed = [x[:own] for x in mixed]
+            inputs = inputs[:own]
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             loss, weight = mixed_losses(self.network, inputs, level, grades, mixed)
         self.norms.hold()

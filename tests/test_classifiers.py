@@ -434,6 +434,36 @@ def test_mixed_inputs_count_both_label_sets(scope):
         assert (own - other).abs().max() > 0.01  # the other's labels meet their own level's cut points
 
 
+def test_crops_that_come_one_by_one_are_mixed_with_the_next_batch(tmp_path, monkeypatch):
+    assert classifiers.with_partners([[3, 1], [2], [0]]) == [[3, 1], [2, 0], [0, 3]]
+    train, seen = Blobs(2, 0), []
+    config = {**CONFIG, "batch": 1, "accumulate": 2, "strength": 0.0, "mix": 1.0}
+    training = classifiers._Training(train, config, 0, torch.device("cpu"))
+    losses = classifiers.mixed_losses
+
+    def watched(model, inputs, level, grades, mixed=None):
+        seen.append((inputs, level.tolist(), grades.tolist(), mixed))
+        return losses(model, inputs, level, grades, mixed)
+
+    monkeypatch.setattr(classifiers, "mixed_losses", watched)
+    assert np.isfinite(training.epoch(train, (0, 1), 0))
+    order = [items[0] for items in utils.epoch_batches(len(train), 1, 2, 1, classifiers._seed_of(0, 1))[0]]
+    assert len(seen) == len(order) == 10
+    pairs = list(zip(order, [*order[1:], order[0]], strict=True))
+    for (item, partner), (inputs, level, grades, (other, share)) in zip(pairs, seen, strict=True):
+        assert len(inputs) == 1 and other.tolist() == [1] and 0.5 <= share[0] < 1
+        assert level == [item % 5, partner % 5]
+        if level[0] != level[1]:
+            assert grades[0] != grades[1] or item // 5 == partner // 5
+    assert {tuple(level) for _, level, _, _ in seen} != {(n, n) for n in range(5)}
+
+    # Without mixing nobody is loaded twice.
+    seen.clear()
+    training.config["mix"] = 0.0
+    training.epoch(train, (0, 1), 0)
+    assert all(len(level) == 1 and mixed is None for _, level, _, mixed in seen)
+
+
 def test_recomputed_activations_train_to_the_same_weights(tmp_path):
     train, valid = Blobs(4, 0), Blobs(2, 1)
     config = {**EVERYTHING, "epochs": 1}
