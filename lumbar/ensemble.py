@@ -79,9 +79,14 @@ def combine_members(predictions, ensemble, prior):
     predictions: dict member -> (n, 5, 5, 3), NaN where a member has nothing to say: its weight goes to the others.
     ensemble: as fit_ensemble or default_ensemble make it; its key "stacker" is optional, see apply_stacker.
     prior: (5, 5, 3), for the floor and where no member has anything. Returns (probabilities (n, 5, 5, 3) float64 with
-    rows that sum to 1, n_members (n, 5, 5) int: how many members each row rests on).
+    rows that sum to 1, n_members (n, 5, 5) int: how many members each row rests on). Raises ValueError for a member
+    that the ensemble has no weight for: most likely its name is spelt in two ways.
     """
     members = list(predictions)
+    known = {m for weights in ensemble["weights"].values() for m in weights}
+    if set(members) - known:
+        unknown = ", ".join(map(repr, sorted(set(members) - known)))
+        raise ValueError(f"the ensemble has no weight for {unknown}, but for {', '.join(sorted(known))}")
     log_p, there = _log_probabilities([predictions[m] for m in members])
     prior = np.asarray(prior, np.float64) / np.sum(prior, -1, keepdims=True)
     result = np.empty(log_p.shape[1:])
@@ -102,6 +107,14 @@ def combine_members(predictions, ensemble, prior):
     if ensemble.get("stacker"):
         result = np.where((count > 0)[..., None], apply_stacker(ensemble["stacker"], result), result)
     return result, count
+
+
+def member_alone(predictions, prior):
+    """A member's own probabilities, rows that sum to 1, and the prior where it has nothing to say: as it would be
+    submitted by itself, its zeros included. predictions: (n, 5, 5, 3), NaN where absent; prior: (5, 5, 3)."""
+    _, (there,) = _log_probabilities([predictions])
+    p = np.where(there[..., None], predictions, prior)
+    return p / p.sum(-1, keepdims=True)
 
 
 def _softmax(logits):
@@ -173,12 +186,13 @@ def fit_ensemble(labels, tables, strength=STRENGTH, members=MEMBERS, towards="de
     are kept only in groups where cross-validation within these studies says that they gain (scaling: with
     SCALING_STUDIES or more always).
     Returns a dict like default_ensemble's, with the scores before and after in `found`, and `stacker` where it gains.
-    Deterministic, whatever the order of the rows. Raises ValueError on tables that check_predictions refuses.
+    Deterministic, whatever the order of the rows. Raises ValueError on tables that check_predictions refuses, and on
+    one that predicts none of the labelled studies.
     """
     if towards not in ("defaults", "equal"):
         raise ValueError(f"towards is 'defaults' or 'equal', not {towards!r}")
     study_ids, grades = _sorted_grades(labels)
-    return _fit_arrays(grades, align_members(study_ids, tables), strength, members, towards, scaling, stacker)
+    return _fit_arrays(grades, _align_to_labels(study_ids, tables), strength, members, towards, scaling, stacker)
 
 
 def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, stacker=True, judged=True):
@@ -491,7 +505,7 @@ def cross_validate_ensemble(labels, tables, folds, strength=STRENGTH, members=ME
     if not tables:
         raise ValueError("no member's predictions to combine")
     study_ids, grades = _sorted_grades(labels)
-    aligned = align_members(study_ids, tables)
+    aligned = _align_to_labels(study_ids, tables)
     there = np.any([np.isfinite(p).all(-1) for p in aligned.values()], axis=0)
     fold_of = _fold_of(folds, study_ids, there.any((1, 2)))
     names = [*aligned, *VARIANTS]
@@ -502,6 +516,8 @@ def cross_validate_ensemble(labels, tables, folds, strength=STRENGTH, members=ME
         part, others = ({m: p[where] for m, p in aligned.items()} for where in (inside, rest))
         for name, (used, ensemble) in _variants(grades[rest], others, strength, members, towards).items():
             nested[name][inside] = combine_members({m: part[m] for m in used}, ensemble, prior)[0]
+        for name, p in part.items():
+            nested[name][inside] = member_alone(p, prior)
     grades = np.where(there, grades, -1)
     scores = {}
     for name, p in nested.items():
@@ -529,9 +545,7 @@ def _variants(grades, predictions, *options):
         {key: value for key, value in stacked.items() if key != "stacker"},
         stacked,
     )
-    return {m: ([m], default_ensemble([m])) for m in names} | {
-        name: (names, ensemble) for name, ensemble in zip(VARIANTS, fitted, strict=True)
-    }
+    return {name: (names, ensemble) for name, ensemble in zip(VARIANTS, fitted, strict=True)}
 
 
 def _fold_of(folds, study_ids, needed):
@@ -539,9 +553,17 @@ def _fold_of(folds, study_ids, needed):
     missing = [column for column in ("study_id", "fold") if column not in folds.columns]
     if missing:
         raise ValueError(f"the folds have no column {', '.join(missing)}")
-    if folds["study_id"].duplicated().any():
-        raise ValueError(f"study {folds.study_id[folds.study_id.duplicated()].iloc[0]} has two folds")
-    found = pd.Series(study_ids).map(folds.set_index("study_id")["fold"])
+    # One row a label, ids read as text and folds both as 0 and "0" or 0.0 are the same folds.
+    known = pd.DataFrame(
+        {
+            "study_id": pd.to_numeric(folds["study_id"], errors="coerce"),
+            "fold": folds["fold"].astype(str).str.removesuffix(".0").where(folds["fold"].notna()),
+        }
+    )
+    known = known.dropna().drop_duplicates()
+    if known["study_id"].duplicated().any():
+        raise ValueError(f"study {int(known.study_id[known.study_id.duplicated()].iloc[0])} has two folds")
+    found = pd.Series(study_ids).map(known.set_index("study_id")["fold"])
     if (found.isna() & needed).any():
         raise ValueError(f"study {study_ids[found.isna() & needed][0]} has no fold")
     result = np.where(needed, pd.factorize(found, sort=True)[0], -1)
@@ -566,18 +588,20 @@ def _partial_submission(study_ids, probabilities, there):
 def check_predictions(table, name="predictions"):
     """A submission-like table -> from_submission's (study_ids, (n, 5, 5, 3)), NaN where a row is absent.
 
-    Rows in any order, any of them may be absent, further columns (fold) are fine. Raises ValueError, with the table
-    and the row named, on a missing column, an unknown or double row_id, values that are not numbers, not finite,
-    negative, or whose sum is off 1 by more than a thousandth (a member that is not normalised is no probability).
+    Rows in any order, any of them may be absent or empty (three NaN, as a join leaves them), further columns (fold) are
+    fine. Raises ValueError, with the table and the row named, on a missing column, an unknown or double row_id, values
+    that are not numbers, not finite, negative, or whose sum is off 1 by more than .002 (a member that is not normalised
+    is no probability; three values rounded to three digits are off by .0015 at most).
     """
     missing = [column for column in SUBMISSION_COLUMNS if column not in table.columns]
     if missing:
         raise ValueError(f"{name}: no column {', '.join(missing)}")
+    table = table[~table[list(SEVERITIES)].isna().all(axis=1)]
     values = table[list(SEVERITIES)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     for bad, what in (
         (~np.isfinite(values).all(1), "is not three finite numbers"),
         ((values < 0).any(1), "is negative"),
-        (np.abs(values.sum(1) - 1) > 1e-3, "does not sum to 1"),
+        (np.abs(values.sum(1) - 1) > 2e-3, "does not sum to 1"),
     ):
         if bad.any():
             row = table.iloc[int(bad.argmax())]
@@ -610,6 +634,29 @@ def align_members(study_ids, tables):
                 result[place[study_id]] = value
         aligned[member] = result
     return aligned
+
+
+def _align_to_labels(study_ids, tables):
+    """align_members; ValueError for a table that predicts none of these studies."""
+    aligned = align_members(study_ids, tables)
+    for member, values in aligned.items():
+        if not np.isfinite(values).any():
+            raise ValueError(f"{member}: its table predicts none of the {len(study_ids)} labelled studies")
+    return aligned
+
+
+def combine_tables(tables, ensemble, prior, study_ids=None):
+    """Members' predictions of the same split -> the ensemble's, a complete submission.
+
+    tables: dict member -> submission-like DataFrame, as of align_members; any rows may be missing in some. prior:
+    (5, 5, 3) as of class_prior, for what is missing in all. study_ids: which studies to predict, for instance those of
+    sample_submission.csv; None: all that any table has. Raises ValueError as align_members and combine_members do.
+    """
+    if study_ids is None:
+        study_ids = sorted(
+            {study_id for name, table in tables.items() for study_id in check_predictions(table, name)[0]}
+        )
+    return to_submission(study_ids, combine_members(align_members(study_ids, tables), ensemble, prior)[0])
 
 
 def member_weights(folders):
@@ -711,8 +758,17 @@ def ensemble_for(folders, data, members=MEMBERS):
     if not tables or not labels.is_file():
         print("no out-of-fold predictions or no train.csv: the ensemble's default weights stand")
         return default_ensemble(members)
+    labels = read_labels(labels)
+    # Weights of other data, a phantom's for instance, come with predictions that nothing here can judge.
+    foreign = [m for m, p in align_members(labels["study_id"], tables).items() if not np.isfinite(p).any()]
+    tables = {m: table for m, table in tables.items() if m not in foreign}
+    if foreign:
+        print(f"the out-of-fold predictions of {', '.join(foreign)} are of other studies than train.csv: left out")
+    if not tables:
+        print("the ensemble's default weights stand")
+        return default_ensemble(members)
     print(f"the ensemble's weights are fitted on out-of-fold predictions of {', '.join(tables)}")
-    return _with_default_shares(fit_ensemble(read_labels(labels), tables, members=members), attached)
+    return _with_default_shares(fit_ensemble(labels, tables, members=members), attached)
 
 
 def _with_default_shares(ensemble, attached):

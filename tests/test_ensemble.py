@@ -337,7 +337,7 @@ def test_bad_folds_and_labels_are_refused():
     for bad, message in (
         (folds.drop(columns="fold"), "no column fold"),
         (folds[1:], "study 1000 has no fold"),
-        (pd.concat([folds, folds[:1]]), "two folds"),
+        (pd.concat([folds, folds[1:2].assign(fold=0)]), "study 1001 has two folds"),
         (folds.assign(fold=0), "two folds or more"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -348,6 +348,94 @@ def test_bad_folds_and_labels_are_refused():
         utils.cross_validate_ensemble(labels, {}, folds)
     with pytest.raises(ValueError, match="towards"):
         utils.fit_ensemble(labels, tables, towards="best")
+
+
+def test_folds_and_ids_of_any_type_are_the_same_folds():
+    _, ids, labels, members = case(40)
+    tables = {m: utils.to_submission(ids, p) for m, p in members.items()}
+    folds = pd.DataFrame({"study_id": ids, "fold": np.arange(40) % 4})
+    expected, _ = utils.cross_validate_ensemble(labels, tables, folds)
+    mixed = folds.astype({"fold": object, "study_id": str})
+    mixed.loc[::3, "fold"] = mixed.loc[::3, "fold"].astype(str)
+    for other in (mixed, folds.astype({"fold": float}), pd.concat([folds, folds])):  # the last: a row for each label
+        found, _ = utils.cross_validate_ensemble(labels, tables, other)
+        pd.testing.assert_frame_equal(found, expected)
+
+
+def test_names_spelt_in_two_ways_are_an_error():
+    _, ids, labels, members = case(10)
+    tables = {m: utils.to_submission(ids, p) for m, p in members.items()}
+    prior, ensemble = np.full((5, 5, 3), 1 / 3), utils.fit_ensemble(labels, tables)
+    with pytest.raises(ValueError, match="no weight for 'Level', but for level, yolo"):
+        utils.combine_tables({"yolo": tables["yolo"], "Level": tables["level"]}, ensemble, prior)
+
+
+@pytest.mark.parametrize("table", ["of other studies", "empty"])
+def test_a_table_of_none_of_the_labelled_studies_is_an_error(table):
+    _, ids, labels, members = case(10)
+    tables = {m: utils.to_submission(ids, p) for m, p in members.items()}
+    folds = pd.DataFrame({"study_id": ids, "fold": np.arange(10) % 2})
+    other = utils.to_submission(ids + 5000, members["level"]) if table == "of other studies" else tables["level"][:0]
+    tables["level"] = other
+    for search in (
+        lambda: utils.fit_ensemble(labels, tables),
+        lambda: utils.cross_validate_ensemble(labels, tables, folds),
+    ):
+        with pytest.raises(ValueError, match="level: its table predicts none of the 10 labelled studies"):
+            search()
+
+
+def test_a_member_alone_scores_what_it_would_if_it_were_submitted():
+    grades, ids, labels, members = case(40)
+    members["level"] = np.eye(3)[members["level"].argmax(-1)]  # sure of everything, and sometimes wrong
+    tables = {m: utils.to_submission(ids, p) for m, p in members.items()}
+    folds = pd.DataFrame({"study_id": ids, "fold": np.arange(40) % 4})
+    scores, _ = utils.cross_validate_ensemble(labels, tables, folds)
+    for member, table in tables.items():
+        assert scores.loc[member, "total"] == pytest.approx(utils.competition_score(labels, table)["total"], rel=1e-6)
+
+
+def test_rounded_tables_and_empty_rows_are_fine():
+    _, ids, _, members = case(10)
+    table = utils.to_submission(ids, members["level"]).round(3)
+    assert (table[list(utils.SEVERITIES)].sum(axis=1) < 1 - 9e-4).any()
+    severities = list(utils.SEVERITIES)
+    table.loc[[3, 70], severities] = np.nan
+    _, p = utils.check_predictions(table)
+    assert np.isnan(p).all(-1).sum() == 2 and np.isnan(p).any(-1).sum() == 2
+    table.loc[5, severities[0]] = np.nan
+    with pytest.raises(ValueError, match="three finite numbers"):
+        utils.check_predictions(table)
+
+
+def test_combined_tables_have_every_row():
+    _, ids, _, members = case(6)
+    tables = {m: utils.to_submission(ids, p) for m, p in members.items()}
+    first = tables["yolo"]["row_id"].str.startswith(f"{ids[0]}_")
+    tables["yolo"] = tables["yolo"][~first].sample(frac=1, random_state=0)
+    prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
+    ensemble = utils.default_ensemble(["yolo", "level"])
+    combined = utils.combine_tables(tables, ensemble, prior)
+    assert len(combined) == 6 * 25
+    found, p = utils.from_submission(combined)
+    np.testing.assert_allclose(p[list(found).index(ids[0])], members["level"][0], atol=1e-9)
+    more = utils.combine_tables(tables, ensemble, prior, [*ids, 7])
+    found, p = utils.from_submission(more)
+    assert len(more) == 7 * 25
+    np.testing.assert_allclose(p[list(found).index(7)], prior, atol=1e-9)
+
+
+def test_out_of_fold_tables_of_other_studies_leave_the_defaults(tmp_path, monkeypatch, capsys):
+    _, ids, labels, members = case(10)
+    labels.to_csv(tmp_path / "train.csv", index=False)
+    tables = {m: utils.to_submission(ids + 5000, p) for m, p in members.items()}
+    monkeypatch.setattr(section, "read_out_of_fold", lambda *_, **__: dict(tables))
+    monkeypatch.setattr(section, "member_weights", lambda folders: ({"yolo_scs_0": None, "level_0": None}, []))
+    assert utils.ensemble_for([tmp_path], tmp_path)["found"] == "defaults"
+    assert "yolo, level are of other studies" in capsys.readouterr().out
+    tables["level"] = utils.to_submission(ids, members["level"])
+    found = utils.ensemble_for([tmp_path], tmp_path)
+    assert found["found"] != "defaults" and 0 < found["weights"]["spinal"]["yolo"] < 1
 
 
 def test_a_kept_ensemble_json_brings_its_stacker(bed, tmp_path):
