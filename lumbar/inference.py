@@ -1,6 +1,7 @@
 """Inference: a study in, 25 rows out, whatever is broken."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import queue
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 
 from .classifiers import crops_to_studies, cut_crops, load_classifier, predict_crops
 from .dicom import Study, normalise_study, read_study
-from .ensemble import MEMBERS, combine_members, default_ensemble, member_weights, read_out_of_fold
+from .ensemble import MEMBERS, combine_members, member_alone, member_weights, read_out_of_fold
 from .files import read_descriptions, to_submission
 from .geometry import boxes_to_table
 from .levels import _locating_key, locate_levels_surely
@@ -146,7 +147,7 @@ class Prepared:
 
     boxes: five LevelBoxes, None without a readable image; crops: dict of _crop_key -> cut_crops' array, or the
     Exception that cutting raised; problems: list of sentences; seconds: dict of reading, locating and cropping, empty
-    where the work was given up.
+    where the work was given up; cutting: how much of the cropping was for which member.
     """
 
     study: Study
@@ -154,6 +155,7 @@ class Prepared:
     crops: dict
     problems: list
     seconds: dict
+    cutting: dict = field(default_factory=dict)
 
 
 def _crop_key(crop):
@@ -199,12 +201,14 @@ def prepare_study(folder, descriptions, members, wanted=("level", "study")):
         problem = f"no level can be placed ({type(error).__name__}: {error})"
     if problem:
         problems.append(f"levels: {problem}")
-    seconds["locating"], started = time.perf_counter() - started, time.perf_counter()
+    seconds["locating"], cutting = time.perf_counter() - started, {}
     for scope in wanted:
+        started = time.perf_counter()
         for _, about in getattr(members, scope):
             _cut(study, boxes, about["crop"], members.device, crops)
-    seconds["cropping"] = time.perf_counter() - started
-    return Prepared(study, boxes, crops, problems, seconds)
+        cutting[scope] = time.perf_counter() - started
+    seconds["cropping"] = sum(cutting.values())
+    return Prepared(study, boxes, crops, problems, seconds, cutting)
 
 
 def _cut(study, boxes, crop, device, crops):
@@ -269,7 +273,8 @@ def _together_or_alone(work, items):
 
 
 def _classify(scope, batch, members, views):
-    """A classifier member on Prepared studies: list of (5, 5, 3) probabilities or Exceptions.
+    """A classifier member on Prepared studies: list of ((5, 5, 3) probabilities, NaN where all folds failed; list of
+    sentences about those that did).
 
     Folds mostly see the same crops through the same views: those go through all their models in one go.
     """
@@ -278,31 +283,30 @@ def _classify(scope, batch, members, views):
     for model, about in own:
         key = _crop_key(about["crop"]), json.dumps(_views(about, views))
         groups.setdefault(key, (about["crop"], _views(about, views), []))[2].append(model)
-    logs = [np.zeros((len(CONDITIONS), len(LEVELS), len(SEVERITIES))) for _ in batch]
-    failed = {}
+    logs = np.zeros((len(batch), len(CONDITIONS), len(LEVELS), len(SEVERITIES)))
+    folds, failed = np.zeros(len(batch)), [{} for _ in batch]
     for crop, chosen, models in groups.values():
-        cut = {
-            k: _cut_again(p.study, p.boxes, crop, members.device, p.crops)
-            for k, p in enumerate(batch)
-            if k not in failed
-        }
-        failed |= {k: crops for k, crops in cut.items() if isinstance(crops, Exception)}
-        there = [k for k in cut if k not in failed]
+        cut = [_cut_again(p.study, p.boxes, crop, members.device, p.crops) for p in batch]
+        there = [k for k, crops in enumerate(cut) if not isinstance(crops, Exception)]
 
         def work(numbers, crop=crop, chosen=chosen, models=models, cut=cut):
             crops = np.concatenate([cut[k] for k in numbers])
             levels = np.tile(np.arange(len(LEVELS)), len(numbers)) if scope == "level" else None
             return list(crops_to_studies(_predict(models, crops, crop, levels, chosen), scope))
 
-        for k, predicted in zip(there, _together_or_alone(work, there) if there else [], strict=True):
+        found = dict(zip(there, _together_or_alone(work, there) if there else [], strict=True))
+        for k, crops in enumerate(cut):
+            predicted = found.get(k, crops)
             if not isinstance(predicted, Exception) and not np.isfinite(predicted).all():
                 predicted = ValueError("the network's answer is not finite")
             if isinstance(predicted, Exception):
-                failed[k] = predicted
+                failed[k][f"{scope}: {type(predicted).__name__}: {predicted}"] = True  # once, whatever the folds
             else:
                 logs[k] += len(models) * np.log(np.clip(predicted, 1e-12, 1))
-    means = [np.exp(log / len(own)) for log in logs]
-    return [failed.get(k, mean / mean.sum(-1, keepdims=True)) for k, mean in enumerate(means)]
+                folds[k] += len(models)
+    means = np.exp(logs / np.maximum(folds, 1)[:, None, None, None])
+    means = np.where(folds[:, None, None, None] > 0, means / means.sum(-1, keepdims=True), np.nan)
+    return [(mean, list(sentences)) for mean, sentences in zip(means, failed, strict=True)]
 
 
 _FEW_PATCHES = 4  # that go through a detector together where memory is short
@@ -370,15 +374,7 @@ def predict_studies(batch, members, views=None, clock=time.perf_counter):
         if member == "yolo":
             results = _detect(part, members, views[member])
         else:
-            results = [
-                (
-                    np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan),
-                    [f"{member}: {type(r).__name__}: {r}"],
-                )
-                if isinstance(r, Exception)
-                else (r, [])
-                for r in _classify(member, part, members, views[member])
-            ]
+            results = _classify(member, part, members, views[member])
         for k, (found, sentences) in zip(readable, results, strict=True):
             predictions[k][member] = found
             problems[k] += sentences
@@ -459,9 +455,10 @@ class Schedule:
     anywhere; started: the clock when the limit began to run.
 
     What a member costs is measured while it runs (see note). When the projected end exceeds the limit less the
-    reserve, views are dropped first, the last and least useful ones of all members alike; then members, those with the
-    least weight for their seconds first, but never all; and when not even a batch of the last one fits, everything.
-    What reading alone takes is not made up by dropping members. The choice is made anew for each batch.
+    reserve, views are dropped first, the last and least useful ones of all members alike; then members: those with the
+    most weight stay that are in time for every study, and where none is, the fastest for as many as it can; and when
+    not even a batch of that fits, everything. What reading alone takes is not made up by dropping members. The choice
+    is made anew for each batch.
     """
 
     def __init__(self, views, weights, hours=9.0, reserve=0.5, readers=1, clock=time.monotonic, started=None):
@@ -477,7 +474,8 @@ class Schedule:
         return self.clock() - self.started
 
     def note(self, step, seconds, units):
-        """A member took `seconds` for `units` studies times views (or "preparing" for studies)."""
+        """A member took `seconds` for `units` studies times views; or for studies "preparing", of which that member's
+        crops apart ("cutting level", "cutting study")."""
         if units:
             self.spent.setdefault(step, deque(maxlen=20)).append((seconds, units))
 
@@ -490,9 +488,13 @@ class Schedule:
     def _network_s(self, choice):
         return sum(self.cost_s(member) * views for member, views in choice.items())
 
+    def _preparing_s(self, choice):
+        cutting = sum(self.cost_s(f"cutting {member}") for member in choice)
+        return (self.cost_s("preparing") + cutting) / self.readers
+
     def pace_s(self, choice):
         """Seconds a study with this choice: what is slower of the networks and of preparing."""
-        pace = max(self._network_s(choice), self.cost_s("preparing") / self.readers)
+        pace = max(self._network_s(choice), self._preparing_s(choice))
         real, thought = (sum(values) for values in zip(*self.expected, strict=True)) if self.expected else (0, 0)
         return pace * max(1.0, real / thought if thought else 1.0)
 
@@ -503,7 +505,7 @@ class Schedule:
         """
         self.batches += 1
         if self.batches > 1:  # the first one waits for studies that nobody has read ahead
-            thought = max(self._network_s(self.choice), self.cost_s("preparing") / self.readers) * studies
+            thought = max(self._network_s(self.choice), self._preparing_s(self.choice)) * studies
             self.expected.append((seconds, thought))
 
     def plan(self, left, batch=1, whole=False):
@@ -513,22 +515,28 @@ class Schedule:
         """
         time_s = self.limit_s - self.used_s()
         choice, projected = dict(self.views), left * self.pace_s(self.views)
-        preparing = self.cost_s("preparing") / self.readers
-
-        def late():
-            return not whole and left * self.pace_s(choice) > time_s and self._network_s(choice) > preparing
-
-        while late() and max(choice.values()) > 1:
-            most = max(choice.values()) - 1
-            choice = {member: min(views, most) for member, views in choice.items()}
-        while late() and len(choice) > 1:
-            del choice[min(choice, key=lambda m: self.weights.get(m, 0.0) / max(self.cost_s(m), 1e-9))]
+        if not whole and projected > time_s:
+            # Late by how much, then what it is worth, then how many views.
+            choice = max(
+                self._choices(),
+                key=lambda c: (min(0.0, time_s - left * self.pace_s(c)), self._weight(c), sum(c.values())),
+            )
         if time_s <= 0 or min(batch, left) * self.pace_s(choice) > time_s:
             choice = {}
         end = (self.used_s() + projected) / 3600
         self.reason = "" if choice == self.views else f"with everything the end would come after {end:.2f} h"
         self.choice = choice
         return choice
+
+    def _choices(self):
+        """All members or some, with all views or the first ones."""
+        for most in range(max(self.views.values()), 0, -1):
+            for count in range(len(self.views), 0, -1):
+                for some in itertools.combinations(self.views, count):
+                    yield {member: min(self.views[member], most) for member in some}
+
+    def _weight(self, choice):
+        return sum(self.weights.get(member, 0.0) for member in choice)
 
     def dropped(self):
         """The last plan's losses, in words."""
@@ -601,6 +609,37 @@ class _Ahead:
 # ---- Finished studies ----
 
 
+def images_digest(folder):
+    """A short hash of the names and sizes of the files in a study's folder: it changes when a file is mended.
+
+    Times are left out, which every mounting of the same data sets anew. Links to folders are not followed. Never
+    raises: what cannot be looked at counts as absent.
+    """
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        for name in files:
+            path = os.path.join(place, name)
+            try:
+                found.append(f"{os.path.relpath(path, folder)} {os.stat(path).st_size}")
+            except OSError:
+                continue
+    return hashlib.sha256("\n".join(sorted(found)).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def mended_studies(data, split, log):
+    """Ids (list of int) of the studies that had problems when `log` was written, and whose files are others now.
+
+    log: infer_studies' log or its CSV; without its column `files` (of an earlier version) nothing can be told.
+    """
+    if "files" not in log.columns:
+        return []
+    rows = log[log["problems"].fillna("") != ""]
+    folder = Path(data) / f"{split}_images"
+    pairs = zip(rows["study_id"], rows["files"].fillna(""), strict=True)
+    return [int(study_id) for study_id, files in pairs if images_digest(folder / str(study_id)) != files]
+
+
 def _results_key(members, views):
     """What a study's result depends on besides its images, as a hash: the members' metadata, what locates levels."""
     detector = members.detector if isinstance(members.detector, str) else members.detector.__qualname__
@@ -609,7 +648,7 @@ def _results_key(members, views):
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
 
 
-_RESULTS_VERSION = 2  # to be raised when the same weights give other predictions
+_RESULTS_VERSION = 3  # to be raised when the same weights give other predictions
 
 
 def _digest(result):
@@ -675,10 +714,10 @@ def infer_studies(
     it anew; a new process (on Kaggle a new session, with a clock of its own) does. readers: threads that read, locate
     and cut the studies to come, default as many as the CPU has cores, at most 4.
 
-    Each finished study is saved in out/studies, so a restart continues; a damaged one, or one of other weights, is
-    done again. One predicted with less for want of time is saved, too, and a restart does it again with everything, as
-    far as there is time after those without a result. One left to the prior is not saved, nor one that was given up or
-    found the device's memory full: these may go better another time.
+    Each finished study is saved in out/studies, so a restart continues; a damaged one, one of other weights, or one
+    whose files have changed is done again. One predicted with less for want of time is saved, too, and a restart does
+    it again with everything, as far as there is time after those without a result. One without a readable image is not
+    saved, nor one that was given up or found the device's memory full: these may go better another time.
     Memory does not grow with the number of studies: at most 2 * batch_studies + readers of them are held, and what one
     may hold is bounded too (see dicom.MAX_SLICES). A batch's company does not change a study's result, up to rounding
     in the networks.
@@ -688,7 +727,7 @@ def infer_studies(
     condition and level; and if the weights carry none, the class prior (complete_prior). The log says which, and why:
     columns study_id; members, partial (those that say something of all rows, of some); rows_from; prior_rows (of both
     priors); levels; dropped (for want of time); *_s seconds, of which `seconds` is the study's share of the whole
-    run's time; problems.
+    run's time; problems; files (images_digest).
 
     Raises RuntimeError when a member that was loaded failed in every study: that is a mistake in the set-up, not bad
     luck with the data; and when the device itself fails, of which nothing is saved, so that a restart continues (while
@@ -699,13 +738,24 @@ def infer_studies(
     readers = readers or min(4, os.cpu_count() or 1)
     jobs = studies_to_predict(data, split)
     key = _results_key(members, views)
-    results = {study_id: _load_result(folder / f"{study_id}.json", key) for study_id in jobs}
+    images, digests = Path(data) / f"{split}_images", {}
+
+    def key_of(study_id):
+        if study_id not in digests:
+            digests[study_id] = images_digest(images / str(study_id))
+        return f"{key} {digests[study_id]}"
+
+    saved = {study_id: folder / f"{study_id}.json" for study_id in jobs}
+    results = {i: _load_result(path, key_of(i)) if path.is_file() else None for i, path in saved.items()}
     todo = [study_id for study_id, result in results.items() if result is None]
     again = [study_id for study_id, result in results.items() if result and result["dropped"]]
     counts = {m: max(len(_views(about, views)) for about in abouts) for m, abouts in _abouts(members).items()}
     weights = {m: float(np.mean([group.get(m, 0.0) for group in ensemble["weights"].values()])) for m in counts}
     if not counts:
         raise ValueError("no member to predict with: load_members loads them")
+    for member in counts:
+        if not any(member in known for known in ensemble["weights"].values()):
+            raise ValueError(f"the ensemble has no weight for the member {member}: fit it with that, too")
     clock_key = str(folder.resolve())
     started = _STARTED.setdefault(clock_key, clock())
     schedule = Schedule(counts, weights, hours, reserve, readers, clock, started)
@@ -713,9 +763,9 @@ def infer_studies(
     def prepare(study_id):
         begun = clock()
         wanted = [scope for scope in ("level", "study") if scope in schedule.choice]
-        folder = Path(data) / f"{split}_images" / str(study_id)
         try:
-            prepared = prepare_study(folder, jobs[study_id], members, wanted)
+            key_of(study_id)  # before reading: files that change meanwhile are read again by a restart
+            prepared = prepare_study(images / str(study_id), jobs[study_id], members, wanted)
         except Exception as error:  # nothing known does this; whoever waits for the study shall not wait in vain
             problem = f"given up ({type(error).__name__}: {error}), every row is the prior"
             prepared = Prepared(Study(study_id, []), None, {}, [problem], {})
@@ -751,10 +801,11 @@ def infer_studies(
                     sentences = prepared.problems + failed + ([failure] if failure else [])
                     study_id = prepared.study.study_id
                     # What may go better another time is not saved, and does not take the place of what was.
-                    sound = prepared.seconds and not failure and not _out_of_memory(sentences)
+                    sound = prepared.study.volumes and not failure and not _out_of_memory(sentences)
                     if sound or results[study_id] is None:
-                        path = folder / f"{study_id}.json" if sound else None
-                        results[study_id] = _save_result(path, _result(prepared, predicted, sentences, key, extra))
+                        extra["files"] = digests.get(study_id, "")
+                        result = _result(prepared, predicted, sentences, f"{key} {extra['files']}", extra)
+                        results[study_id] = _save_result(saved[study_id] if sound else None, result)
                 end_s = schedule.used_s() + (left - len(batch)) * schedule.pace_s(schedule.choice)
                 limit = f" of {_hours(hours * 3600)}" if hours > 0 else ""
                 bar.set_postfix_str(f"end at {_hours(end_s)}{limit} h", refresh=False)
@@ -796,7 +847,9 @@ def _take(ahead, study_id, schedule):
     """The next Prepared study; one without images, and the reason, where preparing it hangs."""
     try:
         prepared, seconds = ahead.take(PATIENCE_S, max(1.0, schedule.limit_s - schedule.used_s()))
-        schedule.note("preparing", seconds, 1)
+        schedule.note("preparing", max(0.0, seconds - sum(prepared.cutting.values())), 1)
+        for member, cutting in prepared.cutting.items():
+            schedule.note(f"cutting {member}", cutting, 1)
         return prepared
     except queue.Empty:
         problem = f"given up: not read and located in {PATIENCE_S:.0f} s or before the end, every row is the prior"
@@ -832,7 +885,8 @@ def _collect(jobs, results, members, ensemble, folder):
         for member, values in result["predictions"].items():
             values = np.asarray(values, np.float64)
             stack[member][number] = np.where(values < 0, np.nan, values)
-    probabilities, count = combine_members(stack or {"study": np.full(shape, np.nan)}, ensemble, prior)
+    silent = dict.fromkeys(ensemble["weights"]["spinal"], np.full(shape, np.nan))
+    probabilities, count = combine_members(stack or silent, ensemble, prior)
     log = []
     for number, (study_id, result) in enumerate(results.items()):
         there = {m: np.isfinite(stack[m][number]).all(-1) for m in names}
@@ -855,11 +909,12 @@ def _collect(jobs, results, members, ensemble, folder):
                 **{f"{step}_s": result.get(f"{step}_s", 0.0) for step in (*STEPS, "predicting")},
                 "seconds": result.get("seconds", 0.0),
                 "problems": " | ".join(result["problems"]),
+                "files": result.get("files", ""),
             }
         )
     _refuse_lost_members(members, results, stack, folder)
     ids = np.array(list(jobs), np.int64)
-    tables = {m: to_submission(ids, combine_members({m: stack[m]}, default_ensemble([m]), prior)[0]) for m in names}
+    tables = {m: to_submission(ids, member_alone(stack[m], prior)) for m in names}
     levels = [row for result in results.values() for row in result["levels"]]
     return (
         to_submission(ids, probabilities),
