@@ -138,7 +138,10 @@ def make_backbone(name, img_size):
     from timm_3d.models.maxxvit import MaxxVit
 
     # The pretrained weights are for 2D images and another number of channels; and nothing is downloaded.
-    return MaxxVit(config, img_size=tuple(img_size), in_chans=len(DESCRIPTIONS), num_classes=0, global_pool="")
+    net = MaxxVit(config, img_size=tuple(img_size), in_chans=len(DESCRIPTIONS), num_classes=0, global_pool="")
+    # Some have a hidden layer there, which is not used and for whose gradients several GPUs would wait.
+    net.head.requires_grad_(False)
+    return net
 
 
 class LevelAttention(nn.Module):
@@ -684,13 +687,17 @@ def epoch_batches(count, batch, accumulate, processes, seed):
     return [part.tolist() for step in steps for part in step.tensor_split(parts)], parts
 
 
-def with_partners(batches):
-    """The batches of an epoch, those of one item with that of the next batch behind it, for mix_crops to blend with.
+def with_partners(batches, mixes):
+    """The batches of an epoch, those of one item that are to be mixed with that of the next batch behind it.
 
-    Which item that is depends on the whole epoch's order alone, and so not on who works on the batches.
+    mixes: a bool for each batch. Which item it is depends on the whole epoch's order alone, and so not on who works on
+    the batches.
     """
     nexts = [*batches[1:], batches[0]]
-    return [batch if len(batch) > 1 else [*batch, after[0]] for batch, after in zip(batches, nexts, strict=True)]
+    return [
+        [*batch, after[0]] if mix and len(batch) == 1 else batch
+        for batch, after, mix in zip(batches, nexts, mixes, strict=True)
+    ]
 
 
 def _seed_of(*numbers):
@@ -698,6 +705,16 @@ def _seed_of(*numbers):
     # Their count goes in, too: SeedSequence takes (1, 2) and (1, 2, 0) for the same.
     words = [n % 2**32 for n in (len(numbers), *numbers)]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint32)[0])
+
+
+def decayed_parameters(model):
+    """(parameters of an OrdinalClassifier that weight decay pulls to 0, the others): weights, but not biases, nor the
+    heads' cut points, which would drift from the classes' frequencies, nor where each level lies."""
+    groups = ([], [])
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim <= 1 or name.startswith("heads.") or name.endswith("attention.position")
+        groups[plain].append(parameter)
+    return groups
 
 
 class _StepNorms:
@@ -765,8 +782,7 @@ class _Training:
         self.average = torch.optim.swa_utils.AveragedModel(
             self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config["ema"]), use_buffers=True
         )
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        decayed, others = decayed_parameters(self.model)
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
             lr=config["learning_rate"],
@@ -812,11 +828,14 @@ class _Training:
         batches, parts = epoch_batches(len(train), config["batch"], config.get("accumulate", 1), count, _seed_of(*seed))
         # There are as many for each process: nothing is added or dropped.
         mine = list(torch.utils.data.DistributedSampler(batches, count, rank(), shuffle=False))
-        loaded = with_partners(batches) if config.get("mix") else batches
+        draws = (np.random.default_rng(_seed_of(*seed, number, 1)).random() for number in range(len(batches)))
+        mixes = [draw < config.get("mix", 0.0) for draw in draws]
+        loaded = with_partners(batches, mixes)
         loader = torch.utils.data.DataLoader(
             train,
             batch_sampler=[loaded[number] for number in mine],
             num_workers=workers,
+            prefetch_factor=1 if workers and train.per_study == 1 else None,  # a whole study is 175 MB at full size
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(0),
         )
@@ -828,22 +847,23 @@ class _Training:
             self.norms.batch(turn % parts)
             with contextlib.nullcontext() if last or count == 1 else self.network.no_sync():
                 batch = (crops.to(device), level.to(device), grades.to(device))
-                sums += self._batch(*batch, len(batches[number]), train.crop, (*seed, number))
+                sums += self._batch(*batch, len(batches[number]), mixes[number], train.crop, (*seed, number))
             if last:
                 losses.append(self._step(sums))
                 sums = torch.zeros(2, device=device)
         losses = [loss for loss in losses if math.isfinite(loss)]
         return float(np.mean(losses)) if losses else math.nan
 
-    def _batch(self, crops, level, grades, own, crop, seed):
-        """Augment a batch and add the gradients of its first `own` items. Returns (2,): their weighted_losses."""
+    def _batch(self, crops, level, grades, own, mix, crop, seed):
+        """Augment a batch, mix it or not, and add the gradients of its first `own` items. Returns (2,): their
+        weighted_losses."""
         seed = _seed_of(*seed)
         torch.manual_seed(seed)  # noise and dropout, on the device
         generator = torch.Generator().manual_seed(seed)
         mixed = None
         with torch.no_grad():
             inputs, grades = augment_crops(crops, grades, crop, generator, self.config["strength"])
-            if torch.rand((), generator=generator) < self.config.get("mix", 0.0):
+            if mix:
                 inputs, *mixed = mix_crops(inputs, generator)
                 mixed = [x[:own] for x in mixed]
             inputs = inputs[:own]
@@ -944,9 +964,10 @@ def _train(out, name, train, valid, config, seed, device, workers):
     training = _Training(train, config, seed, device)
     history, best, first_epoch = [], math.inf, 0
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         training.load_state(saved)
         history, best, first_epoch = saved["history"], saved["best"], saved["epoch"]
+        del saved  # twice the model, for as long as the training lasts
     all_sum(torch.zeros(1, device=device))  # all have read the checkpoint before the first may replace or remove it
     with progress(total=config["epochs"], desc=name, initial=first_epoch, disable=rank() > 0) as bar:
         for epoch in range(first_epoch, config["epochs"]):

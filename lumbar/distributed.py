@@ -5,8 +5,10 @@ no group of processes was formed.
 """
 
 import codecs
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from datetime import timedelta
@@ -55,8 +57,6 @@ def launch(folder, job, processes):
     done. Raises RuntimeError with the last lines as soon as one fails: torchrun then ends the others. They end with
     this process, too, also when it is killed outright.
     """
-    import ctypes
-    import signal
     import subprocess
 
     folder = Path(folder)
@@ -129,11 +129,13 @@ def run_job(folder):
         raise
 
 
-if __name__ == "__main__":
+def end_with_parent():
+    """From here on this process is killed when the one that started it ends: torchrun, killed outright, leaves its
+    processes at work. On Linux only (prctl's PR_SET_PDEATHSIG is 1)."""
     if sys.platform == "linux":
-        import ctypes
-        import signal
-
-        # When torchrun is killed outright its processes go with it (prctl's PR_SET_PDEATHSIG is 1).
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    end_with_parent()
     run_job(sys.argv[1])

@@ -14,6 +14,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
+from .distributed import end_with_parent
 from .names import progress
 
 
@@ -53,6 +54,10 @@ class PatchTrainer(DetectionTrainer):
             fraction=1.0,
         )
 
+    def _setup_ddp(self):
+        end_with_parent()  # where time_limit ends the notebook, torchrun is killed, and these would go on writing
+        super()._setup_ddp()
+
     def build_optimizer(self, *arguments, **named):
         optimizer = super().build_optimizer(*arguments, **named)
         if self.device.type == "cpu" and isinstance(optimizer, torch.optim.AdamW):
@@ -79,6 +84,11 @@ class PatchTrainer(DetectionTrainer):
                     self.bar = progress(desc=self.data.get("title"), total=self.epochs, initial=self.start_epoch)
                 else:
                     self.bar.update()
+        elif event == "on_fit_epoch_end" and self.bar is not None:
+            said = {"loss": f"{sum(self.label_loss_items(self.tloss).values()):.3f}"}
+            if "metrics/mAP50(B)" in self.metrics:  # not on a CPU, where nothing is validated
+                said["mAP50"] = f"{self.metrics['metrics/mAP50(B)']:.3f}"
+            self.bar.set_postfix(said, refresh=False)
         elif event == "on_train_end" and self.bar is not None:
             self.bar.update()
             self.bar.close()

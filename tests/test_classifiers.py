@@ -435,7 +435,12 @@ def test_mixed_inputs_count_both_label_sets(scope):
 
 
 def test_crops_that_come_one_by_one_are_mixed_with_the_next_batch(tmp_path, monkeypatch):
-    assert classifiers.with_partners([[3, 1], [2], [0]]) == [[3, 1], [2, 0], [0, 3]]
+    assert classifiers.with_partners([[3, 1], [2], [0], [4]], [True, True, False, True]) == [
+        [3, 1],
+        [2, 0],
+        [0],
+        [4, 3],
+    ]
     train, seen = Blobs(2, 0), []
     config = {**CONFIG, "batch": 1, "accumulate": 2, "strength": 0.0, "mix": 1.0}
     training = classifiers._Training(train, config, 0, torch.device("cpu"))
@@ -609,6 +614,26 @@ def test_other_processes_cut_the_crops_of_held_out_studies(tmp_path):
         assert len(set(processes)) == 2 and str(os.getpid()) not in processes if workers else len(set(processes)) == 1
     np.testing.assert_array_equal(*found)
     assert (found[0][:, [1, 3]] == 0).all() and np.abs(found[0][:, 0] - found[0][:, 4]).max() > 1e-3
+
+
+def test_every_trained_parameter_has_a_gradient():
+    """What has none stops DistributedDataParallel; some backbones have a hidden layer in the head that is not used."""
+    model = utils.OrdinalClassifier("level", "coatnet_0", (64, 64, 64), np.full((5, 5, 3), 1 / 3))
+    assert any(name.startswith("backbone.head.") for name, _ in model.named_parameters())
+    model(torch.rand(2, 3, 64, 64, 64), torch.tensor([0, 1])).sum().backward()
+    lacking = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not lacking
+
+
+@pytest.mark.parametrize("scope", ["level", "study"])
+def test_cut_points_and_places_do_not_decay(scope):
+    model = utils.OrdinalClassifier(scope, "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, others = ({names[id(p)] for p in group} for group in utils.decayed_parameters(model))
+    assert not decayed & others and decayed | others == set(names.values())
+    assert {"heads.first", "heads.gap", "score.bias"} <= others and "score.weight" in decayed
+    assert ("attention.position" in others) == (scope == "study")
+    assert all(model.get_parameter(name).ndim > 1 for name in decayed)
 
 
 def test_backbones():

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -630,6 +632,7 @@ def trained(dataset):
     assert finished.returncode == 0, finished.stderr[-2000:]
     unstopped = child("go", whole)
     assert unstopped.returncode == 0, unstopped.stderr[-2000:]
+    assert re.search(r"yolo nfn fold 0.*loss=\d+\.\d+", unstopped.stderr)  # the bar says how it goes
     return out / "yolo_nfn_0.safetensors", out / "run_nfn_0", before, whole / "yolo_nfn_0.safetensors"
 
 
@@ -748,6 +751,46 @@ def test_processes_for_several_gpus_find_the_trainer(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.split()[-2:] == ["lumbar.yolo_trainer", "DetectionTrainer"]
+
+
+ORPHAN = """
+import sys, time
+import utils, lumbar.yolo
+from pathlib import Path
+lumbar.yolo.prepare_ultralytics(sys.argv[1])
+from lumbar.yolo_trainer import DetectionTrainer, PatchTrainer
+DetectionTrainer._setup_ddp = lambda self: None
+PatchTrainer._setup_ddp(PatchTrainer.__new__(PatchTrainer))
+Path(sys.argv[1], "ready").touch()
+time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes end with their parent on Linux only")
+def test_processes_for_several_gpus_end_with_torchrun(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    # Stands for torchrun: starts a process, and is killed outright.
+    parent = "import subprocess, sys; p = subprocess.Popen(sys.argv[1:]); print(p.pid, flush=True); p.wait()"
+    command = [sys.executable, "-c", parent, sys.executable, tmp_path / "orphan.py", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as started:
+        child = int(started.stdout.readline())
+        until = time.monotonic() + 120
+        while not (tmp_path / "ready").exists() and time.monotonic() < until:
+            time.sleep(0.2)
+        assert (tmp_path / "ready").exists() and _runs(child)
+        started.kill()
+    until = time.monotonic() + 30
+    while _runs(child) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not _runs(child)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_all_gpus_are_used_as_far_as_each_gets_an_image(monkeypatch):
