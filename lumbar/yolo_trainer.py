@@ -86,8 +86,8 @@ class PatchTrainer(DetectionTrainer):
                     self.bar.update()
         elif event == "on_fit_epoch_end" and self.bar is not None:
             said = {"loss": f"{sum(self.label_loss_items(self.tloss).values()):.3f}"}
-            if "metrics/mAP50(B)" in self.metrics:  # not on a CPU, where nothing is validated
-                said["mAP50"] = f"{self.metrics['metrics/mAP50(B)']:.3f}"
+            if self.args.val:  # not on a CPU, where it would only cost time: it chooses nothing
+                said["mAP50"] = f"{self.metrics.get('metrics/mAP50(B)', 0.0):.3f}"
             self.bar.set_postfix(said, refresh=False)
         elif event == "on_train_end" and self.bar is not None:
             self.bar.update()

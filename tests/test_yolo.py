@@ -633,6 +633,7 @@ def trained(dataset):
     unstopped = child("go", whole)
     assert unstopped.returncode == 0, unstopped.stderr[-2000:]
     assert re.search(r"yolo nfn fold 0.*loss=\d+\.\d+", unstopped.stderr)  # the bar says how it goes
+    assert "mAP50=" not in unstopped.stderr  # nothing is validated on a CPU
     return out / "yolo_nfn_0.safetensors", out / "run_nfn_0", before, whole / "yolo_nfn_0.safetensors"
 
 
