@@ -1,9 +1,11 @@
 """The lumbar kit: one front for all shared code, in the order in which data flows.
 
  1. lumbar/names.py        conditions, levels, severities, the columns of tables, progress bars
+                           (storage.py: files that are written whole or not at all)
  2. lumbar/stages.py       checked parameters; one folder and one manifest a stage; running notebooks
  3. lumbar/files.py        train.csv and friends, submissions, competition_score, folds
- 4. lumbar/dicom.py        DICOM files -> Volume(array, affine to LPS mm) -> Study
+ 4. lumbar/dicom.py        DICOM files -> slices -> volumes
+                           (volume.py: Volume(array, affine to LPS mm), Study; preprocess.py: every study of a split)
  5. lumbar/geometry.py     level boxes, crops, whole-study grids, the point cloud
  6. lumbar/spinenet.py     vertebral bodies by vector-field regression: network, training, detection
  7. lumbar/levels.py       detections named in one chain; a box per level; how good they are
@@ -44,9 +46,12 @@ from lumbar.levels import *
 from lumbar.looking import *
 from lumbar.names import *
 from lumbar.official import *
+from lumbar.preprocess import *
 from lumbar.randomise import *
 from lumbar.spinenet import *
 from lumbar.stages import *
+from lumbar.storage import *
 from lumbar.viewer import *
 from lumbar.views import *
+from lumbar.volume import *
 from lumbar.yolo import *

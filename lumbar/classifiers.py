@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
-from .dicom import load_study
 from .distributed import all_sum, launch, processes_for, rank, world
 from .files import class_prior, score_arrays
 from .geometry import boxes_from_table, crop_level, crop_study, study_box
@@ -28,13 +27,12 @@ from .names import (
     MIRRORED_CONDITIONS,
     SEVERITIES,
     SEVERITY_WEIGHTS,
-    _plain,
     device_for,
     progress,
-    write_csv,
-    write_json,
 )
+from .storage import plain, write_csv, write_json
 from .views import TTA_VIEWS, choose_views, cross_fitted_views, deal_parts
+from .volume import load_study
 
 
 def cumulative_log_probabilities(score, cutpoints):
@@ -274,7 +272,7 @@ def _write_classifier(path, state, about):
 
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    save_file(state, temporary, metadata={"classifier": json.dumps(about, default=_plain)})
+    save_file(state, temporary, metadata={"classifier": json.dumps(about, default=plain)})
     os.replace(temporary, path)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .names import write_json
+from .storage import write_json
 
 
 def rank():

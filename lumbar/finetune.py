@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .dicom import load_study
 from .geometry import boxes_from_table, coordinates_to_lps
 from .levels import compare_with_labels, complete_vertebrae, level_boxes, merge_vertebrae, name_vertebrae, study_anchors
 from .names import LEVEL_VERTEBRAE, LEVELS, progress
 from .spinenet import _LUMBAR, Vertebra, detect_vertebrae, spinenet_records
+from .volume import load_study
 
 # ----------------------------------------------------------------------------------------------------------------
 #  9. Fine-tuning on label points

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from .classifiers import crops_to_studies, cut_crops, load_classifier, predict_crops
-from .dicom import Study, normalise_study, read_study
+from .dicom import read_study
 from .ensemble import MEMBERS, combine_members, member_alone, member_weights, read_out_of_fold
 from .files import read_descriptions, to_submission
 from .geometry import boxes_to_table
@@ -32,13 +32,13 @@ from .names import (
     SEVERITIES,
     SEVERITY_WEIGHTS,
     SUBMISSION_COLUMNS,
-    _plain,
     device_for,
     progress,
-    write_json,
 )
 from .official import official_detector
 from .spinenet import load_spinenet
+from .storage import plain, write_json
+from .volume import Study, normalise_study
 from .yolo import load_yolo, without_frames, yolo_studies
 
 
@@ -645,7 +645,7 @@ def _results_key(members, views):
     detector = members.detector if isinstance(members.detector, str) else members.detector.__qualname__
     spinenet = _locating_key(members.spinenet, getattr(members.spinenet, "about", None), detector)
     known = [_RESULTS_VERSION, views, _abouts(members), spinenet]
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 
 _RESULTS_VERSION = 3  # to be raised when the same weights give other predictions
@@ -660,7 +660,7 @@ def _save_result(path, result):
 
     A disk that is full costs the restart, not the run.
     """
-    result = json.loads(json.dumps(result, default=_plain))
+    result = json.loads(json.dumps(result, default=plain))
     try:
         if path:
             write_json(path, {"result": result, "sha256": _digest(result)})

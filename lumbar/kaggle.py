@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .names import write_json
 from .stages import ALL_FOLDS, MEMBER_STAGES, check_notebook_parameters
+from .storage import write_json
 
 KAGGLE_OWNER_PLACEHOLDER = "your-kaggle-user"
 KAGGLE_INPUT = "/kaggle/input"

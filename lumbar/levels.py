@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from .dicom import load_study
 from .geometry import LevelBox, boxes_from_table, boxes_to_table, coordinates_to_lps, study_box
-from .names import LEVEL_TABLE_COLUMNS, LEVEL_VERTEBRAE, LEVELS, VERTEBRAE, progress, write_json
+from .names import LEVEL_TABLE_COLUMNS, LEVEL_VERTEBRAE, LEVELS, VERTEBRAE, progress
 from .official import official_detector
 from .spinenet import (
     _CHAIN,
@@ -28,6 +27,8 @@ from .spinenet import (
     vertebrae_from_table,
     vertebrae_to_table,
 )
+from .storage import write_json
+from .volume import load_study
 
 # ----------------------------------------------------------------------------------------------------------------
 #  7. Levels: named vertebrae, a box for each disc level, and how good they are

@@ -3,7 +3,6 @@
 import html
 import itertools
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .dicom import load_study
 from .ensemble import align_members
 from .files import class_prior, make_folds, score_arrays, term_sums
 from .geometry import boxes_from_table, coordinates_to_lps, nearest_slice, point_cloud
 from .levels import compare_with_labels
 from .names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, LEVELS, SEVERITY_WEIGHTS
+from .storage import write_text
+from .volume import load_study
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness. Severity is also always written.
 # The levels' colours are lightened, for lines on dark images.
@@ -785,15 +785,6 @@ def short(value, digits=3):
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(short(item, digits) for item in value)}]"
     return str(value)
-
-
-def write_text(path, text):
-    """Write a text file so that the file is either the old one or complete. Returns the path."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
 
 
 def table_html(table, caption="", decimals=3, names=None):

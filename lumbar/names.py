@@ -1,11 +1,7 @@
 """What everything is called, and small helpers that every section needs."""
 
-import json
-import os
 import sys
-from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 CONDITIONS = (
@@ -51,30 +47,6 @@ def progress(iterable=None, desc=None, total=None, **kwargs):
     because papermill's log gets a new line for each update.
     """
     return tqdm(iterable, desc=desc, total=total, mininterval=2.0, ncols=88, file=sys.stderr, **kwargs)
-
-
-def write_json(path, data):
-    """Write `data` as JSON so that the file is either the old one or complete."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(data, indent=2, default=_plain) + "\n")
-    os.replace(temporary, path)
-
-
-def _plain(value):
-    if isinstance(value, (np.integer, np.floating)):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return str(value)
-
-
-def write_csv(path, table):
-    """Write a DataFrame as CSV so that the file is either the old one or complete."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    table.to_csv(temporary, index=False)
-    os.replace(temporary, path)
 
 
 def device_for(name="auto"):

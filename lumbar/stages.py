@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .names import _plain, write_json
+from .storage import plain, write_json
 
 
 def assigned_literals(source):
@@ -241,7 +241,7 @@ def open_stage(out, name, parameters, inputs=()):
         "parameters": {k: v for k, v in parameters.items() if k not in PARAMETERS_WITHOUT_EFFECT},
         "inputs": {str(path): fingerprint(path) for path in inputs},
     }
-    identity = json.loads(json.dumps(identity, default=_plain))
+    identity = json.loads(json.dumps(identity, default=plain))
     begun = folder / "begun.json"
 
     def same():
@@ -392,7 +392,7 @@ def run_notebook(notebook, output, parameters, threads=1):
     output.parent.mkdir(parents=True, exist_ok=True)
     # Not JSON, whose 1e-05 is a text in YAML.
     settings = output.with_suffix(".parameters.yaml")
-    settings.write_text(yaml.safe_dump(json.loads(json.dumps(parameters, default=_plain)), sort_keys=False))
+    settings.write_text(yaml.safe_dump(json.loads(json.dumps(parameters, default=plain)), sort_keys=False))
     # PASSIVE: threads that wait for work sleep. Spinning ones slow a shared machine down by an order of magnitude.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
     command = [

@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from .dicom import load_study
 from .geometry import boxes_from_table
-from .names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS, progress, write_json
+from .names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS, progress
+from .storage import write_json
 from .views import choose_views, cross_fitted_views, deal_parts
+from .volume import load_study
 
 # A detector's classes are the three severities and nothing else. One sagittal slice cannot show its side and one
 # axial slice barely shows its level, so both come from patient coordinates. It also makes a horizontal flip of an

@@ -73,13 +73,15 @@ import torch.nn.functional as F  # noqa: E402
 
 import phantom  # noqa: E402
 from lumbar import classifiers, ensemble, yolo  # noqa: E402
-from lumbar.dicom import load_study, preprocess_studies, study_paths  # noqa: E402
 from lumbar.files import class_prior, labels_to_array, read_coordinates, read_labels  # noqa: E402
 from lumbar.levels import locate_studies  # noqa: E402
 from lumbar.looking import TERM_NAMES, resampled_scores, score_table  # noqa: E402
-from lumbar.names import DESCRIPTIONS, DETECTORS, LEVELS, device_for, progress, write_csv, write_json  # noqa: E402
+from lumbar.names import DESCRIPTIONS, DETECTORS, LEVELS, device_for, progress  # noqa: E402
+from lumbar.preprocess import preprocess_studies  # noqa: E402
 from lumbar.spinenet import detect_vertebrae, load_spinenet  # noqa: E402
 from lumbar.stages import open_stage  # noqa: E402
+from lumbar.storage import write_csv, write_json  # noqa: E402
+from lumbar.volume import load_study, study_paths  # noqa: E402
 
 VERSION = 1  # goes up when the same settings give other results from this file
 SIX = ("L1", "L2", "L3", "L4", "L5", "S1")

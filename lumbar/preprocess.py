@@ -1,0 +1,65 @@
+"""Every study of a split, read once and kept as volumes.
+
+May use: dicom, volume, files.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+from .dicom import read_study
+from .files import read_descriptions
+from .names import progress
+from .volume import load_study, normalise_study, save_study
+
+
+def preprocess_study(data, split, study_id, descriptions, out, bits=16):
+    """Read one study of the competition folder, write its volumes to `out`. Returns rows for series.csv.
+
+    A study whose file is already there is not read again.
+    """
+    path = Path(out) / f"{study_id}.safetensors"
+    if path.is_file():
+        study = load_study(path)
+    else:
+        study = normalise_study(read_study(Path(data) / f"{split}_images" / str(study_id), descriptions))
+        save_study(study, path, bits)
+    rows = []
+    for volume in study.volumes:
+        row = {
+            "study_id": study_id,
+            "series_id": volume.series_id,
+            "block": volume.block,
+            "description": volume.description,
+            "plane": volume.plane,
+            "slices": volume.array.shape[0],
+            "rows": volume.array.shape[1],
+            "columns": volume.array.shape[2],
+            "thickness_mm": volume.thickness_mm,
+            "problem": "",
+        }
+        row |= {f"a{i}{j}": volume.affine[i, j] for i in range(3) for j in range(4)}
+        rows.append(row)
+    rows += [{"study_id": study_id, "problem": problem} for problem in study.problems]
+    return rows
+
+
+def preprocess_studies(data, split, out, workers=2, bits=16):
+    """Read every study of a split into out/<study_id>.safetensors. Returns series.csv: one row a volume or problem.
+
+    bits: of a stored grey value, see save_study.
+
+    Works in threads (decoding and percentiles run outside Python's lock, and nothing has to be imported anew), shows
+    progress, and finds the studies that an earlier, killed run has finished.
+    """
+    Path(out).mkdir(parents=True, exist_ok=True)
+    table = read_descriptions(data, split)
+    jobs = [
+        (data, split, int(study_id), dict(zip(group["series_id"], group["description"], strict=True)), out, bits)
+        for study_id, group in table.groupby("study_id")
+    ]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        results = pool.map(preprocess_study, *zip(*jobs, strict=True))
+        rows = [row for rows in progress(results, f"reading {split} studies", len(jobs)) for row in rows]
+    return pd.DataFrame(rows)

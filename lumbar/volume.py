@@ -1,0 +1,172 @@
+"""What a series becomes: Volume (array, affine to LPS mm), Study; the networks' grey scale; both as files.
+
+May use: storage, names.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass
+class Volume:
+    """Parallel, equally spaced slices of one series.
+
+    array: (n, h, w) = (slice, row, column), slices in the order of their position along the slice normal;
+    affine: (4, 4) float64, takes (slice, row, column, 1) of a voxel's centre to LPS millimetres;
+    instance_numbers: (n,) int64, the file each slice came from, or the frame of a multi-frame file, from 1 (the frames
+    of a series' second such file count on from the first's); block: counts the volumes of one series (a series
+    with one tilted stack per disc becomes several); thickness_mm: of one slice, along the normal.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    study_id: int
+    series_id: int
+    description: str
+    block: int
+    instance_numbers: np.ndarray
+    thickness_mm: float = 0.0
+
+    @property
+    def spacing_mm(self):
+        """(3,): distance between neighbouring slices, rows and columns."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+    @property
+    def plane(self):
+        """sagittal, coronal or axial: the patient axis (x, y, z) that the slice normal is closest to."""
+        normal = np.cross(self.affine[:3, 1], self.affine[:3, 2])
+        return ("sagittal", "coronal", "axial")[int(np.argmax(np.abs(normal)))]
+
+    def voxel_to_lps(self, ijk):
+        """(..., 3) positions (slice, row, column) -> (..., 3) LPS millimetres."""
+        return np.asarray(ijk, np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+    def lps_to_voxel(self, xyz):
+        """(..., 3) LPS millimetres -> (..., 3) positions (slice, row, column), not rounded."""
+        return (np.asarray(xyz, np.float64) - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T
+
+    def slice_of(self, instance_number):
+        """The index of the slice that came from this file, or None."""
+        found = np.flatnonzero(self.instance_numbers == instance_number)
+        return int(found[0]) if len(found) else None
+
+
+@dataclass
+class Study:
+    """All volumes of a study, and in sentences what could not be read."""
+
+    study_id: int
+    volumes: list
+    problems: list = field(default_factory=list)
+
+    def of(self, description):
+        """The volumes with this series description."""
+        return [volume for volume in self.volumes if volume.description == description]
+
+
+def normalise_volume(volume):
+    """The volume on the scale that every network sees: percentile 0.5 at 0 and 99.5 at 1, clipped to [-1, 8].
+
+    The array becomes float16: 11 bits of mantissa hold what a 12-bit magnitude image carries above its noise, at
+    half the size. A constant image becomes zeros.
+    """
+    low, high = np.percentile(volume.array, (0.5, 99.5))
+    scale = 1.0 / (high - low) if high > low else 0.0
+    array = np.clip((volume.array.astype(np.float32) - np.float32(low)) * np.float32(scale), -1, 8)
+    return replace(volume, array=array.astype(np.float16))
+
+
+def normalise_study(study):
+    """The study with every volume on the networks' scale; one that shows nothing is among the problems."""
+    volumes = [normalise_volume(volume) for volume in study.volumes]
+    blank = [
+        f"study {v.study_id}, series {v.series_id}: {len(v.array)} slices are of one grey"
+        for v in volumes
+        if not v.array.any()
+    ]
+    return replace(study, volumes=volumes, problems=study.problems + blank)
+
+
+# Volumes in 8 bits: grey values from -1/8 to 1.47 (1 is the 99.5th percentile), in steps below an image's noise.
+_GREY_STEP, _GREY_LOW = 1 / 160, -1 / 8
+
+
+def save_study(study, path, bits=16):
+    """Write a normalised study as one safetensors file, complete or not at all.
+
+    bits: 16, as normalised; 8 for half the disk: rounded to steps of 1/160, and cut off above 1.47. Raises ValueError
+    for others.
+    """
+    from safetensors.numpy import save_file
+
+    if bits not in (8, 16):
+        raise ValueError(f"BITS must be 8 or 16, not {bits!r}")
+    path = Path(path)
+    about = {"study_id": study.study_id, "problems": study.problems, "volumes": []}
+    tensors = {}
+    for number, volume in enumerate(study.volumes):
+        array = volume.array
+        if bits == 8:
+            array = np.clip(np.round((array.astype(np.float32) - _GREY_LOW) / _GREY_STEP), 0, 255).astype(np.uint8)
+        tensors[f"array_{number}"] = np.ascontiguousarray(array)
+        tensors[f"affine_{number}"] = np.ascontiguousarray(volume.affine)
+        tensors[f"instance_numbers_{number}"] = np.ascontiguousarray(volume.instance_numbers)
+        about["volumes"].append(
+            {
+                "series_id": int(volume.series_id),
+                "description": volume.description,
+                "block": volume.block,
+                "thickness_mm": volume.thickness_mm,
+            }
+        )
+    temporary = path.with_name(path.name + ".part")
+    save_file(tensors, temporary, metadata={"study": json.dumps(about)})
+    os.replace(temporary, path)
+
+
+def load_study(path, descriptions=None):
+    """Read what save_study wrote; only the series with these descriptions, if given. Arrays are float16."""
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: run 01_preprocess, which writes it")
+    with safe_open(path, framework="numpy") as file:
+        about = json.loads(file.metadata()["study"])
+        volumes = [
+            Volume(
+                _as_float16(file.get_tensor(f"array_{number}")),
+                file.get_tensor(f"affine_{number}"),
+                about["study_id"],
+                item["series_id"],
+                item["description"],
+                item["block"],
+                file.get_tensor(f"instance_numbers_{number}"),
+                item["thickness_mm"],
+            )
+            for number, item in enumerate(about["volumes"])
+            if descriptions is None or item["description"] in descriptions
+        ]
+    return Study(about["study_id"], volumes, about["problems"])
+
+
+def _as_float16(array):
+    """The grey values of a stored array, whichever way save_study wrote it."""
+    if array.dtype != np.uint8:
+        return array
+    return (array * np.float32(_GREY_STEP) + np.float32(_GREY_LOW)).astype(np.float16)
+
+
+def study_paths(preprocessed):
+    """dict study_id -> path of its volumes, from 01_preprocess' folder."""
+    paths = {int(path.stem): path for path in sorted((Path(preprocessed) / "volumes").glob("*.safetensors"))}
+    if not paths:
+        raise FileNotFoundError(
+            f"{Path(preprocessed).resolve() / 'volumes'} holds no study: PREPROCESSED is the folder 01_preprocess of a "
+            "run; run that notebook first, or correct the path"
+        )
+    return paths
