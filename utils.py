@@ -33,6 +33,7 @@ left). Probabilities have the axes (study, condition, level, severity).
 """
 
 # ruff: noqa: F403
+from lumbar.agreement import *
 from lumbar.classifiers import *
 from lumbar.dicom import *
 from lumbar.distributed import *
@@ -40,15 +41,18 @@ from lumbar.ensemble import *
 from lumbar.files import *
 from lumbar.finetune import *
 from lumbar.geometry import *
+from lumbar.greys import *
 from lumbar.inference import *
 from lumbar.kaggle import *
 from lumbar.levels import *
 from lumbar.looking import *
 from lumbar.names import *
 from lumbar.official import *
+from lumbar.pixels import *
 from lumbar.preprocess import *
 from lumbar.randomise import *
 from lumbar.spinenet import *
+from lumbar.stacks import *
 from lumbar.stages import *
 from lumbar.storage import *
 from lumbar.viewer import *

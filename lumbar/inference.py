@@ -22,6 +22,7 @@ from .dicom import read_study
 from .ensemble import MEMBERS, combine_members, member_alone, member_weights, read_out_of_fold
 from .files import read_descriptions, to_submission
 from .geometry import boxes_to_table
+from .greys import normalise_study
 from .levels import _locating_key, locate_levels_surely
 from .names import (
     CONDITIONS,
@@ -38,7 +39,7 @@ from .names import (
 from .official import official_detector
 from .spinenet import load_spinenet
 from .storage import plain, write_json
-from .volume import Study, normalise_study
+from .volume import Study
 from .yolo import load_yolo, without_frames, yolo_studies
 
 

@@ -10,8 +10,9 @@ import pandas as pd
 
 from .dicom import read_study
 from .files import read_descriptions
+from .greys import normalise_study
 from .names import progress
-from .volume import load_study, normalise_study, save_study
+from .volume import load_study, save_study
 
 
 def preprocess_study(data, split, study_id, descriptions, out, bits=16):
