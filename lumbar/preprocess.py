@@ -20,8 +20,7 @@ def preprocess_study(data, split, study_id, descriptions, out, bits=16):
     A study whose file is already there is not read again, unless it was read with other descriptions.
     """
     path = Path(out) / f"{study_id}.safetensors"
-    described = {str(series_id): description for series_id, description in descriptions.items()}
-    if path.is_file() and study_about(path).get("described") == described:
+    if _was_read_with(path, descriptions):
         study = load_study(path)
     else:
         study = normalise_study(read_study(Path(data) / f"{split}_images" / str(study_id), descriptions))
@@ -44,6 +43,15 @@ def preprocess_study(data, split, study_id, descriptions, out, bits=16):
         rows.append(row)
     rows += [{"study_id": study_id, "problem": problem} for problem in study.problems]
     return rows
+
+
+def _was_read_with(path, descriptions):
+    """Whether a study's file is there, whole, and was made of these series: a table may have been mended since."""
+    try:
+        known = study_about(path)["described"]
+    except Exception:  # whatever a missing or damaged file, or one of an earlier version, makes of it
+        return False
+    return known == {str(series_id): description for series_id, description in descriptions.items()}
 
 
 def preprocess_studies(data, split, out, workers=2, bits=16, labelled=()):
