@@ -240,6 +240,8 @@ def test_volumes_of_other_series_are_not_taken_as_finished(tmp_path, capsys, mon
     assert volumes(good, labelled=pd.Series([2, 5])) == ({1: 4, 2: 4}, problem) and read == []
     assert "1 labelled studies are not in train_series_descriptions.csv and take no part: 5" in capsys.readouterr().out
     assert volumes([good[0].replace("Sagittal T1", "Axial T2"), *good[1:]])[0] == {1: 3, 2: 4} and read == [1]
+    (out / "2.safetensors").write_bytes((out / "2.safetensors").read_bytes()[:999])  # a copy that broke off
+    assert volumes(good)[0] == {1: 4, 2: 4} and read == [1, 2]
     with pytest.raises(ValueError, match="no rows below its header"):
         volumes([])
 
