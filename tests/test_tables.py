@@ -344,7 +344,7 @@ def test_tables_of_any_type_give_the_same_numbers(how, expected, tmp_path):
     if how == "pyarrow" and importlib.util.find_spec("pyarrow") is None:
         pytest.skip("pyarrow is not installed")
     for found, usual in zip(numbers(lambda t: converted(t, how, tmp_path / "t.csv")), expected, strict=True):
-        np.testing.assert_array_equal(found, usual)
+        np.testing.assert_allclose(found, usual, rtol=1e-7)  # read_csv of pandas 2 rounds the last digit
 
 
 @pytest.mark.parametrize("how", TYPES)
