@@ -3,7 +3,8 @@
  1. lumbar/names.py        conditions, levels, severities, the columns of tables, progress bars
                            (storage.py: files that are written whole or not at all)
  2. lumbar/stages.py       checked parameters; one folder and one manifest a stage; running notebooks
- 3. lumbar/files.py        train.csv and friends, submissions, competition_score, folds
+ 3. lumbar/tables.py       train.csv and friends, row by row
+                           (files.py: labels and submissions as arrays, competition_score, folds)
  4. lumbar/dicom.py        DICOM files -> slices -> volumes
                            (volume.py: Volume(array, affine to LPS mm), Study; preprocess.py: every study of a split)
  5. lumbar/geometry.py     level boxes, crops, whole-study grids, the point cloud
@@ -55,6 +56,7 @@ from lumbar.spinenet import *
 from lumbar.stacks import *
 from lumbar.stages import *
 from lumbar.storage import *
+from lumbar.tables import *
 from lumbar.viewer import *
 from lumbar.views import *
 from lumbar.volume import *

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .storage import plain, write_json
+from .tables import read_folds
 
 
 def assigned_literals(source):
@@ -333,7 +334,7 @@ def check_folds(folds, preprocessed):
     path = Path(preprocessed) / "folds.csv"
     if not path.is_file():
         raise FileNotFoundError(f"PREPROCESSED: {path} is missing; run 01_preprocess first, or correct the path")
-    known = sorted({int(line.rsplit(",", 1)[1]) for line in path.read_text().split()[1:]})
+    known = sorted(set(read_folds(path)["fold"]))
     if not folds or not set(folds) <= set(known):
         raise ValueError(f"FOLDS must be some of {', '.join(map(str, known))}, not {list(folds)}")
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from .dicom import read_study
 from .ensemble import MEMBERS, read_out_of_fold
-from .files import from_submission, labels_to_array, read_coordinates, read_labels
+from .files import from_submission, labels_to_array
 from .geometry import boxes_from_table, sample_box
 from .greys import normalise_study
 from .inference import studies_to_predict, weight_folders
@@ -41,6 +41,7 @@ from .looking import (
 )
 from .names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, LEVELS, SEVERITIES
 from .spinenet import vertebrae_from_table
+from .tables import read_coordinates, read_labels
 from .volume import load_study, study_paths
 from .yolo import dense_scores, load_yolo, yolo_views
 

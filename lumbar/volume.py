@@ -74,8 +74,10 @@ class Study:
 _GREY_STEP, _GREY_LOW = 1 / 160, -1 / 8
 
 
-def save_study(study, path, bits=16):
+def save_study(study, path, bits=16, described=None):
     """Write a normalised study as one safetensors file, complete or not at all.
+
+    described: dict series_id -> description that the study was read with, kept for study_about.
 
     bits: 16, as normalised; 8 for half the disk: rounded to steps of 1/160, and cut off above 1.47. Raises ValueError
     for others.
@@ -86,6 +88,8 @@ def save_study(study, path, bits=16):
         raise ValueError(f"BITS must be 8 or 16, not {bits!r}")
     path = Path(path)
     about = {"study_id": study.study_id, "problems": study.problems, "volumes": []}
+    if described is not None:
+        about["described"] = {str(series_id): description for series_id, description in described.items()}
     tensors = {}
     for number, volume in enumerate(study.volumes):
         array = volume.array
@@ -105,6 +109,14 @@ def save_study(study, path, bits=16):
     temporary = path.with_name(path.name + ".part")
     save_file(tensors, temporary, metadata={"study": json.dumps(about)})
     os.replace(temporary, path)
+
+
+def study_about(path):
+    """What save_study wrote of a study but its arrays: dict study_id, problems, volumes, described."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return json.loads(file.metadata()["study"])
 
 
 def load_study(path, descriptions=None):
