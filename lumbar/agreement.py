@@ -6,7 +6,6 @@ May use: volume (in annotations only), geometry; numpy.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -19,28 +18,34 @@ SAME_LOOK = 0.7  # correlation of passes over the same places
 COARSE_PX = 48  # pixels a side, on which slices are compared: below this noise and small structures average out
 
 
-def coarse(image: np.ndarray) -> np.ndarray:
-    """An image averaged to about COARSE_PX pixels a side, NaN left out: (rows, columns) float64."""
-    rows, columns = (max(1, side // COARSE_PX) for side in image.shape)
-    image = image[: image.shape[0] // rows * rows, : image.shape[1] // columns * columns].astype(np.float64)
-    blocks = image.reshape(image.shape[0] // rows, rows, image.shape[1] // columns, columns)
-    there = np.isfinite(blocks)
-    count = there.sum((1, 3))
-    total = np.where(there, blocks, 0).sum((1, 3))
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+def coarse(item: dict) -> np.ndarray:
+    """A slice's values on about COARSE_PX pixels a side, each the mean of two by two pixels: (rows, columns) float64.
+
+    item: as read_slices gives it; NaN where the file has padding.
+    """
+    rows, columns = (max(1, side // (2 * COARSE_PX)) for side in item["pixels"].shape)
+    image = item["pixels"][::rows, ::columns].astype(np.float64)
+    if item.get("padding") is not None:
+        image[item["padding"][::rows, ::columns]] = np.nan
+    image = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]
+    image = (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4
+    return image * item["slope"] + item["intercept"]
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Pearson's, of the places where both are finite; 0 where one is constant."""
-    both = np.isfinite(first) & np.isfinite(second)
-    if both.sum() < 16:
+    a, b = first.ravel(), second.ravel()
+    both = np.isfinite(a + b)
+    if not both.all():
+        a, b = a[both], b[both]
+    if a.size < 16:
         return 0.0
-    a, b = first[both] - first[both].mean(), second[both] - second[both].mean()
+    a, b = a - a.mean(), b - b.mean()
     scale = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / scale) if scale > 0 else 0.0
 
 
-def odd_slices(stack: list[dict], values_of: Callable) -> dict[int, str]:
+def odd_slices(stack: list[dict]) -> dict[int, str]:
     """Slices of a stack whose grey values fit none of their neighbours'.
 
     One slice of another scale (RescaleSlope), byte order or polarity decides the grey scale of its whole series, or is
@@ -51,8 +56,6 @@ def odd_slices(stack: list[dict], values_of: Callable) -> dict[int, str]:
     ----------
     stack : list of dict
         Slices as read_slices gives them, in the order of their normal.
-    values_of : function
-        From a list of slices to their values, NaN where padded.
 
     Returns
     -------
@@ -61,7 +64,7 @@ def odd_slices(stack: list[dict], values_of: Callable) -> dict[int, str]:
     """
     if len(stack) < LEAST_SLICES or min(stack[0]["pixels"].shape) < LEAST_PX:
         return {}
-    images = [coarse(values_of([item])[0]) for item in stack]
+    images = [coarse(item) for item in stack]
     low, middle, high = np.array([_percentiles(image) for image in images]).T
     spread = high - low
     like = np.array([correlation(a, b) for a, b in zip(images, images[1:])])
@@ -94,8 +97,8 @@ def odd_slices(stack: list[dict], values_of: Callable) -> dict[int, str]:
 
 
 def _percentiles(image):
-    there = image[np.isfinite(image)]
-    return np.percentile(there, (5, 50, 95)) if there.size else np.zeros(3)
+    there = np.sort(image[np.isfinite(image)])
+    return there[[there.size // 20, there.size // 2, there.size - 1 - there.size // 20]] if there.size else np.zeros(3)
 
 
 def _stated(scale, usual):
@@ -112,14 +115,14 @@ def _fits_better(ratio, slope, usual_slope):
     return not 1 / STATED_RATIO < ratio < STATED_RATIO
 
 
-def same_contrast(values_of: Callable, first: list[dict], second: list[dict], most: int = 8) -> bool:
+def same_contrast(first: list[dict], second: list[dict], most: int = 8) -> bool:
     """True if two passes over the same places look alike, up to noise and a small shift."""
     normal = np.cross(first[0]["row_lps"], first[0]["column_lps"])
     places = np.array([item["position_lps"] for item in first]) @ normal
     alike, spreads = [], []
     for item in second[:: max(1, len(second) // most)]:
         nearest = first[int(np.argmin(np.abs(places - item["position_lps"] @ normal)))]
-        a, b = (coarse(values_of([one])[0]) for one in (nearest, item))
+        a, b = coarse(nearest), coarse(item)
         alike.append(correlation(a, b))
         spreads.append([np.ptp(_percentiles(image)) for image in (a, b)])
     sums = np.sum(spreads, 0)

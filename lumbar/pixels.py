@@ -64,6 +64,8 @@ def stored_pixels(dataset, frames: int = 1) -> tuple[np.ndarray, list[str]]:
     DicomProblem
         With the reason, where nothing can be decoded.
     """
+    from pydicom.pixels import get_decoder
+
     syntax = dataset.file_meta.get("TransferSyntaxUID") if hasattr(dataset, "file_meta") else None
     shape = (frames, dataset.get("Rows"), dataset.get("Columns"))
     if any(isinstance(side, int) and side > MAX_SIDE_PX for side in shape[1:]) or (
@@ -77,7 +79,7 @@ def stored_pixels(dataset, frames: int = 1) -> tuple[np.ndarray, list[str]]:
         raise DicomProblem(f"compressed pixels come in more than {MAX_FRAGMENTS} pieces")
     sign_known = _fill_in(dataset)
     try:
-        pixels = dataset.pixel_array
+        pixels, _ = get_decoder(syntax).as_array(dataset, raw=True, view_only=True)
     except Exception as error:  # pydicom raises many kinds, also from inside its decoders
         reason = _missing_decoder(syntax) or f"({plain_reason(error)})"
         raise DicomProblem(f"pixels cannot be decoded: {reason}") from None

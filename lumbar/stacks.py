@@ -249,7 +249,7 @@ def _passes(stack, name, problems):
     for own in others:
         if len(own) < max(2, len(full) / 2):
             few += len(own)
-        elif not same_contrast(values_of, full, own):
+        elif not same_contrast(full, own):
             unlike += len(own)
         else:
             kept.append(own)
@@ -326,7 +326,7 @@ def _explains(parts, thickness_mm):
 
 def _without_odd_slices(stack):
     """(the slices without those whose grey values fit none of their neighbours', sentences)."""
-    odd = odd_slices(stack, values_of)
+    odd = odd_slices(stack)
     if len(odd) > len(stack) / 4:
         return stack, [f"grey scales of {len(odd)} of {len(stack)} slices do not fit their neighbours'"]
     sentences = [f"file {stack[k]['instance_number']}: {reason}, left out" for k, reason in odd.items()]
