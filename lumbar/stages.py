@@ -452,7 +452,10 @@ def _lock(folder):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RuntimeError(f"another process is working in {folder}: wait until it ends, or stop it") from None
+        locked = False
+        own = [os.fstat(held.fileno()) for held in _LOCKS.values()]  # of a folder that was moved meanwhile
+        if not any(os.path.samestat(os.fstat(file.fileno()), mine) for mine in own):
+            raise RuntimeError(f"another process is working in {folder}: wait until it ends, or stop it") from None
     except OSError:
         locked = False  # a file system without locks
     _LOCKS[folder] = file
