@@ -326,11 +326,15 @@ def peak_memory_mb():
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
 
 
-def read_object(path):
-    """Read a JSON object. Raises FileNotFoundError, or ValueError that names the file and says what is wrong."""
+def read_object(path, remedy=""):
+    """Read a JSON object.
+
+    Raises FileNotFoundError, or ValueError that says what is wrong; both name the file and end with the remedy.
+    """
+    remedy = f": {remedy}" if remedy else ""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist{remedy}")
     try:
         if path.stat().st_size > 100_000_000:
             raise ValueError("it has more than 100 MB")
@@ -340,7 +344,7 @@ def read_object(path):
         return known
     except (OSError, ValueError, RecursionError) as error:
         empty = isinstance(error, ValueError) and not path.stat().st_size
-        raise ValueError(f"{path} is damaged ({'it is empty' if empty else error})") from None
+        raise ValueError(f"{path} is damaged ({'it is empty' if empty else error}){remedy}") from None
 
 
 def _is_below(name):
@@ -499,6 +503,12 @@ def _remove_parts(folder):
             else:
                 path.unlink(missing_ok=True)
     shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)  # of _continue_attached
+    # OUT is not locked, and other machines may be writing in it, for as long as it takes to write a table.
+    for path in folder.parent.glob("*.part"):
+        part = _PART.search(path.name)
+        old = path.is_file() and time.time() - path.stat().st_mtime > 3600
+        if old and part["pid"] and not _is_alive(int(part["pid"])):
+            path.unlink(missing_ok=True)
 
 
 def open_stage(out, name, parameters, inputs=()):

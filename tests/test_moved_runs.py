@@ -295,11 +295,13 @@ def test_half_written_files_of_dead_processes_are_removed_and_of_living_ones_kep
         write(folder / "scores_0.part.npy", ""),
         write(folder / "crops.part" / "7.npy", ""),
         write(tmp_path / "s.part" / "begun.json", ""),
+        write(tmp_path / f"old.csv.{dead.pid}.part", ""),
     ]
+    os.utime(gone[-1], (0, 0))
     kept = [
         write(folder / f"e.json.{os.getppid()}.part", ""),  # its process lives
         write(folder / "party.csv", ""),
-        write(tmp_path / f"f.json.{dead.pid}.part", ""),  # not in this stage's folder
+        write(tmp_path / f"f.json.{dead.pid}.part", ""),  # perhaps of a process on another machine
         write(tmp_path / "other" / "g.part", ""),
     ]
     utils.open_stage(tmp_path, "s", {"A": 1})
@@ -307,6 +309,17 @@ def test_half_written_files_of_dead_processes_are_removed_and_of_living_ones_kep
     mine = write(folder / "h.csv.part", "")
     utils.open_stage(tmp_path, "s", {"A": 1})  # a cell that is run again
     assert mine.exists()
+
+
+def test_an_object_is_read_or_its_file_is_named(tmp_path):
+    assert utils.read_object(write(tmp_path / "a.json", '{"x": 1}')) == {"x": 1}
+    with pytest.raises(FileNotFoundError, match="dataset.json does not exist: run 01_preprocess again$"):
+        utils.read_object(tmp_path / "dataset.json", "run 01_preprocess again")
+    for damage in DAMAGES.values():
+        (tmp_path / "dataset.json").write_bytes(damage)
+        if b"id" not in damage and b"wrong" not in damage and b"outputs" not in damage:
+            with pytest.raises(ValueError, match=r"dataset.json is damaged \(.*\): run 01_preprocess again$"):
+                utils.read_object(tmp_path / "dataset.json", "run 01_preprocess again")
 
 
 def test_times_do_not_follow_the_wall_clock(tmp_path, monkeypatch):
