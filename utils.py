@@ -4,7 +4,8 @@
                            (storage.py: files that are written whole or not at all)
  2. lumbar/stages.py       one folder and one manifest a stage; running notebooks
                            (parameters.py: a notebook's parameters, checked before anything runs)
- 3. lumbar/files.py        train.csv and friends, submissions, competition_score, folds
+ 3. lumbar/tables.py       train.csv and friends, row by row
+                           (files.py: labels and submissions as arrays, competition_score, folds)
  4. lumbar/dicom.py        DICOM files -> slices -> volumes
                            (volume.py: Volume(array, affine to LPS mm), Study; preprocess.py: every study of a split)
  5. lumbar/geometry.py     level boxes, crops, whole-study grids, the point cloud
@@ -34,6 +35,7 @@ left). Probabilities have the axes (study, condition, level, severity).
 """
 
 # ruff: noqa: F403
+from lumbar.agreement import *
 from lumbar.classifiers import *
 from lumbar.dicom import *
 from lumbar.distributed import *
@@ -41,6 +43,7 @@ from lumbar.ensemble import *
 from lumbar.files import *
 from lumbar.finetune import *
 from lumbar.geometry import *
+from lumbar.greys import *
 from lumbar.inference import *
 from lumbar.kaggle import *
 from lumbar.levels import *
@@ -48,11 +51,14 @@ from lumbar.looking import *
 from lumbar.names import *
 from lumbar.official import *
 from lumbar.parameters import *
+from lumbar.pixels import *
 from lumbar.preprocess import *
 from lumbar.randomise import *
 from lumbar.spinenet import *
+from lumbar.stacks import *
 from lumbar.stages import *
 from lumbar.storage import *
+from lumbar.tables import *
 from lumbar.viewer import *
 from lumbar.views import *
 from lumbar.volume import *

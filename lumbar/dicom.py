@@ -1,53 +1,37 @@
-"""DICOM series to volumes: files -> slices -> Volume(array, affine to LPS mm) -> Study.
+"""DICOM files to slices, and a study's folder to a Study.
 
 One file may hold one slice (MR Image Storage) or many (Enhanced MR Image Storage, also Legacy Converted: multi-frame
-with functional groups). pydicom decodes what is compressed; which further package a transfer syntax needs is said where
-it is missing (see DECODERS).
+with functional groups). Files are known by their content, whatever their names.
+
+May use: pixels, stacks, volume, names.
 """
 
+import io
 import math
 import os
+import re
 import stat
-from dataclasses import replace
+import zlib
+from collections import Counter
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from .names import DESCRIPTIONS
-from .volume import Study, Volume
-
-
-class DicomProblem(ValueError):
-    """A file that cannot become a slice; the message names the reason."""
-
-
-# Transfer syntax -> (what pip installs for it, the module that this brings), where pydicom alone is not enough.
-_LIBJPEG = ("pylibjpeg pylibjpeg-libjpeg", "libjpeg")
-_OPENJPEG = ("pylibjpeg pylibjpeg-openjpeg", "openjpeg")
-_CHARLS = ("pyjpegls", "jpeg_ls")
-DECODERS = {
-    "1.2.840.10008.1.2.4.50": _LIBJPEG,  # JPEG baseline
-    "1.2.840.10008.1.2.4.51": _LIBJPEG,  # JPEG extended (12 bit)
-    "1.2.840.10008.1.2.4.57": _LIBJPEG,  # JPEG lossless
-    "1.2.840.10008.1.2.4.70": _LIBJPEG,  # JPEG lossless, first-order prediction
-    "1.2.840.10008.1.2.4.80": _CHARLS,  # JPEG-LS lossless
-    "1.2.840.10008.1.2.4.81": _CHARLS,  # JPEG-LS near-lossless
-    "1.2.840.10008.1.2.4.90": _OPENJPEG,  # JPEG 2000 lossless
-    "1.2.840.10008.1.2.4.91": _OPENJPEG,  # JPEG 2000
-    "1.2.840.10008.1.2.4.201": _OPENJPEG,  # High-throughput JPEG 2000
-    "1.2.840.10008.1.2.4.202": _OPENJPEG,
-    "1.2.840.10008.1.2.4.203": _OPENJPEG,
-}
+from .pixels import MAX_PIXELS, DicomProblem, padding_mask, plain_reason, stored_pixels
+from .stacks import KINDS_OF_IMAGE, Contrast, stack_slices, values_of
+from .volume import Study
 
 # All that is read of a file, with what pydicom's decoders need.
 _TAGS = (
     "SOPClassUID InstanceNumber ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness "
     "SpacingBetweenSlices RescaleSlope RescaleIntercept SharedFunctionalGroupsSequence "
     "PerFrameFunctionalGroupsSequence NumberOfFrames Rows Columns SamplesPerPixel PlanarConfiguration "
-    "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation PixelData FloatPixelData "
-    "DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths"
+    "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue "
+    "PixelPaddingRangeLimit PixelData FloatPixelData DoubleFloatPixelData ExtendedOffsetTable "
+    "ExtendedOffsetTableLengths ImageType EchoTime EchoNumbers InversionTime DiffusionBValue SequenceName "
+    "AcquisitionNumber TemporalPositionIdentifier TriggerTime"
 ).split()
 
 
@@ -58,22 +42,25 @@ def _tags():
     return [Tag(keyword) for keyword in _TAGS]
 
 
-# What no scan of a spine exceeds. Damaged files state anything, and what they state decides how much memory is taken.
-MAX_FILE_BYTES = 1 << 29
-MAX_SIDE_PX = 4096
+# What no scan of a spine exceeds. Headers of damaged files can claim any size: cap before allocating.
+MAX_FILE_BYTES = 1 << 28
+MAX_INFLATED_BYTES = 1 << 28  # of a deflated file
+MAX_READS = 100_000  # of one file: pydicom reads each element's header by itself
+MAX_ITEMS = 20_000  # of one sequence of functional groups; a series of 500 frames has some 5,000
 MIN_PIXEL_MM = 0.01
-MAX_VIEW_MM = 2000.0  # of one slice, along its rows or columns
+MAX_VIEW_MM = 1000.0  # of one slice, along its rows or columns: composed images of a whole spine reach some 900
 MAX_AWAY_MM = 1e5  # of a position from the scanner's origin
 MAX_STEP_MM = 500.0
 # One series gives at most this many slices, pixels and square millimetres (the networks see millimetres): where there
-# is more, every second slice is read, or every fourth, ... The largest real series reach about a third of any.
+# is more, every second slice is read, or every fourth, ... The largest real series reach about two thirds of any.
 MAX_SLICES = 512
-MAX_PIXELS = 1 << 27
 MAX_AREA_MM2 = 46e6  # 512 slices of 30 x 30 cm
-MAX_STACKS = 64  # volumes of a series: the longest stay
-MAX_STUDY_PIXELS = 1 << 28  # a study that has more leaves out its further series
+MAX_STUDY_PIXELS = 1 << 27  # a study that has more leaves out its further series
 MAX_SENTENCES = 20  # about one series
 FEW_SLICES = 4  # fewer than this in a series are worth a sentence
+
+# Files that operating systems and archives leave beside images, and the catalogue of a DICOM medium.
+_STRAY = re.compile(r"\..*|__MACOSX|Thumbs\.db|desktop\.ini|DICOMDIR|.*\.(txt|json|csv|xml|html?|pdf|md|part)", re.I)
 
 
 # Macro of the functional groups (PS3.3 C.7.6.16.2) that holds an attribute of a frame in a multi-frame file.
@@ -85,6 +72,13 @@ _MACROS = {
     "SpacingBetweenSlices": "PixelMeasuresSequence",
     "RescaleSlope": "PixelValueTransformationSequence",
     "RescaleIntercept": "PixelValueTransformationSequence",
+    "EffectiveEchoTime": "MREchoSequence",
+    "DiffusionBValue": "MRDiffusionSequence",
+    "InversionTimes": "MRModifierSequence",
+    "FrameType": "MRImageFrameTypeSequence",
+    "ComplexImageComponent": "MRImageFrameTypeSequence",
+    "FrameAcquisitionNumber": "FrameContentSequence",
+    "TemporalPositionIndex": "FrameContentSequence",
 }
 
 
@@ -98,30 +92,48 @@ class _Frame:
     def holder(self, keyword):
         """The Dataset that has this attribute for the frame."""
         for group in self.groups:
-            macro = group.get(_MACROS[keyword])
+            macro = group.get(_MACROS[keyword]) if keyword in _MACROS else None
             if macro and keyword in macro[0]:
                 return macro[0]
         return self.dataset
 
 
+_BINARY = ("FD", "FL", "SL", "SS", "UL", "US", "SV", "UV", "OB", "OW", "OD", "OF", "OL", "OV", "AT", "SQ", "UN")
+
+
 def _value(attributes, keyword):
-    """The value of a Dataset or _Frame, None if there is none. Decimal strings come as text: pydicom's own conversion
-    of a study's costs as much as all the rest of reading."""
+    """The value of a Dataset or _Frame, None if there is none.
+
+    Text comes as text, split at its backslashes whatever VR a writer stated for it: pydicom's own conversion of a
+    study's decimal strings costs as much as all the rest of reading.
+    """
+    from pydicom.datadict import dictionary_VR
+
     dataset = attributes.holder(keyword) if isinstance(attributes, _Frame) else attributes
     try:
         element = dataset.get_item(keyword)
     except KeyError:
         return None
-    if isinstance(element, tuple) and element.VR in ("DS", "IS") and isinstance(element.value, bytes):  # not parsed yet
-        parts = element.value.decode("ascii", "replace").strip(" \0").split("\\")
-        return parts if len(parts) > 1 else parts[0]
-    return dataset.get(keyword)
+    if element is None:
+        return None
+    if isinstance(element, tuple) and isinstance(element.value, bytes):  # not parsed yet
+        known = dictionary_VR(element.tag)
+        vr = known if element.VR in (None, "UN") and known in ("DS", "IS", "CS", "SH", "LO") else element.VR
+        if vr not in (None, *_BINARY):
+            return _split(element.value.decode("ascii", "replace"))
+    value = dataset.get(keyword)
+    return _split(value) if isinstance(value, str) else value
 
 
-def _numbers(dataset, keyword, count):
-    value = _value(dataset, keyword)
+def _split(text):
+    parts = text.strip(" \0").split("\\")
+    return parts if len(parts) > 1 else parts[0]
+
+
+def _numbers(attributes, keyword, count):
+    value = _value(attributes, keyword)
     try:
-        values = np.array([float(v) for v in ([value] if isinstance(value, str) else value)])
+        values = np.array([_as_float(v) for v in ([value] if isinstance(value, str) else value)])
     except (TypeError, ValueError):
         values = np.array([])
     if values.shape != (count,) or not np.isfinite(values).all():
@@ -129,13 +141,13 @@ def _numbers(dataset, keyword, count):
     return values
 
 
-def _number(dataset, keyword, default):
+def _number(attributes, keyword, default):
     """One optional number. Raises DicomProblem where it is there and cannot be used: a wrong scale is no default."""
-    value = _value(dataset, keyword)
+    value = _value(attributes, keyword)
     if value is None or value == "":
         return default
     try:
-        number = float(value)
+        number = _as_float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
@@ -143,8 +155,51 @@ def _number(dataset, keyword, default):
     return number
 
 
+def _as_float(value):
+    """float, also of a number with a decimal comma, which some writers' language settings let through."""
+    return float(value.replace(",", ".") if isinstance(value, str) and value.count(",") == 1 else value)
+
+
+def _length_mm(attributes, keyword, doubts):
+    """An optional length that only helps: 0 where it is absent or, which is added to `doubts`, no length in a body.
+    Some writers give it a sign."""
+    try:
+        length = abs(_number(attributes, keyword, 0.0))
+    except DicomProblem:
+        length = math.inf
+    if length > MAX_STEP_MM:
+        doubts.append(f"{keyword} is no length in a body and was ignored")
+    return length if length <= MAX_STEP_MM else 0.0
+
+
+def _whole(attributes, *keywords):
+    """The first of these attributes that holds a whole number, -1 without any."""
+    for keyword in keywords:
+        value = _value(attributes, keyword)
+        value = value[0] if isinstance(value, list) and value else value
+        try:
+            return int(float(value))
+        except (TypeError, ValueError, OverflowError):
+            continue
+    return -1
+
+
+def _measured(attributes, *keywords):
+    """The first of these attributes that holds a number, NaN without any."""
+    for keyword in keywords:
+        value = _value(attributes, keyword)
+        value = value[0] if isinstance(value, (list, tuple)) and value else value
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            continue
+        if math.isfinite(number):
+            return number
+    return math.nan
+
+
 def _place(attributes):
-    """The geometry and scale of one slice from a Dataset or _Frame -> dict, see read_slices."""
+    """The geometry, scale and contrast of one slice from a Dataset or _Frame -> dict, see read_slices."""
     orientation = _numbers(attributes, "ImageOrientationPatient", 6)
     row, column = orientation[:3], orientation[3:]
     lengths = math.hypot(*row), math.hypot(*column)
@@ -158,15 +213,18 @@ def _place(attributes):
     position = _numbers(attributes, "ImagePositionPatient", 3)
     if np.abs(position).max() > MAX_AWAY_MM:
         raise DicomProblem("ImagePositionPatient is not in the scanner")
-    # Some writers give the spacing a sign, for the direction in which they count.
-    thickness_mm = abs(_number(attributes, "SliceThickness", 0.0)) or 4.0
-    step_mm = abs(_number(attributes, "SpacingBetweenSlices", 0.0)) or thickness_mm
-    if max(thickness_mm, step_mm) > MAX_STEP_MM:
-        raise DicomProblem("SliceThickness or SpacingBetweenSlices is no length in a body")
+    doubts = []
+    thickness_mm = _length_mm(attributes, "SliceThickness", doubts) or 4.0
+    # Some writers put the gap between slices here, others the distance of their middles: slices do not overlap.
+    step_mm = max(_length_mm(attributes, "SpacingBetweenSlices", doubts), thickness_mm)
     slope, intercept = _number(attributes, "RescaleSlope", 1.0), _number(attributes, "RescaleIntercept", 0.0)
     # Beyond these the values, or what they are divided by, leave float32.
     if not (slope == 0 or 1e-12 < abs(slope) < 1e12) or abs(intercept) > 1e12:
         raise DicomProblem("RescaleSlope or RescaleIntercept is not usable")
+    kind = [_value(attributes, keyword) for keyword in ("ImageType", "FrameType", "ComplexImageComponent")]
+    words = {
+        str(word).strip().upper() for value in kind for word in ([value] if isinstance(value, str) else value or [])
+    }
     return {
         "position_lps": position,
         "row_lps": row / lengths[0],
@@ -176,85 +234,168 @@ def _place(attributes):
         "step_mm": step_mm,
         "slope": slope,
         "intercept": intercept,
+        "doubts": doubts,
+        "contrast": Contrast(
+            _measured(attributes, "EffectiveEchoTime", "EchoTime"),
+            _whole(attributes, "EchoNumbers"),
+            _measured(attributes, "DiffusionBValue"),
+            _measured(attributes, "InversionTimes", "InversionTime"),
+            frozenset(words & KINDS_OF_IMAGE),
+        ),
+        "passes": (
+            _whole(attributes, "FrameAcquisitionNumber", "AcquisitionNumber"),
+            _whole(attributes, "TemporalPositionIndex", "TemporalPositionIdentifier"),
+            _measured(attributes, "TriggerTime"),
+            str(_value(attributes, "SequenceName")),
+        ),
     }
 
 
-def _stored_pixels(dataset):
-    """Pixels as stored, (rows, columns) or (frames, rows, columns). Raises DicomProblem with the reason.
+class _Counted:
+    """A file that pydicom may read from so many times, and no more bytes than are there to be inflated.
 
-    Uncompressed little-endian pixels are a view of the file's bytes; all else is pydicom's to decode.
+    pydicom reads each element's header by itself: what it builds in memory is bounded by the number of reads.
     """
-    syntax = dataset.file_meta.get("TransferSyntaxUID") if hasattr(dataset, "file_meta") else None
-    bits, frames = dataset.get("BitsAllocated"), int(_number(dataset, "NumberOfFrames", 1))
-    shape = (frames, dataset.get("Rows"), dataset.get("Columns"))
-    if any(isinstance(side, int) and side > MAX_SIDE_PX for side in shape[1:]) or (
-        all(isinstance(side, int) for side in shape[1:]) and math.prod(shape) > MAX_PIXELS
-    ):
-        raise DicomProblem(f"states {' x '.join(map(str, shape))} pixels (frames, rows, columns): too many")
-    if dataset.get("SamplesPerPixel", 1) != 1:
-        raise DicomProblem(f"pixels have {dataset.get('SamplesPerPixel')} samples each: a colour picture")
-    if syntax in ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1") and bits in (8, 16) and all(shape):
-        data = dataset.get_item("PixelData")
-        data = None if data is None else data.value
-        size = math.prod(shape) * bits // 8
-        # One byte more is the padding to an even length. Anything else is unusual enough for pydicom's own checks.
-        if isinstance(data, bytes) and size <= len(data) <= size + 1 and dataset.get("PixelRepresentation") in (0, 1):
-            kind = f"<{'ui'[dataset.PixelRepresentation]}{bits // 8}"
-            pixels = np.frombuffer(data, kind, math.prod(shape)).reshape(shape)
-            return pixels[0] if frames == 1 else pixels
+
+    def __init__(self, file):
+        self.file, self.left, self.name = file, MAX_READS, getattr(file, "name", "")
+
+    def read(self, size=-1):
+        self.left -= 1
+        if self.left < 0:
+            raise DicomProblem(f"more than {MAX_READS} elements: no file of slices has as many")
+        if size is None or size < 0:  # only the rest of a deflated file is asked for so
+            raise _Deflated
+        return self.file.read(size)
+
+    def seek(self, *where):
+        return self.file.seek(*where)
+
+    def tell(self):
+        return self.file.tell()
+
+    def close(self):
+        self.file.close()
+
+
+class _Deflated(Exception):
+    """The rest of the file is deflated."""
+
+
+def _read_dataset(path):
+    """pydicom's data set of a file, read in bounded time and memory. Raises DicomProblem, and what pydicom raises."""
+    import pydicom
+
+    with open(path, "rb") as file:
+        head = file.read(1024)
+        if not _is_dicom(head):
+            raise NotDicom(f"no readable DICOM file ({_what_it_is(head)})")
+        file.seek(0)
+        try:
+            # `force` only lets files without the preamble through: _is_dicom looked at the others.
+            dataset = pydicom.dcmread(_Counted(file), specific_tags=_tags(), force=True)
+        except _Deflated:
+            dataset = _read_deflated(path, file)
+    if not dataset.file_meta.get("TransferSyntaxUID"):
+        little, implicit = dataset.original_encoding[1], dataset.original_encoding[0]
+        uid = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else uid
+    return dataset
+
+
+def _read_deflated(path, file):
+    """The data set of a deflated file (PS3.5 A.5), of which `file` stands behind the meta information."""
+    from pydicom.dataset import FileDataset
+    from pydicom.filereader import read_dataset, read_file_meta_info
+
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    data = inflate.decompress(file.read(), MAX_INFLATED_BYTES)
+    if inflate.unconsumed_tail:
+        raise DicomProblem(f"inflates to more than {MAX_INFLATED_BYTES >> 20} MB: too large for a file of slices")
+    source = _Counted(io.BytesIO(data))
+    found = read_dataset(source, is_implicit_VR=False, is_little_endian=True, specific_tags=_tags())
+    meta = read_file_meta_info(path)
+    return FileDataset(None, found, file_meta=meta, is_implicit_VR=False, is_little_endian=True)
+
+
+class NotDicom(DicomProblem):
+    """A file of another kind."""
+
+
+def _is_dicom(head):
+    """True if a file that begins so is DICOM: behind a preamble, or a data set without one."""
+    if head[128:132] == b"DICM":
+        return True
+    # Groups 2 and 8 come first; what follows is a VR, or in implicit VR a length that the file can have.
+    vr, length = head[4:6], int.from_bytes(head[4:8], "little")
+    return (
+        len(head) > 132
+        and head[:2] in (b"\x02\0", b"\x08\0")
+        and head[3:4] == b"\0"
+        and ((vr.isalpha() and vr.isupper()) or length < 1024)
+    )
+
+
+def _what_it_is(head):
+    kinds = {
+        b"": "it is empty",
+        b"version https://git-lfs": "it is a Git LFS pointer, fetch the file with `git lfs pull`",
+        b"<": "it is a web page or XML",
+        b"PK\3\4": "it is a zip archive",
+        b"\x1f\x8b": "it is a gzip archive",
+        b"%PDF": "it is a PDF",
+        b"\x89PNG": "it is a PNG picture",
+        b"\xff\xd8\xff": "it is a JPEG picture",
+    }
+    begin = head.lstrip()
+    return next((what for sign, what in kinds.items() if sign and begin.startswith(sign)), "") or (
+        kinds[b""] if not head else "neither the mark DICM nor a data set's first element is where it should be"
+    )
+
+
+def _groups(dataset, keyword):
+    """A sequence of functional groups, [] without one. Raises DicomProblem where it has too many items."""
     try:
-        return dataset.pixel_array
-    except Exception as error:  # pydicom raises many kinds, also from inside its decoders
-        reason = _missing_decoder(syntax) or f"({' '.join(str(error).split())})"
-        raise DicomProblem(f"pixels cannot be decoded: {reason}") from None
-
-
-def _missing_decoder(syntax):
-    """What to install for pixels that could not be decoded; None if that is not the reason."""
-    from pydicom.pixels import get_decoder
-
-    name = getattr(syntax, "name", syntax)
-    try:
-        available = get_decoder(syntax).is_available
-    except Exception:  # no transfer syntax, or one without any decoder: pydicom's own words say so
-        return None
-    # Pillow, where it is there, decodes 8-bit baseline JPEG and most JPEG 2000, and may have failed.
-    package, module = DECODERS.get(syntax, ("", ""))
-    if module and find_spec(module) is None:
-        return f"{name} needs {'another decoder' if available else 'a decoder'}: pip install {package}"
-    return None
+        element = dataset.get_item(keyword)
+    except KeyError:
+        return []
+    raw = element.value if isinstance(element, tuple) else None
+    if isinstance(raw, bytes) and (raw.count(b"\xfe\xff\x00\xe0") + raw.count(b"\xff\xfe\xe0\x00")) > MAX_ITEMS:
+        raise DicomProblem(f"{keyword} has more than {MAX_ITEMS} items")
+    return dataset.get(keyword) or []
 
 
 def read_slices(path):
     """One MR file -> list with a dict a slice, and a list of sentences about frames that had to be left out.
 
-    A dict has: pixels (h, w) as stored, slope, intercept (values are pixels * slope + intercept, C.11.1.1.2),
-    position_lps (3,), row_lps (3,), column_lps (3,), spacing_mm (2,) (between rows, between columns), thickness_mm,
-    step_mm, instance_number (of a file with one frame its name, as the competition's tables have it; with several the
-    frame's number from 1).
+    A dict has: pixels (h, w) as stored, slope, intercept (values are pixels * slope + intercept, C.11.1.1.2), padding
+    ((h, w) bool, or None: pixels that the file says are none, C.7.5.1.1.2), position_lps (3,), row_lps (3,),
+    column_lps (3,), spacing_mm (2,) (between rows, between columns), thickness_mm, step_mm, instance_number (of a file
+    with one frame its name, as the competition's tables have it; with several the frame's number from 1), contrast
+    (Contrast), passes (what tells one pass over the slices from another: acquisition, temporal position, trigger time,
+    name of the sequence), doubts (list of sentences).
 
     row_lps is the direction in which the column index grows, column_lps that in which the row index grows
     (DICOM PS3.3 C.7.6.2.1.1). MONOCHROME1 (C.7.6.3.1.2: the smallest value is white)
     is turned over within the range that the stored bits can hold, the same for every slice, so that bright is large.
     Frames of Enhanced MR (C.8.13, and Legacy Converted) take all this from their functional groups (C.7.6.16); frames
-    without them have no known place. Raises DicomProblem with the reason when the whole file is unusable.
+    without them have no known place. Raises DicomProblem with the reason when the whole file is unusable, NotDicom
+    when it is of another kind.
     """
-    import pydicom
-
     try:
         about = os.stat(path)
-        # To open a pipe would wait for somebody to write into it.
+        # Opening a FIFO would block.
         if not stat.S_ISREG(about.st_mode):
-            raise DicomProblem("not a regular file")
+            raise NotDicom("not a regular file")
         if about.st_size > MAX_FILE_BYTES:
             raise DicomProblem(f"{about.st_size >> 20} MB: too large for a file of slices")
-        dataset = pydicom.dcmread(path, specific_tags=_tags())
+        dataset = _read_dataset(path)
     except DicomProblem:
         raise
     except Exception as error:
-        raise DicomProblem(f"no readable DICOM file ({type(error).__name__}: {error})") from None
-    own = dataset.get("PerFrameFunctionalGroupsSequence")
-    frames = int(_number(dataset, "NumberOfFrames", 1))
+        raise DicomProblem(f"no readable DICOM file ({type(error).__name__}: {plain_reason(error)})") from None
+    own = _groups(dataset, "PerFrameFunctionalGroupsSequence")
+    frames = int(_number(dataset, "NumberOfFrames", 1)) or 1
     if not own and frames > 1:
         raise DicomProblem(f"{frames} frames without functional groups: where they lie is not known")
     if not own:
@@ -262,154 +403,61 @@ def read_slices(path):
     elif len(own) != frames:
         raise DicomProblem(f"{frames} frames, but functional groups for {len(own)}")
     else:
-        shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
+        shared = (_groups(dataset, "SharedFunctionalGroupsSequence") or [{}])[0]
         places = []
         for group in own:
             try:
                 places.append(_place(_Frame(dataset, group, shared)))
             except DicomProblem as problem:
                 places.append(str(problem))
-    stored = _stored_pixels(dataset)
-    if stored.ndim != 2 + (frames > 1) or stored.size == 0:
-        raise DicomProblem(f"pixels have the shape {stored.shape}, not (rows, columns)")
-    stored = stored.reshape(frames, *stored.shape[-2:])
+    stored, doubts = stored_pixels(dataset, frames)
     sides_mm = [place["spacing_mm"] * stored.shape[-2:] for place in places if not isinstance(place, str)]
     if sides_mm and np.max(sides_mm) > MAX_VIEW_MM:
-        raise DicomProblem("PixelSpacing makes the image larger than a body")
+        raise DicomProblem(f"PixelSpacing makes the image {np.max(sides_mm):.0f} mm wide or high, larger than a body")
     # Float pixel data may hold anything; no value but NaN fails both comparisons.
     if stored.dtype.kind == "f" and not (-1e20 < stored.min() and stored.max() < 1e20):
         raise DicomProblem("pixels are not finite")
-    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
+    padding = padding_mask(dataset, stored)
+    if dataset.get("PhotometricInterpretation") == "MONOCHROME1" and stored.dtype.kind in "ui":
         bits, signed = int(dataset.BitsStored), int(dataset.PixelRepresentation)
-        stored = ((1 << bits) - 1 - (signed << bits)) - stored.astype(np.int64)
+        wide = np.int32 if stored.dtype.itemsize < 4 else np.int64
+        stored = wide((1 << bits) - 1 - (signed << bits)) - stored.astype(wide)
     stem = Path(path).stem
-    number = int(stem) if stem.isdecimal() and len(stem) < 19 else int(_number(dataset, "InstanceNumber", 0))
+    number = int(stem) if stem.isdecimal() and len(stem) < 19 else max(0, _whole(dataset, "InstanceNumber"))
     number = number if abs(number) < 1 << 62 else 0
     slices, problems = [], []
-    for frame, (place, pixels) in enumerate(zip(places, stored, strict=True), 1):
+    for frame, (place, pixels) in enumerate(zip(places, stored, strict=True)):
         if isinstance(place, str):
-            problems.append(f"frame {frame}: {place}")
+            problems.append(f"frame {frame + 1}: {place}")
             continue
-        slices.append({"pixels": pixels, "instance_number": frame if frames > 1 else number, **place})
+        own_padding = None if padding is None or not padding[frame].any() else padding[frame]
+        where = {"pixels": pixels, "padding": own_padding, "instance_number": frame + 1 if frames > 1 else number}
+        slices.append(where | place | {"doubts": place["doubts"] + doubts})
     return slices, problems
 
 
 def read_slice(path):
-    """The slice of a single-frame MR file: a dict as read_slices has it, but its pixels are values, (h, w) float32.
+    """The slice of a single-frame MR file: a dict as read_slices has it, but its pixels are values, (h, w) float32,
+    NaN where the file has padding.
 
     Raises DicomProblem with the reason.
     """
     slices, problems = read_slices(path)
-    if len(slices) + len(problems) > 1:
+    if len(slices) > 1:
         raise DicomProblem("several frames in one file: read_slices reads them")
-    if problems:
+    if not slices:
         raise DicomProblem(problems[0])
-    return slices[0] | {"pixels": _values(slices)[0], "slope": 1.0, "intercept": 0.0}
+    return slices[0] | {"pixels": values_of(slices)[0], "slope": 1.0, "intercept": 0.0}
 
 
-def _values(slices):
-    """(n, h, w) float32 of slices of one size, rescaled straight into place."""
-    values = np.empty((len(slices), *slices[0]["pixels"].shape), np.float32)
-    for value, item in zip(values, slices, strict=True):
-        value[:] = item["pixels"]
-        if item["slope"] != 1:
-            value *= np.float32(item["slope"])
-        if item["intercept"]:
-            value += np.float32(item["intercept"])
-    return values
-
-
-def _parallel_stacks(slices):
-    """Slices of one series -> lists that each lie one behind the other, ordered along their normal.
-
-    Same orientation (within half a degree), matrix and pixel spacing; and from one slice to the next no step sideways
-    of more than half a slice step and a millimetre: two discs with the same tilt have two stacks beside each other.
-    """
-    groups = []
-    for item in slices:
-        axes = np.concatenate([item["row_lps"], item["column_lps"]])
-        key = (item["pixels"].shape, tuple(np.round(item["spacing_mm"], 3)))
-        for group in groups:
-            if group["key"] == key and np.abs(group["axes"] - axes).max() < 0.009:
-                group["slices"].append(item)
-                break
-        else:
-            groups.append({"key": key, "axes": axes, "slices": [item]})
-    stacks = []
-    for group in groups:
-        row, column = group["axes"][:3], group["axes"][3:]
-        normal = np.cross(row, column)
-        own = []
-        for item in sorted(group["slices"], key=lambda s: (float(s["position_lps"] @ normal), s["instance_number"])):
-            last = np.array([stack[-1]["position_lps"] for stack in own]).reshape(-1, 3)
-            aside = np.hypot(*((item["position_lps"] - last) @ np.stack([row, column], 1)).T)
-            if len(aside) and aside.min() <= 1.0 + 0.5 * item["step_mm"]:
-                own[int(np.argmin(aside))].append(item)
-            else:
-                own.append([item])
-        stacks += own
-    return stacks
-
-
-def stack_slices(slices, study_id, series_id, description, problems):
-    """Slices of one series -> list of Volumes; what is left out or doubtful is said in `problems`.
-
-    See _parallel_stacks for what belongs together. A stack is cut where a step exceeds 1.75 times the usual one: each
-    piece is one volume.
-    """
-    name = f"study {study_id}, series {series_id}"
-    volumes = []
-    for stack in _parallel_stacks(slices):
-        row, column = stack[0]["row_lps"], stack[0]["column_lps"]
-        normal = np.cross(row, column)
-        unique = []
-        for item in stack:
-            if unique and (item["position_lps"] - unique[-1]["position_lps"]) @ normal < 0.01:
-                problems.append(
-                    f"{name}: file {item['instance_number']} lies at the same place as "
-                    f"{unique[-1]['instance_number']} and was left out"
-                )
-            else:
-                unique.append(item)
-        position = np.array([item["position_lps"] for item in unique])
-        steps = np.diff(position @ normal)
-        usual = np.median(steps) if len(steps) else unique[0]["step_mm"]
-        cuts = np.flatnonzero(steps > 1.75 * usual) + 1
-        for piece in np.split(np.arange(len(unique)), cuts):
-            first, last = unique[piece[0]], unique[piece[-1]]
-            affine = np.eye(4)
-            if len(piece) > 1:
-                affine[:3, 0] = (last["position_lps"] - first["position_lps"]) / (len(piece) - 1)
-                regular = first["position_lps"] + np.arange(len(piece))[:, None] * affine[:3, 0]
-                error = np.linalg.norm(position[piece] - regular, axis=1).max()
-                if error > 0.25 * usual:
-                    problems.append(f"{name}: slices are not equally spaced (up to {error:.1f} mm off)")
-            else:
-                affine[:3, 0] = normal * first["step_mm"]
-            affine[:3, 1] = column * first["spacing_mm"][0]
-            affine[:3, 2] = row * first["spacing_mm"][1]
-            affine[:3, 3] = first["position_lps"]
-            volume = Volume(
-                _values([unique[i] for i in piece]),
-                affine,
-                study_id,
-                series_id,
-                description,
-                len(volumes),
-                np.array([unique[i]["instance_number"] for i in piece]),
-                first["thickness_mm"],
-            )
-            if volume.plane != description.split()[0].lower():
-                problems.append(
-                    f"{name}: {len(piece)} {volume.plane} slices in a series called {description}, left out"
-                )
-            else:
-                volumes.append(volume)
-    if len(volumes) > MAX_STACKS:
-        problems.append(f"{name}: {len(volumes)} separate stacks, the {MAX_STACKS} with most slices were kept")
-        longest = sorted(volumes, key=lambda volume: -len(volume.array))[:MAX_STACKS]
-        volumes = [replace(v, block=k) for k, v in enumerate(sorted(longest, key=lambda volume: volume.block))]
-    return volumes
+def _series_files(folder, name, problems):
+    """A series' files in the order of their numbers, without what operating systems leave beside images."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        problems.append(f"{name}: folder cannot be read ({error})")
+        return []
+    return sorted(paths, key=lambda path: (len(path.stem), path.stem, path.name))
 
 
 def _read_series(folder, name, problems):
@@ -419,14 +467,8 @@ def _read_series(folder, name, problems):
     those already read are thinned to every second one and so are those to come, as often as it takes: however large the
     series, no more than this is held.
     """
-    try:
-        files = sorted(
-            (path for path in folder.iterdir() if path.suffix == ".dcm"), key=lambda p: (len(p.stem), p.stem)
-        )
-    except OSError as error:
-        problems.append(f"{name}: folder cannot be read ({error})")
-        files = []
-    slices, taken, count, frames, every = [], 0.0, 0, 0, 1
+    files = _series_files(folder, name, problems)
+    slices, taken, count, frames, every, strays, doubts = [], 0.0, 0, 0, 1, [], Counter()
     for path in files:
         if count % every:
             count += 1
@@ -435,10 +477,15 @@ def _read_series(folder, name, problems):
         try:
             found, lost = read_slices(path)
             problems += [f"{name}: {path.name}: {problem}" for problem in lost]
+        except NotDicom as problem:
+            if _STRAY.fullmatch(path.name):
+                strays.append(path.name)
+                continue
+            problems.append(f"{name}: {path.name}: {problem}")
         except DicomProblem as problem:
             problems.append(f"{name}: {path.name}: {problem}")
         except Exception as error:  # whatever else a damaged file can do, it costs one slice
-            problems.append(f"{name}: {path.name}: {type(error).__name__}: {error}")
+            problems.append(f"{name}: {path.name}: {type(error).__name__}: {plain_reason(error)}")
         several = len(found) + len(lost) > 1
         for place, item in enumerate(found):
             item["count"] = count + place
@@ -446,11 +493,15 @@ def _read_series(folder, name, problems):
         frames += len(found) + len(lost) if several else 0
         count += max(1, len(found) + len(lost))
         found = [item for item in found if item["count"] % every == 0]
+        doubts.update({doubt: 1 for item in found[:1] for doubt in item["doubts"]})
         slices, taken = slices + found, taken + sum(map(_share, found))
         while taken > 1 + 1e-9:
             every *= 2
             slices = [item for item in slices if item["count"] % every == 0]
             taken = sum(map(_share, slices))
+    problems += [f"{name}: {number} files: {doubt}" for doubt, number in doubts.items()]
+    if strays:
+        problems.append(f"{name}: {len(strays)} files that are no images were passed over ({strays[0]}, ...)")
     if every > 1:
         problems.insert(0, f"{name}: of {count} slices every {every}th was read, they are too many")
     if not slices:
@@ -494,7 +545,7 @@ def read_study(folder, descriptions):
                 problems[MAX_SENTENCES:] = [f"{name}: and {len(problems) - MAX_SENTENCES} more problems"]
             study.problems += problems
     try:
-        there = {path.name for path in folder.iterdir() if path.is_dir()}
+        there = {path.name for path in folder.iterdir() if path.is_dir() and not _STRAY.fullmatch(path.name)}
     except OSError:
         there = set()
     for series_id in sorted(there - {str(series_id) for series_id in descriptions}):

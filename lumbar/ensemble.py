@@ -16,15 +16,17 @@ from .files import (
     EPS,
     class_prior,
     from_submission,
+    id_array,
     labels_to_array,
     make_folds,
     paired_gain,
-    read_labels,
     row_ids,
     score_arrays,
+    severity_values,
     to_submission,
 )
 from .names import GRADES, GROUPS, LABEL_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS, SUBMISSION_COLUMNS
+from .tables import read_labels
 
 MEMBERS = ("yolo", "level", "study")
 # Solution B's weights, .65 for the detectors and .35 for the 3D networks, which are two here.
@@ -553,6 +555,7 @@ def _fold_of(folds, study_ids, needed):
     missing = [column for column in ("study_id", "fold") if column not in folds.columns]
     if missing:
         raise ValueError(f"the folds have no column {', '.join(missing)}")
+    folds = folds[["study_id", "fold"]].astype(object)
     # One row a label, ids read as text and folds both as 0 and "0" or 0.0 are the same folds.
     known = pd.DataFrame(
         {
@@ -597,7 +600,7 @@ def check_predictions(table, name="predictions"):
     if missing:
         raise ValueError(f"{name}: no column {', '.join(missing)}")
     table = table[~table[list(SEVERITIES)].isna().all(axis=1)]
-    values = table[list(SEVERITIES)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    values = severity_values(table)
     for bad, what in (
         (~np.isfinite(values).all(1), "is not three finite numbers"),
         ((values < 0).any(1), "is negative"),
@@ -616,7 +619,9 @@ def _sorted_grades(labels):
     """labels_to_array in the order of study_id; ValueError where these are no labels at all."""
     if "study_id" not in labels.columns or not set(LABEL_COLUMNS) & set(labels.columns):
         raise ValueError("labels need the column study_id and train.csv's label columns")
-    return labels_to_array(labels.sort_values("study_id"))
+    study_ids, grades = labels_to_array(labels)
+    order = np.argsort(study_ids)
+    return study_ids[order], grades[order]
 
 
 def align_members(study_ids, tables):
@@ -624,7 +629,7 @@ def align_members(study_ids, tables):
 
     Studies that are not asked for are ignored. Raises ValueError as check_predictions does.
     """
-    place = {study_id: number for number, study_id in enumerate(study_ids)}
+    place = {study_id: number for number, study_id in enumerate(id_array(study_ids))}
     aligned = {}
     for member, table in tables.items():
         ids, values = check_predictions(table, member)

@@ -1,80 +1,48 @@
-"""The competition's files, submissions, the metric, folds."""
+"""Labels and submissions as arrays, the metric, folds. Tables of any types (nullable, Arrow, text, categories) do.
 
-from pathlib import Path
+May use: tables, names.
+"""
 
 import numpy as np
 import pandas as pd
 
 from .names import CONDITIONS, GRADES, GROUPS, LABEL_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS
+from .tables import whole_number
 
 EPS = np.finfo(np.float64).eps  # the metric's clip of probabilities, as scikit-learn has it
 
 
-def _read_table(path, columns):
-    if not Path(path).is_file():
-        near = [str(found.parent) for found in sorted(Path(path).parent.glob(f"*/{Path(path).name}"))[:1]]
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise FileNotFoundError(f"{path} is missing: the competition's folder has it, or one of phantom.py{hint}")
-    table = pd.read_csv(path)
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)}")
-    return table
-
-
-def read_labels(path):
-    """Grades in train.csv's wide form: study_id + LABEL_COLUMNS (strings of GRADES, NaN where missing).
-
-    Columns that are absent (a table of fewer conditions) become missing labels. Raises ValueError on an unknown
-    grade or a study that is listed twice.
-    """
-    table = _read_table(path, ["study_id"])
-    table = table.reindex(columns=["study_id", *LABEL_COLUMNS])
-    labels_to_array(table)
-    return table
+def id_array(ids, name="study_id"):
+    """Whole numbers of whatever type a table has them in -> (n,) int64. Raises ValueError naming the first other."""
+    values = [whole_number(value) for value in ids]
+    if None in values:
+        raise ValueError(f"{name} {list(ids)[values.index(None)]!r} is no whole number")
+    return np.array(values, np.int64)
 
 
 def labels_to_array(labels):
-    """Wide labels -> (study_ids (n,) int64, grades (n, 5 conditions, 5 levels) int64, -1 where missing)."""
-    if labels["study_id"].duplicated().any():
-        raise ValueError(f"study {labels.study_id[labels.study_id.duplicated()].iloc[0]} has two rows of labels")
+    """Wide labels -> (study_ids (n,) int64, grades (n, 5 conditions, 5 levels) int64, -1 where missing).
+
+    Raises ValueError on an unknown grade, a study that is listed twice or one whose id is no whole number.
+    """
+    study_ids = id_array(labels["study_id"])
+    twice = pd.Index(study_ids).duplicated()
+    if twice.any():
+        raise ValueError(f"study {study_ids[twice][0]} has two rows of labels")
     columns = labels.reindex(columns=list(LABEL_COLUMNS))
-    grades = np.full(columns.shape, -1, np.int64)
+    values, missing = columns.astype(object).to_numpy(copy=True), columns.isna().to_numpy(bool)
+    values[missing] = None
+    grades = np.full(values.shape, -1, np.int64)
     for number, grade in enumerate(GRADES):
-        grades[(columns == grade).to_numpy()] = number
-    unknown = columns.notna().to_numpy() & (grades < 0)
+        grades[values == grade] = number
+    unknown = ~missing & (grades < 0)
     if unknown.any():
         row, column = np.argwhere(unknown)[0]
         raise ValueError(
-            f"study {labels.study_id.iloc[row]}: {LABEL_COLUMNS[column]} is {columns.iat[row, column]!r}, "
+            f"study {study_ids[row]}: {LABEL_COLUMNS[column]} is {values[row, column]!r}, "
             f"not one of {', '.join(GRADES)}"
         )
-    return labels["study_id"].to_numpy(np.int64), grades.reshape(-1, len(CONDITIONS), len(LEVELS))
-
-
-def read_coordinates(data):
-    """train_label_coordinates.csv -> study_id, series_id, instance_number, condition, level, x_px, y_px.
-
-    Condition and level in this kit's names; x_px counts columns and y_px rows, from the centre of the first pixel.
-    """
-    columns = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
-    table = _read_table(Path(data) / "train_label_coordinates.csv", columns)[columns]
-    table["condition"] = table["condition"].str.lower().str.replace(" ", "_")
-    table["level"] = table["level"].str.lower().str.replace("/", "_")
-    known = table["condition"].isin(CONDITIONS) & table["level"].isin(LEVELS)
-    if not known.all():
-        raise ValueError(
-            f"train_label_coordinates.csv: unknown condition or level in {table[~known].iloc[0].to_dict()}"
-        )
-    return table.rename(columns={"x": "x_px", "y": "y_px"})
-
-
-def read_descriptions(data, split):
-    """{train,test}_series_descriptions.csv -> study_id, series_id, description."""
-    table = _read_table(
-        Path(data) / f"{split}_series_descriptions.csv", ["study_id", "series_id", "series_description"]
-    )
-    return table.rename(columns={"series_description": "description"})[["study_id", "series_id", "description"]]
+    return study_ids, grades.reshape(-1, len(CONDITIONS), len(LEVELS))
 
 
 def row_ids(study_id):
@@ -92,25 +60,38 @@ def to_submission(study_ids, probabilities):
         raise ValueError("probabilities must be finite, not negative, and not all zero in a row")
     values = values / values.sum(1, keepdims=True)
     table = pd.DataFrame(values, columns=list(SEVERITIES))
-    table.insert(0, "row_id", [row for study_id in study_ids for row in row_ids(study_id)])
+    table.insert(0, "row_id", [row for study_id in id_array(study_ids) for row in row_ids(study_id)])
     return table.sort_values("row_id", ignore_index=True)
+
+
+def severity_values(table):
+    """The three severities of a submission-like table: (n, 3) float64, NaN where a cell is empty or no number."""
+    columns = [pd.to_numeric(table[name].astype(object), errors="coerce") for name in SEVERITIES]
+    return np.stack([column.to_numpy(np.float64, na_value=np.nan) for column in columns], 1)
 
 
 def from_submission(table):
     """A submission -> (study_ids (n,) ascending, probabilities (n, 5, 5, 3) float64, NaN where a row is absent).
 
-    Raises ValueError on a row_id that is no `{study_id}_{condition}_{level}` or that appears twice.
+    Raises ValueError on a row_id that is no `{study_id}_{condition}_{level}` or that appears twice, and on a value
+    that is no number.
     """
-    parts = table["row_id"].astype(str).str.extract(r"^(\d+)_(.+)$")
+    names = table["row_id"].astype(object).astype(str)
+    parts = names.str.extract(r"^([0-9]{1,18})_(.+)$")
     position = {column: number for number, column in enumerate(LABEL_COLUMNS)}
     column = parts[1].map(position)
     if column.isna().any():
-        raise ValueError(f"row_id {table['row_id'][column.isna()].iloc[0]!r} names no study, condition and level")
-    if table["row_id"].duplicated().any():
-        raise ValueError(f"row_id {table['row_id'][table['row_id'].duplicated()].iloc[0]!r} appears twice")
-    study_ids, row = np.unique(parts[0].to_numpy(np.int64), return_inverse=True)
+        raise ValueError(f"row_id {names[column.isna()].iloc[0]!r} names no study, condition and level")
+    if names.duplicated().any():
+        raise ValueError(f"row_id {names[names.duplicated()].iloc[0]!r} appears twice")
+    severities = severity_values(table)
+    odd = np.isnan(severities) & table[list(SEVERITIES)].notna().to_numpy(bool)
+    if odd.any():
+        row, severity = np.argwhere(odd)[0]
+        raise ValueError(f"row {names.iloc[row]}: {table[SEVERITIES[severity]].iloc[row]!r} is no number")
+    study_ids, row = np.unique(parts[0].to_numpy(object).astype(np.int64), return_inverse=True)
     values = np.full((len(study_ids), len(LABEL_COLUMNS), len(SEVERITIES)), np.nan)
-    values[row, column.to_numpy(np.int64)] = table[list(SEVERITIES)].to_numpy(np.float64)
+    values[row, column.to_numpy(np.int64)] = severities
     return study_ids, values.reshape(-1, len(CONDITIONS), len(LEVELS), len(SEVERITIES))
 
 
@@ -178,7 +159,7 @@ def competition_score(labels, submission):
     """
     study_ids, grades = labels_to_array(labels)
     predicted_ids, probabilities = from_submission(submission)
-    values = submission[list(SEVERITIES)].to_numpy(np.float64)
+    values = severity_values(submission)
     bad = ~np.isfinite(values).all(1) | (values < 0).any(1) | (values.sum(1) <= 0)
     if bad.any():
         raise ValueError(f"{submission['row_id'][bad].iloc[0]}: needs three finite values >= 0, not all zero")

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .geometry import boxes_from_table, coordinates_to_lps
+from .geometry import boxes_from_table, place_points
 from .levels import compare_with_labels, complete_vertebrae, level_boxes, merge_vertebrae, name_vertebrae, study_anchors
 from .names import LEVEL_VERTEBRAE, LEVELS, progress
 from .spinenet import _LUMBAR, Vertebra, detect_vertebrae, spinenet_records
+from .tables import some_of
 from .volume import load_study
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -223,7 +224,8 @@ def fine_tuning_set(paths, model, coordinates, *, prior=None, limit=None, slices
     slices: kept of each series, those without a confirmed body being at most a quarter (a study's all would be some
     4 MB); tolerance_mm, least: see point_records.
     Each series has records of its own: its own detections, completed by the other series' (moved by what the patient
-    moved in between). Returns (records, DataFrame with POINT_TABLE_COLUMNS, one row a series or unusable study).
+    moved in between). Label points that lie on no slice are left out and printed.
+    Returns (records, DataFrame with POINT_TABLE_COLUMNS, one row a series or unusable study).
     """
     prior = prior if prior is not None else model.about.get("prior")
     by_study = dict(list(coordinates.groupby("study_id")))
@@ -231,25 +233,28 @@ def fine_tuning_set(paths, model, coordinates, *, prior=None, limit=None, slices
     rng = np.random.default_rng(seed)
     if limit is not None and limit < len(study_ids):
         study_ids = sorted(int(i) for i in rng.choice(study_ids, limit, replace=False))
-    records, rows = [], []
+    records, rows, unplaced = [], [], []
     for study_id in progress(study_ids, "confirming vertebrae", len(study_ids)):
         rows.append({"study_id": study_id, "used": False, "reason": "no sagittal series"})
         try:
-            own, notes = _study_records(
-                load_study(paths[study_id]), model, by_study[study_id], prior, slices, tolerance_mm, least, rng
-            )
+            study, points = load_study(paths[study_id]), by_study[study_id]
+            placed = place_points(points, study)
+            unplaced += placed.loc[placed["problem"] != "", "problem"].tolist()
+            foraminal = points["condition"].str.contains("foraminal").to_numpy()
+            points = level_points(placed[["x_mm", "y_mm", "z_mm"]], points["level"].to_numpy(), foraminal)
+            own, notes = _study_records(study, model, points, prior, slices, tolerance_mm, least, rng)
         except Exception as error:  # one odd study must not stop the others
             own, notes = [], [{"used": False, "reason": f"{type(error).__name__}: {error}"}]
         records += own
         if notes:
             rows[-1:] = [{"study_id": study_id} | note for note in notes]
+    if unplaced:
+        print(f"fine-tuning: {len(unplaced)} label points are left out: {some_of(unplaced, between='; ')}")
     return records, pd.DataFrame(rows, columns=POINT_TABLE_COLUMNS)
 
 
-def _study_records(study, model, coordinates, prior, slices, tolerance_mm, least, rng):
-    """(records, notes) of one study: see fine_tuning_set."""
-    foraminal = coordinates["condition"].str.contains("foraminal").to_numpy()
-    points = level_points(coordinates_to_lps(coordinates, study), coordinates["level"].to_numpy(), foraminal)
+def _study_records(study, model, points, prior, slices, tolerance_mm, least, rng):
+    """(records, notes) of one study: see fine_tuning_set; points: of level_points."""
     volumes = [v for v in study.volumes if v.description.startswith("Sagittal") and v.plane == "sagittal"]
     # T2 first: its bodies' names count, where the model is asked for them.
     volumes = sorted(volumes, key=lambda v: v.description == "Sagittal T1")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .names import DESCRIPTIONS, LEVEL_TABLE_COLUMNS, LEVELS
+from .tables import whole_number
 
 
 def _open3d():
@@ -460,15 +461,46 @@ def axial_slices_near(study, points_lps_mm, reach_mm=5.0):
     return pd.concat(tables).sort_values(["point", "distance_mm"], kind="stable", ignore_index=True)
 
 
+def on_image(volume, x_px, y_px):
+    """Whether pixel coordinates (numbers or arrays) lie on a volume's slices; a pixel beyond the edge still does, for
+    tools that count from a corner. False for NaN."""
+    _, height, width = volume.array.shape
+    return (x_px >= -1) & (x_px <= width) & (y_px >= -1) & (y_px <= height)
+
+
+def place_points(coordinates, study):
+    """Where the label points of one study lie: DataFrame volume (index in study.volumes), slice (index), x_mm, y_mm,
+    z_mm (LPS) and problem, in the order of the points.
+
+    coordinates: rows of read_coordinates. A point on no slice of the study has -1, -1, NaN and says why in `problem`,
+    which is "" for the others.
+    """
+    where = {}
+    for v, volume in enumerate(study.volumes):
+        slices = where.setdefault(int(volume.series_id), {})
+        slices.update({int(instance): (v, k) for k, instance in enumerate(volume.instance_numbers)})
+    rows = []
+    for row in coordinates.itertuples():
+        name = f"study {study.study_id}, series {row.series_id}, slice {row.instance_number}"
+        slices = where.get(whole_number(row.series_id))
+        v, k = (slices or {}).get(whole_number(row.instance_number), (-1, -1))
+        if slices is None:
+            problem = f"{name}: no such series was read"
+        elif v < 0:
+            problem = f"{name}: no such slice was read"
+        elif not on_image(study.volumes[v], row.x_px, row.y_px):
+            problem = f"{name}: ({row.x_px:.0f}, {row.y_px:.0f}) is outside the image"
+        else:
+            xyz = study.volumes[v].voxel_to_lps([k, row.y_px, row.x_px])
+            rows.append((v, k, *xyz, ""))
+            continue
+        rows.append((-1, -1, np.nan, np.nan, np.nan, problem))
+    return pd.DataFrame(rows, columns=["volume", "slice", "x_mm", "y_mm", "z_mm", "problem"])
+
+
 def coordinates_to_lps(coordinates, study):
-    """Label points of one study -> (n, 3) LPS millimetres, NaN where series or slice is not there."""
-    points = np.full((len(coordinates), 3), np.nan)
-    for number, row in enumerate(coordinates.itertuples()):
-        for volume in study.volumes:
-            index = volume.slice_of(row.instance_number) if volume.series_id == row.series_id else None
-            if index is not None:
-                points[number] = volume.voxel_to_lps([index, row.y_px, row.x_px])
-    return points
+    """Label points of one study -> (n, 3) LPS millimetres, NaN where place_points has a problem."""
+    return place_points(coordinates, study)[["x_mm", "y_mm", "z_mm"]].to_numpy(np.float64)
 
 
 def point_cloud(study, every=2):

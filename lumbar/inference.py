@@ -20,8 +20,9 @@ import torch
 from .classifiers import crops_to_studies, cut_crops, load_classifier, predict_crops
 from .dicom import read_study
 from .ensemble import MEMBERS, combine_members, member_alone, member_weights, read_out_of_fold
-from .files import read_descriptions, to_submission
+from .files import to_submission
 from .geometry import boxes_to_table
+from .greys import normalise_study
 from .levels import _locating_key, locate_levels_surely
 from .names import (
     CONDITIONS,
@@ -38,7 +39,8 @@ from .names import (
 from .official import official_detector
 from .spinenet import load_spinenet
 from .storage import plain, write_json
-from .volume import Study, normalise_study
+from .tables import described_series, sample_studies, whole_number
+from .volume import Study
 from .yolo import load_yolo, without_frames, yolo_studies
 
 
@@ -385,30 +387,15 @@ def predict_studies(batch, members, views=None, clock=time.perf_counter):
 def studies_to_predict(data, split):
     """dict study_id -> dict series_id -> description: every study that a submission must have rows of.
 
-    The descriptions table names the series; studies that only have a folder in {split}_images or rows in
-    sample_submission.csv come with no series, and so with the prior. Rows of the table whose study or series is no
-    number name nothing that could be read, and are passed over.
+    The descriptions table names the series; studies that only have a folder in {split}_images, rows in
+    sample_submission.csv or bad rows in the descriptions table come with no series, and so with the prior.
     """
-    table = read_descriptions(data, split)
-    jobs = {}
-    for study_id, series_id, description in table.itertuples(index=False):
-        study_id, series_id = _whole_number(study_id), _whole_number(series_id)
-        if study_id is not None:
-            series = jobs.setdefault(study_id, {})
-            if series_id is not None:
-                series[series_id] = description
-    others = {path.name for path in (Path(data) / f"{split}_images").glob("*")}
+    jobs = described_series(data, split)
+    others = {whole_number(path.name) for path in (Path(data) / f"{split}_images").glob("*")} - {None}
     sample = Path(data) / "sample_submission.csv"
     if split == "test" and sample.is_file():
-        others |= set(pd.read_csv(sample)["row_id"].astype(str).str.split("_").str[0])
-    others = {_whole_number(name) for name in others} - {None}
-    return dict(sorted(jobs.items())) | {study_id: {} for study_id in sorted(others - set(jobs))}
-
-
-def _whole_number(value):
-    """An id as int, None where it is none: one empty cell turns a whole column of a table into floats or text."""
-    text = str(value).removesuffix(".0")
-    return int(text) if text.isdecimal() and text.isascii() and len(text) < 19 else None
+        others |= set(sample_studies(sample))
+    return jobs | {study_id: {} for study_id in sorted(others - set(jobs))}
 
 
 def out_of_fold_table(folders):

@@ -1016,12 +1016,12 @@ def compare_with_labels(boxes, coordinates, study):
 
     coordinates: this study's rows of read_coordinates. Returns a DataFrame condition, level, head_mm, left_mm,
     back_mm (the point in the frame of its level's box) and nearest (the level whose disc plane is nearest); points
-    on slices that could not be read are left out.
+    that lie on no slice (see place_points) are left out.
     """
     by_level = {box.level: box for box in boxes}
     rows = []
     for row, point in zip(coordinates.itertuples(), coordinates_to_lps(coordinates, study)):
-        if np.isfinite(point).all():
+        if np.isfinite(point).all() and row.level in by_level:
             head_mm = {level: abs(box.from_lps(point)[0]) for level, box in by_level.items()}
             rows.append([row.condition, row.level, *by_level[row.level].from_lps(point), min(head_mm, key=head_mm.get)])
     return pd.DataFrame(rows, columns=["condition", "level", "head_mm", "left_mm", "back_mm", "nearest"])

@@ -11,7 +11,7 @@ import pandas as pd
 
 from .ensemble import align_members
 from .files import class_prior, make_folds, score_arrays, term_sums
-from .geometry import boxes_from_table, coordinates_to_lps, nearest_slice, point_cloud
+from .geometry import boxes_from_table, coordinates_to_lps, nearest_slice, on_image, point_cloud
 from .levels import compare_with_labels
 from .names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, LEVELS, SEVERITY_WEIGHTS
 from .stages import read_manifest
@@ -93,7 +93,9 @@ def box_on_slice(box, volume, index):
 def points_on_slice(points, volume, index):
     """Rows of a table of label points (see read_coordinates) that lie on one slice of a volume."""
     return points[
-        (points["series_id"] == volume.series_id) & (points["instance_number"] == int(volume.instance_numbers[index]))
+        (points["series_id"] == volume.series_id)
+        & (points["instance_number"] == int(volume.instance_numbers[index]))
+        & on_image(volume, points["x_px"], points["y_px"])
     ]
 
 

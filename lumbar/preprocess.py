@@ -1,6 +1,6 @@
 """Every study of a split, read once and kept as volumes.
 
-May use: dicom, volume, files.
+May use: dicom, volume, tables, names.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -9,22 +9,23 @@ from pathlib import Path
 import pandas as pd
 
 from .dicom import read_study
-from .files import read_descriptions
+from .greys import normalise_study
 from .names import progress
-from .volume import load_study, normalise_study, save_study
+from .tables import described_series, some_of
+from .volume import load_study, save_study, study_about
 
 
 def preprocess_study(data, split, study_id, descriptions, out, bits=16):
     """Read one study of the competition folder, write its volumes to `out`. Returns rows for series.csv.
 
-    A study whose file is already there is not read again.
+    A study whose file is already there is not read again, unless it was read with other descriptions.
     """
     path = Path(out) / f"{study_id}.safetensors"
-    if path.is_file():
+    if _was_read_with(path, descriptions):
         study = load_study(path)
     else:
         study = normalise_study(read_study(Path(data) / f"{split}_images" / str(study_id), descriptions))
-        save_study(study, path, bits)
+        save_study(study, path, bits, descriptions)
     rows = []
     for volume in study.volumes:
         row = {
@@ -45,21 +46,34 @@ def preprocess_study(data, split, study_id, descriptions, out, bits=16):
     return rows
 
 
-def preprocess_studies(data, split, out, workers=2, bits=16):
+def _was_read_with(path, descriptions):
+    """Whether a study's file is there, whole, and was made of these series: a table may have been mended since."""
+    try:
+        known = study_about(path)["described"]
+    except Exception:  # whatever a missing or damaged file, or one of an earlier version, makes of it
+        return False
+    return known == {str(series_id): description for series_id, description in descriptions.items()}
+
+
+def preprocess_studies(data, split, out, workers=2, bits=16, labelled=()):
     """Read every study of a split into out/<study_id>.safetensors. Returns series.csv: one row a volume or problem.
 
-    bits: of a stored grey value, see save_study.
+    bits: of a stored grey value, see save_study. labelled: ids of studies that have labels; those that the descriptions
+    table lacks cannot be read and are among the problems.
 
     Works in threads (decoding and percentiles run outside Python's lock, and nothing has to be imported anew), shows
     progress, and finds the studies that an earlier, killed run has finished.
     """
     Path(out).mkdir(parents=True, exist_ok=True)
-    table = read_descriptions(data, split)
-    jobs = [
-        (data, split, int(study_id), dict(zip(group["series_id"], group["description"], strict=True)), out, bits)
-        for study_id, group in table.groupby("study_id")
-    ]
+    studies, table = described_series(data, split), f"{split}_series_descriptions.csv"
+    if not studies:
+        raise ValueError(f"{Path(data) / table} has no rows below its header: copy the competition's file anew")
+    jobs = [(data, split, study_id, series, out, bits) for study_id, series in studies.items()]
     with ThreadPoolExecutor(max(1, workers)) as pool:
         results = pool.map(preprocess_study, *zip(*jobs, strict=True))
         rows = [row for rows in progress(results, f"reading {split} studies", len(jobs)) for row in rows]
+    unread = sorted(set(labelled) - set(studies))
+    if unread:
+        print(f"{len(unread)} labelled studies are not in {table} and take no part: {some_of(unread)}")
+    rows += [{"study_id": i, "problem": f"study {i}: labelled, but not in {table}"} for i in unread]
     return pd.DataFrame(rows)

@@ -1,6 +1,6 @@
 """Stages: one folder and one manifest each, known by what went in and came out; the loop that runs their notebooks.
 
-May use: names, storage, parameters; kaggle and inference, inside functions, to find what is attached.
+May use: names, storage, tables, parameters; kaggle and inference, inside functions, to find what is attached.
 """
 
 import functools
@@ -21,6 +21,7 @@ from pathlib import Path, PurePath
 
 from .parameters import PATH_PARAMETERS, READ_PATHS, check_device_here, check_notebook_parameters
 from .storage import plain, write_json
+from .tables import read_folds
 
 
 def versions():
@@ -643,20 +644,12 @@ def check_folds(folds, preprocessed):
     path = Path(preprocessed) / "folds.csv"
     if not path.is_file():
         raise FileNotFoundError(f"PREPROCESSED: {path} is missing; run 01_preprocess first, or correct the path")
-    known = set()
     try:
-        header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
-        column = header.split(",").index("fold")
-        for number, line in enumerate(lines, 2):
-            if line.strip(" ,"):
-                try:
-                    known.add(int(line.split(",")[column]))
-                except (ValueError, IndexError):
-                    raise ValueError(f"line {number} is {line[:40]!r}") from None
-    except ValueError as error:
+        known = sorted(set(read_folds(path)["fold"]))
+    except (ValueError, KeyError) as error:
         raise ValueError(f"PREPROCESSED: {path} is damaged ({error}); run 01_preprocess again") from None
-    if not folds or not set(folds) <= known:
-        raise ValueError(f"FOLDS must be some of {', '.join(map(str, sorted(known)))}, not {list(folds)}")
+    if not folds or not set(folds) <= set(known):
+        raise ValueError(f"FOLDS must be some of {', '.join(map(str, known))}, not {list(folds)}")
 
 
 def is_finished(stage):

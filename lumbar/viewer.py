@@ -20,8 +20,9 @@ import pandas as pd
 
 from .dicom import read_study
 from .ensemble import MEMBERS, read_out_of_fold
-from .files import from_submission, labels_to_array, read_coordinates, read_labels
+from .files import from_submission, labels_to_array
 from .geometry import boxes_from_table, sample_box
+from .greys import normalise_study
 from .inference import studies_to_predict, weight_folders
 from .looking import (
     CONDITION_NAMES,
@@ -40,7 +41,8 @@ from .looking import (
 )
 from .names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, LEVELS, SEVERITIES
 from .spinenet import vertebrae_from_table
-from .volume import load_study, normalise_study, study_paths
+from .tables import read_coordinates, read_labels
+from .volume import load_study, study_paths
 from .yolo import dense_scores, load_yolo, yolo_views
 
 PAGE_BYTES = 6_000_000  # for the slices' pictures of a page: with the rest it stays below 10 MB, which mail takes

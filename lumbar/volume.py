@@ -1,11 +1,11 @@
-"""What a series becomes: Volume (array, affine to LPS mm), Study; the networks' grey scale; both as files.
+"""What a series becomes: Volume (array, affine to LPS mm), Study; both as files.
 
 May use: storage, names.
 """
 
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ import numpy as np
 class Volume:
     """Parallel, equally spaced slices of one series.
 
-    array: (n, h, w) = (slice, row, column), slices in the order of their position along the slice normal;
+    array: (n, h, w) = (slice, row, column), slices in the order of their position along the slice normal; as read from
+    files NaN where they have padding, never once it is normalised;
     affine: (4, 4) float64, takes (slice, row, column, 1) of a voxel's centre to LPS millimetres;
     instance_numbers: (n,) int64, the file each slice came from, or the frame of a multi-frame file, from 1 (the frames
     of a series' second such file count on from the first's); block: counts the volumes of one series (a series
@@ -69,35 +70,14 @@ class Study:
         return [volume for volume in self.volumes if volume.description == description]
 
 
-def normalise_volume(volume):
-    """The volume on the scale that every network sees: percentile 0.5 at 0 and 99.5 at 1, clipped to [-1, 8].
-
-    The array becomes float16: 11 bits of mantissa hold what a 12-bit magnitude image carries above its noise, at
-    half the size. A constant image becomes zeros.
-    """
-    low, high = np.percentile(volume.array, (0.5, 99.5))
-    scale = 1.0 / (high - low) if high > low else 0.0
-    array = np.clip((volume.array.astype(np.float32) - np.float32(low)) * np.float32(scale), -1, 8)
-    return replace(volume, array=array.astype(np.float16))
-
-
-def normalise_study(study):
-    """The study with every volume on the networks' scale; one that shows nothing is among the problems."""
-    volumes = [normalise_volume(volume) for volume in study.volumes]
-    blank = [
-        f"study {v.study_id}, series {v.series_id}: {len(v.array)} slices are of one grey"
-        for v in volumes
-        if not v.array.any()
-    ]
-    return replace(study, volumes=volumes, problems=study.problems + blank)
-
-
 # Volumes in 8 bits: grey values from -1/8 to 1.47 (1 is the 99.5th percentile), in steps below an image's noise.
 _GREY_STEP, _GREY_LOW = 1 / 160, -1 / 8
 
 
-def save_study(study, path, bits=16):
+def save_study(study, path, bits=16, described=None):
     """Write a normalised study as one safetensors file, complete or not at all.
+
+    described: dict series_id -> description that the study was read with, kept for study_about.
 
     bits: 16, as normalised; 8 for half the disk: rounded to steps of 1/160, and cut off above 1.47. Raises ValueError
     for others.
@@ -108,6 +88,8 @@ def save_study(study, path, bits=16):
         raise ValueError(f"BITS must be 8 or 16, not {bits!r}")
     path = Path(path)
     about = {"study_id": study.study_id, "problems": study.problems, "volumes": []}
+    if described is not None:
+        about["described"] = {str(series_id): description for series_id, description in described.items()}
     tensors = {}
     for number, volume in enumerate(study.volumes):
         array = volume.array
@@ -127,6 +109,14 @@ def save_study(study, path, bits=16):
     temporary = path.with_name(path.name + ".part")
     save_file(tensors, temporary, metadata={"study": json.dumps(about)})
     os.replace(temporary, path)
+
+
+def study_about(path):
+    """What save_study wrote of a study but its arrays: dict study_id, problems, volumes, described."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return json.loads(file.metadata()["study"])
 
 
 def load_study(path, descriptions=None):

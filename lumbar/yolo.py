@@ -1,5 +1,6 @@
 """The YOLO detectors: data sets, training, dense class scores, side and level by geometry."""
 
+import hashlib
 import json
 import logging
 import os
@@ -13,11 +14,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from .geometry import boxes_from_table
+from .geometry import boxes_from_table, place_points
 from .names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS, progress
 from .storage import write_json
+from .tables import some_of
 from .views import choose_views, cross_fitted_views, deal_parts
-from .volume import load_study
+from .volume import load_study, study_about
 
 # A detector's classes are the three severities and nothing else. One sagittal slice cannot show its side and one
 # axial slice barely shows its level, so both come from patient coordinates. It also makes a horizontal flip of an
@@ -209,22 +211,11 @@ def yolo_examples(coordinates, study_ids, grades, condition):
 
 
 def _locate_examples(study, points):
-    """Adds volume (index in study.volumes), slice (index) and x_mm, y_mm, z_mm (LPS) to one study's label points.
-    Points whose series or instance the study does not hold are dropped."""
-    where = {}
-    for v, volume in enumerate(study.volumes):
-        for k, instance in enumerate(np.asarray(volume.instance_numbers)):
-            where[str(volume.series_id), int(instance)] = v, k
-    keys = [where.get((str(s), int(i))) for s, i in zip(points["series_id"], points["instance_number"])]
-    points = points[[key is not None for key in keys]].copy()
-    keys = np.array([key for key in keys if key is not None], dtype=int).reshape(-1, 2)
-    points["volume"], points["slice"] = keys[:, 0], keys[:, 1]
-    xyz = [
-        study.volumes[v].voxel_to_lps(np.array([k, y, x], dtype=np.float64))
-        for v, k, x, y in zip(points["volume"], points["slice"], points["x_px"], points["y_px"])
-    ]
-    points[["x_mm", "y_mm", "z_mm"]] = np.array(xyz, dtype=np.float64).reshape(-1, 3)
-    return points
+    """One study's label points that lie on a slice, with volume, slice and x_mm, y_mm, z_mm of place_points; and for
+    each of the others why it does not."""
+    placed = place_points(points, study)
+    found = pd.concat([points.reset_index(drop=True), placed], axis=1)[placed["problem"] == ""]
+    return found.drop(columns="problem"), placed.loc[placed["problem"] != "", "problem"].tolist()
 
 
 def _near_slices(volume, index, reach_mm):
@@ -291,8 +282,10 @@ def write_yolo_dataset(
     scheme: "severity": patches with square millimetres of the labelled slices and their neighbours, class = severity,
     see YoloView; imgsz as in yolo_shape_px; view: a YoloView, by default YOLO_VIEWS[condition]. "original": the
     labelled slices alone, whole, imgsz px square, classes of original_names, boxes of ORIGINAL_BOX_PX at 384 px.
-    A finished folder with the same settings is left alone. Returns the content of dataset.json.
-    Raises FileNotFoundError when a study has no volume file, ValueError when nothing could be labelled.
+    A point that lies on no slice of its study (see place_points), and a study without a volume file, costs only itself:
+    it is left out, counted (without_slice) and printed.
+    A finished folder of the same settings, points and volumes is left alone. Returns the content of dataset.json.
+    Raises FileNotFoundError when no study has a volume file, ValueError when nothing could be labelled.
     """
     from PIL import Image
 
@@ -302,6 +295,12 @@ def write_yolo_dataset(
     points = yolo_examples(coordinates, study_ids, grades, condition)
     fold_of = dict(zip(folds["study_id"].astype(int), folds["fold"].astype(int)))
     points = points[points["study_id"].isin(fold_of)]
+    paths = {study_id: volumes_dir / f"{study_id}.safetensors" for study_id in sorted(points["study_id"].unique())}
+    without_volumes = [study_id for study_id, path in paths.items() if not path.is_file()]
+    if paths and len(without_volumes) == len(paths):
+        raise FileNotFoundError(
+            f"{paths[without_volumes[0]]}: no volumes for a labelled study; run 01_preprocess for it first"
+        )
     view = view or YOLO_VIEWS[condition]
     if scheme == "original":
         shape_px, mm_per_px, side_px = (imgsz, imgsz), None, ORIGINAL_BOX_PX * imgsz / ORIGINAL_IMGSZ
@@ -319,6 +318,7 @@ def write_yolo_dataset(
         "points": len(points),
         "folds": sorted(set(fold_of.values())),
         "studies": len(fold_of),
+        "content": _content(points, fold_of, [path for path in paths.values() if path.is_file()]),
     }
     done = out_dir / "dataset.json"
     if done.exists():
@@ -330,14 +330,14 @@ def write_yolo_dataset(
         (out_dir / name).mkdir(parents=True)
     done.unlink(missing_ok=True)
     lists = {fold: {"train": [], "val": []} for fold in settings["folds"]}
-    located, outside, unlabelled = [], 0, 0
+    located, outside, unplaced = [], 0, []
     for study_id, of_study in progress(points.groupby("study_id"), f"yolo {condition}", points["study_id"].nunique()):
-        path = volumes_dir / f"{study_id}.safetensors"
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no volumes for a labelled study; run 01_preprocess for it first")
-        study = load_study(path, [DETECTORS[condition][0]])
-        here = _locate_examples(study, of_study)
-        unlabelled += len(of_study) - len(here)
+        if study_id in without_volumes:
+            unplaced += [f"study {study_id}: no volumes"] * len(of_study)
+            continue
+        study = load_study(paths[study_id], [DETECTORS[condition][0]])
+        here, problems = _locate_examples(study, of_study)
+        unplaced += problems
         if here.empty:
             continue
         located.append(here)
@@ -357,11 +357,14 @@ def write_yolo_dataset(
             (out_dir / "labels" / f"{name}.txt").write_text("\n".join(lines) + "\n")
             for fold in lists:
                 lists[fold]["val" if fold_of[int(study_id)] == fold else "train"].append(f"./images/{name}.png")
+    which = some_of(dict.fromkeys(unplaced), between="; ")
     if not located:
         raise ValueError(
-            f"no label point of '{condition}' lies in a cached series of {volumes_dir}: "
+            f"no label point of '{condition}' lies in a cached series of {volumes_dir} ({which or 'none graded'}): "
             "check that series and instance numbers of the coordinates match the volumes"
         )
+    if unplaced:
+        print(f"yolo {condition}: {len(unplaced)} of {len(points)} label points are left out: {which}")
     pd.concat(located).drop(columns=["volume", "slice"]).to_csv(out_dir / "points.csv", index=False)
     for fold, parts in lists.items():
         for part, names in parts.items():
@@ -369,10 +372,19 @@ def write_yolo_dataset(
     result = settings | {
         "images": sum(len(p["val"]) for p in lists.values()),
         "outside_field": outside,
-        "without_slice": unlabelled,
+        "without_slice": len(unplaced),
     }
     write_json(done, result)
     return result
+
+
+def _content(points, fold_of, paths):
+    """A hash of what a data set is made of besides its settings: it changes when a table or a study is mended."""
+    digest = hashlib.sha256(points.to_csv(index=False).encode())
+    digest.update(json.dumps(sorted(fold_of.items())).encode())
+    for path in paths:
+        digest.update(json.dumps(study_about(path), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def _label_lines(classes, xy, side_px, shape_px):

@@ -17,7 +17,8 @@ import pytest
 import tiny
 
 import utils
-from lumbar import dicom, inference
+from lumbar import dicom, inference, stacks
+from lumbar import pixels as pixels_module
 
 GOOD = (7, 1505, 9000)  # before, between and after the broken ones
 T1, AXIAL, T2 = tiny.SERIES
@@ -222,7 +223,7 @@ BROKEN = [
     ("no Columns", drop("Columns"), "pixels cannot be decoded"),
     ("no PixelData", drop("PixelData"), "pixels cannot be decoded"),
     ("no BitsAllocated", drop("BitsAllocated"), "pixels cannot be decoded"),
-    ("no PixelRepresentation", drop("PixelRepresentation"), "pixels cannot be decoded"),
+    ("no PixelRepresentation", drop("PixelRepresentation"), None),
     ("no SamplesPerPixel", drop("SamplesPerPixel"), None),
     ("no PhotometricInterpretation", drop("PhotometricInterpretation"), None),
     ("no InstanceNumber", drop("InstanceNumber"), None),
@@ -254,11 +255,11 @@ BROKEN = [
     ("positions not numbers", place(lambda k, xyz: ["nan"] * 3), "ImagePositionPatient is not usable"),
     ("positions infinite", place(lambda k, xyz: ["inf", *xyz[1:]]), "ImagePositionPatient is not usable"),
     ("positions in another room", place(lambda k, xyz: [1e12, *xyz[1:]]), "not in the scanner"),
-    ("one position for all", place(lambda k, xyz: [10.0, 20.0, 30.0]), "lies at the same place"),
+    ("one position for all", place(lambda k, xyz: [10.0, 20.0, 30.0]), "lie at the same place"),
     ("orientation of zeros", put(ImageOrientationPatient=[0.0] * 6), "perpendicular unit vectors"),
     ("orientations mixed", edit(turned), "left out"),
     ("shapes mixed", edit(shapes), "no .* slice shows l"),
-    ("everything twice", twice, "lies at the same place"),
+    ("everything twice", twice, "the same image at the same place"),
     ("colour", edit(colour), "colour picture"),
     ("slope infinite", put(RescaleSlope="inf", RescaleIntercept="0"), "RescaleSlope is not usable"),
     ("slope not a number", put(RescaleSlope="nan", RescaleIntercept="0"), "RescaleSlope is not usable"),
@@ -433,7 +434,7 @@ def whole(base, description):
 
 def test_frames_of_one_file_are_thinned_alike(monkeypatch, tmp_path):
     (tmp_path / "1.dcm").touch()
-    place = {"pixels": np.zeros((4, 4)), "spacing_mm": np.ones(2)}
+    place = {"pixels": np.zeros((4, 4)), "spacing_mm": np.ones(2), "doubts": []}
     frames = [place | {"instance_number": number} for number in range(1, 41)]
     monkeypatch.setattr(dicom, "read_slices", lambda path: ([dict(frame) for frame in frames], []))
     monkeypatch.setattr(dicom, "MAX_SLICES", 10)
@@ -454,7 +455,7 @@ def test_frames_of_one_file_are_thinned_alike(monkeypatch, tmp_path):
     ],
 )
 def test_other_bounds(base, monkeypatch, limit, value, reason, left):
-    monkeypatch.setattr(dicom, limit, value)
+    monkeypatch.setattr(pixels_module if limit == "MAX_SIDE_PX" else dicom, limit, value)
     study = utils.read_study(base, tiny.SERIES)
     assert len(study.volumes) == left
     assert reason is None or any(re.search(reason, problem) for problem in study.problems)
@@ -471,7 +472,7 @@ def test_only_the_longest_stacks_of_a_torn_series_stay_and_few_sentences(base, m
 
     edit(tilted, [T1])(study)
     assert len(utils.read_study(study, {T1: "Sagittal T1"}).volumes) == 6
-    monkeypatch.setattr(dicom, "MAX_STACKS", 2)
+    monkeypatch.setattr(stacks, "MAX_STACKS", 2)
     found = utils.read_study(study, {T1: "Sagittal T1"})
     assert len(found.volumes) == 2 and max(len(v.array) for v in found.volumes) == 4
     assert any("6 separate stacks, the 2 with most slices were kept" in problem for problem in found.problems)

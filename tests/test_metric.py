@@ -97,12 +97,11 @@ def test_a_bad_submission_is_refused(change, message):
         utils.competition_score(labels, change(submission))
 
 
-def test_unknown_grade_is_refused(tmp_path):
-    labels, _ = random_case()
+def test_unknown_grade_is_refused():
+    labels, submission = random_case()
     labels.loc[2, utils.LABEL_COLUMNS[4]] = "Sever"
-    labels.to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(ValueError, match="Sever"):
-        utils.read_labels(tmp_path / "train.csv")
+        utils.competition_score(labels, submission)
 
 
 def test_submission_round_trip():

@@ -487,6 +487,36 @@ def test_dataset_is_left_alone_when_finished(dataset):
     assert before == sorted((p.name, p.stat().st_mtime_ns) for p in (dataset["dir"] / "images").iterdir())
 
 
+def test_a_point_on_no_slice_costs_itself_and_a_mended_table_counts(dataset, tmp_path, capsys):
+    condition, volumes, coordinates, ids, grades, folds = dataset["arguments"]
+    good = coordinates[coordinates["instance_number"] != 999]
+
+    def written(points, name="nfn"):
+        info = utils.write_yolo_dataset(
+            tmp_path / name, condition, volumes, points, ids, grades, folds, imgsz=96, view=dataset["view"]
+        )
+        return info, {path.name: path.read_bytes() for path in sorted((tmp_path / name).glob("*/*"))}
+
+    info, files = written(good)
+    assert info["without_slice"] == 0 and "left out" not in capsys.readouterr().out
+    for change in ({"x_px": 9999.0}, {"y_px": np.nan}, {"series_id": 5}, {"instance_number": -3}):
+        bad = pd.concat([good, good.iloc[[-1]].assign(**change)])
+        again, same = written(bad)  # in the same folder: another table's data set is made anew
+        assert again["without_slice"] == 1 and again["images"] == info["images"] and same == files
+        assert re.search(r"yolo nfn: 1 of \d+ label points are left out: study 104, series", capsys.readouterr().out)
+    moved, other = written(good.assign(x_px=good["x_px"] + 1))
+    assert moved["points"] == info["points"] and other != files
+
+    absent = dict(zip(ids, grades, strict=True)) | {999: grades[0]}
+    more = pd.concat([good, good[good["study_id"] == ids[0]].assign(study_id=999)])
+    folds = pd.concat([folds, pd.DataFrame({"study_id": [999], "fold": [0]})])
+    ids, grades = np.array(list(absent)), np.array(list(absent.values()))
+    undescribed, same = written(more, "undescribed")
+    assert same == files and "study 999: no volumes" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="999.safetensors: no volumes for a labelled study"):
+        written(more[more["study_id"] == 999], "nothing")
+
+
 def test_point_offsets_count_towards_the_own_side(dataset):
     points = pd.read_csv(dataset["dir"] / "points.csv")
     offsets = utils.fit_point_offsets(points, {i: boxes() for i in range(101, 105)})

@@ -27,8 +27,8 @@ import numpy as np  # noqa: E402
 
 import phantom  # noqa: E402
 from lumbar import dicom, geometry  # noqa: E402
+from lumbar.greys import normalise_study  # noqa: E402
 from lumbar.names import DESCRIPTIONS, LEVELS  # noqa: E402
-from lumbar.volume import normalise_study  # noqa: E402
 
 DESCRIPTION_OF = dict(zip((1, 2, 3), DESCRIPTIONS, strict=True))  # series number in the folder -> description
 LEVEL_MM = ((128, 128, 128), (56.0, 96.0, 96.0), (0.0, 0.0, 14.0))  # shape, extent and shift of crop_level

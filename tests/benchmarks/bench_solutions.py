@@ -73,7 +73,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import phantom  # noqa: E402
 from lumbar import classifiers, ensemble, yolo  # noqa: E402
-from lumbar.files import class_prior, labels_to_array, read_coordinates, read_labels  # noqa: E402
+from lumbar.files import class_prior, labels_to_array  # noqa: E402
 from lumbar.levels import locate_studies  # noqa: E402
 from lumbar.looking import TERM_NAMES, resampled_scores, score_table  # noqa: E402
 from lumbar.names import DESCRIPTIONS, DETECTORS, LEVELS, device_for, progress  # noqa: E402
@@ -81,6 +81,7 @@ from lumbar.preprocess import preprocess_studies  # noqa: E402
 from lumbar.spinenet import detect_vertebrae, load_spinenet  # noqa: E402
 from lumbar.stages import open_stage  # noqa: E402
 from lumbar.storage import write_csv, write_json  # noqa: E402
+from lumbar.tables import read_coordinates, read_folds, read_labels  # noqa: E402
 from lumbar.volume import load_study, study_paths  # noqa: E402
 
 VERSION = 1  # goes up when the same settings give other results from this file
@@ -570,7 +571,7 @@ def _timed(work, job):
 def train_all(run, out, settings, paths, centers, workers):
     """Train and predict with everything that A's and B's ways need, side by side in processes."""
     labels = read_labels(run / "data" / "train.csv")
-    folds = pd.read_csv(run / "01_preprocess" / "folds.csv")
+    folds = read_folds(run / "01_preprocess")
     labels = labels.merge(folds, on="study_id")
     labels = labels[labels["study_id"].isin(paths)].reset_index(drop=True)
     study_ids, grades = labels_to_array(labels)

@@ -42,9 +42,10 @@ from lumbar import levels as lumbar_levels  # noqa: E402
 from lumbar import spinenet  # noqa: E402
 from lumbar.dicom import stack_slices  # noqa: E402
 from lumbar.geometry import boxes_to_table  # noqa: E402
+from lumbar.greys import normalise_study  # noqa: E402
 from lumbar.names import VERTEBRAE, progress  # noqa: E402
 from lumbar.storage import write_csv, write_json  # noqa: E402
-from lumbar.volume import Study, load_study, normalise_study, save_study  # noqa: E402
+from lumbar.volume import Study, load_study, save_study  # noqa: E402
 
 CACHE_VERSION = 1  # goes up when the same study gets other pixels from this file
 # Training anatomies count up from 1_000_000 (paint_anatomies), each set here from a number of its own.

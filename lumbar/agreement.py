@@ -1,0 +1,262 @@
+"""Do the parts of a study agree? Slices with their neighbours, passes with one another, series with series.
+
+What does not fit is named with its reason: a wrong scale in one header leaves an image that looks sound by itself.
+
+May use: volume (in annotations only), geometry; numpy.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+LEAST_SLICES, LEAST_PX = 5, 32  # of a stack in which slices are compared, and of their sides
+SCALE_RATIO = 4.0  # of the spread of grey values, to the neighbours': coils and anatomy stay below 2
+STATED_RATIO = 1.5  # the same, where the slice states another scale than the others
+LIKE, UNLIKE = 0.5, 0.1  # correlation of slices that show the same, and that have nothing in common
+SAME_LOOK = 0.7  # correlation of passes over the same places
+COARSE_PX = 48  # pixels a side, on which slices are compared: below this noise and small structures average out
+
+
+def coarse(image: np.ndarray) -> np.ndarray:
+    """An image averaged to about COARSE_PX pixels a side, NaN left out: (rows, columns) float64."""
+    rows, columns = (max(1, side // COARSE_PX) for side in image.shape)
+    image = image[: image.shape[0] // rows * rows, : image.shape[1] // columns * columns].astype(np.float64)
+    blocks = image.reshape(image.shape[0] // rows, rows, image.shape[1] // columns, columns)
+    there = np.isfinite(blocks)
+    count = there.sum((1, 3))
+    total = np.where(there, blocks, 0).sum((1, 3))
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Pearson's, of the places where both are finite; 0 where one is constant."""
+    both = np.isfinite(first) & np.isfinite(second)
+    if both.sum() < 16:
+        return 0.0
+    a, b = first[both] - first[both].mean(), second[both] - second[both].mean()
+    scale = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / scale) if scale > 0 else 0.0
+
+
+def odd_slices(stack: list[dict], values_of: Callable) -> dict[int, str]:
+    """Slices of a stack whose grey values fit none of their neighbours'.
+
+    One slice of another scale (RescaleSlope), byte order or polarity decides the grey scale of its whole series, or is
+    taken for disease. Compared are the spread and the middle of the grey values, and the correlation with the
+    neighbours: only what no anatomy, coil or saturation band does is odd.
+
+    Parameters
+    ----------
+    stack : list of dict
+        Slices as read_slices gives them, in the order of their normal.
+    values_of : function
+        From a list of slices to their values, NaN where padded.
+
+    Returns
+    -------
+    dict
+        Index -> reason, a part of a sentence.
+    """
+    if len(stack) < LEAST_SLICES or min(stack[0]["pixels"].shape) < LEAST_PX:
+        return {}
+    images = [coarse(values_of([item])[0]) for item in stack]
+    low, middle, high = np.array([_percentiles(image) for image in images]).T
+    spread = high - low
+    like = np.array([correlation(a, b) for a, b in zip(images, images[1:])])
+    scales = [(item["slope"], item["intercept"]) for item in stack]
+    usual = max(set(scales), key=scales.count)
+    odd = {}
+    for k in range(len(stack)):
+        near = [j for j in range(max(0, k - 2), min(len(stack), k + 3)) if j != k]
+        around, level = np.median(spread[near]), np.median(middle[near])
+        if not around > 0:
+            continue
+        ratio = spread[k] / around
+        if spread[k] == 0:
+            odd[k] = "it is of one grey"
+        elif not 1 / SCALE_RATIO < ratio < SCALE_RATIO or abs(middle[k] - level) > SCALE_RATIO * around:
+            odd[k] = f"its grey values span {ratio:.3g} times those of its neighbours{_stated(scales[k], usual)}"
+        elif scales[k] != usual and _fits_better(ratio, scales[k][0], usual[0]):
+            odd[k] = f"its grey values do not fit its neighbours'{_stated(scales[k], usual)}"
+        elif 0 < k < len(stack) - 1:
+            own, across = max(like[k - 1], like[k]), correlation(images[k - 1], images[k + 1])
+            if across > LIKE and own < -UNLIKE:
+                odd[k] = "its dark and bright are turned round against its neighbours'"
+            elif across > LIKE and own < UNLIKE:
+                odd[k] = "it has nothing in common with its neighbours"
+        else:
+            inner, own = (like[1], like[0]) if k == 0 else (like[-2], like[-1])
+            if inner > LIKE and own < -LIKE:
+                odd[k] = "its dark and bright are turned round against its neighbour's"
+    return odd
+
+
+def _percentiles(image):
+    there = image[np.isfinite(image)]
+    return np.percentile(there, (5, 50, 95)) if there.size else np.zeros(3)
+
+
+def _stated(scale, usual):
+    if scale == usual:
+        return ""
+    own, others = (f"{slope:g} and {intercept:g}" for slope, intercept in (scale, usual))
+    return f" (its RescaleSlope and RescaleIntercept are {own}, theirs {others})"
+
+
+def _fits_better(ratio, slope, usual_slope):
+    """True where a slice of another stated slope fits its neighbours with theirs, and not with its own."""
+    if slope == 0 or not 1 / STATED_RATIO < ratio * abs(usual_slope / slope) < STATED_RATIO:
+        return False
+    return not 1 / STATED_RATIO < ratio < STATED_RATIO
+
+
+def same_contrast(values_of: Callable, first: list[dict], second: list[dict], most: int = 8) -> bool:
+    """True if two passes over the same places look alike, up to noise and a small shift."""
+    normal = np.cross(first[0]["row_lps"], first[0]["column_lps"])
+    places = np.array([item["position_lps"] for item in first]) @ normal
+    alike, spreads = [], []
+    for item in second[:: max(1, len(second) // most)]:
+        nearest = first[int(np.argmin(np.abs(places - item["position_lps"] @ normal)))]
+        a, b = (coarse(values_of([one])[0]) for one in (nearest, item))
+        alike.append(correlation(a, b))
+        spreads.append([np.ptp(_percentiles(image)) for image in (a, b)])
+    sums = np.sum(spreads, 0)
+    return bool(np.median(alike) > SAME_LOOK and sums.min() > 0 and sums.max() < 1.6 * sums.min())
+
+
+# ---- Series with series ----
+
+GRID_MM = 3.0  # step of the grid on which two series are compared
+GRID_SLICES = 6
+LEAST_SHARED = 400  # points of that grid
+AGREED = 0.2  # mutual information (see below) above which no other scale is tried: series of one patient lie above
+BETTER = 2.0  # another scale is believed when its mutual information is this many times the stated one's,
+TRUSTED = 0.13  # and at least this
+FACTORS = (1 / 3, 0.5, 2 / 3, 0.75, 0.8, 1.25, 4 / 3, 1.5, 2.0, 3.0)
+
+
+def mutual_information(first: np.ndarray, second: np.ndarray, bins: int = 24) -> float:
+    """Normalised mutual information of two lists of normalised grey values: 0 for independent ones, at most 1.
+
+    (H(a) + H(b)) / H(a, b) - 1 of Studholme et al. (Pattern Recognition 32, 1999), from a histogram of bins^2 cells.
+    It asks whether one image tells the other, whatever the contrast.
+    """
+    joint, _, _ = np.histogram2d(np.clip(first, 0, 1.2), np.clip(second, 0, 1.2), bins, range=[[0, 1.2]] * 2)
+    joint /= max(1.0, joint.sum())
+
+    def entropy(p):
+        p = p[p > 0]
+        return float(-(p * np.log(p)).sum())
+
+    both = entropy(joint)
+    return (entropy(joint.sum(0)) + entropy(joint.sum(1))) / both - 1 if both > 0 else 0.0
+
+
+def series_problems(study) -> list[str]:
+    """Sentences about series whose pixel spacing the study's other series contradict.
+
+    Two series of one patient tell each other at the same places of the patient. Where they do so clearly better with
+    another pixel spacing of one than with the stated one, that spacing is doubtful. With three series the one that
+    two others contradict is named, with two the pair.
+
+    Parameters
+    ----------
+    study : Study
+        Normalised.
+    """
+    chosen = {}
+    for volume in study.volumes:
+        known = chosen.get(volume.description)
+        if known is None or volume.array.size > known.array.size:
+            chosen[volume.description] = volume
+    volumes = sorted(chosen.values(), key=lambda volume: volume.description.startswith("Axial"))
+    agreed, contradicted = Counter(), []
+    for number, fixed in enumerate(volumes):
+        for moving in volumes[number + 1 :]:
+            factor = _other_scale(moving, fixed)
+            if factor == 1:
+                agreed.update((moving.series_id, fixed.series_id))
+            elif factor is not None:
+                contradicted.append((factor, moving, fixed))
+    said = {}
+    for factor, moving, fixed in contradicted:
+        # Whoever agrees with a third series is right.
+        if agreed[moving.series_id] > agreed[fixed.series_id]:
+            factor, moving, fixed = 1 / factor if factor else 0, fixed, moving
+        said.setdefault(moving.series_id, _scale_sentence(factor, moving, fixed, agreed[fixed.series_id] > 0))
+    return list(said.values())
+
+
+def _scale_sentence(factor, moving, fixed, sure):
+    stated = " x ".join(f"{side:.2f}" for side in moving.spacing_mm[1:])
+    needed = "rows and columns change places" if factor == 0 else f"they are {1 / factor:.2g} times as large"
+    either = "" if sure else f", or it is series {fixed.series_id} that states a wrong size"
+    return (
+        f"study {moving.study_id}, series {moving.series_id}: the scale of {moving.description} is doubtful: pixels "
+        f"of {stated} mm show what series {fixed.series_id} shows only if {needed}{either}"
+    )
+
+
+def _other_scale(moving, fixed):
+    """The factor by which the moving series' pixel spacing seems too large: 1 where the stated one fits, 0 where rows
+    and columns seem to have changed places; None where the two do not tell."""
+    affine, shape = _coarse_grid(fixed)
+    wanted = _on_grid(fixed, affine, shape)
+    stated = _told(moving, wanted, affine, shape)
+    if stated is None or stated >= AGREED:
+        return None if stated is None else 1
+    best, factor = 0.0, None
+    rows_mm, columns_mm = moving.spacing_mm[1:]
+    scales = {value: (1 / value, 1 / value) for value in FACTORS}
+    if abs(rows_mm / columns_mm - 1) > 0.03:
+        scales[0] = (columns_mm / rows_mm, rows_mm / columns_mm)
+    for value, steps in scales.items():
+        for corner in (True, False):
+            told = _told(_rescaled(moving, steps, corner), wanted, affine, shape)
+            if told is not None and told > best:
+                best, factor = told, value
+    if best > max(TRUSTED, BETTER * stated):
+        return factor
+    return 1 if stated >= TRUSTED else None
+
+
+def _coarse_grid(volume):
+    """(affine, shape) of a grid through a volume's slices: about GRID_SLICES of them, points GRID_MM apart."""
+    count, height, width = volume.array.shape
+    every = max(1, count // GRID_SLICES)
+    size = [max(8, int(n * mm / GRID_MM)) for n, mm in zip((height, width), volume.spacing_mm[1:], strict=True)]
+    affine = volume.affine.copy()
+    affine[:3, 0] *= every
+    affine[:3, 1] *= height / size[0]
+    affine[:3, 2] *= width / size[1]
+    return affine, (-(-count // every), *(min(n, 400) for n in size))
+
+
+def _on_grid(volume, affine, shape):
+    """The volume's values on a grid, NaN where it has none: (d, h, w) float32."""
+    from .geometry import resample
+
+    values = np.full(shape, np.nan, np.float32)
+    window, samples, covered = resample(volume, affine, shape)
+    if window is not None:
+        values[window] = np.where(covered.numpy(), samples.numpy(), np.nan)
+    return values
+
+
+def _told(moving, wanted, affine, shape):
+    """mutual_information of a volume and the values on a grid; None where they share too few points."""
+    found = _on_grid(moving, affine, shape)
+    both = np.isfinite(found) & np.isfinite(wanted)
+    return mutual_information(found[both], wanted[both]) if both.sum() >= LEAST_SHARED else None
+
+
+def _rescaled(volume, steps, corner):
+    """The volume with its rows' and columns' steps multiplied, about its first pixel or its middle."""
+    affine = volume.affine.copy()
+    affine[:3, 1:3] *= np.asarray(steps)
+    if not corner:
+        middle = np.array([0.0, *(np.array(volume.array.shape[1:]) - 1) / 2])
+        affine[:3, 3] += volume.affine[:3, :3] @ middle - affine[:3, :3] @ middle
+    return replace(volume, affine=affine)

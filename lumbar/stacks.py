@@ -1,0 +1,386 @@
+"""The slices of one series to volumes: one contrast, one pass, parallel and equally spaced slices each.
+
+Geometry does not hang on last digits: what counts as the same place, size or direction has a tolerance, and what lies
+between slices is compared with the other distances of the series.
+
+May use: volume, agreement, names.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .agreement import odd_slices, same_contrast
+from .volume import Volume
+
+# Words of ImageType, FrameType and ComplexImageComponent that tell images of one place apart.
+KINDS_OF_IMAGE = frozenset(
+    "P PHASE R REAL I IMAGINARY W WATER F FAT IP IN_PHASE OP OPP_PHASE OUT_PHASE ADC FA TRACEW".split()
+    + ["PHASE MAP", "T1 MAP", "T2 MAP", "LOCALIZER"]
+)
+NOT_MAGNITUDE = KINDS_OF_IMAGE - {"W", "WATER", "IP", "IN_PHASE"}
+
+MAX_STACKS = 64  # volumes of a series: the longest stay
+SAME_SIZE = 2e-3  # relative difference of pixel spacings that is no difference: half a millimetre over an image
+SAME_AXES = 0.009  # of direction cosines: half a degree
+SAME_PLACE_MM = 0.01
+OVERLAP = 0.7  # neighbours nearer than this share of a slice's thickness are no neighbours of one pass
+UNEVEN = 1.25  # largest ratio of the distances in a pass that counts as even
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What makes two images of one place look different: NaN, -1 and an empty set where a file does not say."""
+
+    echo_ms: float = math.nan
+    echo_number: int = -1
+    b_value: float = math.nan
+    inversion_ms: float = math.nan
+    kinds: frozenset = frozenset()
+
+    def is_like(self, other: "Contrast") -> bool:
+        """True where nothing that both say differs by more than a tenth."""
+        measured = [
+            (self.echo_ms, other.echo_ms),
+            (self.b_value, other.b_value),
+            (self.inversion_ms, other.inversion_ms),
+        ]
+        near = all(math.isnan(a) or math.isnan(b) or abs(a - b) <= 0.1 * max(abs(a), abs(b)) for a, b in measured)
+        # An echo's number says what its time says, where that is known.
+        timed = not (math.isnan(self.echo_ms) or math.isnan(other.echo_ms))
+        numbered = timed or self.echo_number == other.echo_number or min(self.echo_number, other.echo_number) < 0
+        return near and numbered and self.kinds == other.kinds
+
+    def __str__(self) -> str:
+        said = [
+            ("echo time {:g} ms", self.echo_ms),
+            ("b-value {:g}", self.b_value),
+            ("inversion time {:g} ms", self.inversion_ms),
+        ]
+        words = [text.format(value) for text, value in said if not math.isnan(value)]
+        if math.isnan(self.echo_ms) and self.echo_number >= 0:
+            words.append(f"echo {self.echo_number}")
+        return ", ".join([*words, *sorted(self.kinds)]) or "unknown contrast"
+
+
+def values_of(slices):
+    """(n, h, w) float32 of slices of one size, rescaled straight into place; NaN where the files have padding."""
+    values = np.empty((len(slices), *slices[0]["pixels"].shape), np.float32)
+    for value, item in zip(values, slices, strict=True):
+        value[:] = item["pixels"]
+        if item["slope"] != 1:
+            value *= np.float32(item["slope"])
+        if item["intercept"]:
+            value += np.float32(item["intercept"])
+        if item.get("padding") is not None:
+            value[item["padding"]] = np.nan
+    return values
+
+
+def stack_slices(slices, study_id, series_id, description, problems):
+    """Slices of one series -> list of Volumes; what is left out or doubtful is said in `problems`.
+
+    Slices of several contrasts never share a volume; where contrasts show the same places, only the one that the
+    description means is kept. Several passes over the same places (averages, repetitions) become a volume each. See
+    _parallel_stacks for what belongs together. A stack is cut where a step exceeds 1.75 times the usual one: each
+    piece is one volume.
+    """
+    name = f"study {study_id}, series {series_id}"
+    volumes, contrasts = [], _contrasts(slices, description)
+    for number, (contrast, own) in enumerate(contrasts):
+        if number:
+            own, covered = _elsewhere(own, volumes)
+            if covered:
+                chosen = ", ".join(str(other) for other, _ in contrasts[:number])
+                problems.append(
+                    f"{name}: {covered} slices of another contrast ({contrast} beside {chosen}) were left out"
+                )
+        for stack in _parallel_stacks(own):
+            for one in _passes(stack, name, problems):
+                kept, sentences = _without_odd_slices(one)
+                problems += [f"{name}: {sentence}" for sentence in sentences]
+                for volume in _volumes(kept, study_id, series_id, description, len(volumes), name, problems):
+                    if volume.plane != description.split()[0].lower():
+                        count = len(volume.array)
+                        problems.append(
+                            f"{name}: {count} {volume.plane} slices in a series called {description}, left out"
+                        )
+                    else:
+                        volumes.append(replace(volume, block=len(volumes)))
+    if len(volumes) > MAX_STACKS:
+        problems.append(f"{name}: {len(volumes)} separate stacks, the {MAX_STACKS} with most slices were kept")
+        longest = sorted(volumes, key=lambda volume: -len(volume.array))[:MAX_STACKS]
+        volumes = [replace(v, block=k) for k, v in enumerate(sorted(longest, key=lambda volume: volume.block))]
+    return volumes
+
+
+# ---- Contrasts ----
+
+
+def _contrasts(slices, description):
+    """Slices by contrast: list of (Contrast, slices), the one that the description means first."""
+    groups = []
+    for item in slices:
+        contrast = item.get("contrast") or Contrast()
+        for group in groups:
+            if group[0].is_like(contrast):
+                group[1].append(item)
+                break
+        else:
+            groups.append((contrast, [item]))
+    most = max((len(own) for _, own in groups), default=0)
+
+    def rank(group):
+        contrast, own = group
+        echo = 0.0 if math.isnan(contrast.echo_ms) else contrast.echo_ms
+        return (
+            len(own) < most / 2,
+            bool(contrast.kinds & NOT_MAGNITUDE),
+            0.0 if math.isnan(contrast.b_value) else contrast.b_value,
+            -echo if "T2" in description else echo,
+            -len(own),
+        )
+
+    return sorted(groups, key=rank)
+
+
+def _elsewhere(slices, volumes):
+    """(those slices whose middle lies in none of the volumes, number of the others)."""
+    outside = []
+    for item in slices:
+        height, width = item["pixels"].shape
+        middle = item["position_lps"] + item["row_lps"] * item["spacing_mm"][1] * (width - 1) / 2
+        middle = middle + item["column_lps"] * item["spacing_mm"][0] * (height - 1) / 2
+        normal = np.cross(item["row_lps"], item["column_lps"])
+        for volume in volumes:
+            own = volume.affine[:3, 0] / volume.spacing_mm[0]
+            index = volume.lps_to_voxel(middle)
+            inside = (index > -0.5).all() and (index < np.array(volume.array.shape) - 0.5).all()
+            if inside and abs(own @ normal) > 0.99:
+                break
+        else:
+            outside.append(item)
+    return outside, len(slices) - len(outside)
+
+
+# ---- Stacks and passes ----
+
+
+def _parallel_stacks(slices):
+    """Slices of one contrast -> lists that each lie one behind the other, ordered along their normal.
+
+    Same orientation (within half a degree), matrix and pixel spacing (within SAME_SIZE); and from one slice to the next
+    no step sideways of more than half a slice step and a millimetre: two discs with the same tilt have two stacks
+    beside each other.
+    """
+    groups = []
+    for item in slices:
+        axes = np.concatenate([item["row_lps"], item["column_lps"]])
+        for group in groups:
+            first = group["slices"][0]
+            if (
+                first["pixels"].shape == item["pixels"].shape
+                and np.abs(item["spacing_mm"] / first["spacing_mm"] - 1).max() < SAME_SIZE
+                and np.abs(group["axes"] - axes).max() < SAME_AXES
+            ):
+                group["slices"].append(item)
+                break
+        else:
+            groups.append({"axes": axes, "slices": [item]})
+    stacks = []
+    for group in groups:
+        row, column = group["axes"][:3], group["axes"][3:]
+        normal = np.cross(row, column)
+        own = []
+        for item in sorted(group["slices"], key=lambda s: (float(s["position_lps"] @ normal), s["instance_number"])):
+            last = np.array([stack[-1]["position_lps"] for stack in own]).reshape(-1, 3)
+            aside = np.hypot(*((item["position_lps"] - last) @ np.stack([row, column], 1)).T)
+            if len(aside) and aside.min() <= 1.0 + 0.5 * item["step_mm"]:
+                own[int(np.argmin(aside))].append(item)
+            else:
+                own.append([item])
+        stacks += own
+    return stacks
+
+
+def _normal(stack):
+    return np.cross(stack[0]["row_lps"], stack[0]["column_lps"])
+
+
+def _places_mm(stack):
+    """(n,) positions along the stack's normal."""
+    return np.array([item["position_lps"] for item in stack]) @ _normal(stack)
+
+
+def _is_one_pass(places_mm, thickness_mm):
+    """True if slices at these ascending places may come from one pass: evenly spaced, or none overlapping the next."""
+    steps = np.diff(places_mm)
+    if not len(steps):
+        return True
+    even = steps.min() >= SAME_PLACE_MM and steps.max() <= UNEVEN * steps.min()
+    return bool(even or steps.min() >= OVERLAP * thickness_mm)
+
+
+def _passes(stack, name, problems):
+    """The passes over the places of a parallel stack: list of lists of slices in the order of the normal.
+
+    Files of the same image are left out. Where slices lie nearer than their thickness allows and unevenly, each place
+    was imaged more than once: what the headers tell apart (acquisition, time), runs through the stack in the order of
+    the files, or each place's first, second, ... image are the passes, whichever explains it first. A pass of another
+    look than the fullest, or of a few slices beside many, is left out.
+    """
+    stack, twins = _without_twins(stack)
+    if twins:
+        first, of = twins[0]
+        problems.append(
+            f"{name}: {len(twins)} {'file is' if len(twins) == 1 else 'files are'} the same image at the same place as "
+            f"another (the first: {first}, as {of}) and left out"
+        )
+    thickness_mm = float(np.median([item["thickness_mm"] for item in stack]))
+    if _is_one_pass(_places_mm(stack), thickness_mm):
+        return [stack]
+    passes = max(_partitions(stack), key=lambda parts: _explains(parts, thickness_mm))
+    passes.sort(key=lambda own: (-len(own), min(item["instance_number"] for item in own)))
+    full, *others = passes
+    kept = [full]
+    few = unlike = 0
+    for own in others:
+        if len(own) < max(2, len(full) / 2):
+            few += len(own)
+        elif not same_contrast(values_of, full, own):
+            unlike += len(own)
+        else:
+            kept.append(own)
+    if len(kept) > 1:
+        problems.append(f"{name}: places were imaged {len(kept)} times, each pass is a volume")
+    if few:
+        problems.append(f"{name}: {few} slices lie at the same place as others, or nearly, and were left out")
+    if unlike:
+        problems.append(f"{name}: {unlike} slices show the same places in another contrast and were left out")
+    return kept
+
+
+def _without_twins(stack):
+    """(the stack with one of slices that are the same in place and pixels, [(left out, of which), ...])."""
+    unique, twins = [], []
+    places = _places_mm(stack)
+    for k, item in enumerate(stack):
+        near = [j for j in unique if abs(places[k] - places[j]) < SAME_PLACE_MM]
+        same = next((j for j in near if _same_image(stack[j], item)), None)
+        if same is None:
+            unique.append(k)
+        else:
+            twins.append((item["instance_number"], stack[same]["instance_number"]))
+    return [stack[k] for k in unique], twins
+
+
+def _same_image(first, second):
+    scale = first["slope"] == second["slope"] and first["intercept"] == second["intercept"]
+    return scale and np.array_equal(first["pixels"], second["pixels"])
+
+
+def _partitions(stack):
+    """Ways to deal a stack's slices into passes, the likeliest first. Each part in the order of the normal."""
+    keys = list(zip(*(item.get("passes", ()) for item in stack)))
+    for key in keys:
+        if 1 < len(set(key)) <= len(stack) / 2:
+            yield _dealt(stack, key)
+    # In the order of the files a pass runs one way through the stack.
+    order = np.argsort([item["instance_number"] for item in stack], kind="stable")
+    places = _places_mm(stack)
+    run, runs, direction = 0, np.zeros(len(stack), int), 0.0
+    for before, now in zip(order, order[1:]):
+        step = places[now] - places[before]
+        if direction * step < 0 or abs(step) < SAME_PLACE_MM:
+            run, direction = run + 1, 0.0
+        else:
+            direction = step
+        runs[now] = run
+    yield _dealt(stack, runs)
+    # The k-th image of each place: places end where the distance to the next slice jumps.
+    steps = np.sort(np.maximum(np.diff(places), SAME_PLACE_MM / 2))
+    ratio = steps[1:] / steps[:-1]
+    least = steps[int(np.argmax(ratio))] if len(ratio) else steps[0]
+    cluster = np.concatenate([[0], np.cumsum(np.diff(places) > least)])
+    turn, seen = np.zeros(len(stack), int), Counter()
+    for k in order:
+        turn[k] = seen[cluster[k]]
+        seen[cluster[k]] += 1
+    yield _dealt(stack, turn)
+
+
+def _dealt(stack, key):
+    parts = {}
+    for item, value in zip(stack, key, strict=True):
+        parts.setdefault(value, []).append(item)
+    return list(parts.values())
+
+
+def _explains(parts, thickness_mm):
+    """How well a partition explains a stack: the share of slices in parts that may be one pass each, then few parts."""
+    good = sum(len(part) for part in parts if _is_one_pass(_places_mm(part), thickness_mm))
+    return good / sum(map(len, parts)), -len(parts)
+
+
+def _without_odd_slices(stack):
+    """(the slices without those whose grey values fit none of their neighbours', sentences)."""
+    odd = odd_slices(stack, values_of)
+    if len(odd) > len(stack) / 4:
+        return stack, [f"grey scales of {len(odd)} of {len(stack)} slices do not fit their neighbours'"]
+    sentences = [f"file {stack[k]['instance_number']}: {reason}, left out" for k, reason in odd.items()]
+    return [item for k, item in enumerate(stack) if k not in odd], sentences
+
+
+# ---- Volumes ----
+
+
+def _volumes(stack, study_id, series_id, description, block, name, problems):
+    """Volumes of one pass, cut where slices are missing."""
+    axes = np.median([np.concatenate([item["row_lps"], item["column_lps"]]) for item in stack], axis=0)
+    row, column = axes[:3], axes[3:]
+    spacing_mm = np.median([item["spacing_mm"] for item in stack], axis=0)
+    normal = np.cross(row, column)
+    position = np.array([item["position_lps"] for item in stack])
+    steps = np.diff(position @ normal)
+    usual = np.median(steps) if len(steps) else stack[0]["step_mm"]
+    cuts = np.flatnonzero(steps > 1.75 * usual) + 1
+    missing = [round(steps[k - 1] / usual) - 1 for k in cuts if _is_hole(steps[k - 1] / usual, description)]
+    if missing:
+        problems.append(f"{name}: {sum(missing)} slices are missing in {len(missing)} places between others")
+    volumes = []
+    for piece in np.split(np.arange(len(stack)), cuts):
+        first, last = stack[piece[0]], stack[piece[-1]]
+        affine = np.eye(4)
+        if len(piece) > 1:
+            affine[:3, 0] = (last["position_lps"] - first["position_lps"]) / (len(piece) - 1)
+            regular = first["position_lps"] + np.arange(len(piece))[:, None] * affine[:3, 0]
+            error = np.linalg.norm(position[piece] - regular, axis=1).max()
+            if error > 0.25 * usual:
+                problems.append(f"{name}: slices are not equally spaced (up to {error:.1f} mm off)")
+        else:
+            affine[:3, 0] = normal * first["step_mm"]
+        affine[:3, 1] = column * spacing_mm[0]
+        affine[:3, 2] = row * spacing_mm[1]
+        affine[:3, 3] = first["position_lps"]
+        volumes.append(
+            Volume(
+                values_of([stack[i] for i in piece]),
+                affine,
+                study_id,
+                series_id,
+                description,
+                block + len(volumes),
+                np.array([stack[i]["instance_number"] for i in piece]),
+                first["thickness_mm"],
+            )
+        )
+    return volumes
+
+
+def _is_hole(ratio, description):
+    """True where a step of so many usual ones is a hole in a stack: whole steps. Axial stacks, one for each disc, may
+    follow one another at any distance."""
+    few = 2.5 if description.startswith("Axial") else 6.5
+    return ratio < few and abs(ratio - round(ratio)) < 0.1

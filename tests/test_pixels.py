@@ -1,0 +1,414 @@
+"""Pixels are what the standard says, padding is no tissue, and small files cannot ask for much."""
+
+import io
+import re
+import shutil
+import struct
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pydicom
+import pytest
+import tiny
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
+
+import utils
+from lumbar import agreement, dicom, greys, pixels
+
+SYNTAXES = (
+    ImplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    DeflatedExplicitVRLittleEndian,
+    RLELossless,
+)
+T2 = {103: "Sagittal T2/STIR"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny study: {101, 102, 103}/<number>.dcm. Only read."""
+    folder = tmp_path_factory.mktemp("pixels") / "1"
+    tiny.write_study(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(base):
+    return utils.normalise_study(utils.read_study(base, tiny.SERIES))
+
+
+def copied(base, folder, change, series=tuple(T2)):
+    """A copy of the study's series, with change(dataset, number of the file) applied to each file."""
+    study = folder / "1"
+    with pydicom.config.disable_value_validation():
+        for number in series:
+            shutil.copytree(base / str(number), study / str(number))
+            for k, path in enumerate(sorted((study / str(number)).glob("*.dcm"), key=lambda p: int(p.stem))):
+                dataset = pydicom.dcmread(path)
+                change(dataset, k)
+                dataset.save_as(path)
+    return study
+
+
+def read(study):
+    return utils.normalise_study(utils.read_study(study, T2)).volumes[0]
+
+
+@pytest.fixture(scope="module")
+def right(good):
+    return good.of("Sagittal T2/STIR")[0]
+
+
+@pytest.fixture(scope="module")
+def raw(base):
+    """The T2 series' values before they are normalised."""
+    return utils.read_study(base, T2).volumes[0].array
+
+
+def restate(dataset, stored, signed=False, bits=16):
+    """Put these stored values (as unsigned cells of 16 bits) into a dataset."""
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, bits, bits - 1
+    dataset.PixelRepresentation = int(signed)
+    for keyword in ("SmallestImagePixelValue", "LargestImagePixelValue"):
+        if keyword in dataset:
+            delattr(dataset, keyword)
+    dataset.PixelData = np.asarray(stored).astype("<u2").tobytes()
+
+
+# ---- Stored bits ----
+
+
+def write_bits(path, base, values, allocated, stored, signed, syntax, rng):
+    """Write values in the lowest `stored` bits of each cell; the bits above hold anything."""
+    dataset = pydicom.dcmread(base / "101" / "1.dcm")
+    cells = values.astype(np.int64) & ((1 << stored) - 1)
+    cells |= rng.integers(0, 1 << (allocated - stored), values.shape) << stored
+    order = ">" if syntax == ExplicitVRBigEndian else "<"
+    dataset.Rows, dataset.Columns = values.shape
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = allocated, stored, stored - 1
+    dataset.PixelRepresentation = int(signed)
+    dataset.PixelData = cells.astype(f"{order}u{allocated // 8}").tobytes()
+    dataset["PixelData"].VR = "OB" if allocated == 8 and syntax != ImplicitVRLittleEndian else "OW"
+    for keyword in ("SmallestImagePixelValue", "LargestImagePixelValue", "RescaleSlope", "RescaleIntercept"):
+        if keyword in dataset:
+            delattr(dataset, keyword)
+    if syntax == RLELossless:
+        dataset.BitsStored, dataset.HighBit = allocated, allocated - 1  # else the encoder would not take the cells
+        own = cells.astype(f"<u{allocated // 8}").view(f"<{'ui'[signed]}{allocated // 8}")
+        dataset.compress(RLELossless, own, generate_instance_uid=False)
+        dataset.BitsStored, dataset.HighBit = stored, stored - 1
+        dataset.save_as(path)
+        return
+    dataset.file_meta.TransferSyntaxUID = syntax
+    little, implicit = syntax != ExplicitVRBigEndian, syntax == ImplicitVRLittleEndian
+    copy = pydicom.Dataset({element.tag: element for element in dataset})
+    copy.file_meta = dataset.file_meta
+    copy.save_as(path, implicit_vr=implicit, little_endian=little, enforce_file_format=True)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_values_are_the_stored_bits_whatever_the_others_hold(tmp_path, base, seed):
+    rng = np.random.default_rng(seed)
+    syntax = SYNTAXES[seed % len(SYNTAXES)]
+    allocated = int(rng.choice([8, 16] if syntax == RLELossless else [8, 16, 32]))  # pydicom encodes no more
+    stored, signed = int(rng.integers(2, allocated + 1)), bool(rng.integers(2))
+    low, high = (-(1 << (stored - 1)), 1 << (stored - 1)) if signed else (0, 1 << stored)
+    values = rng.integers(low, high, (6, 10))
+    path = tmp_path / "2.dcm"
+    write_bits(path, base, values, allocated, stored, signed, syntax, rng)
+    ours = utils.read_slice(path)["pixels"]
+    np.testing.assert_array_equal(ours, values.astype(np.float32))
+    np.testing.assert_array_equal(ours, pydicom.dcmread(path).pixel_array.astype(np.float32))
+
+
+def test_a_high_bit_that_does_not_belong_is_said(tmp_path, base):
+    study = copied(base, tmp_path, lambda dataset, k: setattr(dataset, "HighBit", 11))
+    (sentence,) = [p for p in utils.read_study(study, T2).problems if "HighBit" in p]
+    assert "9 files: HighBit 11 does not belong to 16 bits stored" in sentence
+
+
+def test_a_missing_sign_is_guessed_only_where_pixels_leave_no_doubt(tmp_path, base):
+    def unsigned(dataset, k):
+        del dataset.PixelRepresentation
+        if k == 0:
+            dataset.PixelData = np.full((112, 112), 0x8001, "<u2").tobytes()
+
+    study = utils.read_study(copied(base, tmp_path, unsigned), T2)
+    assert len(study.volumes[0].array) == 8
+    assert any("1.dcm: PixelRepresentation is missing" in problem for problem in study.problems)
+
+
+# ---- Padding ----
+
+
+def bordered(shape, what):
+    """A mask of the places that a scan of that shape leaves empty."""
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    if what == "rows":
+        return (rows < shape[0] // 20) | (rows >= shape[0] - shape[0] // 20)
+    if what == "columns":
+        return columns < shape[1] // 10
+    middle = (np.array(shape) - 1) / 2
+    return np.hypot(rows - middle[0], columns - middle[1]) > 0.56 * max(shape)
+
+
+@pytest.mark.parametrize("where", ["rows", "columns", "circle"])
+@pytest.mark.parametrize(
+    "value, signed, announced",
+    [
+        (-2000, True, True),
+        (-32768, True, True),
+        (65535, False, True),
+        (4095, False, True),
+        (-2000, True, False),
+        (-32768, True, False),
+        (65535, False, False),
+        (4095, False, False),
+        (3000, False, False),
+    ],
+)
+def test_padding_does_not_decide_the_grey_scale(tmp_path, base, raw, value, signed, announced, where):
+    def padded(dataset, k):
+        stored = dataset.pixel_array.astype(np.int32)
+        stored[bordered(stored.shape, where)] = value
+        restate(dataset, stored & 0xFFFF, signed)
+        if announced:
+            dataset.add_new(0x00280120, "SS" if signed else "US", value)
+
+    array = read(copied(base, tmp_path, padded)).array
+    tissue = ~bordered(array.shape[1:], where)
+    low, high = greys.grey_range(raw[:, tissue])
+    np.testing.assert_allclose(array[:, tissue], np.clip((raw[:, tissue] - low) / (high - low), -1, 8), atol=2e-3)
+    assert (array[:, ~tissue] == 0).all()
+
+
+def test_a_range_of_padding_values_and_one_inside_the_tissues(tmp_path, base):
+    corners = bordered((112, 112), "circle")
+
+    def change(dataset, k):
+        stored = dataset.pixel_array.astype(np.int32)
+        stored[corners] = -np.random.default_rng(k).integers(1000, 1500, corners.sum())
+        restate(dataset, stored & 0xFFFF, True)
+        dataset.add_new(0x00280120, "SS", -1500)
+        dataset.add_new(0x00280121, "SS", -1000)
+
+    study = utils.read_study(copied(base, tmp_path / "range", change), T2)
+    assert (np.isnan(study.volumes[0].array) == corners).all()
+
+    def inside(dataset, k):
+        stored = dataset.pixel_array.astype(np.int32) - 100
+        stored[corners] = 50
+        restate(dataset, stored & 0xFFFF, True)
+        dataset.add_new(0x00280120, "SS", 50)
+
+    study = utils.read_study(copied(base, tmp_path / "inside", inside), T2)
+    empty = np.isnan(study.volumes[0].array)
+    assert empty[:, corners].all()
+    assert empty[:, ~corners].mean() < 0.01  # tissue of that very value stays, but where it touches the corners
+
+
+def test_ordinary_images_keep_their_scale_bit_for_bit(right, raw):
+    low, high = np.percentile(raw, (0.5, 99.5))
+    scaled = np.clip((raw - np.float32(low)) * np.float32(1 / (high - low)), -1, 8)
+    np.testing.assert_array_equal(right.array, scaled.astype(np.float16))
+    # Air of exactly 0 around the body is background, as noise there is.
+    masked = replace(right, array=np.where(raw < np.percentile(raw, 8), 0, raw))
+    assert np.abs(greys.normalise_volume(masked).array - right.array).max() < 0.06
+
+
+# ---- Slices that do not fit ----
+
+
+def one(change):
+    def apply(dataset, k):
+        if k == 4:
+            change(dataset)
+
+    return apply
+
+
+def set_slope(slope):
+    def change(dataset):
+        dataset.RescaleSlope, dataset.RescaleIntercept = slope, "0"
+
+    return change
+
+
+def swap_bytes(dataset):
+    dataset.PixelData = np.frombuffer(dataset.PixelData, "<u2").byteswap().tobytes()
+
+
+def turn_round(dataset):
+    stored = dataset.pixel_array
+    dataset.PixelData = (stored.max() - stored).tobytes()
+
+
+def noise(dataset):
+    dataset.PixelData = np.random.default_rng(0).integers(0, 800, dataset.pixel_array.shape).astype("<u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (set_slope("1000"), "span 1e\\+03 times|span .* times those .* 1000 and 0, theirs 1 and 0"),
+        (set_slope("0.001"), "span 0.00"),
+        (set_slope("2.5"), "do not fit its neighbours'.*2.5 and 0"),
+        (swap_bytes, "times those of its neighbours"),
+        (turn_round, "turned round|nothing in common"),
+        (noise, "nothing in common"),
+        (lambda dataset: restate(dataset, np.zeros((112, 112))), "of one grey"),
+    ],
+)
+def test_a_slice_of_another_scale_order_or_polarity_is_left_out_and_said(tmp_path, base, right, change, reason):
+    study = utils.normalise_study(utils.read_study(copied(base, tmp_path, one(change)), T2))
+    (sentence,) = [problem for problem in study.problems if "file 5: " in problem]
+    assert re.search(reason, sentence) and sentence.endswith("left out")
+    found = {int(n): image for v in study.volumes for n, image in zip(v.instance_numbers, v.array, strict=True)}
+    assert set(found) == set(right.instance_numbers.tolist()) - {5}
+    for number, image in found.items():
+        np.testing.assert_allclose(image, right.array[right.slice_of(number)], atol=0.3)
+
+
+def test_slopes_that_differ_from_slice_to_slice_are_no_fault(tmp_path, base, right):
+    def change(dataset, k):
+        slope = 1 + k / 3
+        restate(dataset, np.round(dataset.pixel_array / slope))
+        dataset.RescaleSlope, dataset.RescaleIntercept = f"{slope:.6f}", "0"
+
+    study = utils.normalise_study(utils.read_study(copied(base, tmp_path, change), T2))
+    assert not any("series 103" in problem for problem in study.problems)
+    assert np.abs(study.volumes[0].array.astype(float) - right.array).max() < 0.02
+
+
+# ---- Series of another scale ----
+
+
+@pytest.mark.parametrize("description", utils.DESCRIPTIONS)
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_a_series_of_another_pixel_spacing_is_said(good, description, factor):
+    study = utils.Study(1, [scaled(v, factor) if v.description == description else v for v in good.volumes])
+    sentences = agreement.series_problems(study)
+    assert len(sentences) == 1 and f"scale of {description} is doubtful" in sentences[0]
+    assert f"only if they are {1 / factor:.2g} times as large" in sentences[0]
+    assert agreement.series_problems(good) == [] and good.problems == []
+
+
+def scaled(volume, factor):
+    affine = volume.affine.copy()
+    affine[:3, 1:3] *= factor
+    return replace(volume, affine=affine)
+
+
+def test_mutual_information_tells_dependence_from_none():
+    rng = np.random.default_rng(0)
+    a = rng.random(20_000)
+    assert agreement.mutual_information(a, 1 - a) == pytest.approx(1)
+    assert agreement.mutual_information(a, rng.random(20_000)) < 0.01
+
+
+# ---- Bounds ----
+
+
+def dataset_bytes(base):
+    """(what stands before a slice's data set, the data set itself, explicit little endian)."""
+    buffer = io.BytesIO()
+    pydicom.dcmread(base / "101" / "1.dcm").save_as(buffer)
+    data = buffer.getvalue()
+    start = 132 + 12 + struct.unpack("<I", data[140:144])[0]
+    return data[:start], data[start:]
+
+
+def deflated_head(base):
+    dataset = pydicom.dcmread(base / "101" / "1.dcm")
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    data = buffer.getvalue()
+    return data[: 132 + 12 + struct.unpack("<I", data[140:144])[0]]
+
+
+ITEM, UNKNOWN = b"\xfe\xff\x00\xe0", b"\xff\xff\xff\xff"
+GROUPS = b"\x00\x52\x30\x92SQ\0\0"  # the tag of the per-frame functional groups
+PRIVATE = b"\x09\x00\x10\x10SQ\0\0"
+
+
+def test_what_a_deflated_file_inflates_to_is_bounded(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(dicom, "MAX_INFLATED_BYTES", 1 << 20)
+    _, body = dataset_bytes(base)
+    path = tmp_path / "1.dcm"
+    for extra, reason in ((0, None), (4 << 20, "inflates to more than 1 MB")):
+        padded = body + (b"\xfc\xff\xfc\xffOB\0\0" + struct.pack("<I", extra) + bytes(extra) if extra else b"")
+        press = zlib.compressobj(9, zlib.DEFLATED, -15)
+        path.write_bytes(deflated_head(base) + press.compress(padded) + press.flush())
+        if reason is None:
+            own = utils.read_slice(path)["pixels"]
+            np.testing.assert_array_equal(own, utils.read_slice(base / "101" / "1.dcm")["pixels"])
+        else:
+            with pytest.raises(pixels.DicomProblem, match=reason):
+                utils.read_slices(path)
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        GROUPS + struct.pack("<I", 8 * 1_500) + (ITEM + bytes(4)) * 1_500,
+        GROUPS + UNKNOWN + (ITEM + bytes(4)) * 8_000 + b"\xfe\xff\xdd\xe0" + bytes(4),
+        PRIVATE + UNKNOWN + (ITEM + bytes(4)) * 8_000 + b"\xfe\xff\xdd\xe0" + bytes(4),
+        PRIVATE + UNKNOWN + ITEM + UNKNOWN + b"\x0a\x00\x10\x10SH\0\0" * 8_000,
+        (PRIVATE + UNKNOWN + ITEM + UNKNOWN) * 8_000,
+        b"".join(struct.pack("<HH2sH", 0x7001, k % 65536, b"SH", 0) for k in range(8_000)),
+    ],
+    ids=["items", "items of unknown length", "private items", "elements in an item", "nesting", "elements"],
+)
+def test_what_a_header_may_hold_is_bounded(tmp_path, base, monkeypatch, bomb, deflated):
+    monkeypatch.setattr(dicom, "MAX_READS", 5_000)
+    monkeypatch.setattr(dicom, "MAX_ITEMS", 1_000)
+    head, body = dataset_bytes(base)
+    at = body.index(b"\xe0\x7f\x10\x00")
+    if bomb.startswith(b"\x09"):
+        at = body.index(b"\x10\x00\x10\x00")
+    body = body[:at] + bomb + body[at:]
+    if deflated:
+        press = zlib.compressobj(9, zlib.DEFLATED, -15)
+        head, body = deflated_head(base), press.compress(body) + press.flush()
+    path = tmp_path / "1.dcm"
+    path.write_bytes(head + body)
+    with pytest.raises(pixels.DicomProblem):
+        utils.read_slices(path)
+
+
+def test_reasons_give_no_advice_that_nobody_can_follow():
+    texts = [
+        "File is missing DICOM File Meta Information header. Use force=True to force reading.",
+        "The length is wrong. You can pass 'allow_excess_frames=False' to the decoder.",
+        "Set pydicom.config.settings.reading_validation_mode.",
+    ]
+    for text in texts:
+        reason = pixels.plain_reason(ValueError(text))
+        assert reason and not any(word in reason for word in ("force", "=", "pydicom", "config"))
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"\x89PNG\r\n", "a PNG picture"),
+        (bytes(4000), "neither the mark DICM"),
+    ],
+)
+def test_files_of_another_kind_are_called_by_their_name(tmp_path, content, what):
+    (tmp_path / "1.dcm").write_bytes(content)
+    with pytest.raises(dicom.NotDicom, match=what):
+        utils.read_slices(tmp_path / "1.dcm")
