@@ -2569,7 +2569,10 @@ def _make_study(job: dict) -> dict:
     """Worker: make one study and write its images; returns its table rows."""
     done = Path(job["out"]) / ".studies" / f"{job['study_id']}.json"
     if done.exists():
-        return json.loads(done.read_text())
+        try:
+            return json.loads(done.read_text())
+        except ValueError:  # cut, when the power failed
+            done.unlink()
     anatomy, latent, grade, grids, plans, rng = simulate(
         job["seed"], job["prevalence"], job["transitional"], job["anomalies"], variety=job["variety"]
     )
@@ -2668,12 +2671,18 @@ def make_dataset(
         settings["variety"] = variety
     marker = out / "phantom.json"
     if marker.exists():
-        if json.loads(marker.read_text()) != settings:
+        try:
+            same = json.loads(marker.read_text()) == settings
+        except ValueError:
+            raise FileExistsError(f"{marker} is damaged: delete {out}, or choose another folder") from None
+        if not same:
             raise FileExistsError(
                 f"{out} holds another data set ({marker.read_text().strip()}); choose another folder or delete it"
             )
-        if (out / "phantom_floor.json").exists():
+        try:
             return json.loads((out / "phantom_floor.json").read_text())
+        except (FileNotFoundError, ValueError):  # not finished, or cut
+            pass
     elif out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty and was not made by phantom.py: choose another folder")
     (out / ".studies").mkdir(parents=True, exist_ok=True)

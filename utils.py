@@ -2,7 +2,8 @@
 
  1. lumbar/names.py        conditions, levels, severities, the columns of tables, progress bars
                            (storage.py: files that are written whole or not at all)
- 2. lumbar/stages.py       checked parameters; one folder and one manifest a stage; running notebooks
+ 2. lumbar/stages.py       one folder and one manifest a stage; running notebooks
+                           (parameters.py: a notebook's parameters, checked before anything runs)
  3. lumbar/tables.py       train.csv and friends, row by row
                            (files.py: labels and submissions as arrays, competition_score, folds)
  4. lumbar/dicom.py        DICOM files -> slices -> volumes
@@ -49,6 +50,7 @@ from lumbar.levels import *
 from lumbar.looking import *
 from lumbar.names import *
 from lumbar.official import *
+from lumbar.parameters import *
 from lumbar.pixels import *
 from lumbar.preprocess import *
 from lumbar.randomise import *

@@ -8,9 +8,11 @@ import codecs
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,6 +50,43 @@ def processes_for(processes, device="auto"):
     if processes > 1 and (0 < gpus < processes or device.isdigit() or device.startswith("cuda:")):
         raise ValueError(f"PROCESSES {processes} on DEVICE {device!r}: there is one process for each GPU ({gpus} here)")
     return processes or max(1, gpus)
+
+
+def bytes_of(item):
+    """The bytes of all tensors and arrays in a data set's item, however they are nested."""
+    if isinstance(item, dict):
+        return sum(bytes_of(value) for value in item.values())
+    if isinstance(item, (list, tuple)):
+        return sum(bytes_of(value) for value in item)
+    return int(getattr(item, "nbytes", 0))
+
+
+_OUT_OF_SHARED_MEMORY = re.compile(r"\bbus error\b|shared memory (object|file|limit)|</?torch_\d+", re.IGNORECASE)
+_SHARED_MEMORY = "/dev/shm"
+
+
+@contextmanager
+def loader_memory(workers, batch_bytes=0):
+    """Say in words where loader processes lack shared memory: before they start, and when they die of it.
+
+    workers: loader processes, of all that train; batch_bytes: of a batch, which each of them holds in shared memory.
+    Docker gives a container 64 MB of it, and a process that finds it full is killed. Raises RuntimeError.
+    """
+    way_out = "set WORKERS to 0 or less than now, or give the container more (docker run --shm-size=8g, or --ipc=host)"
+    if workers > 0 and os.path.isdir(_SHARED_MEMORY):
+        room = os.statvfs(_SHARED_MEMORY)
+        free = room.f_bavail * room.f_frsize
+        if free < workers * batch_bytes:
+            raise RuntimeError(
+                f"WORKERS: {workers} loader processes need at least {workers * batch_bytes / 1e6:,.0f} MB of shared "
+                f"memory, and {_SHARED_MEMORY} has {free / 1e6:,.0f} MB free: {way_out}"
+            )
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if workers > 0 and _OUT_OF_SHARED_MEMORY.search(str(error)):
+            raise RuntimeError(f"WORKERS: loader processes ran out of shared memory: {way_out}. {error}") from error
+        raise
 
 
 def launch(folder, job, processes):

@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .stages import ALL_FOLDS, MEMBER_STAGES, check_notebook_parameters
+from .parameters import check_notebook_parameters
+from .stages import ALL_FOLDS, MEMBER_STAGES
 from .storage import write_json
 
 KAGGLE_OWNER_PLACEHOLDER = "your-kaggle-user"
@@ -434,23 +435,37 @@ def stage_wheels(folder, packages=None, python="3.12"):
 # The client reports most failures in words only and ends with status 0.
 _REFUSED = re.compile(r"\berror\b|are not valid|does not resolve|unsuccessful|Skipping", re.IGNORECASE)
 _NO_TOKEN = re.compile(r"authenticat|unauthorized|\b401\b|could not find kaggle.json", re.IGNORECASE)
-_FORBIDDEN = re.compile(r"forbidden|\b403\b|permission", re.IGNORECASE)
+_FORBIDDEN = re.compile(r"forbidden|\b403\b|permission|don't have access", re.IGNORECASE)
+_NOT_FOUND = re.compile(r"\b404\b|not found", re.IGNORECASE)
+_CONFLICT = re.compile(r"\b409\b|conflict|already in use|already exists|already taken", re.IGNORECASE)
+# What passes: the service is down or busy (the client's own words, requests', and the server's), or the network is.
+_PASSES = re.compile(
+    r"\b(429|50[0234]) (-|\w+ Error)|problem on Kaggle's side|internal server error|bad gateway|gateway time-?out"
+    r"|service unavailable|too many requests|rate limit|max retries exceeded|connection (aborted|reset)|timed out",
+    re.IGNORECASE,
+)
+_PAUSES_S = (2.0, 6.0, 15.0)  # before it is tried again
 
 
 def _client(arguments, environment=None):
-    """Run Kaggle's client: (exit status, what it said on both outputs)."""
+    """Run Kaggle's client: (exit status, what it said on both outputs). What passes is tried again after pauses."""
     if importlib.util.find_spec("kaggle") is None:
         raise ModuleNotFoundError("Kaggle's client is not installed: `pip install kaggle six`")
-    done = subprocess.run(
-        [sys.executable, "-m", "kaggle", *map(str, arguments)],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        env=environment,
-    )
-    # Bars rewrite their line; only what is left standing is of interest.
-    return done.returncode, "\n".join(line.split("\r")[-1] for line in done.stdout.strip().splitlines())
+    for pause_s in (*_PAUSES_S, None):
+        done = subprocess.run(
+            [sys.executable, "-m", "kaggle", *map(str, arguments)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        # Bars rewrite their line; only what is left standing is of interest.
+        said = "\n".join(line.split("\r")[-1] for line in done.stdout.strip().splitlines())
+        failed = done.returncode or _REFUSED.search(said)
+        if pause_s is None or not failed or not _PASSES.search(said):
+            return done.returncode, said
+        time.sleep(pause_s)
 
 
 def _client_or_raise(what, arguments, environment, expected):
@@ -458,11 +473,27 @@ def _client_or_raise(what, arguments, environment, expected):
     status, said = _client(arguments, environment)
     if not status and re.search(expected, said) and not _REFUSED.search(said):
         return said
+    raise _refusal(what, status, said)
+
+
+def _refusal(what, status, said):
+    """The RuntimeError for what the client said, with what to do about it."""
     advice = ""
-    if _NO_TOKEN.search(said):
+    if _PASSES.search(said):
+        advice = (
+            f" What to do: Kaggle did not answer properly, also not when asked {len(_PAUSES_S)} more times. Nothing is "
+            "wrong here; look at https://status.kaggle.com and start again later, with PUSH naming what is left."
+        )
+    elif _NO_TOKEN.search(said):
         advice = (
             " What to do: make a token at https://www.kaggle.com/settings/api and save it as ~/.kaggle/access_token "
             "(or set KAGGLE_API_TOKEN), or run `kaggle auth login`."
+        )
+    elif _CONFLICT.search(said):
+        advice = (
+            " What to do: Kaggle has something of this title already, perhaps under another slug or still being made "
+            "or saved. Wait a few minutes and push again; if that does not help, delete or rename the other one at "
+            "https://www.kaggle.com/work."
         )
     elif _FORBIDDEN.search(said):
         advice = (
@@ -471,7 +502,7 @@ def _client_or_raise(what, arguments, environment, expected):
         )
     elif "not valid" in said:
         advice = " What to do: push what it names first, and wait until Kaggle has finished with it."
-    raise RuntimeError(f"{what} failed (exit status {status}): {said}{advice}")
+    return RuntimeError(f"{what} failed (exit status {status}): {said}{advice}")
 
 
 def kaggle_push(folder, owner=None, environment=None):
@@ -512,12 +543,22 @@ def kaggle_upload(folder, environment=None):
     folder = Path(folder)
     ref = json.loads((folder / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
     arguments = ["-p", folder, "--dir-mode", "zip"]
-    if kaggle_status("datasets", ref, environment):
-        arguments = ["datasets", "version", "-m", time.strftime("%Y-%m-%d %H:%M"), *arguments]
-        return _client_or_raise("kaggle datasets version", arguments, environment, "is being created")
-    return _client_or_raise(
-        "kaggle datasets create", ["datasets", "create", *arguments], environment, "is being created"
-    )
+    state, status, said = _ask("datasets", ref, environment)
+    # Of a data set that is not there Kaggle says "forbidden" as well as "not found". Any other failure says nothing,
+    # and to create a data set that is there would be refused as a slug in use.
+    if status and not (_NOT_FOUND.search(said) or _FORBIDDEN.search(said)):
+        raise _refusal("kaggle datasets status", status, said)
+    if not state:
+        try:
+            return _client_or_raise(
+                "kaggle datasets create", ["datasets", "create", *arguments], environment, "is being created"
+            )
+        except RuntimeError as error:
+            # One try may have been lost on the way back after all was done; the next then finds the slug in use.
+            if not (_CONFLICT.search(str(error)) and kaggle_status("datasets", ref, environment)):
+                raise
+    arguments = ["datasets", "version", "-m", time.strftime("%Y-%m-%d %H:%M"), *arguments]
+    return _client_or_raise("kaggle datasets version", arguments, environment, "is being created")
 
 
 def kaggle_status(kind, ref, environment=None):
@@ -525,9 +566,14 @@ def kaggle_status(kind, ref, environment=None):
 
     kind: "datasets" or "kernels"; ref: owner/slug.
     """
+    return _ask(kind, ref, environment)[0]
+
+
+def _ask(kind, ref, environment):
+    """(state as kaggle_status gives it, the client's exit status, what it said)."""
     status, said = _client([kind, "status", ref], environment)
     found = re.search(r'has status "(?:\w+\.)?(\w+)"', said) if kind == "kernels" else re.search(r"^(\w+)$", said, re.M)
-    return found[1].lower() if found and not status else ""
+    return (found[1].lower() if found and not status else ""), status, said
 
 
 def kaggle_publish(build, names, environment=None, at_once=2, pause_s=60.0):

@@ -2,7 +2,6 @@
 
 import html
 import itertools
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from .files import class_prior, make_folds, score_arrays, term_sums
 from .geometry import boxes_from_table, coordinates_to_lps, nearest_slice, on_image, point_cloud
 from .levels import compare_with_labels
 from .names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, LEVELS, SEVERITY_WEIGHTS
+from .stages import read_manifest
 from .storage import write_text
 from .volume import load_study
 
@@ -676,9 +676,9 @@ def summarise_levels(compared, levels):
 
 
 def read_manifests(out):
-    """dict stage -> manifest of every complete stage in a folder, in the order of their names."""
-    paths = [path for path in sorted(Path(out).glob("*/manifest.json")) if ".old-" not in path.parent.name]
-    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+    """dict stage -> manifest of every complete stage in a folder, in the order of their names; see read_manifest."""
+    folders = [path.parent for path in sorted(Path(out).glob("*/manifest.json")) if ".old-" not in path.parent.name]
+    return {folder.name: manifest for folder in folders if (manifest := read_manifest(folder)) is not None}
 
 
 def read_histories(out):
@@ -687,7 +687,11 @@ def read_histories(out):
     for path in sorted({*Path(out).glob("*/*history*.csv"), *Path(out).glob("*/**/results.csv")}):
         stage = path.relative_to(out).parts[0]
         if ".old-" not in stage:
-            table = pd.read_csv(path)
+            try:
+                table = pd.read_csv(path)
+            except ValueError as error:  # empty, cut, or no table
+                print(f"{path} cannot be read ({error}): its curves are left out")
+                continue
             name = path.parent.name if path.name == "results.csv" else path.stem.replace("_history", "")
             table = table.rename(columns=str.strip)
             if path.name == "results.csv":  # an epoch without validation is written as zeros

@@ -50,9 +50,29 @@ def progress(iterable=None, desc=None, total=None, **kwargs):
 
 
 def device_for(name="auto"):
-    """`auto` -> cuda if there is one, else cpu; a GPU's number as text -> cuda:<number>; other names as they are."""
+    """Name a device as PyTorch does.
+
+    `auto` -> cuda if there is one, else cpu; a GPU's number as text -> cuda:<number>; other names as they are. Raises
+    ValueError for a device that this machine does not have.
+    """
     import torch  # not at the top: the phantom's workers need these names, and no torch
 
+    name = str(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return f"cuda:{name}" if name.isdigit() else name
+        return "cuda" if count else "cpu"
+    device = f"cuda:{name}" if name.isdigit() else name
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and not count:
+        raise ValueError(
+            f"DEVICE {name!r}: PyTorch finds no GPU here. Take auto or cpu; on Kaggle choose an accelerator in the "
+            "notebook's settings, elsewhere install the driver and a PyTorch with CUDA"
+        )
+    if kind == "cuda" and number and not (number.isdigit() and int(number) < count):
+        there = "0" if count == 1 else f"0 to {count - 1}"
+        raise ValueError(f"DEVICE {name!r}: there is no such GPU here; their numbers are {there}")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("DEVICE 'mps': PyTorch finds no Apple GPU here. Take auto or cpu")
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"DEVICE must be auto, cpu, cuda or the number of one GPU, not {name!r}")
+    return device

@@ -553,7 +553,7 @@ def train_spinenet(
         chosen = [validation[i] for i in np.linspace(0, len(validation) - 1, min(len(validation), 64)).astype(int)]
         held_out = SpineSlices(chosen, len(chosen), crop_px, sigma_px, augment=False)
     validate_at = {round(steps * k / 8) for k in range(1, 9)}
-    saved = time.time()
+    saved = time.monotonic()
     bar = progress(loader, "training SpineNet", max(steps - first, 0))
     for step, batch in enumerate(bar, first):
         for group in optimizer.param_groups:
@@ -575,9 +575,9 @@ def train_spinenet(
                 {"step": step + 1, **_validate_spinenet(model, held_out, resolution_mm, device), "split": "validation"}
             )
         bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
-        if time.time() - saved > save_every_s or step + 1 == steps:
+        if time.monotonic() - saved > save_every_s or step + 1 == steps:
             _save_training(state, model, optimizer, step + 1, history)
-            saved = time.time()
+            saved = time.monotonic()
     return model.eval(), pd.DataFrame(history)
 
 

@@ -1,83 +1,27 @@
-"""Stages: checked parameters, one folder and one manifest each, and the loop that runs their notebooks."""
+"""Stages: one folder and one manifest each, known by what went in and came out; the loop that runs their notebooks.
 
-import ast
-import difflib
+May use: names, storage, tables, parameters; kaggle and inference, inside functions, to find what is attached.
+"""
+
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 
+from .parameters import PATH_PARAMETERS, READ_PATHS, check_device_here, check_notebook_parameters
 from .storage import plain, write_json
 from .tables import read_folds
-
-
-def assigned_literals(source):
-    """The names a parameters cell assigns, with their literal values.
-
-    source: the text of the cell. Returns a dict name -> value, in order.
-    Raises ValueError where a value is not a literal: papermill can only inject literals, and values that depend on
-    others must be derived in a later cell, after the injection.
-    """
-    values = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # a docstring
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
-            raise ValueError(f"parameters cell, line {node.lineno}: write one `NAME = literal` a line")
-        try:
-            values[targets[0].id] = ast.literal_eval(node.value)
-        except ValueError:
-            raise ValueError(f"parameters cell: {targets[0].id} must be a literal") from None
-    return values
-
-
-def check_values(defaults, given, where="parameters"):
-    """Refuse names that do not exist and values of another type than the default's.
-
-    defaults, given: dicts name -> value. Returns `defaults` updated with `given` (an int is welcome where a float
-    is expected). Raises ValueError naming the closest parameter, TypeError naming both types.
-    """
-    merged = dict(defaults)
-    for name, value in given.items():
-        if name not in defaults:
-            close = difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.5)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{where}: there is no parameter {name!r}.{hint} There are: {', '.join(defaults)}")
-        default = defaults[name]
-        is_number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
-        if default is not None and not is_number and type(value) is not type(default):
-            hint = f"; papermill takes it as -y '{{{name}: {value}}}'" if isinstance(default, (list, dict)) else ""
-            raise TypeError(
-                f"{where}: {name} must be {type(default).__name__} (as in {name} = {default!r}), "
-                f"not {type(value).__name__} {value!r}{hint}"
-            )
-        merged[name] = float(value) if is_number else value
-    return merged
-
-
-def notebook_parameters(history, namespace):
-    """The parameters in force in the running notebook, checked.
-
-    history: IPython's `In`; namespace: `globals()`. papermill warns of a mistyped parameter and runs on with the
-    default: here it is an error. Found by their first lines: our parameters cell starts with `# Parameters:` and
-    papermill's injected one is `# Parameters` alone.
-    """
-    cells = [cell for cell in history if cell.startswith("# Parameters:")]
-    if not cells:
-        raise ValueError("run the parameters cell (its first line starts with '# Parameters:') before this one")
-    defaults = assigned_literals(cells[-1])
-    injected = [cell for cell in history if cell.startswith("# Parameters\n")]
-    if injected:
-        check_values(defaults, assigned_literals(injected[-1]))
-    return check_values(defaults, {name: namespace[name] for name in defaults})
 
 
 def versions():
@@ -103,31 +47,137 @@ def versions():
     return found
 
 
-def fingerprint(path):
-    """A short hash that changes when a stage's input does.
+# ---- What is in a file or folder ----
 
-    A folder of an earlier stage is known by its manifest, a data folder by the contents of its CSV files and the
-    names of its studies and series, weights and other files by size and time.
+
+@functools.lru_cache(maxsize=100_000)
+def _digest_of(path, size, changed_ns, inode):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digest(path):
+    """The SHA-256 of a file's contents, as hexadecimal digits. Computed once in a process, unless the file changes."""
+    status = os.stat(path)
+    # ctime and not mtime: nobody can set it back.
+    return _digest_of(str(path), status.st_size, status.st_ctime_ns, status.st_ino)
+
+
+# What comes and goes in a folder without being part of its content.
+_PASSING = re.compile(r"^\.|\.(cache|lock|tmp)$|\.part(\.\w+)?$")
+
+
+def _files_below(folder):
+    """(name relative to the folder, size in bytes) of each file below it, in order."""
+    found = []
+    for place, below, files in os.walk(folder):
+        below[:] = sorted(name for name in below if not _PASSING.search(name))
+        for name in files:
+            if not _PASSING.search(name):
+                path = Path(place, name)
+                if path.is_file():
+                    found.append((path.relative_to(folder).as_posix(), path.stat().st_size))
+    return sorted(found)
+
+
+def _content(path):
+    """(bytes, SHA-256) of an output: of a file, or of a folder's files and their names."""
+    path = Path(path)
+    if path.is_file():
+        return path.stat().st_size, file_digest(path)
+    files = _files_below(path)
+    with ThreadPoolExecutor(4) as pool:  # hashing and reading leave Python's lock alone
+        digests = pool.map(lambda entry: file_digest(path / entry[0]), files)
+        text = "".join(f"{digest} {name}\n" for digest, (name, _) in zip(digests, files, strict=True))
+    return sum(size for _, size in files), hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint(path):
+    """A short hash of what a stage reads, which changes when its content does: not when it is copied or moved.
+
+    A file is known by its bytes. Of a folder these count: the bytes of the tables, weights and ensemble.json in it, the
+    names of studies and series below *_images, the names and sizes of what lies in the folders among a finished
+    stage's outputs (thousands of volumes), and of a finished stage its parameters, inputs and what its manifest says of
+    the contents of its outputs. Times, memory and places do not.
     """
     path = Path(path)
-    digest = hashlib.sha256()
-    if (path / "manifest.json").is_file():
-        digest.update((path / "manifest.json").read_bytes())
-    elif path.is_dir():
-        for table in sorted(path.glob("*.csv")):
-            digest.update(table.name.encode() + table.read_bytes())
-        for folder in sorted(path.glob("*_images/*/*")):
-            digest.update(f"{folder.parent.name}/{folder.name}".encode())
-        for weights in sorted(path.glob("*.safetensors")):
-            digest.update(f"{weights.name} {weights.stat().st_size} {weights.stat().st_mtime_ns}".encode())
-    elif path.is_file():
-        digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
-    else:
+    if path.is_file():
+        return file_digest(path)[:16]
+    if not path.is_dir():
         raise FileNotFoundError(f"input {path} does not exist: run the stage that writes it, or correct the path")
+    digest = hashlib.sha256()
+    known = sorted(p for pattern in ("*.csv", "*.safetensors", "ensemble.json") for p in path.glob(pattern))
+    for file in known:
+        if file.is_file():
+            digest.update(f"{file.name} {file_digest(file)}\n".encode())
+    for folder in sorted(path.glob("*_images/*/*")):
+        digest.update(f"{folder.parent.name}/{folder.name}\n".encode())
+    manifest = read_manifest(path) or {"outputs": {}}
+    for name in sorted(name for name in manifest["outputs"] if (path / name).is_dir()):
+        digest.update(f"{name} {_files_below(path / name)}\n".encode())
+    if "sha256" in manifest:
+        made = {"stage": manifest["stage"], "work": _work(manifest), "outputs": _lasting(manifest["sha256"])}
+        digest.update(json.dumps(made, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
-# What may differ between two runs of the same work.
+def _lasting(contents):
+    """The contents of outputs without pictures and pages, which no stage reads and which may show times."""
+    return {name: value for name, value in contents.items() if PurePath(name).suffix not in (".png", ".html")}
+
+
+def stage_inputs(parameters, name=""):
+    """What a stage of these parameters reads: dict parameter -> path, or list of paths, in their order.
+
+    parameters: as notebook_parameters returns them; name: of the stage, which does not read itself. Of READ_PATHS those
+    that are not empty; relative paths count from the working directory, else from the kit's folder, and what an input
+    on Kaggle is called is found where it is mounted (kaggle.find_input). A list of WEIGHTS stands for the folders with
+    weights in and below them, RUN for the finished stages in it.
+    Raises FileNotFoundError, naming the parameter.
+    """
+    found = {}
+    for key in READ_PATHS:
+        value = parameters.get(key)
+        if not value or not isinstance(value, (str, Path, list)):
+            continue
+        places = [place for text in (value if isinstance(value, list) else [value]) for place in _located(key, text)]
+        if key == "WEIGHTS" and isinstance(value, list):
+            from .inference import weight_folders
+
+            found[key] = weight_folders(places)
+        elif key == "RUN":
+            stages = [p.parent for place in places for p in sorted(place.glob("*/manifest.json"))]
+            extra = [place / "solutions" / "predictions.npz" for place in places]  # of tests/benchmarks
+            found[key] = [p for p in stages if p.name != name and ".old-" not in p.name and read_manifest(p)]
+            found[key] += [p for p in extra if p.is_file()]
+        else:
+            found[key] = places if isinstance(value, list) else places[0]
+    return found
+
+
+def _located(key, text):
+    """The paths that one text of a path parameter stands for."""
+    from .kaggle import find_input, find_inputs
+
+    value = find_inputs({key: [str(text)]}).get(key, [str(text)])
+    places = []
+    for place in map(Path, value):
+        own = Path(__file__).resolve().parents[1] / place
+        if not place.exists() and own.exists():
+            place = own
+        elif not place.exists():
+            try:
+                place = find_input(str(text))
+            except FileNotFoundError as error:
+                message = f"{key}: {error} If an earlier stage writes it, run that first."
+                raise FileNotFoundError(message) from None
+        places.append(place)
+    return places
+
+
+# ---- What makes two runs the same ----
+
+# What may differ between two runs of the same work, besides PATH_PARAMETERS: of these only what they lead to counts.
 PARAMETERS_WITHOUT_EFFECT = (
     "OUT",
     "WORKERS",
@@ -141,15 +191,80 @@ PARAMETERS_WITHOUT_EFFECT = (
 )
 
 
+def _work(known):
+    """What must be the same for two runs to have done the same: of an identity, of begun.json or a manifest."""
+    left_out = (*PARAMETERS_WITHOUT_EFFECT, *PATH_PARAMETERS)
+    return {
+        "parameters": {name: value for name, value in known["parameters"].items() if name not in left_out},
+        "inputs": known["inputs"],
+    }
+
+
+def _is_same_work(known, identity, inputs):
+    """Whether begun.json or a manifest (`known`) is of the same work as `identity`.
+
+    inputs: dict parameter -> path or list of paths, for what was written when inputs were known by their paths.
+    """
+    if _work(known) == _work(identity):
+        return True
+    by_path = not any(key in READ_PATHS or key.startswith("input ") for key in known["inputs"])
+    return by_path and _was_same_work(known, identity, inputs)
+
+
+# Until inputs were known by what is in them, their paths were their names, and a stage's folder was known by the bytes
+# of its manifest. Runs of that time are still found, wherever they lie now, until one of their stages is done again.
+
+
+def _was_same_work(known, identity, inputs):
+    if _work(known)["parameters"] != _work(identity)["parameters"]:
+        return False
+    own = Path(__file__).resolve().parents[1]
+    read = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
+    # The weights that come with the kit are part of it, as its code is: what they were known by is when they were
+    # checked out.
+    shipped = [path for path in read.get("WEIGHTS", ()) if Path(path).resolve().is_relative_to(own / "weights")]
+    names = tuple(path.name for path in shipped)
+    old = Counter(value for place, value in known["inputs"].items() if not place.endswith(names))
+    now = Counter(_old_fingerprint(p) for paths in read.values() for p in paths if p not in shipped)
+    # The report knew the data by the stages that read it.
+    stages = Counter(_old_fingerprint(p) for key, paths in read.items() if key != "DATA" for p in paths)
+    return old == now or ("RUN" in read and old == stages)
+
+
+def _old_fingerprint(path):
+    path = Path(path)
+    digest = hashlib.sha256()
+    if (path / "manifest.json").is_file():
+        digest.update((path / "manifest.json").read_bytes())
+    elif path.is_dir():
+        for table in sorted(path.glob("*.csv")):
+            digest.update(table.name.encode() + table.read_bytes())
+        for folder in sorted(path.glob("*_images/*/*")):
+            digest.update(f"{folder.parent.name}/{folder.name}".encode())
+        for weights in sorted(path.glob("*.safetensors")):
+            digest.update(f"{weights.name} {weights.stat().st_size} {weights.stat().st_mtime_ns}".encode())
+    else:
+        digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+# ---- A stage's folder ----
+
+
 @dataclass
 class Stage:
-    """One stage's folder. `done`: an earlier run finished the same work with the same parameters and inputs."""
+    """One stage's folder.
+
+    done: an earlier run finished the same work with the same parameters and inputs; inputs: what its parameters lead to
+    (stage_inputs); started: of time.monotonic, in seconds.
+    """
 
     dir: Path
     name: str
     done: bool
     identity: dict
     started: float
+    inputs: dict = field(default_factory=dict)
 
     def pause(self):
         """End the notebook here, without a manifest and without a failure: time is up, the next start goes on.
@@ -165,18 +280,27 @@ class Stage:
     def close(self, outputs=(), scores=None, counts=None):
         """Write manifest.json, the sign that the stage is complete. Returns the manifest.
 
-        outputs: files (relative to the folder); each must exist. scores, counts: dicts of numbers for the report.
+        outputs: files and folders (relative to this stage's, and below it); each must exist. Their contents are read
+        once more, to be known by. scores, counts: dicts of numbers for the report.
         """
         if self.done:
-            return json.loads((self.dir / "manifest.json").read_text())
-        missing = [str(name) for name in outputs if not (self.dir / name).exists()]
+            manifest = read_manifest(self.dir)
+            if manifest is not None:
+                return manifest
+        outputs = list(map(str, outputs))
+        outside = [name for name in outputs if not _is_below(name)]
+        if outside:
+            raise ValueError(f"{self.name}: outputs must lie in its own folder, not at {', '.join(outside)}")
+        missing = [name for name in outputs if not (self.dir / name).exists()]
         if missing:
             raise FileNotFoundError(f"{self.name} did not write {', '.join(missing)} in {self.dir}")
+        contents = {name: _content(self.dir / name) for name in outputs}
         manifest = {
             "stage": self.name,
             **self.identity,
-            "outputs": {str(name): (self.dir / name).stat().st_size for name in outputs},
-            "seconds": round(time.time() - self.started, 1),
+            "outputs": {name: size for name, (size, _) in contents.items()},
+            "sha256": {name: digest for name, (_, digest) in contents.items()},
+            "seconds": round(time.monotonic() - self.started, 1),
             "peak_memory_mb": round(peak_memory_mb()),
             "versions": versions(),
             "code": code_fingerprint(),
@@ -203,89 +327,275 @@ def peak_memory_mb():
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
 
 
-def _is_complete(folder):
-    """True if a stage's folder has a manifest and everything that it lists."""
-    path = Path(folder) / "manifest.json"
-    return path.is_file() and all((path.parent / name).exists() for name in json.loads(path.read_text())["outputs"])
+def read_object(path, remedy=""):
+    """Read a JSON object.
+
+    Raises FileNotFoundError, or ValueError that says what is wrong; both name the file and end with the remedy.
+    """
+    remedy = f": {remedy}" if remedy else ""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist{remedy}")
+    try:
+        if path.stat().st_size > 100_000_000:
+            raise ValueError("it has more than 100 MB")
+        known = json.loads(path.read_bytes())
+        if not isinstance(known, dict):
+            raise ValueError(f"it holds a {type(known).__name__} and no object")
+        return known
+    except (OSError, ValueError, RecursionError) as error:
+        empty = isinstance(error, ValueError) and not path.stat().st_size
+        raise ValueError(f"{path} is damaged ({'it is empty' if empty else error}){remedy}") from None
+
+
+def _is_below(name):
+    """True for a path that leads from a folder to something in it."""
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+_OF_IDENTITY = {"parameters": dict, "inputs": dict}
+_OF_MANIFEST = _OF_IDENTITY | {
+    "stage": str,
+    "outputs": dict,
+    "seconds": (int, float),
+    "versions": dict,
+    "code": str,
+    "scores": dict,
+    "counts": dict,
+    "finished": str,
+}
+
+
+# What 00_phantom's manifest lists in runs of the time when paths counted.
+_OLD_OUTPUTS = ("../data/train.csv", "../data/train_images", "../data/test_images")
+
+
+def _read_identity(path, expected=_OF_IDENTITY):
+    """begun.json or manifest.json; None where there is none. Raises ValueError, naming the file, if it is not ours."""
+    if not path.exists() and not path.is_symlink():
+        return None
+    try:
+        known = read_object(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is damaged (it is no file)") from None
+    for key, kind in expected.items():
+        if not isinstance(known.get(key), kind) or isinstance(known[key], bool):
+            raise ValueError(f"{path} is damaged or not of this kit ({key!r} is missing or of the wrong type)")
+    if not all(isinstance(value, (str, list)) for value in known["inputs"].values()):
+        raise ValueError(f"{path} is damaged or not of this kit (its inputs are no fingerprints)")
+    if expected is _OF_MANIFEST:
+        if not all(type(size) is int for size in known["outputs"].values()):
+            raise ValueError(f"{path} is damaged or not of this kit (the sizes of its outputs are no numbers)")
+        outside = [name for name in known["outputs"] if not _is_below(name) and name not in _OLD_OUTPUTS]
+        if outside:
+            raise ValueError(f"{path} lists outputs outside its folder: {', '.join(outside[:3])}")
+        sums = known.get("sha256", {})
+        if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+            raise ValueError(f"{path} is damaged or not of this kit ('sha256' is of the wrong type)")
+    return known
+
+
+def read_manifest(folder):
+    """The manifest of a finished stage's folder, a dict; None where there is none.
+
+    One that is damaged, foreign, or lists outputs outside the folder counts as none, and a line says so.
+    """
+    try:
+        return _read_identity(Path(folder) / "manifest.json", _OF_MANIFEST)
+    except ValueError as error:
+        print(f"{error}: it does not count, and its stage is done again")
+        return None
+
+
+def _missing_output(folder, manifest):
+    """What is wrong with the first output of a manifest that is not as it was written, in words; otherwise ""."""
+    for name, size in manifest["outputs"].items():
+        path = Path(folder) / name
+        if not os.path.exists(path):
+            return f"{path} is missing"
+        if "sha256" in manifest:
+            there = path.stat().st_size if path.is_file() else sum(size for _, size in _files_below(path))
+            if there != size:
+                return f"{path} has {there:,} bytes in place of {size:,}"
+    return ""
+
+
+def _state(folder, identity, places):
+    """What a stage's folder holds: (None or "finished", "begun", "other", a sentence about what is wrong with it)."""
+    if not folder.is_dir() or not any(not _PASSING.search(path.name) for path in folder.iterdir()):
+        return None, ""
+    try:
+        begun = _read_identity(folder / "begun.json")
+    except ValueError as error:
+        return "other", f"{error}: what the folder is of is not known, and it is done again"
+    try:
+        manifest, problem = _read_identity(folder / "manifest.json", _OF_MANIFEST), ""
+    except ValueError as error:
+        manifest, problem = None, f"{error}: it is done again"
+    known = begun or manifest
+    if known is None:
+        return "other", f"{folder} has no begun.json that says what it is of"
+    if not _is_same_work(known, identity, places):
+        return "other", "other parameters or inputs than last time"
+    if manifest is None or not _is_same_work(manifest, identity, places):
+        return "begun", problem or (manifest and f"{folder / 'manifest.json'} is of other work: it is done again") or ""
+    problem = _missing_output(folder, manifest)
+    return ("begun", f"{problem}: it is done again") if problem else ("finished", "")
 
 
 _LOCKS = {}  # stage folder -> open file, kept for as long as this process lives
 
 
 def _lock(folder):
-    """Keep a second process from writing into the same stage; the system frees the lock when this process ends."""
+    """Keep a second process from writing into the same stage; the system frees the lock when this process ends.
+
+    Returns whether it has been taken just now, so that nobody else can have been at work in the folder.
+    """
     import fcntl
 
     if folder in _LOCKS:
-        return
+        return False
     file = open(folder.with_name(f".{folder.name}.lock"), "w")
+    locked = True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RuntimeError(f"another process is working in {folder}: wait until it ends, or stop it") from None
+        locked = False
+        own = [os.fstat(held.fileno()) for held in _LOCKS.values()]  # of a folder that was moved meanwhile
+        if not any(os.path.samestat(os.fstat(file.fileno()), mine) for mine in own):
+            raise RuntimeError(f"another process is working in {folder}: wait until it ends, or stop it") from None
     except OSError:
-        pass  # a file system without locks
+        locked = False  # a file system without locks
     _LOCKS[folder] = file
+    return locked
+
+
+_PART = re.compile(r"(?:\.(?P<pid>\d+))?\.part(?:\.\w+)?$")
+
+
+def _is_alive(pid):
+    """Whether another process of this machine has this number."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def _remove_parts(folder):
+    """Remove what killed processes left half written in a stage's folder, which this process has just locked.
+
+    Not what bears the number of a living process: a worker of the killed one may live a moment longer.
+    """
+    for place, below, files in os.walk(folder):
+        for name in [*files, *below]:
+            part = _PART.search(name)
+            if part is None or (part["pid"] and _is_alive(int(part["pid"]))):
+                continue
+            path = Path(place, name)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+                below.remove(name)
+            else:
+                path.unlink(missing_ok=True)
+    shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)  # of _continue_attached
+    # OUT is not locked, and other machines may be writing in it, for as long as it takes to write a table.
+    for path in folder.parent.glob("*.part"):
+        part = _PART.search(path.name)
+        old = path.is_file() and time.time() - path.stat().st_mtime > 3600
+        if old and part["pid"] and not _is_alive(int(part["pid"])):
+            path.unlink(missing_ok=True)
 
 
 def open_stage(out, name, parameters, inputs=()):
     """Open the folder OUT/name of a stage: new, to be continued, or finished.
 
-    parameters: dict, as notebook_parameters returns it; inputs: files or folders that the stage reads.
+    parameters: dict, as notebook_parameters returns it. What a stage reads is found by those of them that are paths
+    (see stage_inputs) and known by its content: where it lies, and where OUT is, makes no difference. inputs: files or
+    folders that the stage reads besides.
     Finished work with the same parameters and inputs is found (`.done`); a killed run with the same ones continues,
     with HOURS also in a new folder where an attached input (an earlier version of the Kaggle kernel) has some of it;
-    anything else is moved aside to name.old-1, .old-2, ... so that results never mix and nothing is lost.
+    anything else, and what cannot be read, is moved aside to name.old-1, .old-2, ... so that results never mix and
+    nothing is lost. What killed processes left half written is removed.
     """
+    started = time.monotonic()
     folder = Path(out).resolve() / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    identity = {
-        "parameters": {k: v for k, v in parameters.items() if k not in PARAMETERS_WITHOUT_EFFECT},
-        "inputs": {str(path): fingerprint(path) for path in inputs},
-    }
-    identity = json.loads(json.dumps(identity, default=plain))
-    begun = folder / "begun.json"
-
-    def same():
-        return begun.is_file() and json.loads(begun.read_text()) == identity
-
+    places = stage_inputs(parameters, name)
+    identity, places = _identity(parameters, places, inputs)
+    state, reason = _state(folder, identity, places)
     # Finished work needs no lock: jobs that share it run side by side.
-    if not (same() and _is_complete(folder)):
-        _lock(folder)
-        if begun.is_file() and not same():
+    if state != "finished":
+        fresh = _lock(folder)
+        state, reason = _state(folder, identity, places)  # another process may have been at work until now
+        if reason:
+            print(f"{name}: {reason}")
+        if state == "other":
             number = 1
             while (old := folder.with_name(f"{name}.old-{number}")).exists():
                 number += 1
             folder.rename(old)
-            print(f"{name}: other parameters or inputs than last time; the old results are now in {old}")
+            print(f"{name}: the old results are now in {old}")
+        elif state != "finished" and fresh:
+            _remove_parts(folder)
         # Only trainings with an end are continued so, and publish attaches nobody else's: a detector's checkpoint is a
         # pickle, which must not be read from whatever input happens to have one.
         if not folder.exists() and parameters.get("HOURS"):
-            _continue_attached(folder, identity)
+            _continue_attached(folder, identity, places)
         folder.mkdir(parents=True, exist_ok=True)
-        if not begun.is_file():
-            write_json(begun, identity)
-    done = _is_complete(folder)
+        if state != "finished":
+            if (folder / "manifest.json").is_file():
+                os.replace(folder / "manifest.json", folder / "manifest.json.old")
+            write_json(folder / "begun.json", identity)
+    done = state == "finished"
     print(f"{name}: " + ("already finished, found by its manifest" if done else f"working in {folder}"))
-    return Stage(folder, name, done, identity, time.time())
+    return Stage(folder, name, done, identity, started, places)
 
 
-def _continue_attached(folder, identity):
+def _identity(parameters, places, inputs=()):
+    """(identity, places): what begun.json holds, and dict name -> path or list of paths of all inputs.
+
+    places: of stage_inputs; inputs: further paths, or dict name -> path, which are named by their order.
+    """
+    known = {Path(p).resolve() for value in places.values() for p in (value if isinstance(value, list) else [value])}
+    more = inputs if isinstance(inputs, dict) else {}
+    further = [] if isinstance(inputs, dict) else [path for path in inputs if Path(path).resolve() not in known]
+    places = {**places, **more, **{f"input {number}": path for number, path in enumerate(further, 1)}}
+    identity = {
+        "parameters": {k: v for k, v in parameters.items() if k not in PARAMETERS_WITHOUT_EFFECT},
+        "inputs": {
+            key: [fingerprint(path) for path in value] if isinstance(value, list) else fingerprint(value)
+            for key, value in places.items()
+        },
+    }
+    return json.loads(json.dumps(identity, default=plain)), places
+
+
+def _continue_attached(folder, identity, places):
     """Copy into a new stage's folder what an attached input has of the same work, unfinished, if one has."""
     from .kaggle import unfinished_stages
 
     for source in unfinished_stages(folder.name):
-        begun = json.loads((source / "begun.json").read_text())
-        # Where inputs are mounted may have changed; what they hold may not.
-        same = sorted(begun["inputs"].values()) == sorted(identity["inputs"].values())
-        if begun["parameters"] != identity["parameters"] or not same:
-            print(f"{source} is not continued: other parameters or inputs")
+        try:
+            same = _is_same_work(_read_identity(source / "begun.json"), identity, places)
+            reason = "other parameters or inputs"
+        except ValueError as error:
+            same, reason = False, error
+        if not same:
+            print(f"{source} is not continued: {reason}")
             continue
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             target = part / path.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)  # without its mode: inputs are read-only
+            if not _PART.search(path.name):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)  # without its mode: inputs are read-only
         os.replace(part, folder)
         print(f"{folder.name}: continues what {source} has")
         return
@@ -334,34 +644,29 @@ def check_folds(folds, preprocessed):
     path = Path(preprocessed) / "folds.csv"
     if not path.is_file():
         raise FileNotFoundError(f"PREPROCESSED: {path} is missing; run 01_preprocess first, or correct the path")
-    known = sorted(set(read_folds(path)["fold"]))
+    try:
+        known = sorted(set(read_folds(path)["fold"]))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"PREPROCESSED: {path} is damaged ({error}); run 01_preprocess again") from None
     if not folds or not set(folds) <= set(known):
         raise ValueError(f"FOLDS must be some of {', '.join(map(str, known))}, not {list(folds)}")
 
 
 def is_finished(stage):
-    """True if a stage of the table has a manifest with these parameters and with inputs that have not changed since."""
+    """True if a stage of the table has a manifest with these parameters and with inputs of the same content."""
     folder = Path(stage["parameters"].get("OUT", "")) / stage["name"]
-    if not _is_complete(folder):
+    if not (folder / "manifest.json").is_file():
         return False
-    manifest = json.loads((folder / "manifest.json").read_text())
     parameters = check_notebook_parameters(stage["notebook"], stage["parameters"])
-    same = {k: v for k, v in parameters.items() if k not in PARAMETERS_WITHOUT_EFFECT} == manifest["parameters"]
-    same = same and all(Path(p).exists() and fingerprint(p) == known for p, known in manifest["inputs"].items())
-    if same and manifest["code"] != code_fingerprint():
+    try:
+        identity, places = _identity(parameters, stage_inputs(parameters, stage["name"]))
+    except FileNotFoundError:
+        return False
+    if _state(folder, identity, places)[0] != "finished":
+        return False
+    if read_manifest(folder)["code"] != code_fingerprint():
         print(f"{stage['name']}: finished by another version of lumbar/; delete {folder} to do it again")
-    return same
-
-
-def check_notebook_parameters(notebook, given):
-    """Refuse parameters that a notebook does not have, before it starts. See check_values."""
-    import nbformat
-
-    cells = nbformat.read(notebook, as_version=4).cells
-    source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), None)
-    if source is None:
-        raise ValueError(f"{notebook} has no cell tagged `parameters`")
-    return check_values(assigned_literals(source), given, Path(notebook).name)
+    return True
 
 
 # What papermill and the kernel say of themselves, and what pictures look like as text.
@@ -440,16 +745,16 @@ def run_stages(stages, runs, workers=2):
     runs: folder for the executed notebooks. A finished stage (see is_finished) is not run again. When a stage fails,
     running ones finish and the first error is raised. Returns dict name -> seconds, of the stages that ran.
     """
-    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+    from concurrent.futures import FIRST_COMPLETED, wait
 
     for stage in stages:
-        check_notebook_parameters(stage["notebook"], stage["parameters"])
+        check_device_here(check_notebook_parameters(stage["notebook"], stage["parameters"]).get("DEVICE", "auto"))
     seconds, finished, running, waiting, failure = {}, set(), {}, list(stages), None
 
     def run(stage):
-        started = time.time()
+        started = time.monotonic()
         run_notebook(stage["notebook"], Path(runs) / f"{stage['name']}.ipynb", stage["parameters"], stage["threads"])
-        return time.time() - started
+        return time.monotonic() - started
 
     with ThreadPoolExecutor(workers) as pool:
         while (waiting and failure is None) or running:
@@ -649,9 +954,9 @@ def write_run_manifest(out, parameters, seconds, wall_seconds):
     """
     out = Path(out)
     stages = {
-        path.parent.name: json.loads(path.read_text())
+        path.parent.name: manifest
         for path in sorted(out.glob("*/manifest.json"))
-        if ".old-" not in path.parent.name
+        if ".old-" not in path.parent.name and (manifest := read_manifest(path.parent)) is not None
     }
     for name, stage in stages.items():
         stage["wall_seconds_last_run"] = seconds.get(name)

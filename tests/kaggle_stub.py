@@ -14,12 +14,14 @@ KEY = "not-to-be-sent-0123456789"
 class Stub(ThreadingHTTPServer):
     """Kaggle's server, as far as the client asks it: keeps data sets and kernels, and every request.
 
-    refuse: dict, last part of a request's path -> (status, answer) in place of the usual one.
+    refuse: dict, last part of a request's path -> (status, answer) in place of the usual one; an answer that is text
+    is a page, as the servers before Kaggle's own send. stumbles: the same with a list of answers, one a call, before
+    the usual one. after: dict of the same, which lets a call take effect and then answers something else.
     """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), StubHandler)
-        self.requests, self.blobs, self.refuse = [], {}, {}
+        self.requests, self.blobs, self.refuse, self.stumbles, self.after = [], {}, {}, {}, {}
         self.datasets, self.kernels = {}, {}
         self.states = {}  # slug -> states to be told, one a look
 
@@ -27,6 +29,12 @@ class Stub(ThreadingHTTPServer):
         """(status, answer) of a call of the API; method: its name, request: its JSON."""
         if method in self.refuse:
             return self.refuse[method]
+        if self.stumbles.get(method):
+            return self.stumbles[method].pop(0)
+        usual = self.usual_answer(method, request)
+        return self.after[method].pop(0) if self.after.get(method) else usual
+
+    def usual_answer(self, method, request):
         slug = request.get("datasetSlug") or request.get("slug") or request.get("kernelSlug") or ""
         if method == "StartBlobUpload":
             token = f"token-{len(self.blobs)}"
@@ -37,7 +45,8 @@ class Stub(ThreadingHTTPServer):
             self.datasets[slug] = {name: body for name, body in (self.blobs[token] for token in files)}
             return 200, {"status": "Ok", "url": f"https://www.kaggle.com/datasets/{USER}/{slug}"}
         if method == "GetDatasetStatus":
-            return (200, {"status": "READY"}) if slug in self.datasets else (404, {"message": "Not found"})
+            # Not 404: whether somebody else has a private one is nobody's business.
+            return (200, {"status": "READY"}) if slug in self.datasets else failure(403, "Permission was denied")
         if method == "SaveKernel":
             own = request["slug"]
             known = {*(f"{USER}/{s}" for s in self.datasets), *self.kernels}
@@ -53,6 +62,11 @@ class Stub(ThreadingHTTPServer):
         return 404, {"message": f"the stub does not know {method}"}
 
 
+def failure(status, message):
+    """(status, answer) as the service words its own errors: the client then shows the message alone."""
+    return status, {"code": status, "message": message}
+
+
 class StubHandler(BaseHTTPRequestHandler):
     def read_body(self):
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -65,9 +79,9 @@ class StubHandler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def send(self, status, answer):
-        body = json.dumps(answer).encode()
+        body = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if isinstance(answer, str) else "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -1,6 +1,7 @@
 """Training by two processes: the weights of one, errors and continuation."""
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -135,3 +136,47 @@ def test_other_data_sets_stay_in_this_process(tmp_path):
 def test_alone_there_is_one_process():
     assert distributed.rank() == 0 and distributed.world() == 1
     assert distributed.all_sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_too_little_shared_memory_is_said_before_loaders_start(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "_SHARED_MEMORY", str(tmp_path))
+    room = os.statvfs_result((4096, 4096, 16384, 16384, 16384, 0, 0, 0, 0, 255))  # Docker's 64 MB
+    monkeypatch.setattr(distributed.os, "statvfs", lambda path: room)
+    with pytest.raises(
+        RuntimeError, match="WORKERS: 4 loader processes need at least 400 MB .* 67 MB free: set WORKERS"
+    ):
+        with utils.loader_memory(4, 100_000_000):
+            raise AssertionError("started")
+    for workers, batch_bytes in ((0, 100_000_000), (4, 10_000_000)):
+        with utils.loader_memory(workers, batch_bytes):
+            pass
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit.",
+        "unable to open shared memory object </torch_29_3> in read/write mode: Too many open files (24)",
+        "unable to write to file </torch_18692_1954506624>: No space left on device (28)",
+        "one of 2 processes failed. Its last lines:\nRuntimeError: DataLoader worker is killed by signal: Bus error.",
+    ],
+)
+def test_loaders_that_die_of_too_little_shared_memory_say_so(text):
+    with pytest.raises(RuntimeError, match="WORKERS: loader processes ran out of shared memory: .*--shm-size"):
+        with utils.loader_memory(2):
+            raise RuntimeError(text)
+
+
+def test_other_failures_keep_their_words():
+    for error in (RuntimeError("out of resource: shared memory, Required: 90"), KeyError("x"), OSError("disk full")):
+        with pytest.raises(type(error)) as caught, utils.loader_memory(2):
+            raise error
+        assert caught.value is error
+    with pytest.raises(RuntimeError, match="^Bus error$"), utils.loader_memory(0):
+        raise RuntimeError("Bus error")
+
+
+def test_bytes_of_an_item():
+    item = {"image": torch.zeros(2, 3), "targets": [np.zeros(4, np.float16), (torch.zeros(1, dtype=torch.uint8), 7)]}
+    assert utils.bytes_of(item) == 24 + 8 + 1

@@ -148,6 +148,16 @@ def test_finished_work_is_found_and_deleted_work_is_done_again(run):
     assert (out / "06_report" / "manifest.json").stat().st_mtime > started
 
 
+def test_a_copied_run_is_found_until_a_byte_changes(run, tmp_path):
+    copied = shutil.copytree(run / "out", tmp_path / "another user" / "out", copy_function=shutil.copyfile)
+    stages = utils.pipeline_stages(ROOT / "notebooks", copied / "data", copied, "smoke", seed=5)
+    assert [stage["name"] for stage in stages if not utils.is_finished(stage)] == []
+    levels = copied / "02_train_spinenet" / "levels.csv"
+    levels.write_bytes(levels.read_bytes().replace(b"1", b"2", 1))
+    left = [stage["name"] for stage in stages if utils.is_finished(stage)]
+    assert left == ["01_preprocess", "02_train_spinenet"]
+
+
 def test_a_mistyped_parameter_stops_the_run(run):
     status, output = papermill(run, OUT=run / "other", SIZES="smoke")
     assert status != 0 and "there is no parameter 'SIZES'" in output and "Did you mean SIZE" in output

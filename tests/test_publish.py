@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
-from kaggle_stub import KEY, USER, client_environment, running_stub, write_wheel
+from kaggle_stub import KEY, USER, client_environment, failure, running_stub, write_wheel
 
 import utils
 from lumbar import kaggle
@@ -284,6 +284,8 @@ def test_data_sets_travel_whole_and_a_second_time_as_a_version(stub, environment
         ({"CreateDataset": (200, {"status": "error", "error": "Bad title"})}, "code", "Bad title"),
         ({"CreateDataset": (401, {"message": "Unauthorized"})}, "code", "What to do: make a token"),
         ({"StartBlobUpload": (400, {"message": "Quota exceeded"})}, "wheels", "Bad Request"),
+        ({"SaveKernel": failure(409, "Conflict")}, "preprocess", "What to do: Kaggle has something of this title"),
+        ({"CreateDataset": (409, "<html></html>")}, "code", "What to do: Kaggle has something of this title"),
     ],
 )
 def test_what_is_refused_is_a_failure_that_says_why(stub, environment, build, refused, name, reason):
@@ -291,6 +293,67 @@ def test_what_is_refused_is_a_failure_that_says_why(stub, environment, build, re
     stub.refuse = refused
     with pytest.raises(RuntimeError, match=f"(?s)failed.*{reason}"):
         utils.kaggle_publish(build, [name], environment, pause_s=0.0)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(kaggle, "_PAUSES_S", (0.0, 0.0))
+
+
+def test_what_passes_is_tried_again(stub, environment, build, no_pauses):
+    """A data set that is there gets a version, also when Kaggle stumbles while it is asked."""
+    stub.datasets |= {"lumbar-spine-code": {}, "lumbar-spine-wheels": {}}
+    stub.stumbles = {
+        "GetDatasetStatus": [failure(500, "Internal Server Error"), (502, "<html>Bad Gateway</html>")],
+        "SaveKernel": [(503, "<html>Service Unavailable</html>")],
+    }
+    utils.kaggle_upload(build / "datasets" / "lumbar-spine-code", environment)
+    assert "CreateDatasetVersion" in [m for m, _ in stub.requests] and stub.datasets["lumbar-spine-code"]
+    assert "CreateDataset" not in [m for m, _ in stub.requests]
+    assert "successfully pushed" in utils.kaggle_push(build / "kernels" / "preprocess", environment=environment)
+
+
+def test_what_does_not_pass_is_no_slug_in_use(stub, environment, build, no_pauses):
+    stub.datasets["lumbar-spine-code"] = {}
+    stub.refuse["GetDatasetStatus"] = failure(500, "An internal server error occurred")
+    with pytest.raises(RuntimeError, match="(?s)status failed.*Kaggle did not answer properly, also not when asked 2"):
+        utils.kaggle_upload(build / "datasets" / "lumbar-spine-code", environment)
+    assert [m for m, _ in stub.requests] == ["GetDatasetStatus"] * 3
+
+
+def test_a_data_set_made_by_a_call_that_seemed_to_fail_gets_a_version(stub, environment, build, no_pauses):
+    stub.after["CreateDataset"] = [(500, "<html>Internal Server Error</html>")]
+    utils.kaggle_upload(build / "datasets" / "lumbar-spine-code", environment)
+    assert [m for m, _ in stub.requests if m.startswith("CreateDataset")] == ["CreateDataset", "CreateDatasetVersion"]
+
+
+@pytest.mark.parametrize(
+    "said, tries",
+    [
+        ("500 Server Error: Internal Server Error for url: http://x", 3),
+        ("500 - An internal server error occurred. Please ensure that", 3),
+        ("Something\n\nThis is a problem on Kaggle's side, not with your command. Please try again later.", 3),
+        ("502 Server Error: Bad Gateway for url", 3),
+        ("503 Server Error: Service Unavailable for url", 3),
+        ("429 Client Error: Too Many Requests for url", 3),
+        ("You have been rate limited. Wait a little while before retrying.", 3),
+        ("403 Client Error: Forbidden for url", 1),
+        ("404 Client Error: Not Found for url", 1),
+        ("409 Client Error: Conflict for url", 1),
+        ("Upload successful: x.zip (500B) 500/500", 1),
+    ],
+)
+def test_only_what_passes_is_tried_again(monkeypatch, no_pauses, said, tries):
+    calls = []
+
+    def client(command, **named):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 1, said)
+
+    monkeypatch.setattr(kaggle.subprocess, "run", client)
+    with pytest.raises(RuntimeError, match="failed"):
+        kaggle._client_or_raise("a push", ["kernels", "push"], None, "pushed")
+    assert len(calls) == tries
 
 
 def test_missing_sources_failed_kernels_and_unknown_names_stop_the_run(stub, environment, build):
