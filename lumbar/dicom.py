@@ -392,6 +392,8 @@ def read_slices(path):
         dataset = _read_dataset(path)
     except DicomProblem:
         raise
+    except RecursionError:
+        raise DicomProblem("no readable DICOM file (its sequences are nested too deep)") from None
     except Exception as error:
         raise DicomProblem(f"no readable DICOM file ({type(error).__name__}: {plain_reason(error)})") from None
     own = _groups(dataset, "PerFrameFunctionalGroupsSequence")

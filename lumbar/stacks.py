@@ -97,7 +97,7 @@ def stack_slices(slices, study_id, series_id, description, problems):
                 problems.append(
                     f"{name}: {covered} slices of another contrast ({contrast} beside {chosen}) were left out"
                 )
-        for stack in _parallel_stacks(own):
+        for stack in _of_one_size(_parallel_stacks(own), name, problems):
             for one in _passes(stack, name, problems):
                 kept, sentences = _without_odd_slices(one)
                 problems += [f"{name}: {sentence}" for sentence in sentences]
@@ -177,7 +177,7 @@ def _parallel_stacks(slices):
     """
     groups = []
     for item in slices:
-        axes = np.concatenate([item["row_lps"], item["column_lps"]])
+        axes = _axes(item)
         for group in groups:
             first = group["slices"][0]
             if (
@@ -203,6 +203,35 @@ def _parallel_stacks(slices):
                 own.append([item])
         stacks += own
     return stacks
+
+
+def _of_one_size(stacks, name, problems):
+    """The stacks without single slices of another matrix or pixel spacing than those around them: a header that is
+    wrong in one file gives a slice of the wrong scale."""
+    if not stacks:
+        return stacks
+    most = max(stacks, key=len)
+    places, kept = _places_mm(most), []
+    for stack in stacks:
+        first, usual = stack[0], most[0]
+        along = np.abs(_axes(first) - _axes(usual)).max() < SAME_AXES
+        own = np.array([item["position_lps"] for item in stack]) @ _normal(most)
+        between = along and ((places[0] < own) & (own < places[-1])).all()
+        sizes = [(item["pixels"].shape, item["spacing_mm"].round(3).tolist()) for item in (first, usual)]
+        if stack is most or len(stack) > len(most) / 5 or not between or sizes[0] == sizes[1]:
+            kept.append(stack)
+            continue
+        files = ", ".join(str(item["instance_number"]) for item in stack)
+        (shape, mm), (other_shape, other_mm) = sizes
+        problems.append(
+            f"{name}: file {files}: {shape[0]} x {shape[1]} pixels of {mm[0]:g} x {mm[1]:g} mm between slices of "
+            f"{other_shape[0]} x {other_shape[1]} pixels of {other_mm[0]:g} x {other_mm[1]:g} mm, left out"
+        )
+    return kept
+
+
+def _axes(item):
+    return np.concatenate([item["row_lps"], item["column_lps"]])
 
 
 def _normal(stack):
@@ -338,7 +367,7 @@ def _without_odd_slices(stack):
 
 def _volumes(stack, study_id, series_id, description, block, name, problems):
     """Volumes of one pass, cut where slices are missing."""
-    axes = np.median([np.concatenate([item["row_lps"], item["column_lps"]]) for item in stack], axis=0)
+    axes = np.median([_axes(item) for item in stack], axis=0)
     row, column = axes[:3], axes[3:]
     spacing_mm = np.median([item["spacing_mm"] for item in stack], axis=0)
     normal = np.cross(row, column)

@@ -261,6 +261,19 @@ def test_missing_slices_are_said_in_one_sentence(study):
     assert [problem.split(": ", 1)[1] for problem in problems] == ["3 slices are missing in 2 places between others"]
 
 
+def test_a_slice_of_another_pixel_size_is_left_out_and_said(study, right):
+    def change(dataset, k):
+        if k == 3:
+            dataset.PixelSpacing = [2 * float(v) for v in dataset.PixelSpacing]
+
+    each(study, change)
+    volumes, problems = read(study)
+    numbers = sorted(n for volume in volumes for n in volume.instance_numbers.tolist())
+    assert numbers == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert all(volume.spacing_mm[1] == pytest.approx(right.spacing_mm[1]) for volume in volumes)
+    assert any("file 4: 112 x 112 pixels of 5.59" in problem and "left out" in problem for problem in problems)
+
+
 # ---- Files ----
 
 
