@@ -6,7 +6,7 @@ May use: volume (in annotations only), geometry; numpy.
 """
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -157,8 +157,18 @@ def mutual_information(first: np.ndarray, second: np.ndarray, bins: int = 24) ->
     return (entropy(joint.sum(0)) + entropy(joint.sum(1))) / both - 1 if both > 0 else 0.0
 
 
-def series_problems(study) -> list[str]:
-    """Sentences about series whose pixel spacing the study's other series contradict.
+@dataclass(frozen=True)
+class DoubtfulScale:
+    """A series whose stated pixel spacing others contradict. sure: two others agree with each other, and with this one
+    at another scale as series of one patient do; text: a sentence."""
+
+    series_id: int
+    sure: bool
+    text: str
+
+
+def doubtful_scales(study) -> list[DoubtfulScale]:
+    """Series whose pixel spacing the study's other series contradict.
 
     Two series of one patient tell each other at the same places of the patient. Where they do so clearly better with
     another pixel spacing of one than with the stated one, that spacing is doubtful. With three series the one that
@@ -178,18 +188,23 @@ def series_problems(study) -> list[str]:
     agreed, contradicted = Counter(), []
     for number, fixed in enumerate(volumes):
         for moving in volumes[number + 1 :]:
-            factor = _other_scale(moving, fixed)
-            if factor == 1:
+            found = _other_scale(moving, fixed)
+            if found is None:
                 agreed.update((moving.series_id, fixed.series_id))
-            elif factor is not None:
-                contradicted.append((factor, moving, fixed))
-    said = {}
-    for factor, moving, fixed in contradicted:
+            elif found[0] is not None:
+                contradicted.append((*found, moving, fixed))
+    doubts = {}
+    for factor, told, moving, fixed in contradicted:
         # Whoever agrees with a third series is right.
         if agreed[moving.series_id] > agreed[fixed.series_id]:
             factor, moving, fixed = 1 / factor if factor else 0, fixed, moving
-        said.setdefault(moving.series_id, _scale_sentence(factor, moving, fixed, agreed[fixed.series_id] > 0))
-    return list(said.values())
+        sure = agreed[fixed.series_id] > 0 and told >= AGREED
+        doubt = DoubtfulScale(
+            moving.series_id, sure, _scale_sentence(factor, moving, fixed, agreed[fixed.series_id] > 0)
+        )
+        if moving.series_id not in doubts or sure > doubts[moving.series_id].sure:
+            doubts[moving.series_id] = doubt
+    return list(doubts.values())
 
 
 def _scale_sentence(factor, moving, fixed, sure):
@@ -203,13 +218,16 @@ def _scale_sentence(factor, moving, fixed, sure):
 
 
 def _other_scale(moving, fixed):
-    """The factor by which the moving series' pixel spacing seems too large: 1 where the stated one fits, 0 where rows
-    and columns seem to have changed places; None where the two do not tell."""
+    """What two series tell of the moving one's scale: None where the stated one fits; else (the factor by which its
+    pixel spacing seems too large, 0 where rows and columns seem to have changed places, None where nothing is told; how
+    well the two then tell each other)."""
     affine, shape = _coarse_grid(fixed)
     wanted = _on_grid(fixed, affine, shape)
     stated = _told(moving, wanted, affine, shape)
-    if stated is None or stated >= AGREED:
-        return None if stated is None else 1
+    if stated is None:
+        return None, 0.0
+    if stated >= AGREED:
+        return None
     best, factor = 0.0, None
     rows_mm, columns_mm = moving.spacing_mm[1:]
     scales = {value: (1 / value, 1 / value) for value in FACTORS}
@@ -221,8 +239,8 @@ def _other_scale(moving, fixed):
             if told is not None and told > best:
                 best, factor = told, value
     if best > max(TRUSTED, BETTER * stated):
-        return factor
-    return 1 if stated >= TRUSTED else None
+        return factor, best
+    return None if stated >= TRUSTED else (None, best)
 
 
 def _coarse_grid(volume):

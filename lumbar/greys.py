@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .agreement import series_problems
+from .agreement import doubtful_scales
 from .pixels import at_the_border
 from .volume import Study, Volume
 
@@ -62,13 +62,18 @@ def normalise_volume(volume: Volume) -> Volume:
 
 
 def normalise_study(study: Study) -> Study:
-    """The study with every volume on the networks' scale; what shows nothing, or states another scale than the study's
-    other series, is among the problems."""
+    """The study with every volume on the networks' scale.
+
+    What shows nothing is among the problems, and so is a series that states another scale than the study's other
+    series: where two of them agree on that it is left out, for a network would be sure of what it sees there.
+    """
     volumes = [normalise_volume(volume) for volume in study.volumes]
-    blank = [
+    problems = study.problems + [
         f"study {v.study_id}, series {v.series_id}: {len(v.array)} slices are of one grey"
         for v in volumes
         if not v.array.any()
     ]
-    study = replace(study, volumes=volumes, problems=study.problems + blank)
-    return replace(study, problems=study.problems + series_problems(study))
+    doubts = doubtful_scales(replace(study, volumes=volumes))
+    wrong = {doubt.series_id for doubt in doubts if doubt.sure}
+    problems += [doubt.text + (", left out" if doubt.sure else "") for doubt in doubts]
+    return replace(study, volumes=[v for v in volumes if v.series_id not in wrong], problems=problems)

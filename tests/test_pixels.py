@@ -295,10 +295,20 @@ def test_slopes_that_differ_from_slice_to_slice_are_no_fault(tmp_path, base, rig
 @pytest.mark.parametrize("factor", [2.0, 0.5])
 def test_a_series_of_another_pixel_spacing_is_said(good, description, factor):
     study = utils.Study(1, [scaled(v, factor) if v.description == description else v for v in good.volumes])
-    sentences = agreement.series_problems(study)
-    assert len(sentences) == 1 and f"scale of {description} is doubtful" in sentences[0]
-    assert f"only if they are {1 / factor:.2g} times as large" in sentences[0]
-    assert agreement.series_problems(good) == [] and good.problems == []
+    (doubt,) = agreement.doubtful_scales(study)
+    assert f"scale of {description} is doubtful" in doubt.text
+    assert f"only if they are {1 / factor:.2g} times as large" in doubt.text
+    left = greys.normalise_study(study)
+    assert doubt.sure and {v.description for v in left.volumes} == set(utils.DESCRIPTIONS) - {description}
+    assert any(problem.endswith("times as large, left out") for problem in left.problems)
+    assert agreement.doubtful_scales(good) == [] and good.problems == []
+
+
+def test_of_two_series_that_contradict_each_other_both_stay(good):
+    volumes = [v for v in good.volumes if v.description != "Axial T2"]
+    study = greys.normalise_study(utils.Study(1, [scaled(volumes[0], 2.0), volumes[1]]))
+    assert len(study.volumes) == 2
+    assert len(study.problems) == 1 and ", or it is series" in study.problems[0]
 
 
 def scaled(volume, factor):
