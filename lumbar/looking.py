@@ -2,7 +2,6 @@
 
 import html
 import itertools
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from .files import class_prior, make_folds, score_arrays, term_sums
 from .geometry import boxes_from_table, coordinates_to_lps, nearest_slice, point_cloud
 from .levels import compare_with_labels
 from .names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, LEVELS, SEVERITY_WEIGHTS
-from .storage import write_text
+from .storage import DamagedFile, read_json, write_text
 from .volume import load_study
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness. Severity is also always written.
@@ -413,7 +412,7 @@ def plot_learning_curves(ax, histories, columns=("loss", "total"), x="epoch"):
                 linewidth=1.3,
                 marker="o" if len(part) < 3 else None,
                 markersize=3,
-                label=" ".join(filter(None, [name, names.get(column, column)])),
+                label=" ".join(filter(None, [name, names.get(column, column)])).replace("$", r"\$"),  # no formula
             )
             drawn += part[column].tolist()
     if drawn:
@@ -674,9 +673,16 @@ def summarise_levels(compared, levels):
 
 
 def read_manifests(out):
-    """dict stage -> manifest of every complete stage in a folder, in the order of their names."""
+    """dict stage -> manifest of every complete stage in a folder, in the order of their names. One that is damaged is
+    left out, and printed."""
     paths = [path for path in sorted(Path(out).glob("*/manifest.json")) if ".old-" not in path.parent.name]
-    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+    found = {}
+    for path in paths:
+        try:
+            found[path.parent.name] = read_json(path, "left out; run the stage again")
+        except DamagedFile as error:
+            print(error)
+    return found
 
 
 def read_histories(out):
@@ -785,6 +791,14 @@ def short(value, digits=3):
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(short(item, digits) for item in value)}]"
     return str(value)
+
+
+def markdown_text(text):
+    """Any text as Markdown that shows just this text: nothing in it becomes HTML, a link, an image or a formula.
+
+    For all that comes from files: names, versions, ids, problems. Line breaks become blanks.
+    """
+    return re.sub(r"[^\w ,.-]|_", lambda found: f"&#{ord(found[0])};", " ".join(str(text).split()))
 
 
 def table_html(table, caption="", decimals=3, names=None):

@@ -196,7 +196,9 @@ def _what_is_missing(path):
     size = path.stat().st_size
     with open(path, "rb") as file:
         length, first = int.from_bytes(file.read(8), "little"), file.read(1)
-        if first not in (b"{", b""):
+        if not first:
+            return f"is cut off: it has {size} bytes"
+        if first != b"{":
             return ""
         if length > _HEADER_BYTES:
             return f"states a header of {length:,} bytes, which is no header of the kit"

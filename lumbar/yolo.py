@@ -6,6 +6,7 @@ import os
 import shutil
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -468,6 +469,7 @@ def _shipped_descriptions():
     return sorted((Path(find_spec("ultralytics").origin).parent / "cfg/models").rglob("*.yaml"))
 
 
+@cache
 def _shipped_cfg(path):
     """A description's contents, if it is of a detector as _network_scores reads them; otherwise None."""
     import yaml
@@ -750,7 +752,7 @@ def _check_yolo(stated):
     for side in stated.numbers("shape_px", (2,), 32, 2048, whole=True):
         if side % 32:
             stated.refuse("shape_px", "multiples of 32")
-    stated.number("mm_per_px", 0.01, 100)
+    stated.number("mm_per_px", 0.01, 100, optional=scheme == "original")
     stated.number("imgsz", 32, 2048, whole=True, optional=scheme != "original")
     stated.numbers("prior", (len(CONDITIONS), len(LEVELS), len(SEVERITIES)), 0, 1, optional=True)
     offsets = stated.part("point_offsets", optional=True)
@@ -787,7 +789,7 @@ def _known_cfg(path, meta):
     different = []
     for cfg in filter(None, map(_shipped_cfg, known)):
         scales, letter = cfg.get("scales"), own.get("scale")
-        cfg |= {"nc": len(meta["names"]), "channels": 1}
+        cfg = cfg | {"nc": len(meta["names"]), "channels": 1}
         if isinstance(letter, str) and letter in {"", *(scales or ())}:
             cfg["scale"] = letter
         if scales and own.get("scales") != scales and isinstance(own.get("scales"), dict) and len(own["scales"]) == 1:
