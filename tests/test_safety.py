@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -612,3 +613,276 @@ def test_weights_with_other_tensors_are_refused(weights, tmp_path, name):
         path = change(weights, tmp_path, name, lambda about: None, spoil)
         with pytest.raises(utils.DamagedFile, match=name):
             LOADERS[name](path)
+
+
+# -- a data set is an input: nothing beside its images and labels is read, and nothing is left with it
+
+
+@pytest.fixture
+def small_dataset(tmp_path):
+    """A folder with four images, their labels, and what ultralytics would leave beside them: from somebody else."""
+    from PIL import Image
+
+    for folder in ("images", "labels"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    for number in range(4):
+        Image.fromarray(np.full((64, 32), 50 + number, np.uint8)).save(tmp_path / "set" / "images" / f"{number}.png")
+        (tmp_path / "set" / "labels" / f"{number}.txt").write_text("1 0.5 0.25 0.5 0.125\n")
+    return tmp_path / "set"
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.mark),)
+
+
+def make_dataset(folder, cache):
+    yolo.prepare_ultralytics(folder.parent / "ultralytics")
+    from ultralytics.cfg import get_cfg
+
+    from lumbar.yolo_trainer import PatchTrainer
+
+    trainer = PatchTrainer.__new__(PatchTrainer)
+    trainer.args = get_cfg(overrides={"imgsz": 64, "cache": cache, **utils.YOLO_SETTINGS})
+    trainer.data = {"channels": 1, "names": dict(enumerate(utils.SEVERITIES)), "nc": 3}
+    return trainer.build_dataset(str(folder / "images"), "val", 2)
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk", False])
+def test_nothing_beside_images_and_labels_is_read_or_left(small_dataset, tmp_path, cache):
+    before = {path: path.read_bytes() for path in small_dataset.rglob("*") if path.is_file()}
+    dataset = make_dataset(small_dataset, cache)
+    assert {path: path.read_bytes() for path in small_dataset.rglob("*") if path.is_file()} == before
+    mark = tmp_path / "ran"
+    with open(small_dataset / "labels.cache", "wb") as file:
+        np.save(file, np.array({"x": Evil(mark)}, dtype=object), allow_pickle=True)
+    with open(small_dataset / "images" / "0.npy", "wb") as file:
+        np.save(file, np.array([Evil(mark)], dtype=object), allow_pickle=True)
+    np.save(small_dataset / "images" / "1.npy", np.full((64, 32, 1), 200, np.uint8))
+    before = {path: path.read_bytes() for path in small_dataset.rglob("*") if path.is_file()}
+    again = make_dataset(small_dataset, cache)
+    for made in (dataset, again):
+        assert sorted(int(made.load_image(number)[0].max()) for number in range(4)) == [50, 51, 52, 53]
+        for label in made.labels:
+            np.testing.assert_allclose(label["bboxes"], [[0.5, 0.25, 0.5, 0.125]])
+            assert label["cls"].tolist() == [[1]]
+    assert not mark.exists()
+    assert {path: path.read_bytes() for path in small_dataset.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_runs_nothing_and_a_broken_one_is_none(tmp_path, capsys):
+    path = tmp_path / "state.pt"
+    assert storage.read_checkpoint(path) is None
+    torch.save({"epoch": 3, "model": {"a": torch.ones(2)}}, path)
+    assert storage.read_checkpoint(path)["epoch"] == 3
+    whole = path.read_bytes()
+    torch.save({"epoch": 3, "model": Evil(tmp_path / "ran")}, path)
+    for damage in (path.read_bytes(), whole[: len(whole) // 2], b"", LFS):
+        path.write_bytes(damage)
+        assert storage.read_checkpoint(path) is None and "starts over" in capsys.readouterr().out
+    assert not (tmp_path / "ran").exists()
+
+
+# -- texts from files are shown, not obeyed
+
+HOSTILE = [
+    "<img src=x onerror=\"document.title='PWNED'\">",
+    "</script><script>alert(1)</script>",
+    "</title></td></table><script>alert(1)</script>",
+    "<!--",
+    "]]><svg onload=alert(1)>",
+    "'onmouseover='alert(1)",
+    '" onmouseover="alert(1)',
+    "\u2028alert(1)\u2029",
+    "&lt;script&gt;",
+    "[a](javascript:alert(1)) ![b](http://example.org/x.png) <http://example.org> http://example.org",
+    "# heading\n\n- list\n\n    code\n\n***\n\n| a | b |\n|---|---|\n| 1 | 2 |",
+    "`code` **bold** _it_ ~~gone~~ $x$ \\(y\\) \\",
+    "</body></html>",
+]
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: elements, with their attributes, and the text outside scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.text, self.inside = [], "", None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, tuple(sorted(name for name, _ in attributes))))
+        self.inside = tag if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside is None:
+            self.text += data
+
+    def handle_comment(self, data):
+        self.elements.append(("comment", ()))
+
+
+def exported(outputs, tmp_path, title=None, heading="Title"):
+    """The page of a notebook with these display outputs: list of (MIME type, text)."""
+    import nbformat
+
+    cell = nbformat.v4.new_code_cell(
+        "1", outputs=[nbformat.v4.new_output("display_data", {kind: text}) for kind, text in outputs]
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {heading}"), cell])
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    return utils.export_html(tmp_path / "n.ipynb", tmp_path / "n.html", title).read_text(encoding="utf-8")
+
+
+def words(text):
+    """Text without white space, which pages treat as they like."""
+    return "".join(text.split())
+
+
+def test_markdown_shows_a_text_as_it_is(tmp_path):
+    plain = Page(exported([("text/markdown", f"Versions: {utils.markdown_text('torch 2.14.1')}.")], tmp_path))
+    assert "Versions: torch 2.14.1." in plain.text and plain.elements.count(("p", ())) == 1
+    for text in HOSTILE:
+        page = Page(exported([("text/markdown", f"Versions: {utils.markdown_text(text)}.")], tmp_path))
+        assert page.elements == plain.elements, text
+        assert words(f"Versions: {text}.") in words(page.text)
+
+
+def test_tables_show_a_text_as_it_is(tmp_path):
+    def table(text):
+        frame = pd.DataFrame(
+            {text: [text, 1.5], "b": [[text], {text: text}]}, index=pd.Index([text, "x"], name=f"{text} ")
+        )
+        return utils.table_html(frame, text, names={"b": text})
+
+    plain = Page(table("plain"))
+    for text in HOSTILE:
+        page = Page(exported([("text/html", table(text))], tmp_path))
+        assert Page(table(text)).elements == plain.elements, text
+        assert page.elements.count(("script", ())) == 0
+        assert words(text.replace("_", " ")) in words(page.text)
+
+
+def test_a_pages_title_is_a_text(tmp_path):
+    plain = Page(exported([], tmp_path)).elements
+    for text in HOSTILE:
+        assert Page(exported([], tmp_path, title=text)).elements == plain, text
+
+
+def test_the_viewer_shows_texts_as_they_are():
+    array = np.random.default_rng(0).random((3, 8, 8)).astype(np.float16)
+    affine = np.diag([4.0, 1, 1, 1])
+    axes = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
+
+    def view(text):
+        study = utils.Study(1, [utils.Volume(array, affine, 1, 5, "Sagittal T1", 0, np.arange(3))], [text])
+        boxes = [utils.LevelBox(level, np.zeros(3), axes, np.full(3, 20.0), 1.0, text) for level in utils.LEVELS]
+        vertebrae = [utils.Vertebra(np.eye(4, 3) * 9, 9.0, name=text, source=text)]
+        probabilities = {text: np.full((5, 5, 3), 1 / 3), text + "2": np.full((5, 5, 3), 1 / 3)}
+        return utils.study_html(
+            study, boxes, None, probabilities, np.zeros((5, 5), int), text, page=True, vertebrae=vertebrae
+        )
+
+    plain = Page(view("plain"))
+    for text in HOSTILE:
+        page = view(text)
+        assert Page(page).elements == plain.elements, text
+        assert words(text) in words(Page(page).text)
+        script = page[page.index("<script>") + 8 : page.index("</script>")]
+        numbers = script[script.index("data = {") + 7 : script.index(";\n", script.index("data = {"))]
+        assert text in json.loads(numbers)["names"] and not {"<", "\u2028", "\u2029"} & set(numbers)
+
+
+def report_cells():
+    cells = json.loads((ROOT / "notebooks/06_report.ipynb").read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_report_shows_manifests_as_they_are(tmp_path):
+    """The report's cell of stages, parameters and versions, with texts of a manifest that somebody wrote by hand."""
+    cell = next(text for text in report_cells() if "versions" in text and "Parameters" in text)
+
+    def shown(text):
+        outputs = []
+        manifest = {
+            "finished": text,
+            "seconds": 1.0,
+            "counts": {text: text},
+            "parameters": {text: text.replace("/", "|"), "LIST": [text.replace("/", "|")]},
+            "versions": {text: text},
+        }
+        values = {
+            "utils": utils,
+            "pd": pd,
+            "manifests": {text: manifest},
+            "synthetic": False,
+            "labels": pd.DataFrame({"fold": [0, 1]}),
+            "grades": np.zeros((2, 5, 5), int),
+            "display": outputs.append,
+            "HTML": lambda text: ("text/html", text),
+            "Markdown": lambda text: ("text/markdown", text),
+        }
+        exec(cell, values)
+        return Page(exported(outputs, tmp_path))
+
+    plain = shown("plain")
+    for text in HOSTILE:
+        page = shown(text)
+        assert page.elements == plain.elements, text
+        assert words(f"Versions: {text} {text}.") in words(page.text)
+
+
+# What notebooks put into Markdown as it is: numbers, the kit's own words, and these
+SHOWN = {
+    "kind",  # one of two sentences of the notebook
+    "name",  # of utils.GRADES
+    "labels['fold'].nunique()",
+    "len(labels)",
+    "len(manifests)",
+    "len(log)",
+    "len(troubled)",
+    "25 * len(log)",
+    "int(log['prior_rows'].sum())",
+    "final_name.lower()",  # Ensemble or Class prior
+    "'below (better than)' if gain > 0 else 'above (no better than)'",
+    "title",  # Training studies or Test studies
+    "row.study_id",  # an integer of the labels
+    "utils.LEVEL_NAMES[row.level]",
+    "utils.CONDITION_NAMES[row.condition].lower()",
+    "utils.GRADES[row.grade].lower()",
+    "manifest['finished'].replace('T', ' ')",  # of this very notebook
+}
+
+
+def test_notebooks_escape_what_they_display():
+    calls = 0
+    for path, text in sources().items():
+        if not path.startswith("notebooks/"):
+            continue
+        tree = ast.parse("\n".join("" if line.startswith("%") else line for line in text.splitlines()))
+        escaped = {
+            target.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("utils.markdown_text(")
+            for target in node.targets
+        }
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in ("HTML", "Markdown"):
+                continue
+            calls += 1
+            made = ast.unparse(node.args[0])
+            if node.func.id == "HTML":
+                assert re.match(r"(utils\.table_html|utils\.study_html|inspection\.study_html)\(", made), made
+                continue
+            for part in ast.walk(node.args[0]):
+                if isinstance(part, ast.FormattedValue) and part.format_spec is None:
+                    shown = ast.unparse(part.value)
+                    assert shown in SHOWN | escaped, f"{path}: {shown} in Markdown: put it into utils.markdown_text"
+    assert calls > 15
