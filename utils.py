@@ -1,7 +1,8 @@
 """The lumbar kit: one front for all shared code, in the order in which data flows.
 
  1. lumbar/names.py        conditions, levels, severities, the columns of tables, progress bars
-                           (storage.py: files that are written whole or not at all)
+                           (storage.py: files that are written whole or not at all, and what a damaged one is;
+                           weights.py: what a weights file may state)
  2. lumbar/stages.py       checked parameters; one folder and one manifest a stage; running notebooks
  3. lumbar/files.py        train.csv and friends, submissions, competition_score, folds
  4. lumbar/dicom.py        DICOM files -> slices -> volumes

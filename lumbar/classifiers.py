@@ -356,6 +356,14 @@ def level_centers(paths, levels_table, crop):
     return np.mean(found, 0).tolist()
 
 
+def _load_crops(path):
+    """The crops in a cache's file, not yet read from the disk; None where there is none, or a damaged one."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
 class CropDataset(torch.utils.data.Dataset):
     """Crops (with margin) and grades of studies.
 
@@ -379,12 +387,12 @@ class CropDataset(torch.utils.data.Dataset):
         if not self.cache:
             return self._cut(study_id, only)
         path = self.cache / f"{study_id}.npy"
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)[only]
-        except (OSError, ValueError, EOFError):  # not there yet, or damaged
+        crops = _load_crops(path)
+        if crops is None:
             with write_whole(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, self._cut(study_id, slice(None)))
-        return np.load(path, mmap_mode="r", allow_pickle=False)[only]
+            crops = _load_crops(path)
+        return crops[only]
 
     def _cut(self, study_id, levels):
         boxes = boxes_from_table(self.levels_table, study_id)[levels] if self.crop["scope"] == "level" else None

@@ -793,12 +793,10 @@ def short(value, digits=3):
     return str(value)
 
 
-def markdown_text(text):
-    """Any text as Markdown that shows just this text: nothing in it becomes HTML, a link, an image or a formula.
-
-    For all that comes from files: names, versions, ids, problems. Line breaks become blanks.
-    """
-    return re.sub(r"[^\w ,.-]|_", lambda found: f"&#{ord(found[0])};", " ".join(str(text).split()))
+def paragraph_html(text):
+    """Any text as a paragraph of a page that shows just this text: for all that comes from files, such as names,
+    versions and problems. In Markdown it would be obeyed: HTML, links, images, formulas."""
+    return f"<p>{html.escape(str(text))}</p>"
 
 
 def table_html(table, caption="", decimals=3, names=None):
@@ -857,6 +855,8 @@ def export_html(notebook, page, title=None, printed=False):
     Returns the path. Raises FileNotFoundError without the notebook.
     """
     import nbformat
+    from bs4 import BeautifulSoup  # nbconvert's
+    from bs4.formatter import HTMLFormatter
     from nbconvert import HTMLExporter
 
     if not Path(notebook).is_file():
@@ -884,6 +884,8 @@ def export_html(notebook, page, title=None, printed=False):
         template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_input_prompt=True
     )
     body, _ = exporter.from_notebook_node(content)
+    # nbconvert parses the page and writes quotes in texts as they are. Nothing in a text shall look like an attribute.
+    body = BeautifulSoup(body, "html.parser").decode(formatter=HTMLFormatter(entity_substitution=html.escape))
     return write_text(
         page,
         (

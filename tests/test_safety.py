@@ -746,13 +746,12 @@ def words(text):
     return "".join(text.split())
 
 
-def test_markdown_shows_a_text_as_it_is(tmp_path):
-    plain = Page(exported([("text/markdown", f"Versions: {utils.markdown_text('torch 2.14.1')}.")], tmp_path))
-    assert "Versions: torch 2.14.1." in plain.text and plain.elements.count(("p", ())) == 1
+def test_paragraphs_show_a_text_as_it_is(tmp_path):
+    plain = Page(exported([("text/html", utils.paragraph_html("plain"))], tmp_path))
     for text in HOSTILE:
-        page = Page(exported([("text/markdown", f"Versions: {utils.markdown_text(text)}.")], tmp_path))
+        page = Page(exported([("text/html", utils.paragraph_html(text))], tmp_path))
         assert page.elements == plain.elements, text
-        assert words(f"Versions: {text}.") in words(page.text)
+        assert words(text) in words(page.text)
 
 
 def test_tables_show_a_text_as_it_is(tmp_path):
@@ -837,6 +836,7 @@ def test_the_report_shows_manifests_as_they_are(tmp_path):
         page = shown(text)
         assert page.elements == plain.elements, text
         assert words(f"Versions: {text} {text}.") in words(page.text)
+        assert 'onerror="' not in (tmp_path / "n.html").read_text(encoding="utf-8")
 
 
 # What notebooks put into Markdown as it is: numbers, the kit's own words, and these
@@ -867,22 +867,16 @@ def test_notebooks_escape_what_they_display():
         if not path.startswith("notebooks/"):
             continue
         tree = ast.parse("\n".join("" if line.startswith("%") else line for line in text.splitlines()))
-        escaped = {
-            target.id
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("utils.markdown_text(")
-            for target in node.targets
-        }
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in ("HTML", "Markdown"):
                 continue
             calls += 1
             made = ast.unparse(node.args[0])
             if node.func.id == "HTML":
-                assert re.match(r"(utils\.table_html|utils\.study_html|inspection\.study_html)\(", made), made
+                assert re.match(r"(utils\.(table|paragraph|study)_html|inspection\.study_html)\(", made), made
                 continue
             for part in ast.walk(node.args[0]):
                 if isinstance(part, ast.FormattedValue) and part.format_spec is None:
                     shown = ast.unparse(part.value)
-                    assert shown in SHOWN | escaped, f"{path}: {shown} in Markdown: put it into utils.markdown_text"
+                    assert shown in SHOWN, f"{path}: {shown} in Markdown: show it as HTML, with utils.paragraph_html"
     assert calls > 15
