@@ -489,30 +489,37 @@ def test_honest_descriptions_of_every_age_load(weights, tmp_path):
         assert utils.load_yolo(change(weights, tmp_path, "yolo_ss_0.safetensors", edit)).condition == "ss"
 
 
-@pytest.mark.parametrize("model, width", [("yolov10n.yaml", None), ("yolov8n.yaml", 0.125), ("yolo26n.yaml", 0.125)])
-def test_what_is_trained_loads(tmp_path, model, width):
+@pytest.mark.parametrize(
+    "model, width, scheme",
+    [
+        ("yolov10n.yaml", None, "severity"),
+        ("yolov10x.yaml", 0.125, "original"),
+        ("yolov8n.yaml", 0.125, "original"),
+        ("yolo26n.yaml", 0.125, "severity"),
+    ],
+)
+def test_what_is_trained_loads(tmp_path, model, width, scheme):
     yolo.prepare_ultralytics(tmp_path / "ultralytics")
     from ultralytics.nn.tasks import DetectionModel
 
-    for condition, scheme in (("scs", "severity"), ("ss", "original")):
-        names = list(utils.SEVERITIES) if scheme == "severity" else utils.original_names(condition)
-        net = DetectionModel(yolo._yolo_model_yaml(model, width, tmp_path), ch=1, nc=len(names), verbose=False)
-        about = {
-            "kind": "yolo",
-            "condition": condition,
-            "cfg": {key: value for key, value in net.yaml.items() if key != "yaml_file"},
-            "scheme": scheme,
-            "names": names,
-            "channels": 1,
-            "shape_px": [96, 64],
-            "mm_per_px": 2.0,
-            "imgsz": 96,
-            "arguments": {"model": model, "width": width},
-        }
-        yolo._write_yolo(tmp_path / "yolo.safetensors", net.half().state_dict(), about)
-        loaded = utils.load_yolo(tmp_path / "yolo.safetensors")
-        for name, value in net.float().state_dict().items():
-            assert torch.equal(loaded.net.state_dict()[name], value)
+    names = list(utils.SEVERITIES) if scheme == "severity" else utils.original_names("ss")
+    net = DetectionModel(yolo._yolo_model_yaml(model, width, tmp_path), ch=1, nc=len(names), verbose=False)
+    about = {
+        "kind": "yolo",
+        "condition": "ss",
+        "cfg": {key: value for key, value in net.yaml.items() if key != "yaml_file"},
+        "scheme": scheme,
+        "names": names,
+        "channels": 1,
+        "shape_px": [96, 64],
+        "mm_per_px": 2.0,
+        "imgsz": 96,
+        "arguments": {"model": model, "width": width},
+    }
+    yolo._write_yolo(tmp_path / "yolo.safetensors", net.half().state_dict(), about)
+    loaded = utils.load_yolo(tmp_path / "yolo.safetensors").net.state_dict()
+    for name, value in net.float().state_dict().items():
+        assert torch.equal(loaded[name], value)
 
 
 def test_models_are_known_by_name_alone(tmp_path, monkeypatch):
