@@ -1,7 +1,8 @@
 """The lumbar kit: one front for all shared code, in the order in which data flows.
 
  1. lumbar/names.py        conditions, levels, severities, the columns of tables, progress bars
-                           (storage.py: files that are written whole or not at all)
+                           (storage.py: files that are written whole or not at all, and what a damaged one is;
+                           weights.py: what a weights file may state)
  2. lumbar/stages.py       one folder and one manifest a stage; running notebooks
                            (parameters.py: a notebook's parameters, checked before anything runs)
  3. lumbar/tables.py       train.csv and friends, row by row

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -30,9 +29,10 @@ from .names import (
     device_for,
     progress,
 )
-from .storage import plain, write_csv, write_json
+from .storage import read_checkpoint, read_json, write_csv, write_json, write_tensors, write_whole
 from .views import TTA_VIEWS, choose_views, cross_fitted_views, deal_parts
 from .volume import load_study
+from .weights import Stated, check_network, read_weights
 
 
 def cumulative_log_probabilities(score, cutpoints):
@@ -262,46 +262,63 @@ class OrdinalClassifier(nn.Module):
 
 def save_classifier(path, model, about):
     """Write a classifier's state and everything needed to rebuild and feed it, as safetensors."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _write_classifier(path, state, {**model.config, **about})
+    write_tensors(path, model.state_dict(), "classifier", {**model.config, **about})
 
 
-def _write_classifier(path, state, about):
-    """The file is either the old one or complete."""
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    save_file(state, temporary, metadata={"classifier": json.dumps(about, default=plain)})
-    os.replace(temporary, path)
-
-
-def _read_classifier(path):
-    """(state, about) of a file of save_classifier."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        about = json.loads((file.metadata() or {}).get("classifier", "null"))
-        if about is None:
-            raise ValueError(f"{path} is not a classifier of this kit (04_train_vit writes them)")
-        return {name: file.get_tensor(name) for name in file.keys()}, about
+# What to do about weights that cannot be used, after the file's name and what is wrong with it.
+_REMEDY = "give a classifier's file as 04_train_vit wrote it (attach its output again, or train again)"
 
 
 def load_classifier(path, device="cpu"):
-    """(model in evaluation mode, about): what save_classifier wrote."""
-    state, about = _read_classifier(path)
+    """(model in evaluation mode, about): what save_classifier wrote.
+
+    Raises FileNotFoundError, or DamagedFile (a ValueError) for a file with other contents: numbers out of range, a
+    network that its tensors do not fit, values that are not finite.
+    """
+    state, about = read_weights(path, "classifier", _REMEDY, "a classifier's")
+    _check_classifier(Stated(path, about, _REMEDY))
     names = ("scope", "backbone", "img_size", "prior", "dropout", "level_centers")
-    model = OrdinalClassifier(*(about[name] for name in names), about.get("pooling", "grid"))
+    arguments = (*(about[name] for name in names), about.get("pooling", "grid"))
+    check_network(path, lambda: OrdinalClassifier(*arguments), state, _REMEDY)
+    model = OrdinalClassifier(*arguments)
     model.load_state_dict(state)
     return model.to(device).eval(), about
 
 
+def _check_classifier(stated):
+    """Refuse a file of which OrdinalClassifier, cut_crops or view_crops would make something else than was trained."""
+    scope = stated.choice("scope", ("level", "study"))
+    stated.choice("pooling", ("grid", "global"), optional=True)
+    sizes = stated.numbers("img_size", (3,), 1, 512, whole=True)
+    if math.prod(sizes) > 320**3:
+        stated.refuse("img_size", "less than 320 x 320 x 320 voxels")
+    try:
+        backbone_config(stated.about.get("backbone"), sizes)
+    except (ValueError, TypeError, AttributeError) as error:
+        stated.refuse("backbone", f"one that this kit knows ({error})")
+    stated.numbers("prior", (len(CONDITIONS), len(LEVELS), len(SEVERITIES)), 0, 1)
+    stated.number("dropout", 0, 1)
+    stated.numbers("level_centers", (len(LEVELS),), 0, 1)
+    crop = stated.part("crop", optional=True)
+    if crop is not None:
+        crop.choice("scope", (scope,))
+        crop.choice("shape", (sizes,))
+        crop.numbers("extent_mm", (3,), 1, 2000)
+        crop.numbers("shift_mm", (3,), -1000, 1000)
+    for view in stated.parts("views", 100, optional=True):
+        view.keys(("rotation_deg", "shift_mm", "scale", "mirror"))
+        view.numbers("rotation_deg", (3,), -180, 180, optional=True)
+        view.numbers("shift_mm", (3,), -100, 100, optional=True)
+        view.number("scale", 0.2, 5, optional=True)
+        view.choice("mirror", (True, False), optional=True)
+
+
 def store_views(path, views):
     """Put the views that pay (of choose_views) into a weights file, as about["views"]."""
-    state, about = _read_classifier(path)
+    state, about = read_weights(path, "classifier", _REMEDY, "a classifier's")
     changed = json.loads(json.dumps(about | {"views": views}))
     if changed != about:
-        _write_classifier(path, state, changed)
+        write_tensors(path, state, "classifier", changed)
 
 
 CROP_MARGIN = 1.2  # crops are cut this much larger, so that shifts and rotations in training see real surroundings
@@ -339,6 +356,14 @@ def level_centers(paths, levels_table, crop):
     return np.mean(found, 0).tolist()
 
 
+def _load_crops(path):
+    """The crops in a cache's file, not yet read from the disk; None where there is none, or a damaged one."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
 class CropDataset(torch.utils.data.Dataset):
     """Crops (with margin) and grades of studies.
 
@@ -362,12 +387,12 @@ class CropDataset(torch.utils.data.Dataset):
         if not self.cache:
             return self._cut(study_id, only)
         path = self.cache / f"{study_id}.npy"
-        if not path.is_file():
-            temporary = path.with_name(f"{path.stem}.{os.getpid()}.part")
-            with open(temporary, "wb") as file:
+        crops = _load_crops(path)
+        if crops is None:
+            with write_whole(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, self._cut(study_id, slice(None)))
-            os.replace(temporary, path)
-        return np.load(path, mmap_mode="r")[only]
+            crops = _load_crops(path)
+        return crops[only]
 
     def _cut(self, study_id, levels):
         boxes = boxes_from_table(self.levels_table, study_id)[levels] if self.crop["scope"] == "level" else None
@@ -396,7 +421,7 @@ class CropDataset(torch.utils.data.Dataset):
     def load(cls, folder):
         """The data set that `save` described."""
         folder = Path(folder)
-        about = json.loads((folder / "data.json").read_text())
+        about = read_json(folder / "data.json")
         table = pd.read_csv(folder / "grades.csv")
         grades = table[list(LABEL_COLUMNS)].to_numpy(np.int64).reshape(-1, len(CONDITIONS), len(LEVELS))
         levels = folder / "levels.csv"
@@ -961,11 +986,11 @@ def _train(out, name, train, valid, config, seed, device, workers):
     final, checkpoint = out / f"{name}.safetensors", out / f"{name}.checkpoint"
     training = _Training(train, config, seed, device)
     history, best, first_epoch = [], math.inf, 0
-    if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(checkpoint)
+    if saved is not None:
         training.load_state(saved)
         history, best, first_epoch = saved["history"], saved["best"], saved["epoch"]
-        del saved  # twice the model, for as long as the training lasts
+    del saved  # twice the model, for as long as the training lasts
     all_sum(torch.zeros(1, device=device))  # all have read the checkpoint before the first may replace or remove it
     with progress(total=config["epochs"], desc=name, initial=first_epoch, disable=rank() > 0) as bar:
         for epoch in range(first_epoch, config["epochs"]):
@@ -983,9 +1008,8 @@ def _train(out, name, train, valid, config, seed, device, workers):
             if better:
                 about = {**config["about"], "crop": train.crop, "epoch": epoch + 1, "scores": scores}
                 save_classifier(final, training.average.module, about)
-            temporary = checkpoint.with_name(checkpoint.name + ".part")
-            torch.save({**training.state(), "history": history, "best": best, "epoch": epoch + 1}, temporary)
-            os.replace(temporary, checkpoint)
+            with write_whole(checkpoint) as temporary:
+                torch.save({**training.state(), "history": history, "best": best, "epoch": epoch + 1}, temporary)
     if rank() == 0:
         write_csv(out / f"{name}_history.csv", pd.DataFrame(history))
         checkpoint.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 One file may hold one slice (MR Image Storage) or many (Enhanced MR Image Storage, also Legacy Converted: multi-frame
 with functional groups). Files are known by their content, whatever their names.
 
-May use: pixels, stacks, volume, names.
+May use: pixels, stacks, volume, storage, names.
 """
 
 import io
@@ -21,6 +21,7 @@ import numpy as np
 from .names import DESCRIPTIONS
 from .pixels import MAX_PIXELS, DicomProblem, padding_mask, plain_reason, stored_pixels
 from .stacks import KINDS_OF_IMAGE, Contrast, stack_slices, values_of
+from .storage import kind_of_file
 from .volume import Study
 
 # All that is read of a file, with what pydicom's decoders need.
@@ -337,20 +338,10 @@ def _is_dicom(head):
 
 
 def _what_it_is(head):
-    kinds = {
-        b"": "it is empty",
-        b"version https://git-lfs": "it is a Git LFS pointer, fetch the file with `git lfs pull`",
-        b"<": "it is a web page or XML",
-        b"PK\3\4": "it is a zip archive",
-        b"\x1f\x8b": "it is a gzip archive",
-        b"%PDF": "it is a PDF",
-        b"\x89PNG": "it is a PNG picture",
-        b"\xff\xd8\xff": "it is a JPEG picture",
-    }
-    begin = head.lstrip()
-    return next((what for sign, what in kinds.items() if sign and begin.startswith(sign)), "") or (
-        kinds[b""] if not head else "neither the mark DICM nor a data set's first element is where it should be"
-    )
+    if not head:
+        return "it is empty"
+    kind = kind_of_file(head)
+    return f"it is {kind}" if kind else "neither the mark DICM nor a data set's first element is where it should be"
 
 
 def _groups(dataset, keyword):

@@ -26,6 +26,7 @@ from .files import (
     to_submission,
 )
 from .names import GRADES, GROUPS, LABEL_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS, SUBMISSION_COLUMNS
+from .storage import DamagedFile, open_tensors
 from .tables import read_labels
 
 MEMBERS = ("yolo", "level", "study")
@@ -701,13 +702,11 @@ def member_weights(folders):
 
 def _kind_of_weights(path):
     """own, comparison, unfinished or unreadable, see member_weights."""
-    from safetensors import safe_open
-
+    key = "metadata" if path.stem.startswith("yolo") else "classifier"
     try:
-        with safe_open(str(path), framework="np") as file:
-            known = file.metadata() or {}
-        about = json.loads(known.get("classifier") or known["metadata"])
-    except Exception:  # whatever a damaged file makes of it
+        with open_tensors(path, key, "") as (about, _):
+            pass
+    except (OSError, DamagedFile):
         return "unreadable"
     comparison = about.get("scheme") == "original" or about.get("pooling") == "global"
     uncalibrated = path.stem.startswith("yolo") and not comparison and about.get("calibration") is None

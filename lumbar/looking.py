@@ -415,7 +415,7 @@ def plot_learning_curves(ax, histories, columns=("loss", "total"), x="epoch"):
                 linewidth=1.3,
                 marker="o" if len(part) < 3 else None,
                 markersize=3,
-                label=" ".join(filter(None, [name, names.get(column, column)])),
+                label=" ".join(filter(None, [name, names.get(column, column)])).replace("$", r"\$"),  # no formula
             )
             drawn += part[column].tolist()
     if drawn:
@@ -793,6 +793,12 @@ def short(value, digits=3):
     return str(value)
 
 
+def paragraph_html(text):
+    """Any text as a paragraph of a page that shows just this text: for all that comes from files, such as names,
+    versions and problems. In Markdown it would be obeyed: HTML, links, images, formulas."""
+    return f"<p>{html.escape(str(text))}</p>"
+
+
 def table_html(table, caption="", decimals=3, names=None):
     """A DataFrame as a clean HTML table: numbers to the right and rounded, missing ones as a dash, text escaped.
 
@@ -849,6 +855,8 @@ def export_html(notebook, page, title=None, printed=False):
     Returns the path. Raises FileNotFoundError without the notebook.
     """
     import nbformat
+    from bs4 import BeautifulSoup  # nbconvert's
+    from bs4.formatter import HTMLFormatter
     from nbconvert import HTMLExporter
 
     if not Path(notebook).is_file():
@@ -876,6 +884,8 @@ def export_html(notebook, page, title=None, printed=False):
         template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_input_prompt=True
     )
     body, _ = exporter.from_notebook_node(content)
+    # nbconvert parses the page and writes quotes in texts as they are. Nothing in a text shall look like an attribute.
+    body = BeautifulSoup(body, "html.parser").decode(formatter=HTMLFormatter(entity_substitution=html.escape))
     return write_text(
         page,
         (

@@ -1,6 +1,6 @@
 """Every study of a split, read once and kept as volumes.
 
-May use: dicom, volume, tables, names.
+May use: dicom, greys, volume, tables, storage, names.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +11,7 @@ import pandas as pd
 from .dicom import read_study
 from .greys import normalise_study
 from .names import progress
+from .storage import DamagedFile
 from .tables import described_series, some_of
 from .volume import load_study, save_study, study_about
 
@@ -21,9 +22,8 @@ def preprocess_study(data, split, study_id, descriptions, out, bits=16):
     A study whose file is already there is not read again, unless it was read with other descriptions.
     """
     path = Path(out) / f"{study_id}.safetensors"
-    if _was_read_with(path, descriptions):
-        study = load_study(path)
-    else:
+    study = _finished(path, descriptions)
+    if study is None:
         study = normalise_study(read_study(Path(data) / f"{split}_images" / str(study_id), descriptions))
         save_study(study, path, bits, descriptions)
     rows = []
@@ -46,13 +46,17 @@ def preprocess_study(data, split, study_id, descriptions, out, bits=16):
     return rows
 
 
-def _was_read_with(path, descriptions):
-    """Whether a study's file is there, whole, and was made of these series: a table may have been mended since."""
+def _finished(path, descriptions):
+    """The study in a file of an earlier run; None where there is none, it is damaged, which is printed, or it was read
+    with other series: a table may have been mended since."""
+    if not path.is_file():
+        return None
+    wanted = {str(series_id): description for series_id, description in descriptions.items()}
     try:
-        known = study_about(path)["described"]
-    except Exception:  # whatever a missing or damaged file, or one of an earlier version, makes of it
-        return False
-    return known == {str(series_id): description for series_id, description in descriptions.items()}
+        return load_study(path) if study_about(path).get("described") == wanted else None
+    except DamagedFile as error:
+        print(f"{error}; it is read anew now")
+        return None
 
 
 def preprocess_studies(data, split, out, workers=2, bits=16, labelled=()):

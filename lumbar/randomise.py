@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from scipy import ndimage
 from .levels import fit_level_prior
 from .names import progress
 from .spinenet import SpineSlices, Vertebra, project_vertebrae, spine_class, spinenet_targets, vertebrae_to_table
+from .storage import write_tensors
 
 # ----------------------------------------------------------------------------------------------------------------
 #  8. Domain randomisation: SpineNet's training images
@@ -71,7 +71,7 @@ def _paint_anatomy(job):
             about["vertebrae"].append(
                 {"name": body.name, "corners_mm": body.corners_mm().tolist(), "width_mm": float(body.width_mm)}
             )
-    _save_tensors(tensors, about, path)
+    write_tensors(path, tensors, "anatomy", about)
     return path
 
 
@@ -92,14 +92,6 @@ def _plan_anchors(plans):
             corners = np.concatenate(corners)
             anchors[plane] = ((corners.min(0) + corners.max(0)) / 2).tolist()
     return anchors
-
-
-def _save_tensors(tensors, about, path):
-    from safetensors.numpy import save_file
-
-    temporary = Path(path).with_suffix(f".{os.getpid()}.part")
-    save_file(tensors, temporary, metadata={"anatomy": json.dumps(about)})
-    os.replace(temporary, path)
 
 
 def paint_anatomies(folder, count, seed=0, workers=2):

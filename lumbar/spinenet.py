@@ -1,8 +1,6 @@
 """SpineNet: vertebral bodies by vector-field regression, in sagittal slices and linked to 3D."""
 
-import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .names import LEVEL_VERTEBRAE, VERTEBRAE, progress
+from .storage import DamagedFile, read_tensors, write_tensors
+from .weights import Stated, check_network, read_weights
 
 # ----------------------------------------------------------------------------------------------------------------
 #  6. SpineNet: vertebral bodies by vector-field regression
@@ -410,62 +410,68 @@ def spinenet_loss(output, targets, resolution_mm):
 
 def save_spinenet(model, path):
     """Write the weights as safetensors; architecture and `about` (prior, training) as JSON in its metadata."""
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     about = {"architecture": model.architecture, "classes": list(SPINE_CLASSES), "about": model.about}
-    save_file(tensors, temporary, metadata={"spinenet": json.dumps(about)})
-    os.replace(temporary, path)
+    write_tensors(path, model.state_dict(), "spinenet", about)
 
 
 def load_spinenet(path, device="cpu"):
     """Read what save_spinenet wrote: the model in eval mode on `device`.
 
-    Raises FileNotFoundError, or ValueError for a file with other contents.
+    Raises FileNotFoundError, or DamagedFile (a ValueError) for a file with other contents: numbers out of range, a
+    network that its tensors do not fit, values that are not finite.
     """
-    from safetensors import safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"SpineNet weights {path} do not exist: run 02_train_spinenet, or correct WEIGHTS")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["spinenet"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except KeyError:
-        raise ValueError(
-            f"{path} is a safetensors file without SpineNet's metadata: give the file that 02_train_spinenet wrote"
-        ) from None
-    if tuple(about["classes"]) != SPINE_CLASSES:
-        raise ValueError(
-            f"{path} was trained for the classes {about['classes']}, this code has {SPINE_CLASSES}: train again"
-        )
-    model = SpineNet(**about["architecture"])
-    model.load_state_dict(tensors)
+    remedy = "give the file that 02_train_spinenet wrote (attach its output, or correct WEIGHTS)"
+    state, about = read_weights(path, "spinenet", remedy, "SpineNet's")
+    stated = Stated(path, about, remedy)
+    if about.get("classes") != list(SPINE_CLASSES):
+        stated.refuse("classes", f"{list(SPINE_CLASSES)} for this version of the kit; train again")
+    architecture = stated.part("architecture")
+    architecture.keys(("widths", "blocks", "resolution_mm"))
+    widths = architecture.about.get("widths")
+    if not isinstance(widths, list) or not 1 <= len(widths) <= 8:
+        architecture.refuse("widths", "a list of one to eight numbers")
+    architecture.numbers("widths", (len(widths),), 1, 4096, whole=True)
+    architecture.number("blocks", 1, 32, whole=True)
+    architecture.number("resolution_mm", 0.1, 20)
+    _check_layouts(stated.part("about"))
+    check_network(path, lambda: SpineNet(**architecture.about), state, remedy)
+    model = SpineNet(**architecture.about)
+    model.load_state_dict(state)
     model.about = about["about"]
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
+def _check_layouts(stated):
+    """Refuse a prior or layout (of fit_level_prior) that would place levels by something other than millimetres."""
+    for layout in (stated.part(name, optional=True) for name in ("prior", "layout")):
+        if layout is None:
+            continue
+        layout.numbers("axial_mm", (3,), -2000, 2000)
+        corners, widths = layout.part("layout_mm"), layout.part("width_mm")
+        for part in (corners, widths):
+            part.keys(VERTEBRAE)
+        for name in {*_LUMBAR, *corners.about}:
+            corners.numbers(name, (4, 3), -2000, 2000)
+            widths.number(name, 0, 500)
+
+
 def _save_training(path, model, optimizer, step, history):
     """The state of an unfinished training, without a pickle: AdamW keeps three tensors a parameter."""
-    from safetensors.torch import save_file
-
-    tensors = {f"model.{name}": value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
-    temporary = path.with_name(path.name + ".part")
-    save_file(tensors, temporary, metadata={"training": json.dumps({"step": step, "history": history})})
-    os.replace(temporary, path)
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+    write_tensors(path, tensors, "training", {"step": step, "history": history})
 
 
 def _load_training(path, model, optimizer):
-    """Put back what _save_training wrote. Returns (step, history)."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["training"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    """Put back what _save_training wrote. Returns (step, history): (0, []) where there is nothing to put back."""
+    try:
+        tensors, about = read_tensors(path, "training", "the training starts over")
+    except FileNotFoundError:
+        return 0, []
+    except DamagedFile as error:
+        print(error)
+        return 0, []
     model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
     state = {}
     for name, value in tensors.items():
@@ -543,7 +549,7 @@ def train_spinenet(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
     sigma_px = sigma_mm / resolution_mm
     state = folder / "spinenet_training.safetensors"
-    first, history = _load_training(state, model, optimizer) if state.is_file() else (0, [])
+    first, history = _load_training(state, model, optimizer)
     dataset = records if ready else SpineSlices(records, steps * batch_size, crop_px, sigma_px, seed=seed)
     rest = torch.utils.data.Subset(dataset, range(first * batch_size, len(dataset)))
     loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers, pin_memory=str(device) != "cpu")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from .parameters import PATH_PARAMETERS, READ_PATHS, check_device_here, check_notebook_parameters
-from .storage import plain, write_json
+from .storage import plain, read_json, write_json
 from .tables import read_folds
 
 
@@ -327,27 +327,6 @@ def peak_memory_mb():
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
 
 
-def read_object(path, remedy=""):
-    """Read a JSON object.
-
-    Raises FileNotFoundError, or ValueError that says what is wrong; both name the file and end with the remedy.
-    """
-    remedy = f": {remedy}" if remedy else ""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist{remedy}")
-    try:
-        if path.stat().st_size > 100_000_000:
-            raise ValueError("it has more than 100 MB")
-        known = json.loads(path.read_bytes())
-        if not isinstance(known, dict):
-            raise ValueError(f"it holds a {type(known).__name__} and no object")
-        return known
-    except (OSError, ValueError, RecursionError) as error:
-        empty = isinstance(error, ValueError) and not path.stat().st_size
-        raise ValueError(f"{path} is damaged ({'it is empty' if empty else error}){remedy}") from None
-
-
 def _is_below(name):
     """True for a path that leads from a folder to something in it."""
     path = PurePath(name)
@@ -376,7 +355,7 @@ def _read_identity(path, expected=_OF_IDENTITY):
     if not path.exists() and not path.is_symlink():
         return None
     try:
-        known = read_object(path)
+        known = read_json(path, "")
     except FileNotFoundError:
         raise ValueError(f"{path} is damaged (it is no file)") from None
     for key, kind in expected.items():

@@ -3,7 +3,7 @@
 Tables come out of spreadsheets, joins and interrupted downloads. A row that cannot be meant costs only itself; a file
 that cannot be meant is an error. All readers take commas, semicolons or tabs between the cells, CRLF, a byte order
 mark, ids written as 123.0 and decimal commas, and return whole numbers as int64.
-May use: names.
+May use: storage, names.
 """
 
 import csv
@@ -15,18 +15,12 @@ from pathlib import Path
 import pandas as pd
 
 from .names import CONDITIONS, DESCRIPTIONS, GRADES, LABEL_COLUMNS, LEVELS
+from .storage import kind_of_file
 
 MAX_NAMED = 5  # so many bad rows are named in one sentence, the others counted
 _WHOLE = re.compile(r"([0-9]{1,18})(\.0+)?")
 _DECIMAL = re.compile(r"^(-?[0-9]+),([0-9]+)$")
 _EMPTY = ("", "nan", "na", "n/a", "#n/a", "<na>", "null", "none")  # what spreadsheets and libraries write for no value
-_FOREIGN = {  # how files begin that are often found in a table's place
-    b"PK": "a zip archive or an Excel file",
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
-    b"<": "a web page",
-    b"\xff\xfe": "text in UTF-16",
-    b"\xfe\xff": "text in UTF-16",
-}
 
 
 def whole_number(value):
@@ -203,8 +197,8 @@ def _lines(path, columns):
         if set(columns) <= set(header):
             break
     else:
-        kind = next((what for start, what in _FOREIGN.items() if raw.lstrip().startswith(start)), None)
-        kind = kind or ("no text" if b"\0" in raw[:1000] else None)
+        utf16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+        kind = kind_of_file(raw[:512]) or ("text in UTF-16" if utf16 else "no text" if b"\0" in raw[:1000] else "")
         missing = ", ".join(name for name in columns if name not in lines[0]) or columns[0]
         what = f"is {kind}" if kind else f"has no column {missing} in its first line, {_shown(lines[0].strip())}"
         raise ValueError(f"{path} {what}: {_ADVICE}")

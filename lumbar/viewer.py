@@ -495,7 +495,7 @@ def _below(data, boxes):
             + ("" if data["members"] else "<p>No prediction of this study was given.</p>")
         )
     found = "".join(
-        f"<tr><th scope=row>{level_name(box.level)}</th><td>{html.escape(box.source or 'unknown')}</td>"
+        f"<tr><th scope=row>{html.escape(level_name(box.level))}</th><td>{html.escape(box.source or 'unknown')}</td>"
         f"<td>{box.confidence:.2f}</td><td>{tilt_caption(box)}</td></tr>"
         for box in boxes
     )

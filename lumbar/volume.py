@@ -3,12 +3,12 @@
 May use: storage, names.
 """
 
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from .storage import DamagedFile, open_tensors, write_tensors
 
 
 @dataclass
@@ -82,11 +82,8 @@ def save_study(study, path, bits=16, described=None):
     bits: 16, as normalised; 8 for half the disk: rounded to steps of 1/160, and cut off above 1.47. Raises ValueError
     for others.
     """
-    from safetensors.numpy import save_file
-
     if bits not in (8, 16):
         raise ValueError(f"BITS must be 8 or 16, not {bits!r}")
-    path = Path(path)
     about = {"study_id": study.study_id, "problems": study.problems, "volumes": []}
     if described is not None:
         about["described"] = {str(series_id): description for series_id, description in described.items()}
@@ -95,9 +92,9 @@ def save_study(study, path, bits=16, described=None):
         array = volume.array
         if bits == 8:
             array = np.clip(np.round((array.astype(np.float32) - _GREY_LOW) / _GREY_STEP), 0, 255).astype(np.uint8)
-        tensors[f"array_{number}"] = np.ascontiguousarray(array)
-        tensors[f"affine_{number}"] = np.ascontiguousarray(volume.affine)
-        tensors[f"instance_numbers_{number}"] = np.ascontiguousarray(volume.instance_numbers)
+        tensors[f"array_{number}"] = array
+        tensors[f"affine_{number}"] = volume.affine
+        tensors[f"instance_numbers_{number}"] = volume.instance_numbers
         about["volumes"].append(
             {
                 "series_id": int(volume.series_id),
@@ -106,42 +103,58 @@ def save_study(study, path, bits=16, described=None):
                 "thickness_mm": volume.thickness_mm,
             }
         )
-    temporary = path.with_name(path.name + ".part")
-    save_file(tensors, temporary, metadata={"study": json.dumps(about)})
-    os.replace(temporary, path)
+    write_tensors(path, tensors, "study", about)
+
+
+_REMEDY = "delete it and run 01_preprocess again, which reads the study anew"
 
 
 def study_about(path):
-    """What save_study wrote of a study but its arrays: dict study_id, problems, volumes, described."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        return json.loads(file.metadata()["study"])
+    """What save_study wrote of a study but its arrays: dict study_id, problems, volumes, described. Raises as
+    load_study does."""
+    with open_tensors(path, "study", _REMEDY, "numpy") as (about, _):
+        return about
 
 
 def load_study(path, descriptions=None):
-    """Read what save_study wrote; only the series with these descriptions, if given. Arrays are float16."""
-    from safetensors import safe_open
+    """Read what save_study wrote; only the series with these descriptions, if given. Arrays are float16.
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing: run 01_preprocess, which writes it")
-    with safe_open(path, framework="numpy") as file:
-        about = json.loads(file.metadata()["study"])
-        volumes = [
-            Volume(
-                _as_float16(file.get_tensor(f"array_{number}")),
-                file.get_tensor(f"affine_{number}"),
-                about["study_id"],
-                item["series_id"],
-                item["description"],
-                item["block"],
-                file.get_tensor(f"instance_numbers_{number}"),
-                item["thickness_mm"],
-            )
-            for number, item in enumerate(about["volumes"])
-            if descriptions is None or item["description"] in descriptions
-        ]
-    return Study(about["study_id"], volumes, about["problems"])
+    Raises FileNotFoundError, or DamagedFile (storage) for a file that is not what save_study wrote: the study can be
+    read again from its DICOM files then.
+    """
+    with open_tensors(path, "study", _REMEDY, "numpy") as (about, file):
+        try:
+            volumes = [
+                _stored_volume(file, about["study_id"], number, item)
+                for number, item in enumerate(about["volumes"])
+                if descriptions is None or item["description"] in descriptions
+            ]
+            return Study(int(about["study_id"]), volumes, [str(problem) for problem in about["problems"]])
+        except Exception as error:  # a tensor or a key that is not there, numbers that are words
+            raise DamagedFile(f"{path} is not as it was written ({type(error).__name__}: {error}): {_REMEDY}") from None
+
+
+def _stored_volume(file, study_id, number, item):
+    """One Volume of save_study's file. Raises ValueError for tensors that do not belong to one another."""
+    array, affine, instance_numbers = (
+        file.get_tensor(f"{name}_{number}") for name in ("array", "affine", "instance_numbers")
+    )
+    if array.ndim != 3 or not array.size or array.dtype not in (np.uint8, np.float16, np.float32):
+        raise ValueError(f"volume {number} is {array.dtype} of the shape {array.shape}")
+    if instance_numbers.shape != array.shape[:1]:
+        raise ValueError(f"volume {number} has {len(array)} slices and {instance_numbers.size} instance numbers")
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
+        raise ValueError(f"volume {number} has no usable affine matrix")
+    return Volume(
+        _as_float16(array),
+        affine,
+        study_id,
+        item["series_id"],
+        item["description"],
+        item["block"],
+        instance_numbers,
+        float(item["thickness_mm"]),
+    )
 
 
 def _as_float16(array):

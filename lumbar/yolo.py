@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,10 +18,11 @@ import torch.nn.functional as F
 
 from .geometry import boxes_from_table, place_points
 from .names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS, progress
-from .storage import write_json
+from .storage import DamagedFile, open_tensors, read_checkpoint, read_json, write_json, write_tensors
 from .tables import some_of
 from .views import choose_views, cross_fitted_views, deal_parts
 from .volume import load_study, study_about
+from .weights import Stated, check_network, read_weights
 
 # A detector's classes are the three severities and nothing else. One sagittal slice cannot show its side and one
 # axial slice barely shows its level, so both come from patient coordinates. It also makes a horizontal flip of an
@@ -445,6 +448,9 @@ def prepare_ultralytics(config_dir):
         )
     if "ultralytics" not in sys.modules:
         os.environ.update(YOLO_OFFLINE="1", YOLO_AUTOINSTALL="0", YOLO_CONFIG_DIR=str(config_dir.resolve()))
+        os.environ["ULTRALYTICS_SAFE_LOAD"] = (
+            "1"  # should it ever open a checkpoint or build a network, it evaluates none
+        )
         font = config_dir / "Ultralytics" / "Arial.ttf"
         font.parent.mkdir(parents=True, exist_ok=True)
         if not font.exists():
@@ -456,34 +462,46 @@ def prepare_ultralytics(config_dir):
 
 
 def find_yolo_description(model):
-    """Path of a model description: a file, or one that ultralytics ships (yolov10x.yaml; for families with one file
-    for all sizes that file). Raises ValueError for other names."""
-    # Looked up, not imported: its first import decides where it keeps its settings (see prepare_ultralytics).
-    shipped = Path(find_spec("ultralytics").origin).parent / "cfg/models"
-    model = Path(model)
+    """Path of a model description that ultralytics ships, by its name (yolov10x.yaml; for families with one file for
+    all sizes that file). Raises ValueError for other names: weights can only be loaded of networks that are known."""
+    model = str(model)
+    stem, ending = model.removesuffix(".yaml"), model[-5:]
     # A family's file has no size in its name: yolov8n.yaml is described in yolov8.yaml.
-    for name in (model.name, f"{model.stem[:-1]}.yaml" if model.stem[-1:] in tuple("nsmblx") else model.name):
-        found = [model] if model.is_file() else sorted(shipped.rglob(name))
-        if found and model.suffix == ".yaml":
+    for name in (model, f"{stem[:-1]}.yaml" if stem[-1:] in tuple("nsmblx") else model):
+        found = [path for path in _shipped_descriptions() if path.name == name]
+        if found and ending == ".yaml":
             return found[0]
-    known = ", ".join(sorted(path.name for path in shipped.rglob("yolov10*.yaml")))
-    raise ValueError(f"MODEL {str(model)!r} is neither a file nor a description that ultralytics ships, as are {known}")
+    known = ", ".join(path.name for path in _shipped_descriptions() if path.name.startswith("yolov10"))
+    raise ValueError(f"MODEL {model!r} is no description that ultralytics ships, as are {known}")
+
+
+def _shipped_descriptions():
+    """All model descriptions in ultralytics' package, sorted."""
+    # Looked up, not imported: its first import decides where it keeps its settings (see prepare_ultralytics).
+    return sorted((Path(find_spec("ultralytics").origin).parent / "cfg/models").rglob("*.yaml"))
+
+
+@cache
+def _shipped_cfg(path):
+    """A description's contents, if it is of a detector as _network_scores reads them; otherwise None."""
+    import yaml
+
+    cfg = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return cfg if cfg["head"][-1][2] in ("Detect", "v10Detect") else None
 
 
 def _yolo_model_yaml(model, width, folder):
-    """Name or path of the model description. width None: ultralytics' own file `model`; else a copy of it with that
-    width factor (a slimmer network for a CPU)."""
-    from ultralytics.utils import YAML
+    """Write ultralytics' description `model` into a folder, with another width factor if one is given (a slimmer
+    network for a CPU). Returns its path; its name says the size."""
+    import yaml
 
-    source = find_yolo_description(model)
-    if width is None:
-        return str(model)
-    description = YAML.load(source)
-    letter = Path(model).stem[-1]
-    depth, _, channels = description["scales"][letter]
-    description["scales"] = {letter: [depth, float(width), channels]}
-    path = Path(folder) / Path(model).name
-    YAML.save(path, description)
+    description = yaml.safe_load(find_yolo_description(model).read_text(encoding="utf-8"))
+    if width is not None:
+        letter = Path(model).stem[-1]
+        depth, _, channels = description["scales"][letter]
+        description["scales"] = {letter: [depth, float(width), channels]}
+    path = Path(folder) / model
+    path.write_text(yaml.safe_dump(description), encoding="utf-8")
     return str(path)
 
 
@@ -522,16 +540,17 @@ def train_yolo(
 
     A killed run continues with its last finished epoch when called again with the same arguments, and ends as it would
     have ended (see PatchTrainer); a finished one returns at once. What is shipped are the averaged (EMA) weights of the
-    last epoch: mAP on a handful of validation studies is no good guide to log loss. Checkpoints under
-    out_dir/run_<condition>_<fold> are pickles, written and read here only. Returns the path of the weights.
-    Raises FileNotFoundError without a data set or an empty training list, ValueError for an unknown model.
+    last epoch: mAP on a handful of validation studies is no good guide to log loss. What an unfinished training needs
+    is in out_dir/setup_<condition>_<fold>, without a pickle. Returns the path of the weights.
+    Raises FileNotFoundError without a data set or an empty training list, ValueError for an unknown model, or initial
+    weights that cannot be used.
     """
     dataset_dir, out_dir = Path(dataset_dir).resolve(), Path(out_dir).resolve()
     if not (dataset_dir / "dataset.json").exists():
         raise FileNotFoundError(
             f"{dataset_dir}: no dataset.json, the data set is missing or unfinished; run 01_preprocess"
         )
-    info = json.loads((dataset_dir / "dataset.json").read_text())
+    info = read_json(dataset_dir / "dataset.json", "run 01_preprocess again")
     for part in ("train", "val"):
         listing = dataset_dir / f"{part}_{fold}.txt"
         if not listing.exists() or not listing.read_text().strip():
@@ -551,18 +570,22 @@ def train_yolo(
         "initial_weights": None if initial_weights is None else str(initial_weights),
     }
     weights = out_dir / f"yolo_{condition}_{fold}.safetensors"
-    if weights.exists() and _read_yolo_metadata(weights).get("arguments") == json.loads(json.dumps(arguments)):
+    if _arguments_of(weights) == json.loads(json.dumps(arguments)):
         return weights
+    find_yolo_description(model)
+    if initial_weights is not None:
+        read_weights(initial_weights, "metadata", _REMEDY)  # unusable ones end here, not in a process for each GPU
     out_dir.mkdir(parents=True, exist_ok=True)
     prepare_ultralytics(out_dir / "ultralytics")
     run = out_dir / f"run_{condition}_{fold}"
     # Not in the run's own folder: ultralytics empties that before it starts processes for several GPUs.
     setup = out_dir / f"setup_{condition}_{fold}"
-    state_file, last = setup / "arguments.json", run / "weights" / "last.pt"
-    if not state_file.exists() or json.loads(state_file.read_text()) != json.loads(json.dumps(arguments)):
+    begun, state = setup / "arguments.json", setup / "state.pt"
+    if not _holds(begun, json.loads(json.dumps(arguments))):
         shutil.rmtree(run, ignore_errors=True)
-        setup.mkdir(exist_ok=True)
-        state_file.write_text(json.dumps(arguments))
+        shutil.rmtree(setup, ignore_errors=True)
+        setup.mkdir()
+        write_json(begun, arguments)
     # Absolute paths are written here, not with the data set, so that a moved data set still trains.
     data_yaml = setup / f"data_{fold}.yaml"
     data_yaml.write_text(
@@ -575,16 +598,15 @@ def train_yolo(
                 "channels": 1,
                 "names": dict(enumerate(info["names"])),
                 "initial_weights": arguments["initial_weights"] and str(Path(initial_weights).resolve()),
+                "state": str(state),
                 "title": f"yolo {condition} fold {fold}",
             }
         )
     )
-    reached = -1
-    if last.exists():
-        # ultralytics' own checkpoint, a pickle; an earlier start of this run wrote it, or an earlier version of the
-        # same Kaggle kernel (see open_stage).
-        reached = torch.load(last, map_location="cpu", weights_only=False)["epoch"]
-    if reached + 1 < int(epochs):
+    saved = read_checkpoint(state)
+    if saved is None:
+        state.unlink(missing_ok=True)
+    if saved is None or saved["epoch"] + 1 < int(epochs):
         overrides = {
             "task": "detect",
             "mode": "train",
@@ -608,19 +630,15 @@ def train_yolo(
             "val": device != "cpu",
             **chosen,
         }
-        if reached >= 0:
-            overrides["resume"] = str(last)
         from .yolo_trainer import PatchTrainer
 
         PatchTrainer(overrides=overrides).train()
-    # ultralytics' checkpoint is a pickle of the whole model; this run wrote it itself.
-    checkpoint = torch.load(last, map_location="cpu", weights_only=False)
-    network = checkpoint.get("ema") or checkpoint["model"]
+        saved = read_checkpoint(state)
     metadata = {
         "kind": "yolo",
         "condition": condition,
         "fold": int(fold),
-        "cfg": {key: value for key, value in network.yaml.items() if key != "yaml_file"},  # a path of this machine
+        "cfg": saved["cfg"],
         "scheme": scheme,
         "names": info["names"],
         "channels": 1,
@@ -634,41 +652,54 @@ def train_yolo(
         "arguments": arguments,
         "licence": "AGPL-3.0 (ultralytics)",
     }
-    _write_yolo(weights, network.state_dict(), metadata)
-    shutil.rmtree(run / "weights")  # what is kept and shared is no pickle
+    # Half the size and exact enough; nothing is beyond what half precision holds but what would round to infinity.
+    averaged = {k: v.half().nan_to_num() if v.is_floating_point() else v for k, v in saved["ema"].items()}
+    _write_yolo(weights, averaged, metadata)
+    shutil.rmtree(run / "weights", ignore_errors=True)  # ultralytics makes it and nothing is in it
+    state.unlink()
     return weights
 
 
-def _write_yolo(path, state, metadata):
-    """Write tensors + JSON metadata atomically."""
-    from safetensors.torch import save_file
+# What to do about weights that cannot be used, after the file's name and what is wrong with it.
+_REMEDY = "give a detector's file as 03_train_yolo wrote it (attach its output again, or train again)"
 
-    temporary = Path(path).with_suffix(".tmp")
-    save_file(
-        {k: v.contiguous().cpu() for k, v in state.items()}, str(temporary), metadata={"metadata": json.dumps(metadata)}
-    )
-    os.replace(temporary, path)
+
+def _arguments_of(weights):
+    """What a weights file was trained with, None without a readable one."""
+    try:
+        return _read_yolo_metadata(weights).get("arguments")
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        print(f"{error}. It is trained again now.")
+        return None
+
+
+def _holds(path, data):
+    """Whether a JSON file holds this."""
+    try:
+        return read_json(path) == data
+    except (FileNotFoundError, DamagedFile):
+        return False
+
+
+def _write_yolo(path, state, metadata):
+    """Write tensors + JSON metadata, complete or not at all."""
+    write_tensors(path, state, "metadata", metadata)
 
 
 def _read_yolo_metadata(path):
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt") as file:
-        text = (file.metadata() or {}).get("metadata")
-    if text is None:
-        raise ValueError(f"{path}: no metadata in this file; it was not written by train_yolo")
-    return json.loads(text)
+    with open_tensors(path, "metadata", _REMEDY, whose="a detector's") as (about, _):
+        return about
 
 
 def store_yolo_calibration(path, calibration, views=({},)):
     """Put a calibration (of fit_yolo_calibration), and the views whose mean scores it is for, into a weights file of
     train_yolo."""
-    from safetensors.torch import load_file
-
-    metadata = _read_yolo_metadata(path)
+    state, metadata = read_weights(path, "metadata", _REMEDY, "a detector's")
     changed = json.loads(json.dumps(metadata | {"calibration": calibration, "views": list(views)}))
     if changed != metadata:
-        _write_yolo(path, load_file(str(path)), changed)
+        _write_yolo(path, state, changed)
 
 
 @dataclass
@@ -698,25 +729,100 @@ class YoloDetector:
 def load_yolo(path, device="cpu", config_dir=None):
     """Rebuild a detector from a file of train_yolo. Returns YoloDetector.
 
+    The network is one that ultralytics ships: of the file only its name and numbers count, and nothing is evaluated.
     config_dir: writable folder for ultralytics' settings, by default one in the system's temporary folder.
-    Raises FileNotFoundError when there is no file, ValueError when it is no detector.
+    Raises FileNotFoundError when there is no file, DamagedFile (a ValueError) when it is no detector, describes another
+    network than ultralytics does, states numbers out of range, or has values that are not finite.
     """
     import tempfile
 
-    from safetensors.torch import load_file
-
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such weights file; run 03_train_yolo or name the weights folder")
-    meta = _read_yolo_metadata(path)
-    if meta.get("kind") != "yolo":
-        raise ValueError(f"{path}: holds '{meta.get('kind')}', not a detector")
+    state, meta = read_weights(path, "metadata", _REMEDY, "a detector's")
+    _check_yolo(Stated(path, meta, _REMEDY))
+    cfg = _known_cfg(path, meta)
     prepare_ultralytics(config_dir or Path(tempfile.gettempdir()) / "ultralytics_config")
-    from ultralytics.nn.tasks import DetectionModel
+    from ultralytics.nn.tasks import DetectionModel, parse_model
 
-    net = DetectionModel(meta["cfg"], ch=meta["channels"], nc=len(meta["names"]), verbose=False)
-    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(str(path)).items()})
+    def layers():
+        return torch.nn.ModuleDict({"model": parse_model(deepcopy(cfg), 1, verbose=False)[0]})
+
+    check_network(path, layers, state, _REMEDY)
+    net = DetectionModel(deepcopy(cfg), ch=1, nc=len(meta["names"]), verbose=False)
+    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     net.names = dict(enumerate(meta["names"]))
     return YoloDetector(net.to(device).eval(), meta)
+
+
+def _check_yolo(stated):
+    """Refuse a file of which yolo_views or yolo_scores would make something else than was trained."""
+    stated.choice("kind", ("yolo",))
+    condition = stated.choice("condition", tuple(DETECTORS))
+    scheme = stated.choice("scheme", SCHEMES, optional=True)
+    stated.choice("names", (original_names(condition) if scheme == "original" else list(SEVERITIES),))
+    stated.choice("channels", (1,))
+    for side in stated.numbers("shape_px", (2,), 32, 2048, whole=True):
+        if side % 32:
+            stated.refuse("shape_px", "multiples of 32")
+    stated.number("mm_per_px", 0.01, 100, optional=scheme == "original")
+    stated.number("imgsz", 32, 2048, whole=True, optional=scheme != "original")
+    stated.numbers("prior", (len(CONDITIONS), len(LEVELS), len(SEVERITIES)), 0, 1, optional=True)
+    offsets = stated.part("point_offsets", optional=True)
+    if offsets is not None:
+        offsets.numbers("point_mm", (3,), -1000, 1000)
+    for view in stated.parts("views", 100, optional=True):
+        view.keys(("shift_px", "zoom", "mirror", "reach"))
+        view.numbers("shift_px", (2,), -512, 512, optional=True)
+        view.number("zoom", 0.2, 5, optional=True)
+        view.number("reach", 0, 20, optional=True)
+        view.choice("mirror", (True, False), optional=True)
+    calibration = stated.part("calibration", optional=True)
+    if calibration is not None:
+        calibration.number("trust", 0, 1, optional=True)
+        calibration.numbers("prior", (len(LEVELS), len(SEVERITIES)), 1e-12, 1, optional=True)
+        calibration.numbers("scale", (2,), 1e-12, 1e6, optional=True)
+        for name, shape in (("mean", (2,)), ("matrix", (2, 2)), ("bias", (2,))):
+            calibration.numbers(name, shape, -1e6, 1e6, optional=True)
+
+
+def _known_cfg(path, meta):
+    """ultralytics' own description of the network that a weights file states, with the file's width and classes.
+
+    By the name that the file gives; among all that ultralytics ships where it gives none. Every other word of the
+    file's description has to be the same: parse_model evaluates some of them. Raises DamagedFile.
+    """
+    stated, arguments = Stated(path, meta, _REMEDY).part("cfg").about, meta.get("arguments")
+    name = arguments.get("model") if isinstance(arguments, dict) else stated.get("yaml_file")
+    own = {key: value for key, value in stated.items() if key != "yaml_file"}
+    try:
+        known = [find_yolo_description(Path(name).name)]
+    except (ValueError, TypeError):
+        known = _shipped_descriptions()
+    different = []
+    for cfg in filter(None, map(_shipped_cfg, known)):
+        scales, letter = cfg.get("scales"), own.get("scale")
+        cfg = cfg | {"nc": len(meta["names"]), "channels": 1}
+        if isinstance(letter, str) and letter in {"", *(scales or ())}:
+            cfg["scale"] = letter
+        if scales and own.get("scales") != scales and isinstance(own.get("scales"), dict) and len(own["scales"]) == 1:
+            letter, numbers = next(iter(own["scales"].items()))  # of a training with WIDTH
+            if letter in scales and isinstance(numbers, list) and len(numbers) == 3:
+                depth, _, channels = scales[letter]
+                Stated(path, {"width": numbers[1]}, _REMEDY).number("width", 0.01, 4)
+                cfg["scales"] = {letter: [depth, numbers[1], channels]}
+        keys = sorted(key for key in cfg.keys() | own.keys() if not _same(cfg.get(key), own.get(key)))
+        if not keys:
+            return cfg
+        different = different or keys
+    what = f": {', '.join(different)} in it is not as in {known[0].name}" if len(known) == 1 else ""
+    raise DamagedFile(
+        f"{path} describes a network (cfg) that ultralytics does not ship{what}. Nothing of it was built: {_REMEDY}"
+    )
+
+
+def _same(one, other):
+    """Whether two values are alike as JSON, 1 and true not being so."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _anchor_centers(detector, rows, columns):

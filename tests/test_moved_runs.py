@@ -312,14 +312,14 @@ def test_half_written_files_of_dead_processes_are_removed_and_of_living_ones_kep
 
 
 def test_an_object_is_read_or_its_file_is_named(tmp_path):
-    assert utils.read_object(write(tmp_path / "a.json", '{"x": 1}')) == {"x": 1}
+    assert utils.read_json(write(tmp_path / "a.json", '{"x": 1}')) == {"x": 1}
     with pytest.raises(FileNotFoundError, match="dataset.json does not exist: run 01_preprocess again$"):
-        utils.read_object(tmp_path / "dataset.json", "run 01_preprocess again")
+        utils.read_json(tmp_path / "dataset.json", "run 01_preprocess again")
     for damage in DAMAGES.values():
         (tmp_path / "dataset.json").write_bytes(damage)
         if b"id" not in damage and b"wrong" not in damage and b"outputs" not in damage:
-            with pytest.raises(ValueError, match=r"dataset.json is damaged \(.*\): run 01_preprocess again$"):
-                utils.read_object(tmp_path / "dataset.json", "run 01_preprocess again")
+            with pytest.raises(ValueError, match=r"dataset.json (is|holds) .*: run 01_preprocess again$"):
+                utils.read_json(tmp_path / "dataset.json", "run 01_preprocess again")
 
 
 def test_times_do_not_follow_the_wall_clock(tmp_path, monkeypatch):

@@ -1,0 +1,126 @@
+"""What a weights file may say: its numbers are checked before any memory is taken for them, its tensors before use.
+
+Anybody can write such a file and a disk can damage it. So nothing in it is evaluated, no network is larger than the
+tensors that come with it, and no number is used that is not a number.
+
+May use: storage.
+"""
+
+from .storage import DamagedFile, read_tensors
+
+
+def read_weights(path, key, remedy, whose="the kit's"):
+    """(state dict, about) of a weights file of the kit; arguments and errors as of storage.open_tensors.
+
+    Also raises DamagedFile for a tensor that holds something that is not finite.
+    """
+    import torch
+
+    state, about = read_tensors(path, key, remedy, whose=whose)
+    for name, value in state.items():
+        if not torch.isfinite(value).all():
+            count = int((~torch.isfinite(value)).sum())
+            raise DamagedFile(
+                f"{path}: {count:,} of {value.numel():,} values of its tensor {name} are not finite, because the "
+                f"training diverged or the file is damaged: {remedy}"
+            )
+    return state, about
+
+
+def check_network(path, build, state, remedy):
+    """Raise DamagedFile unless the network that `build` returns has the tensors of `state`, by name and shape.
+
+    It is built without memory, so that what a file states takes none before it is known to be true.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class RealSteps(TorchFunctionMode):
+        """timm reads the values of a linspace, which a tensor without memory does not have."""
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = dict(kwargs or {})
+            if function is torch.linspace:
+                kwargs["device"] = "cpu"
+            return function(*args, **kwargs)
+
+    with torch.device("meta"), RealSteps():
+        wanted = {name: tuple(value.shape) for name, value in build().state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in state.items()}
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise DamagedFile(
+                f"{path}: the network that it states has the tensor {name} with the shape {wanted.get(name)}, the file "
+                f"has {given.get(name)}: {remedy}"
+            )
+
+
+class Stated:
+    """What a file states, to be checked: each method returns the value or raises DamagedFile, which names both.
+
+    path: of the file; about: dict from its metadata; remedy: ends the message. A key that is absent counts as None,
+    which is allowed where `optional` is given.
+    """
+
+    def __init__(self, path, about, remedy):
+        self.path, self.about, self.remedy = path, about, remedy
+
+    def refuse(self, name, wanted, value=None):
+        value = repr(self.about.get(name) if value is None else value)
+        value = value if len(value) < 80 else value[:77] + "..."
+        raise DamagedFile(f"{self.path} states {name} {value}, it must be {wanted}: {self.remedy}")
+
+    def keys(self, known):
+        """Only these keys."""
+        for name in self.about:
+            if name not in known:
+                self.refuse(name, f"one of {', '.join(known)} (there is no such key)", name)
+
+    def choice(self, name, options, optional=False):
+        value = self.about.get(name)
+        if not (optional and value is None) and not any(type(value) is type(o) and value == o for o in options):
+            self.refuse(name, f"one of {', '.join(map(str, options))}")
+        return value
+
+    def number(self, name, low, high, whole=False, optional=False):
+        value = self.about.get(name)
+        if not (optional and value is None) and not _is_number(value, low, high, whole):
+            self.refuse(name, f"a{' whole' * whole} number from {low} to {high}")
+        return value
+
+    def numbers(self, name, shape, low, high, whole=False, optional=False):
+        """Lists within lists of this shape, of numbers from low to high."""
+        value = self.about.get(name)
+
+        def fits(part, shape):
+            if not shape:
+                return _is_number(part, low, high, whole)
+            return isinstance(part, list) and len(part) == shape[0] and all(fits(item, shape[1:]) for item in part)
+
+        if not (optional and value is None) and not fits(value, tuple(shape)):
+            sides = " x ".join(map(str, shape))
+            self.refuse(name, f"{sides}{' whole' * whole} numbers from {low} to {high}")
+        return value
+
+    def part(self, name, optional=False):
+        """A dict within, as Stated; of None where it may be absent."""
+        value = self.about.get(name)
+        if optional and value is None:
+            return None
+        if not isinstance(value, dict):
+            self.refuse(name, "a JSON object")
+        return Stated(self.path, value, self.remedy)
+
+    def parts(self, name, most, optional=False):
+        """A list of at most so many dicts, as a list of Stated."""
+        value = self.about.get(name)
+        if optional and value is None:
+            return []
+        if not isinstance(value, list) or len(value) > most or not all(isinstance(item, dict) for item in value):
+            self.refuse(name, f"a list of at most {most} JSON objects")
+        return [Stated(self.path, item, self.remedy) for item in value]
+
+
+def _is_number(value, low, high, whole):
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
