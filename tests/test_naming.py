@@ -260,8 +260,8 @@ def test_a_body_at_the_border_counts_less(monkeypatch):
 
     def found(shift):
         one = {"corners_px": corners + [shift, 0], "score": 0.9, "logits": np.zeros(CLASSES)}
-        monkeypatch.setattr(spinenet, "spinenet_maps", lambda *args: None)
-        monkeypatch.setattr(spinenet, "decode_slices", lambda *args: [[one] for _ in volume.array])
+        monkeypatch.setattr(spinenet, "spinenet_maps", lambda model, images, batch_size: images)
+        monkeypatch.setattr(spinenet, "decode_slices", lambda maps, resolution_mm: [[one] for _ in maps])
         (body,) = utils.detect_vertebrae(type("Model", (), {"resolution_mm": 2.0}), volume)
         return body.confidence
 
