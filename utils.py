@@ -1,7 +1,8 @@
 """The lumbar kit: one front for all shared code, in the order in which data flows.
 
  1. lumbar/names.py        conditions, levels, severities, the columns of tables, progress bars
-                           (storage.py: files that are written whole or not at all)
+                           (storage.py: files that are written whole or not at all; limits.py: CPU time of a study;
+                           in_flight.py: what a process was at when it died)
  2. lumbar/stages.py       checked parameters; one folder and one manifest a stage; running notebooks
  3. lumbar/files.py        train.csv and friends, submissions, competition_score, folds
  4. lumbar/dicom.py        DICOM files -> slices -> volumes
@@ -40,9 +41,11 @@ from lumbar.ensemble import *
 from lumbar.files import *
 from lumbar.finetune import *
 from lumbar.geometry import *
+from lumbar.in_flight import *
 from lumbar.inference import *
 from lumbar.kaggle import *
 from lumbar.levels import *
+from lumbar.limits import *
 from lumbar.looking import *
 from lumbar.names import *
 from lumbar.official import *

@@ -5,6 +5,7 @@ May use: storage.
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import select
@@ -44,6 +45,27 @@ def read_left_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"holds a {type(value).__name__}, not an object")
     return value
+
+
+def images_digest(folder):
+    """A short hash of the names and sizes of the files in a study's folder: it changes when a file is mended.
+
+    Times are left out, which every mounting of the same data sets anew. Links to folders are not followed. Never
+    raises: what cannot be looked at counts as absent.
+    """
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        for name in files:
+            path = os.path.join(place, name)
+            try:
+                found.append(f"{os.path.relpath(path, folder)} {os.stat(path).st_size}")
+            except OSError:
+                continue
+    return hashlib.sha256("\n".join(sorted(found)).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+DIED = "the process died while it was at this"  # so begins what InFlight says of an item that it passes over
 
 
 class InFlight:
@@ -133,8 +155,8 @@ class InFlight:
             self._open.pop(item, None)
             entry = self.suspects.pop(item)
             times = entry["deaths"] + bool(how)
-            why = f"the process died while it was at this {self.what} ({times} times{how and f', at last by {how}'})"
-            why += f"; passed over until the files of the {self.what} change"
+            why = f"{DIED} {self.what} ({times} times{how and f', at last of {how}'})"
+            why += f"; passed over until its files change or {self._path(item)} is deleted"
             self._write(item, entry | {"process": None, "key": self.key_of(item), "guilty": why})
             self.passed_over[item] = why
             return why
@@ -286,7 +308,7 @@ def _read_until(pipe, until_s):
     while True:
         ready, _, _ = select.select([pipe], [], [], max(0.0, until_s - time.monotonic()))
         if not ready:
-            raise TimeoutError("not finished in time")
+            raise TimeoutError("not having finished in time")
         part = os.read(pipe, 1 << 16)
         if not part:
             return b"".join(parts)

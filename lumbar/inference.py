@@ -24,7 +24,7 @@ from .dicom import read_study
 from .ensemble import MEMBERS, combine_members, member_alone, member_weights, read_out_of_fold
 from .files import read_descriptions, to_submission
 from .geometry import boxes_to_table
-from .in_flight import ChildDied, InFlight, can_run_in_child, read_left_json, run_in_child
+from .in_flight import ChildDied, InFlight, can_run_in_child, images_digest, read_left_json, run_in_child
 from .levels import SOURCES, _locating_key, locate_levels_surely
 from .limits import TookTooLong, check_limit, cpu_limit
 from .names import (
@@ -653,24 +653,6 @@ def _join(threads, patience_s):
 
 
 # ---- Finished studies ----
-
-
-def images_digest(folder):
-    """A short hash of the names and sizes of the files in a study's folder: it changes when a file is mended.
-
-    Times are left out, which every mounting of the same data sets anew. Links to folders are not followed. Never
-    raises: what cannot be looked at counts as absent.
-    """
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        for name in files:
-            path = os.path.join(place, name)
-            try:
-                found.append(f"{os.path.relpath(path, folder)} {os.stat(path).st_size}")
-            except OSError:
-                continue
-    return hashlib.sha256("\n".join(sorted(found)).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def mended_studies(data, split, log):

@@ -13,6 +13,7 @@ import pandas as pd
 from torch import nn
 
 from .geometry import LevelBox, boxes_from_table, boxes_to_table, coordinates_to_lps, study_box
+from .in_flight import read_left_json
 from .limits import check_limit, cpu_limit
 from .names import LEVEL_TABLE_COLUMNS, LEVEL_VERTEBRAE, LEVELS, VERTEBRAE, progress
 from .official import official_detector
@@ -878,6 +879,27 @@ def _locating_key(model, prior, detector):
     return digest.hexdigest()[:16]
 
 
+def _check_located(known):
+    """Raise ValueError where a dict is not what locate_studies keeps of a study."""
+    for name, columns in (("levels", LEVEL_TABLE_COLUMNS), ("vertebrae", VERTEBRA_TABLE_COLUMNS)):
+        rows = known.get(name)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(columns) for row in rows):
+            raise ValueError(f"{name} are no rows of a table")
+    if len(known["levels"]) != len(LEVELS):
+        raise ValueError(f"{len(known['levels'])} levels")
+    places = known.get("anchors")
+    if not isinstance(places, dict) or not set(places) <= {"sagittal", "axial"}:
+        raise ValueError("anchors are no places")
+    texts = ("level", "vertebra", "source")
+    numbers = [v for name in ("levels", "vertebrae") for row in known[name] for k, v in row.items() if k not in texts]
+    for center in places.values():
+        if not isinstance(center, list) or len(center) != 3:
+            raise ValueError("anchors are no places")
+        numbers += center
+    if not all(isinstance(value, (int, float)) and abs(value) < 1e12 for value in numbers):
+        raise ValueError("some numbers are none, or not finite")
+
+
 def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="own"):
     """Levels and vertebrae of many studies.
 
@@ -901,13 +923,14 @@ def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="o
 
     def locate(study_id):
         file = Path(folder) / f"{study_id}.json" if folder is not None else None
-        if file is not None and file.is_file():
+        if file is not None and file.exists():
             try:
-                known = json.loads(file.read_text())
-            except ValueError:
-                known = {}
-            if known.get("key") == key:
-                return known
+                known = read_left_json(file)
+                if known.get("key") == key:
+                    _check_located(known)
+                    return known
+            except ValueError as error:
+                print(f"{file} is no result of study {study_id} ({error}): its levels are located again")
         try:
             study = load_study(paths[study_id])
         except Exception as error:
