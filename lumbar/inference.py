@@ -697,10 +697,10 @@ def _save_result(path, result):
     return result
 
 
-def _load_result(path, study_id, key, members):
+def _load_result(path, study_id, key_of, members):
     """What _save_result wrote; None where there is none, it is damaged (which is printed), or other weights made it.
 
-    key: what the result must have been made of; members: the names that it may have predictions of.
+    key_of: study_id -> what the result must have been made of; members: the names that it may have predictions of.
     """
     if not os.path.lexists(path):
         return None
@@ -709,7 +709,7 @@ def _load_result(path, study_id, key, members):
         result = saved.get("result")
         if not isinstance(result, dict) or saved.get("sha256") != _digest(result):
             raise ValueError("its contents are not what was written")
-        if result.get("key") != key:
+        if result.get("key") != key_of(study_id):
             return None
         _check_result(result, study_id, members)
         return result
@@ -779,7 +779,7 @@ def _result(prepared, predictions, problems, key, extra):
 
 PATIENCE_S = 900.0  # for one study to be read and located, before it is given up
 # CPU seconds for the same, checked between its steps: a usual study takes 5 and the largest that the bounds of reading
-# and locating let through 50, so more is a study that nobody foresaw. Patience is for what hangs without working.
+# and locating let through 30, so more is a study that nobody foresaw. Patience is for what hangs without working.
 STUDY_S = 60.0
 
 
@@ -807,7 +807,9 @@ def infer_studies(
     Each finished study is saved in out/studies, so a restart continues; a damaged one, one of other weights, or one
     whose files have changed is done again. One predicted with less for want of time is saved, too, and a restart does
     it again with everything, as far as there is time after those without a result. One without a readable image is not
-    saved, nor one that was given up or found the device's memory full: these may go better another time.
+    saved, nor one that was given up, took longer than STUDY_S or found the device's memory full: these may go better
+    another time. Should the process be killed, the next start finds out which study it died of, passes it over and says
+    so in the log (see InFlight).
     Memory does not grow with the number of studies: at most 2 * batch_studies + readers of them are held, and what one
     may hold is bounded too (see dicom.MAX_SLICES). A batch's company does not change a study's result, up to rounding
     in the networks.
@@ -836,9 +838,9 @@ def infer_studies(
         return f"{key} {digests[study_id]}"
 
     saved = {study_id: folder / f"{study_id}.json" for study_id in jobs}
-    results = {i: _load_result(path, i, key_of(i), _abouts(members)) for i, path in saved.items()}
-    whole = {study_id for study_id, result in results.items() if result and not result["dropped"]}
-    journal = InFlight(Path(out) / "in_flight", "study", key_of, whole.__contains__)
+    results = {i: _load_result(path, i, key_of, _abouts(members)) for i, path in saved.items()}
+    finished = {study_id for study_id, result in results.items() if result and not result["dropped"]}
+    journal = InFlight(Path(out) / "in_flight", "study", key_of, finished.__contains__)
     for study_id, why in journal.passed_over.items():
         if study_id in jobs:
             results[study_id] = _passed_over(results[study_id], why, digests[study_id])
@@ -864,6 +866,7 @@ def infer_studies(
         begun = clock()
         wanted = [scope for scope in ("level", "study") if scope in schedule.choice]
         try:
+            key_of(study_id)  # before reading: files that change meanwhile are read again by a restart
             with cpu_limit(STUDY_S, stopped):
                 prepared = prepare_study(images / str(study_id), jobs[study_id], members, wanted)
         except Exception as error:  # nothing known does this; whoever waits for the study shall not wait in vain
@@ -873,9 +876,7 @@ def infer_studies(
 
     def begin_and_prepare(study_id):
         own = ahead
-        journal.begin(
-            study_id
-        )  # with the digest of its files: what changes while it is read is read again by a restart
+        journal.begin(study_id)
         return prepare(study_id, lambda: own.stopped)
 
     def predict(batch, begun):
@@ -971,8 +972,8 @@ def infer_studies(
         for first in range(0, len(part), batch_studies)
     ]
     ahead = _Ahead([*todo, *again], begin_and_prepare, readers, batch_studies + readers)
-    finished = len(jobs) - len(todo) - len(again) - len(suspects)
-    with journal, progress(total=len(jobs), desc=f"predicting {split} studies", initial=finished) as bar:
+    before = len(jobs) - len(todo) - len(again) - len(suspects)
+    with journal, progress(total=len(jobs), desc=f"predicting {split} studies", initial=before) as bar:
         try:
             in_time = work_off(batches, bar)
         finally:

@@ -860,8 +860,8 @@ def _seen(vertebrae):
     return any(not set(v.source.split("+")) & set(_NOT_SEEN.split("|")) for v in vertebrae)
 
 
-# CPU seconds for the search of one study. A usual one takes 4, two whole spines 12, the largest that is searched
-# (MAX_SEARCHED_PX) 40; what takes longer is noise that looks like thousands of bodies.
+# CPU seconds for the search of one study. A usual one takes 4, two whole spines 11, the largest that is searched
+# (MAX_SEARCHED_PX) 25, be it noise that looks like bodies everywhere.
 LOCATING_S = 45.0
 
 

@@ -784,7 +784,7 @@ def _polygons(detections):
 # 3D sequence; a composed image of a whole spine is some 900 mm long.
 MAX_FIELD_MM = 1000.0  # of a slice, along its rows or columns
 MAX_SEARCHED_SLICES = 256
-MAX_SEARCHED_PX = 1 << 23  # of a study, resampled: about 40 s of one core
+MAX_SEARCHED_PX = 1 << 23  # of a study, resampled: about 25 s of one core
 MAX_BODIES = 64  # a slice or a chain; a whole spine with its sacrum has 29
 _BATCH_PX = 1 << 19  # that go through the network together: 8 slices of 500 mm
 
