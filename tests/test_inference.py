@@ -1060,6 +1060,26 @@ def test_threads_end_with_the_run(data, networks, tmp_path, monkeypatch):
     assert not [t for t in threading.enumerate() if t.name.endswith("(_run)")]
 
 
+def test_threads_that_nobody_closed_are_waited_for_when_the_process_exits():
+    begun, ended = threading.Event(), []
+
+    def work(job):
+        begun.set()
+        while not ahead.stopped:
+            time.sleep(0.001)
+        time.sleep(0.05)  # a last call into PyTorch
+        ended.append(job)
+
+    ahead = inference._Ahead([1, 2], work, 1, 2)
+    with pytest.raises(queue.Empty):  # the first is given up
+        ahead.take(0.02)
+    with pytest.raises(queue.Empty):
+        ahead.take(9.0, 0.02)
+    assert begun.is_set() and not ended
+    inference._close_all()
+    assert sorted(ended) == [1, 2]
+
+
 # ---- The device's memory, and the device ----
 
 
