@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from .limits import check_limit
 from .names import DESCRIPTIONS, LEVEL_TABLE_COLUMNS, LEVELS
 
 
@@ -340,7 +341,7 @@ def sample_box(study, center_lps, axes, extent_mm, shape, device="cpu"):
     study: normalised; center_lps, axes, extent_mm: as crop_affine takes them; shape: (d, h, w).
     Returns (crop (3, d, h, w) float16, covered (3, d, h, w) bool): channels in the order of DESCRIPTIONS, axes head
     to foot, front to back, right to left. Where several volumes of a kind overlap (blocks, repeated series) their
-    mean; 0 where none lies. Computed on `device`, returned as numpy arrays.
+    mean; 0 where none lies. Computed on `device`, returned as numpy arrays. Raises TookTooLong, see check_limit.
     """
     shape = tuple(int(n) for n in shape)
     affine = crop_affine(center_lps, axes, extent_mm, shape)
@@ -358,6 +359,7 @@ def sample_box(study, center_lps, axes, extent_mm, shape, device="cpu"):
                     _put(values[i, j], inside[i, j], *found)
         elif sources:
             for i, j in _blocks(shape, device):
+                check_limit()
                 crop[channel, i, j], covered[channel, i, j] = _mean(sources, i, j, shape, scratch)
     return crop.cpu().numpy(), covered.cpu().numpy()
 
