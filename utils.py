@@ -2,7 +2,8 @@
 
  1. lumbar/names.py        conditions, levels, severities, the columns of tables, progress bars
                            (storage.py: files that are written whole or not at all, and what a damaged one is;
-                           weights.py: what a weights file may state)
+                           weights.py: what a weights file may state; limits.py: CPU time of a study;
+                           in_flight.py: what a process was at when it died)
  2. lumbar/stages.py       one folder and one manifest a stage; running notebooks
                            (parameters.py: a notebook's parameters, checked before anything runs)
  3. lumbar/tables.py       train.csv and friends, row by row
@@ -45,9 +46,11 @@ from lumbar.files import *
 from lumbar.finetune import *
 from lumbar.geometry import *
 from lumbar.greys import *
+from lumbar.in_flight import *
 from lumbar.inference import *
 from lumbar.kaggle import *
 from lumbar.levels import *
+from lumbar.limits import *
 from lumbar.looking import *
 from lumbar.names import *
 from lumbar.official import *

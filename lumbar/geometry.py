@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from .limits import check_limit
 from .names import DESCRIPTIONS, LEVEL_TABLE_COLUMNS, LEVELS
 from .tables import whole_number
 
@@ -154,11 +155,9 @@ class _OnGrid:
         low = np.clip(np.floor(touched.min(0)) - 3, 0, size - 1).astype(int)
         high = np.clip(np.ceil(touched.max(0)) + 4, low + 1, size).astype(int)
         part = volume.array[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
-        part = torch.from_numpy(np.ascontiguousarray(part)).to(device)
         step_mm = np.linalg.norm(affine[:3, :3], axis=0).min()
         pool = [int(n) for n in np.maximum(1, np.round(step_mm / volume.spacing_mm[1:]))]
-        if max(pool) > 1:
-            part = F.avg_pool2d(part.float()[:, None], pool, ceil_mode=True, count_include_pad=False)[:, 0]
+        part = _on_device(part, device) if max(pool) == 1 else _pooled(part, pool, device)
         count, rows, columns = part.shape
         # A row more on either side keeps half a pixel beyond the edge from reaching into the neighbouring slice, and
         # the last slice comes twice.
@@ -225,6 +224,25 @@ class _OnGrid:
             inside[..., edge] = (self.k[a:b] >= start) & (self.k[a:b] < stop)
             values[..., edge] *= inside[..., edge]
         return k, values, inside
+
+
+_CONVERTED_PX = 1 << 24  # that are averaged at a time: their float32 is several times what is left
+
+
+def _on_device(array, device):
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def _pooled(array, pool, device):
+    """(n, h, w) float32: pixels of the slices averaged by `pool` (rows, columns)."""
+    together = max(1, _CONVERTED_PX // max(1, array[0].size))
+    parts = [
+        F.avg_pool2d(
+            _on_device(array[k : k + together], device).float()[:, None], pool, ceil_mode=True, count_include_pad=False
+        )[:, 0]
+        for k in range(0, len(array), together)
+    ]
+    return torch.cat(parts)
 
 
 def _covered_runs(to_voxel, size, index):
@@ -324,7 +342,7 @@ def sample_box(study, center_lps, axes, extent_mm, shape, device="cpu"):
     study: normalised; center_lps, axes, extent_mm: as crop_affine takes them; shape: (d, h, w).
     Returns (crop (3, d, h, w) float16, covered (3, d, h, w) bool): channels in the order of DESCRIPTIONS, axes head
     to foot, front to back, right to left. Where several volumes of a kind overlap (blocks, repeated series) their
-    mean; 0 where none lies. Computed on `device`, returned as numpy arrays.
+    mean; 0 where none lies. Computed on `device`, returned as numpy arrays. Raises TookTooLong, see check_limit.
     """
     shape = tuple(int(n) for n in shape)
     affine = crop_affine(center_lps, axes, extent_mm, shape)
@@ -342,6 +360,7 @@ def sample_box(study, center_lps, axes, extent_mm, shape, device="cpu"):
                     _put(values[i, j], inside[i, j], *found)
         elif sources:
             for i, j in _blocks(shape, device):
+                check_limit()
                 crop[channel, i, j], covered[channel, i, j] = _mean(sources, i, j, shape, scratch)
     return crop.cpu().numpy(), covered.cpu().numpy()
 

@@ -1,5 +1,6 @@
 """Inference: a study in, 25 rows out, whatever is broken."""
 
+import atexit
 import hashlib
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +25,9 @@ from .ensemble import MEMBERS, combine_members, member_alone, member_weights, re
 from .files import to_submission
 from .geometry import boxes_to_table
 from .greys import normalise_study
-from .levels import _locating_key, locate_levels_surely
+from .in_flight import ChildDied, InFlight, can_run_in_child, images_digest, read_left_json, run_in_child
+from .levels import SOURCES, _locating_key, locate_levels_surely
+from .limits import TookTooLong, check_limit, cpu_limit
 from .names import (
     CONDITIONS,
     DETECTORS,
@@ -219,6 +223,7 @@ def _cut(study, boxes, crop, device, crops):
     key = _crop_key(crop)
     if key not in crops:
         try:
+            check_limit()
             crops[key] = cut_crops(study, boxes, crop, device)
         except Exception as error:
             crops[key] = without_frames(error)
@@ -244,6 +249,11 @@ def _free_memory():
 def _out_of_memory(problems):
     """True if some of the sentences tell of a device whose memory was full: by chance, not because of the study."""
     return any(torch.OutOfMemoryError.__name__ in problem for problem in problems)
+
+
+def _took_too_long(problems):
+    """True if some of the sentences tell of work that was given up for its time: another machine may be faster."""
+    return any(TookTooLong.__name__ in problem for problem in problems)
 
 
 # Voxels that go through a network together, at most: eight crops of 128^3, one study of 256^3.
@@ -540,12 +550,16 @@ _STARTED = {}  # stage folder -> when this process first worked in it
 
 # ---- Reading ahead ----
 
+CLOSING_S = 10.0  # for threads to end: the next check of a study's limit is a second away at most
+
 
 class _Slot:
-    """One job's place: whether (begun) and since when (since_s, of time.monotonic) it is worked on, and its result."""
+    """One job's place: whether (begun) and since when (since_s, of time.monotonic) it is worked on, by which
+    thread, and its result."""
 
     def __init__(self, job):
         self.job, self.begun, self.since_s, self.result = job, threading.Event(), 0.0, queue.SimpleQueue()
+        self.thread = None
 
 
 class _Ahead:
@@ -558,15 +572,19 @@ class _Ahead:
     def __init__(self, jobs, work, threads, ahead):
         self.jobs, self.work, self.ahead = deque(jobs), work, ahead
         self.tasks, self.slots, self.stopped = queue.SimpleQueue(), deque(), False
+        self.threads, self.given_up = [], []
+        _AT_WORK.add(self)
         for _ in range(threads):
             self._start()
 
     def _start(self):
-        threading.Thread(target=self._run, daemon=True).start()
+        thread = threading.Thread(target=self._run, daemon=True)
+        self.threads.append(thread)
+        thread.start()
 
     def _run(self):
         while (slot := self.tasks.get()) is not None and not self.stopped:
-            slot.since_s = time.monotonic()
+            slot.since_s, slot.thread = time.monotonic(), threading.current_thread()
             slot.begun.set()
             slot.result.put(self.work(slot.job))
 
@@ -583,35 +601,45 @@ class _Ahead:
                 raise queue.Empty
             return slot.result.get(timeout=max(0.0, min(until_s, slot.since_s + patience_s) - time.monotonic()))
         except queue.Empty:
+            if slot.thread in self.threads:
+                self.threads.remove(slot.thread)
+                self.given_up.append(slot.thread)
             self._start()
             raise
 
-    def close(self, threads):
-        """Work off nothing more."""
+    def close(self, patience_s=CLOSING_S):
+        """Work off nothing more; wait for what is being worked on, but no longer than patience_s.
+
+        Python ends daemon threads wherever they are when the interpreter exits, and one that is then inside PyTorch
+        takes the process with it ("terminate called without an active exception"). So they are waited for, and `work`
+        should return early when `stopped` is set. Those that were given up get their time when the process exits.
+        """
         self.stopped = True
-        for _ in range(threads):
+        for _ in (*self.threads, *self.given_up):
             self.tasks.put(None)
+        _join(self.threads, patience_s)
+
+
+_AT_WORK = weakref.WeakSet()  # all _Ahead; one with threads at work stays in it, since they refer to it
+
+
+@atexit.register
+def _close_all():
+    """Wait once more, for threads that were given up or whose _Ahead nobody closed: see _Ahead.close."""
+    aheads = list(_AT_WORK)
+    for ahead in aheads:
+        ahead.close(0)
+    _join([thread for ahead in aheads for thread in (*ahead.threads, *ahead.given_up)], CLOSING_S)
+
+
+def _join(threads, patience_s):
+    """Wait until all the threads have ended, or patience_s have passed."""
+    until_s = time.monotonic() + patience_s
+    for thread in threads:
+        thread.join(max(0.0, until_s - time.monotonic()))
 
 
 # ---- Finished studies ----
-
-
-def images_digest(folder):
-    """A short hash of the names and sizes of the files in a study's folder: it changes when a file is mended.
-
-    Times are left out, which every mounting of the same data sets anew. Links to folders are not followed. Never
-    raises: what cannot be looked at counts as absent.
-    """
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        for name in files:
-            path = os.path.join(place, name)
-            try:
-                found.append(f"{os.path.relpath(path, folder)} {os.stat(path).st_size}")
-            except OSError:
-                continue
-    return hashlib.sha256("\n".join(sorted(found)).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def mended_studies(data, split, log):
@@ -656,14 +684,73 @@ def _save_result(path, result):
     return result
 
 
-def _load_result(path, key):
-    """What _save_result wrote, None where there is none, it is damaged, or other weights made it."""
-    try:
-        saved = json.loads(path.read_text())
-        result = saved["result"]
-        return result if saved["sha256"] == _digest(result) and result["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+def _load_result(path, study_id, key_of, members):
+    """What _save_result wrote; None where there is none, it is damaged (which is printed), or other weights made it.
+
+    key_of: study_id -> what the result must have been made of; members: the names that it may have predictions of.
+    """
+    if not os.path.lexists(path):
         return None
+    try:
+        saved = read_left_json(path)
+        result = saved.get("result")
+        if not isinstance(result, dict) or saved.get("sha256") != _digest(result):
+            raise ValueError("its contents are not what was written")
+        if result.get("key") != key_of(study_id):
+            return None
+        _check_result(result, study_id, members)
+        return result
+    except (ValueError, RecursionError) as error:
+        print(f"{path} is no result of study {study_id} ({error}): the study is done again")
+        return None
+
+
+def _check_result(result, study_id, members):
+    """Raise ValueError where a dict is not what _result makes: whatever it holds goes into the submission."""
+    kinds = {"predictions": dict, "levels": list, "problems": list, "dropped": list, "files": str}
+    for name, kind in kinds.items():
+        if not isinstance(result.get(name), kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    if not all(isinstance(text, str) for text in result["problems"] + result["dropped"]):
+        raise ValueError("problems or dropped are no texts")
+    if not all(_is_number(value) for name, value in result.items() if name.endswith("_s") or name == "seconds"):
+        raise ValueError("seconds are no numbers")
+    for member, values in result["predictions"].items():
+        if member not in members:
+            raise ValueError(f"predictions of {member}, which is no member here")
+        if not _are_probabilities(values):
+            raise ValueError(f"predictions of {member} are no probabilities of {len(CONDITIONS)} x {len(LEVELS)} rows")
+    if len(result["levels"]) > len(LEVELS):
+        raise ValueError(f"{len(result['levels'])} levels")
+    numbers = set(LEVEL_TABLE_COLUMNS) - {"study_id", "level", "source"}
+    for row in result["levels"]:
+        if not (
+            isinstance(row, dict)
+            and set(row) == set(LEVEL_TABLE_COLUMNS)
+            and row["study_id"] == study_id
+            and row["level"] in LEVELS
+            and isinstance(row["source"], str)
+            and set(row["source"].split("+")) <= {*SOURCES, ""}
+            and all(_is_number(row[name]) for name in numbers)
+        ):
+            raise ValueError("a level is no box")
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
+
+
+def _are_probabilities(values):
+    """Are nested lists an array (5, 5, 3) whose rows are probabilities, or -1 throughout?"""
+    try:
+        array = np.array(values)
+    except ValueError:  # of no one shape
+        return False
+    if array.shape != (len(CONDITIONS), len(LEVELS), len(SEVERITIES)) or array.dtype.kind not in "if":
+        return False
+    silent = (array == -1).all(-1)
+    sums_to_one = (array >= 0).all(-1) & (np.abs(array.sum(-1) - 1) < 1e-3)
+    return bool((silent | sums_to_one).all())
 
 
 def _result(prepared, predictions, problems, key, extra):
@@ -678,6 +765,9 @@ def _result(prepared, predictions, problems, key, extra):
 
 
 PATIENCE_S = 900.0  # for one study to be read and located, before it is given up
+# CPU seconds for the same, checked between its steps: a usual study takes 5 and the largest that the bounds of reading
+# and locating let through 30, so more is a study that nobody foresaw. Patience is for what hangs without working.
+STUDY_S = 60.0
 
 
 def infer_studies(
@@ -704,7 +794,9 @@ def infer_studies(
     Each finished study is saved in out/studies, so a restart continues; a damaged one, one of other weights, or one
     whose files have changed is done again. One predicted with less for want of time is saved, too, and a restart does
     it again with everything, as far as there is time after those without a result. One without a readable image is not
-    saved, nor one that was given up or found the device's memory full: these may go better another time.
+    saved, nor one that was given up, took longer than STUDY_S or found the device's memory full: these may go better
+    another time. Should the process be killed, the next start finds out which study it died of, passes it over and says
+    so in the log (see InFlight).
     Memory does not grow with the number of studies: at most 2 * batch_studies + readers of them are held, and what one
     may hold is bounded too (see dicom.MAX_SLICES). A batch's company does not change a study's result, up to rounding
     in the networks.
@@ -733,9 +825,19 @@ def infer_studies(
         return f"{key} {digests[study_id]}"
 
     saved = {study_id: folder / f"{study_id}.json" for study_id in jobs}
-    results = {i: _load_result(path, key_of(i)) if path.is_file() else None for i, path in saved.items()}
-    todo = [study_id for study_id, result in results.items() if result is None]
-    again = [study_id for study_id, result in results.items() if result and result["dropped"]]
+    results = {i: _load_result(path, i, key_of, _abouts(members)) for i, path in saved.items()}
+    finished = {study_id for study_id, result in results.items() if result and not result["dropped"]}
+    journal = InFlight(Path(out) / "in_flight", "study", key_of, finished.__contains__)
+    for study_id, why in journal.passed_over.items():
+        if study_id in jobs:
+            results[study_id] = _passed_over(results[study_id], why, digests[study_id])
+            print(f"study {study_id}: {why}")
+    suspects = [study_id for study_id in journal.suspects if study_id in jobs]
+    if suspects:
+        ids = ", ".join(map(str, suspects))
+        print(f"the process died while it was at {len(suspects)} studies ({ids}): they come last, one at a time")
+    todo = [study_id for study_id, result in results.items() if result is None and study_id not in suspects]
+    again = [i for i, result in results.items() if result and result["dropped"] and i not in suspects]
     counts = {m: max(len(_views(about, views)) for about in abouts) for m, abouts in _abouts(members).items()}
     weights = {m: float(np.mean([group.get(m, 0.0) for group in ensemble["weights"].values()])) for m in counts}
     if not counts:
@@ -747,59 +849,124 @@ def infer_studies(
     started = _STARTED.setdefault(clock_key, clock())
     schedule = Schedule(counts, weights, hours, reserve, readers, clock, started)
 
-    def prepare(study_id):
+    def prepare(study_id, stopped=None):
         begun = clock()
         wanted = [scope for scope in ("level", "study") if scope in schedule.choice]
         try:
             key_of(study_id)  # before reading: files that change meanwhile are read again by a restart
-            prepared = prepare_study(images / str(study_id), jobs[study_id], members, wanted)
+            with cpu_limit(STUDY_S, stopped):
+                prepared = prepare_study(images / str(study_id), jobs[study_id], members, wanted)
         except Exception as error:  # nothing known does this; whoever waits for the study shall not wait in vain
             problem = f"given up ({type(error).__name__}: {error}), every row is the prior"
             prepared = Prepared(Study(study_id, []), None, {}, [problem], {})
         return prepared, clock() - begun
 
+    def begin_and_prepare(study_id):
+        own = ahead
+        journal.begin(study_id)
+        return prepare(study_id, lambda: own.stopped)
+
+    def predict(batch, begun):
+        """(list of a result and whether it shall be kept, for each study; the seconds of each member)."""
+        predictions, problems, seconds = predict_studies(batch, members, schedule.choice, clock)
+        share = (clock() - begun) / len(batch)
+        failure = _device_failure(members.device) if any(problems) else None
+        found = []
+        for prepared, predicted, failed in zip(batch, predictions, problems, strict=True):
+            study_id = prepared.study.study_id
+            extra = {f"{m}_s": round(s / len(batch), 3) for m, s in seconds.items()}
+            extra |= {"predicting_s": round(sum(seconds.values()) / len(batch), 3), "seconds": round(share, 3)}
+            extra["dropped"] = schedule.dropped() if prepared.study.volumes else []
+            extra["files"] = digests.get(study_id, "")
+            sentences = prepared.problems + failed + ([failure] if failure else [])
+            # What may go better another time is not saved, and does not take the place of what was.
+            sound = bool(prepared.study.volumes) and not failure
+            sound = sound and not _out_of_memory(sentences) and not _took_too_long(sentences)
+            found.append((_result(prepared, predicted, sentences, f"{key} {extra['files']}", extra), sound))
+        return found, seconds
+
+    def keep(study_id, result, sound):
+        if sound or results[study_id] is None:
+            results[study_id] = _save_result(saved[study_id] if sound else None, result)
+
+    def work_off(batches, bar):
+        """Studies that `ahead` prepares. False when there is no time left."""
+        for study_ids, left, whole in batches:
+            begun = clock()
+            if not schedule.plan(len(study_ids) if whole else left, batch_studies, whole):
+                return False
+            batch, lost_s = _take_batch(ahead, study_ids, schedule, prepare)
+            choice = schedule.plan(len(study_ids) if whole else left, batch_studies, whole)
+            if not choice:
+                return False
+            found, seconds = predict(batch, begun)
+            for member, spent in seconds.items():
+                schedule.note(member, spent, choice[member] * sum(bool(p.study.volumes) for p in batch))
+            schedule.note_batch(clock() - begun - lost_s, len(batch))
+            for prepared, (result, sound) in zip(batch, found, strict=True):
+                keep(prepared.study.study_id, result, sound)
+                if prepared.seconds:  # else a thread still hangs in it
+                    journal.end(prepared.study.study_id)
+            end_s = schedule.used_s() + (left - len(batch)) * schedule.pace_s(schedule.choice)
+            limit = f" of {_hours(hours * 3600)}" if hours > 0 else ""
+            bar.set_postfix_str(f"end at {_hours(end_s)}{limit} h", refresh=False)
+            bar.update(len(batch))
+            del batch, prepared  # they are large, and the next batch is waited for
+        return True
+
+    def in_child(study_id):
+        """One study from its files to its result, in a process of its own."""
+        torch.set_num_threads(1)  # none of the pool's threads has come along
+        begun = clock()
+        prepared, _ = prepare(study_id)
+        return predict([prepared], begun)[0][0]
+
+    def work_off_suspect(study_id, left, bar):
+        """One study that this process, or an earlier one, may have died of. False when there is no time left."""
+        nonlocal ahead
+        whole, on_cpu = results[study_id] is not None, str(members.device) == "cpu"
+        if not schedule.plan(1 if whole else left, 1, whole):
+            return False
+        journal.begin(study_id, child=can_run_in_child() and on_cpu)
+        try:
+            if can_run_in_child() and on_cpu:
+                keep(study_id, *run_in_child(partial(in_child, study_id), PATIENCE_S))
+                journal.end(study_id)
+                bar.update(1)
+                return True
+            if can_run_in_child():  # what a GPU does cannot be tried in a child, but files can be read in one
+                run_in_child(lambda: bool(read_study(images / str(study_id), jobs[study_id])), PATIENCE_S)
+        except ChildDied as died:
+            why = journal.condemn(study_id, str(died))
+            print(f"study {study_id}: {why}")
+            results[study_id] = _passed_over(results[study_id], why, digests[study_id])
+        except (RuntimeError, TimeoutError) as error:
+            why = f"given up ({type(error).__name__}: {error}), every row is the prior"
+            keep(study_id, _passed_over(None, why, digests[study_id]), False)
+            journal.end(study_id)
+        else:
+            ahead = _Ahead([study_id], begin_and_prepare, 1, 1)
+            try:
+                return work_off([([study_id], left, whole)], bar)
+            finally:
+                ahead.close()
+        bar.update(1)
+        return True
+
     batches = [
-        (part[first : first + batch_studies], len(part) - first, part is again)
+        (part[first : first + batch_studies], len(part) - first + (len(suspects) if part is todo else 0), part is again)
         for part in (todo, again)
         for first in range(0, len(part), batch_studies)
     ]
-    ahead = _Ahead([*todo, *again], prepare, readers, batch_studies + readers)
-    finished = len(jobs) - len(todo) - len(again)
-    try:
-        with progress(total=len(jobs), desc=f"predicting {split} studies", initial=finished) as bar:
-            for study_ids, left, whole in batches:
-                begun = clock()
-                if not schedule.plan(len(study_ids) if whole else left, batch_studies, whole):
-                    break
-                batch, lost_s = _take_batch(ahead, study_ids, schedule, prepare)
-                choice = schedule.plan(len(study_ids) if whole else left, batch_studies, whole)
-                if not choice:
-                    break
-                predictions, problems, seconds = predict_studies(batch, members, choice, clock)
-                for member, spent in seconds.items():
-                    schedule.note(member, spent, choice[member] * sum(bool(p.study.volumes) for p in batch))
-                share = (clock() - begun) / len(batch)
-                schedule.note_batch(clock() - begun - lost_s, len(batch))
-                failure = _device_failure(members.device) if any(problems) else None
-                for prepared, predicted, failed in zip(batch, predictions, problems, strict=True):
-                    extra = {f"{m}_s": round(s / len(batch), 3) for m, s in seconds.items()}
-                    extra |= {"predicting_s": round(sum(seconds.values()) / len(batch), 3), "seconds": round(share, 3)}
-                    extra["dropped"] = schedule.dropped() if prepared.study.volumes else []
-                    sentences = prepared.problems + failed + ([failure] if failure else [])
-                    study_id = prepared.study.study_id
-                    # What may go better another time is not saved, and does not take the place of what was.
-                    sound = prepared.study.volumes and not failure and not _out_of_memory(sentences)
-                    if sound or results[study_id] is None:
-                        extra["files"] = digests.get(study_id, "")
-                        result = _result(prepared, predicted, sentences, f"{key} {extra['files']}", extra)
-                        results[study_id] = _save_result(saved[study_id] if sound else None, result)
-                end_s = schedule.used_s() + (left - len(batch)) * schedule.pace_s(schedule.choice)
-                limit = f" of {_hours(hours * 3600)}" if hours > 0 else ""
-                bar.set_postfix_str(f"end at {_hours(end_s)}{limit} h", refresh=False)
-                bar.update(len(batch))
-                del batch, prepared  # they are large, and the next batch is waited for
-    finally:
-        ahead.close(readers)
+    ahead = _Ahead([*todo, *again], begin_and_prepare, readers, batch_studies + readers)
+    before = len(jobs) - len(todo) - len(again) - len(suspects)
+    with journal, progress(total=len(jobs), desc=f"predicting {split} studies", initial=before) as bar:
+        try:
+            in_time = work_off(batches, bar)
+        finally:
+            ahead.close()
+        for number, study_id in enumerate(suspects):
+            in_time = in_time and work_off_suspect(study_id, len(suspects) - number, bar)
     late = [study_id for study_id, result in results.items() if result is None]
     if late:
         print(f"the time is up: {len(late)} of {len(jobs)} studies are left to the prior")
@@ -808,6 +975,13 @@ def infer_studies(
         results[study_id] = {"predictions": {}, "levels": [], "problems": [why], "dropped": schedule.dropped()}
     del _STARTED[clock_key]
     return _collect(jobs, results, members, ensemble, folder)
+
+
+def _passed_over(result, why, files):
+    """The result of a study that is not looked at; an earlier one of fewer views or members stands, if there is any."""
+    earlier = result or {"predictions": {}, "levels": [], "problems": []}
+    why = why if result else f"{why}; every row is the prior"
+    return earlier | {"problems": [*earlier["problems"], why], "dropped": [], "files": files}
 
 
 def _hours(seconds):

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,24 @@ import pandas as pd
 from torch import nn
 
 from .geometry import LevelBox, boxes_from_table, boxes_to_table, coordinates_to_lps, study_box
+from .in_flight import read_left_json
+from .limits import check_limit, cpu_limit
 from .names import LEVEL_TABLE_COLUMNS, LEVEL_VERTEBRAE, LEVELS, VERTEBRAE, progress
 from .official import official_detector
 from .spinenet import (
     _CHAIN,
     _LUMBAR,
     AMBIGUOUS_SHARE,
+    MAX_SEARCHED_PX,
     SPINE_CLASSES,
     UNCERTAIN,
     VERTEBRA_TABLE_COLUMNS,
     Vertebra,
     detect_vertebrae,
+    every_nth_slice,
+    searched_px,
     spine_class,
+    surest,
     vertebrae_from_table,
     vertebrae_to_table,
 )
@@ -47,7 +54,8 @@ def _rejoined(volumes):
 
     The reader must not invent slices, but a body whose left and right half lie in two pieces would be found twice,
     or beside its place. Pieces belong together when they are parallel and aligned, and no more than three slices are
-    missing between them. Returns Volumes; those alone in their series are unchanged.
+    missing between them, unless together they would exceed _REJOINED_PX. Returns Volumes; those alone in their series
+    are unchanged.
     """
     result, pieces = [], sorted(volumes, key=lambda v: (v.series_id, v.block))
     while pieces:
@@ -65,27 +73,37 @@ def _rejoined(volumes):
             ):
                 group.append(other)
                 pieces = [piece for piece in pieces if piece is not other]
-        result.append(first if len(group) == 1 else _fill(group, normal))
+        joined = _fill(group, normal) if len(group) > 1 else None
+        result += group if joined is None else [joined]
     return result
 
 
+_REJOINED_PX = 1 << 26  # 256 MB; a 3D sequence of 250 slices of 512 x 512 has as many
+
+
 def _fill(group, normal):
-    """One Volume of aligned pieces in the order of `normal`, its missing slices linear between their neighbours."""
+    """One Volume of aligned pieces in the order of `normal`, its missing slices linear between their neighbours; None
+    where it would be too large."""
     origins = np.concatenate([v.voxel_to_lps(np.eye(1, 3) * np.arange(len(v.array))[:, None]) for v in group])
     place_mm = (origins - origins[0]) @ normal
     steps_mm = np.diff(place_mm)
     step_mm = max(steps_mm.min(), np.median(steps_mm) / 3)  # two slices in nearly one place make no fine grid
-    array = np.concatenate([np.asarray(v.array, np.float32) for v in group])
-    wanted_mm = place_mm[0] + step_mm * np.arange(int(round(place_mm[-1] / step_mm)) + 1)
+    count = int(round(place_mm[-1] / step_mm)) + 1
+    if count * group[0].array[0].size > _REJOINED_PX:
+        return None
+    wanted_mm = place_mm[0] + step_mm * np.arange(count)
     above = np.clip(np.searchsorted(place_mm, wanted_mm), 1, len(place_mm) - 1)
     share = np.clip((wanted_mm - place_mm[above - 1]) / (place_mm[above] - place_mm[above - 1]), 0, 1)
-    share = share[:, None, None].astype(np.float32)
+    slices = [image for v in group for image in v.array]
+    array = np.empty((count, *slices[0].shape), np.float32)
+    for k, (b, part) in enumerate(zip(above, share.astype(np.float32), strict=True)):
+        array[k] = (1 - part) * slices[b - 1].astype(np.float32) + part * slices[b].astype(np.float32)
     affine = group[0].affine.copy()
     affine[:3, 0] = (origins[-1] - origins[0]) / (len(wanted_mm) - 1)
-    nearest = np.where(share[:, 0, 0] < 0.5, above - 1, above)
+    nearest = np.where(share.astype(np.float32) < 0.5, above - 1, above)
     return replace(
         group[0],
-        array=(1 - share) * array[above - 1] + share * array[above],
+        array=array,
         affine=affine,
         instance_numbers=np.concatenate([v.instance_numbers for v in group])[nearest],
     )
@@ -513,7 +531,7 @@ def complete_vertebrae(named, anchors, prior):
     return vertebrae
 
 
-_SOURCES = ("truth", "official", "t2", "t1", "axial", "prior", "extrapolated", "uncertain")  # as sources are joined
+SOURCES = ("truth", "official", "t2", "t1", "axial", "prior", "extrapolated", "uncertain")  # as sources are joined
 _NOT_SEEN = "extrapolated|prior|axial"  # sources of bodies that no sagittal image showed
 
 
@@ -566,7 +584,7 @@ def level_boxes(vertebrae):
         head = np.cross(left, back)
         head /= np.linalg.norm(head)
         parts = set(f"{upper.source}+{lower.source}".split("+"))
-        order = [part for part in _SOURCES if part in parts]
+        order = [part for part in SOURCES if part in parts]
         boxes.append(
             LevelBox(
                 level,
@@ -740,13 +758,30 @@ def _detector(detector, model):
     raise ValueError(f'detector is {detector!r}: "own", "official", or a function that takes a Volume')
 
 
-def locate_levels(study, model, prior=None, detector="own", layout=None):
+def _searched(volumes, resolution_mm):
+    """Sagittal Volumes with every second of their slices, every third, ... where a study has more than can be searched
+    (MAX_SEARCHED_PX). Those with slices too large to be searched are unchanged: detection says so."""
+
+    def size_px(volume):
+        try:
+            return searched_px(volume, resolution_mm)
+        except ValueError:
+            return 0
+
+    sizes_px = [size_px(volume) for volume in volumes]
+    total_px = sum(size * len(volume.array) for size, volume in zip(sizes_px, volumes, strict=True))
+    step = max(1, math.ceil(total_px / MAX_SEARCHED_PX))
+    return [every_nth_slice(volume, step if size else 1) for size, volume in zip(sizes_px, volumes, strict=True)]
+
+
+def locate_levels(study, model, prior=None, detector="own", layout=None, lost=None):
     """Find and name a study's vertebrae and disc levels; always answers, with a confidence.
 
     study: normalised; model: SpineNet, or None to take the prior alone; prior: from fit_level_prior, default the one
     in model.about; detector: "own" (model), "official" (the research-only package, see lumbar/official.py), or a
     function volume -> Vertebrae, which may have names already; layout: as prior, for where nothing is seen, default
-    model.about["layout"] (how these patients lie, see locate_with_own_layout), else the prior.
+    model.about["layout"] (how these patients lie, see locate_with_own_layout), else the prior; lost: a dict to which a
+    series is added whose search fails, as reason -> list of series ids, and the others stand; default: raise.
     Where the levels come from (`source`), in this order:
     - t2, t1: bodies seen in the sagittal T2/STIR and T1 series. They form one chain; where both saw a body the T2's
       geometry counts. "official" instead where that package found them.
@@ -763,10 +798,17 @@ def locate_levels(study, model, prior=None, detector="own", layout=None):
     if layout is None:
         layout = (model.about.get("layout") if model is not None else None) or prior
     detect = _detector(detector, model)
-    chain = []
+    chain, volumes = [], []
     for description in ("Sagittal T2/STIR", "Sagittal T1"):
-        for volume in _rejoined([volume for volume in study.of(description) if volume.plane == "sagittal"]):
-            chain = merge_vertebrae(chain, detect(volume))
+        volumes += _rejoined([volume for volume in study.of(description) if volume.plane == "sagittal"])
+    for volume in _searched(volumes, getattr(model, "resolution_mm", 2.0)):
+        try:
+            check_limit()
+            chain = surest(merge_vertebrae(chain, surest(detect(volume))))
+        except Exception as error:
+            if lost is None:
+                raise
+            lost.setdefault(f"{type(error).__name__}: {error}", []).append(volume.series_id)
     anchors = study_anchors(study)
     if not any(v.name for v in chain):
         chain = name_vertebrae(chain, prior, anchors.get("sagittal"))
@@ -788,19 +830,39 @@ def locate_levels(study, model, prior=None, detector="own", layout=None):
 def locate_levels_surely(study, model, prior=None, detector="own", layout=None):
     """locate_levels for a study that may be odd: (LevelBoxes, Vertebrae, None or what went wrong, as a sentence).
 
-    Where detection fails the levels come from the axial slices or the mean layout.
+    A series in which detection fails, or takes too long (LOCATING_S), is left out; where nothing is seen the levels
+    come from the axial slices or the mean layout.
     Raises ValueError when there is neither a prior nor a model that carries one.
     """
     prior = prior if prior is not None or model is None else model.about.get("prior")
     layout = layout or (model.about.get("layout") if model is not None else None) or prior
+    lost = {}
     try:
-        return *locate_levels(study, model, prior, detector, layout), None
+        with cpu_limit(LOCATING_S):
+            boxes, vertebrae = locate_levels(study, model, prior, detector, layout, lost)
+        problem = None
+        if lost:
+            where = [f"({reason}) in series {', '.join(map(str, sorted(set(ids))))}" for reason, ids in lost.items()]
+            problem = f"detection failed {' and '.join(where[:3])}"
+            if not _seen(vertebrae):
+                problem += "; the axial slices or the mean layout stand in"
+        return boxes, vertebrae, problem
     except Exception as error:
         problem = f"detection failed ({type(error).__name__}: {error}); the mean layout stands in"
     try:
         return *locate_levels(study, None, prior, layout=layout), problem
     except Exception:  # not even the axial slices' places can be used
         return *locate_levels(replace(study, volumes=[]), None, prior, layout=layout), problem
+
+
+def _seen(vertebrae):
+    """Did a sagittal image show any of them?"""
+    return any(not set(v.source.split("+")) & set(_NOT_SEEN.split("|")) for v in vertebrae)
+
+
+# CPU seconds for the search of one study. A usual one takes 4, two whole spines 11, the largest that is searched
+# (MAX_SEARCHED_PX) 25, be it noise that looks like bodies everywhere.
+LOCATING_S = 45.0
 
 
 _LOCATING_VERSION = 4  # to be raised when the same network gives other levels: results kept by older code do not count
@@ -815,6 +877,27 @@ def _locating_key(model, prior, detector):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _check_located(known):
+    """Raise ValueError where a dict is not what locate_studies keeps of a study."""
+    for name, columns in (("levels", LEVEL_TABLE_COLUMNS), ("vertebrae", VERTEBRA_TABLE_COLUMNS)):
+        rows = known.get(name)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(columns) for row in rows):
+            raise ValueError(f"{name} are no rows of a table")
+    if len(known["levels"]) != len(LEVELS):
+        raise ValueError(f"{len(known['levels'])} levels")
+    places = known.get("anchors")
+    if not isinstance(places, dict) or not set(places) <= {"sagittal", "axial"}:
+        raise ValueError("anchors are no places")
+    texts = ("level", "vertebra", "source")
+    numbers = [v for name in ("levels", "vertebrae") for row in known[name] for k, v in row.items() if k not in texts]
+    for center in places.values():
+        if not isinstance(center, list) or len(center) != 3:
+            raise ValueError("anchors are no places")
+        numbers += center
+    if not all(isinstance(value, (int, float)) and abs(value) < 1e12 for value in numbers):
+        raise ValueError("some numbers are none, or not finite")
 
 
 def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="own"):
@@ -840,13 +923,14 @@ def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="o
 
     def locate(study_id):
         file = Path(folder) / f"{study_id}.json" if folder is not None else None
-        if file is not None and file.is_file():
+        if file is not None and file.exists():
             try:
-                known = json.loads(file.read_text())
-            except ValueError:
-                known = {}
-            if known.get("key") == key:
-                return known
+                known = read_left_json(file)
+                if known.get("key") == key:
+                    _check_located(known)
+                    return known
+            except ValueError as error:
+                print(f"{file} is no result of study {study_id} ({error}): its levels are located again")
         try:
             study = load_study(paths[study_id])
         except Exception as error:
@@ -854,7 +938,7 @@ def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="o
             raise RuntimeError(f"{paths[study_id]} cannot be read ({reason}): delete it and run 01 again") from error
         boxes, bodies, problem = locate_levels_surely(study, model, prior, detect, prior)
         if any(volume.plane == "sagittal" for volume in study.volumes):
-            problems.append(problem)
+            problems.append(None if _seen(bodies) else problem)
         if problem:
             print(f"study {study_id}: {problem}")
         result = {

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .limits import check_limit
 from .names import LEVEL_VERTEBRAE, VERTEBRAE, progress
 from .storage import DamagedFile, read_tensors, write_tensors
 from .weights import Stated, check_network, read_weights
@@ -129,17 +130,27 @@ def sagittal_images(volume, resolution_mm):
     if volume.plane != "sagittal":
         raise ValueError(f"study {volume.study_id}, series {volume.series_id}: {volume.plane}, not sagittal slices")
     array, affine = upright(volume)
-    images = torch.from_numpy(np.ascontiguousarray(array)).float()[:, None].clamp(-0.5, 2)
-    size = [
-        max(int(round(n * s / resolution_mm)), 1)
-        for n, s in zip(array.shape[1:], np.linalg.norm(affine[:3, 1:3], axis=0))
-    ]
-    images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+    size = _resampled_px(array.shape, affine, resolution_mm)
+    images = torch.empty((len(array), 1, *size))
+    together = max(1, _CONVERTED_PX // math.prod(array.shape[1:]))
+    for start in range(0, len(array), together):
+        part = slice(start, start + together)
+        pixels = torch.from_numpy(np.ascontiguousarray(array[part])).float()[:, None].clamp_(-0.5, 2)
+        images[part] = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
     for axis in (1, 2):
         ratio = array.shape[axis] / size[axis - 1]
         affine[:3, 3] += affine[:3, axis] * (ratio - 1) / 2  # pixel edges coincide, not the first pixels' centres
         affine[:3, axis] *= ratio
     return images, affine
+
+
+_CONVERTED_PX = 1 << 24  # that are held in float32 at a time, before they are resampled
+
+
+def _resampled_px(shape, affine, resolution_mm):
+    """[rows, columns] of a volume's (shape, affine) slices once they are resampled."""
+    sides_mm = np.array(shape[1:]) * np.linalg.norm(affine[:3, 1:3], axis=0)
+    return [max(int(round(side)), 1) for side in sides_mm / resolution_mm]
 
 
 def project_vertebrae(vertebrae, affine, index):
@@ -616,17 +627,35 @@ def spinenet_maps(model, images, batch_size=8):
     return torch.cat(maps)
 
 
-def _peaks(heat, radius_px, threshold):
-    """Local maxima of maps (n, k, h, w): array (p, 4) of map, kind, row, column, and their (p, 3) value and sub-pixel
-    (row, column) from the parabola through the logarithms, which is exact for a Gaussian."""
+_WINDOWS = 1 << 15  # surroundings of pixels that are looked at together
+
+
+def _highest(where, values, most):
+    """Of the peaks (p, 4) of each map and kind the `most` highest, in the same order."""
+    group = where[:, 0] * values.shape[1] + where[:, 1]
+    if not len(where) or np.bincount(group).max() <= most:
+        return where
+    order = np.lexsort((-values[tuple(where.T)], group))
+    rank = np.arange(len(order)) - np.searchsorted(group[order], group[order])
+    return where[np.sort(order[rank < most])]
+
+
+def _peaks(heat, radius_px, threshold, most):
+    """Local maxima of maps (n, k, h, w), of each map the `most` highest: array (p, 4) of map, kind, row, column, and
+    their (p, 3) value and sub-pixel (row, column) from the parabola through the logarithms, which is exact for a
+    Gaussian."""
     values = heat.numpy()
     where = np.argwhere(values > threshold)
-    # Few pixels pass the threshold: looking around each is much quicker than a maximum filter over the maps.
+    # Few pixels pass the threshold: looking around each is much quicker than a maximum filter over the maps. Where
+    # many do (noise), they go through in parts.
     around = np.arange(-radius_px, radius_px + 1)
     padded = np.pad(values, ((0, 0), (0, 0), (radius_px, radius_px), (radius_px, radius_px)))
-    number, kind, row, column = (part[:, None, None] for part in where.T)
-    window = padded[number, kind, row + radius_px + around[:, None], column + radius_px + around]
-    where = where[values[tuple(where.T)] >= window.max((1, 2))]
+    peaks = []
+    for part in np.array_split(where, range(_WINDOWS, len(where), _WINDOWS)):
+        number, kind, row, column = (index[:, None, None] for index in part.T)
+        window = padded[number, kind, row + radius_px + around[:, None], column + radius_px + around]
+        peaks.append(part[values[tuple(part.T)] >= window.max((1, 2))])
+    where = _highest(np.concatenate(peaks), values, most)
     position = where[:, 2:].astype(np.float64)
     for axis in (2, 3):
         last = heat.shape[axis] - 1
@@ -645,12 +674,15 @@ def decode_slices(maps, resolution_mm, center_threshold=0.3, corner_threshold=0.
 
     Each peak of the centroid map takes of every corner kind the one whose position, displaced by its vector, comes
     nearest, if within reach_mm. One missing corner is completed to a parallelogram, with two missing it is dropped.
-    (The paper takes one peak per thresholded component; local maxima also part bodies whose blobs touch.)
+    (The paper takes one peak per thresholded component; local maxima also part bodies whose blobs touch.) Of more than
+    MAX_BODIES in a slice the highest peaks count.
     Returns a list of n lists of dicts: corners_px (4, 2) as (row, column), score 0..1, logits (classes,).
     """
     slices = [[] for _ in range(len(maps))]
-    centers, center_values = _peaks(maps[:, 4:5], max(int(round(8 / resolution_mm)), 1), center_threshold)
-    corners, corner_values = _peaks(maps[:, :4], max(int(round(5 / resolution_mm)), 1), corner_threshold)
+    centers, center_values = _peaks(maps[:, 4:5], max(int(round(8 / resolution_mm)), 1), center_threshold, MAX_BODIES)
+    corners, corner_values = _peaks(
+        maps[:, :4], max(int(round(5 / resolution_mm)), 1), corner_threshold, 2 * MAX_BODIES
+    )
     array = maps.numpy()
     number, kind, row, column = corners.T
     displaced = np.stack(
@@ -725,24 +757,65 @@ def link_slices(slices, min_iou=0.2, gap=1):
     slices: from decode_slices; gap: slices in which a vertebra may be missed. A detection joins the vertebra whose
     last polygon it overlaps most. Returns a list of lists of (slice index, detection).
     """
-    tracks = []
+    tracks, recent = [], []
     for index, detections in enumerate(slices):
+        check_limit()
+        recent = [number for number in recent if index - tracks[number][-1][0] <= gap + 1]
+        last = _polygons([tracks[number][-1][1] for number in recent])
+        now = _polygons(detections)
+        apart = (last.max(1)[:, None] <= now.min(1)).any(2) | (now.max(1) <= last.min(1)[:, None]).any(2)
         pairs = []
-        for number, track in enumerate(tracks):
-            last_index, last = track[-1]
-            if index - last_index <= gap + 1:
-                for which, detection in enumerate(detections):
-                    iou = polygon_iou(last["corners_px"], detection["corners_px"])
-                    if iou > min_iou:
-                        pairs.append((iou, number, which))
+        for k, which in np.argwhere(~apart).tolist():
+            iou = polygon_iou(last[k], now[which])
+            if iou > min_iou:
+                pairs.append((iou, recent[k], which))
         used_tracks, used = set(), set()
         for _, number, which in sorted(pairs, reverse=True):
             if number not in used_tracks and which not in used:
                 tracks[number].append((index, detections[which]))
                 used_tracks.add(number)
                 used.add(which)
-        tracks += [[(index, detection)] for which, detection in enumerate(detections) if which not in used]
+        new = [[(index, detection)] for which, detection in enumerate(detections) if which not in used]
+        recent += range(len(tracks), len(tracks) + len(new))
+        tracks += new
     return tracks
+
+
+def _polygons(detections):
+    """(n, 4, 2) corners of a list of detections."""
+    return np.array([detection["corners_px"] for detection in detections], np.float64).reshape(-1, 4, 2)
+
+
+# What detection takes on, whatever a volume states. Real series are far below: 25 slices of 300 mm, up to 250 of a
+# 3D sequence; a composed image of a whole spine is some 900 mm long.
+MAX_FIELD_MM = 1000.0  # of a slice, along its rows or columns
+MAX_SEARCHED_SLICES = 256
+MAX_SEARCHED_PX = 1 << 23  # of a study, resampled: about 25 s of one core
+MAX_BODIES = 64  # a slice or a chain; a whole spine with its sacrum has 29
+_BATCH_PX = 1 << 19  # that go through the network together: 8 slices of 500 mm
+
+
+def searched_px(volume, resolution_mm):
+    """Pixels of one slice of a sagittal volume once it is resampled.
+
+    Raises ValueError where the slice would be larger than MAX_FIELD_MM: no spine is, and its pixel size must be wrong.
+    """
+    array, affine = upright(volume)
+    sides_mm = np.array(array.shape[1:]) * np.linalg.norm(affine[:3, 1:3], axis=0)
+    if not (sides_mm <= MAX_FIELD_MM).all():
+        high, wide = sides_mm
+        raise ValueError(f"slices of {high:.0f} x {wide:.0f} mm: larger than any image of a spine, {MAX_FIELD_MM:g} mm")
+    return math.prod(_resampled_px(array.shape, affine, resolution_mm))
+
+
+def every_nth_slice(volume, step):
+    """The volume with every step-th of its slices, the first included."""
+    if step == 1:
+        return volume
+    affine = volume.affine.copy()
+    affine[:3, 0] *= step
+    numbers = volume.instance_numbers[::step]
+    return replace(volume, array=volume.array[::step], affine=affine, instance_numbers=numbers)
 
 
 def detect_vertebrae(model, volume, batch_size=8):
@@ -751,10 +824,21 @@ def detect_vertebrae(model, volume, batch_size=8):
     model: SpineNet in eval mode; volume: normalised. Returns Vertebrae without names, from head to foot; source is
     t2 or t1. A body seen in one slice only is dropped, unless the volume has no more than two; one that the image's
     border cuts has half the confidence.
-    Raises ValueError for a volume that is not sagittal.
+    Time and memory are bounded: of more than MAX_SEARCHED_SLICES slices, or MAX_SEARCHED_PX resampled pixels, every
+    second one is searched, or every third, ...; of more than MAX_BODIES bodies the surest are returned.
+    Raises ValueError for a volume that is not sagittal or has slices larger than MAX_FIELD_MM, and TookTooLong (see
+    check_limit).
     """
+    slice_px, count = searched_px(volume, model.resolution_mm), len(volume.array)
+    volume = every_nth_slice(volume, math.ceil(max(count / MAX_SEARCHED_SLICES, count * slice_px / MAX_SEARCHED_PX, 1)))
     images, affine = sagittal_images(volume, model.resolution_mm)
-    tracks = link_slices(decode_slices(spinenet_maps(model, images, batch_size), model.resolution_mm))
+    batch_size = max(1, min(batch_size, _BATCH_PX // slice_px))
+    slices = []
+    for start in range(0, len(images), batch_size):
+        check_limit()
+        maps = spinenet_maps(model, images[start : start + batch_size], batch_size)
+        slices += decode_slices(maps, model.resolution_mm)
+    tracks = link_slices(slices)
     source = "t1" if volume.description == "Sagittal T1" else "t2"
     step_mm = volume.spacing_mm[0]
     vertebrae = []
@@ -790,7 +874,15 @@ def detect_vertebrae(model, volume, batch_size=8):
                 appearance=log_p - np.log(np.exp(log_p).sum()),
             )
         )
-    return sorted(vertebrae, key=lambda v: -v.center_lps_mm[2])
+    return sorted(surest(vertebrae), key=lambda v: -v.center_lps_mm[2])
+
+
+def surest(vertebrae):
+    """At most MAX_BODIES of the Vertebrae, those of the highest confidence, in the same order."""
+    if len(vertebrae) <= MAX_BODIES:
+        return list(vertebrae)
+    ranked = sorted(range(len(vertebrae)), key=lambda k: -vertebrae[k].confidence)
+    return [vertebrae[k] for k in sorted(ranked[:MAX_BODIES])]
 
 
 # -- pictures

@@ -74,19 +74,17 @@ class Study:
 _GREY_STEP, _GREY_LOW = 1 / 160, -1 / 8
 
 
-def save_study(study, path, bits=16, described=None):
+def save_study(study, path, bits=16, made_of=None):
     """Write a normalised study as one safetensors file, complete or not at all.
 
-    described: dict series_id -> description that the study was read with, kept for study_about.
-
     bits: 16, as normalised; 8 for half the disk: rounded to steps of 1/160, and cut off above 1.47. Raises ValueError
-    for others.
+    for others. made_of: what the study was read from, plain JSON, kept for study_about.
     """
     if bits not in (8, 16):
         raise ValueError(f"BITS must be 8 or 16, not {bits!r}")
     about = {"study_id": study.study_id, "problems": study.problems, "volumes": []}
-    if described is not None:
-        about["described"] = {str(series_id): description for series_id, description in described.items()}
+    if made_of is not None:
+        about["made_of"] = made_of
     tensors = {}
     for number, volume in enumerate(study.volumes):
         array = volume.array
@@ -110,7 +108,7 @@ _REMEDY = "delete it and run 01_preprocess again, which reads the study anew"
 
 
 def study_about(path):
-    """What save_study wrote of a study but its arrays: dict study_id, problems, volumes, described. Raises as
+    """What save_study wrote of a study but its arrays: dict study_id, problems, volumes, made_of. Raises as
     load_study does."""
     with open_tensors(path, "study", _REMEDY, "numpy") as (about, _):
         return about

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+import small_study
 import torch
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
@@ -780,3 +781,15 @@ def test_sampling_on_a_gpu_is_the_same():
     two = utils.crop_level(study, box, (48, 40, 44), device="cuda")
     np.testing.assert_allclose(two[0], one[0], atol=2e-3)
     assert (one[1] == two[1]).all()
+
+
+def test_averaging_in_parts_changes_nothing_and_long_sampling_heeds_its_limit(monkeypatch):
+    array = np.random.default_rng(0).random((7, 33, 20)).astype(np.float16)
+    whole = geometry._pooled(array, [3, 2], "cpu")
+    monkeypatch.setattr(geometry, "_CONVERTED_PX", 700)
+    np.testing.assert_array_equal(whole, geometry._pooled(array, [3, 2], "cpu"))
+    np.testing.assert_allclose(whole[3, 4, 5], array[3, 12:15, 10:12].astype(np.float32).mean(), rtol=1e-6)
+
+    study = small_study.make_study()
+    with utils.cpu_limit(-1.0), pytest.raises(utils.TookTooLong):
+        utils.crop_study(study, (16,) * 3)  # its two axial stacks are averaged

@@ -1,9 +1,12 @@
 """Inference never loses a row: what fails costs its own contribution, and says so."""
 
 import json
+import os
 import queue
+import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import utils
-from lumbar import inference, yolo
+from lumbar import in_flight, inference, limits, yolo
 
 PRIOR = np.random.default_rng(0).dirichlet((5, 2, 1), (5, 5))
 CROP = {"scope": "level", "shape": [8, 8, 8], "extent_mm": [8.0, 8.0, 8.0], "shift_mm": [0.0, 0.0, 0.0]}
@@ -219,17 +222,96 @@ def test_a_restart_continues(data, networks, tmp_path):
         lambda text: "[]",
         lambda text: text.replace("0.3", "0.4", 1),
         lambda text: text.replace('"level"', '"yolo"', 1),
+        lambda text: "null",
+        lambda text: "[" * 100_000,
+        lambda text: '{"result":' * 100_000,
+        lambda text: text + " " * (1 << 24),
     ],
 )
-def test_a_damaged_saved_study_is_done_again(data, networks, tmp_path, damage):
-    first, _, _ = infer(data, members(), tmp_path / "out")
+def test_a_damaged_saved_study_is_done_again(data, networks, tmp_path, damage, capsys):
     saved = tmp_path / "out" / "studies" / "2.json"
-    assert damage(saved.read_text()) != saved.read_text()
-    saved.write_text(damage(saved.read_text()))
+
+    def spoil():
+        assert damage(saved.read_text()) != saved.read_text()
+        saved.write_text(damage(saved.read_text()))
+
+    _done_again(data, networks, tmp_path, spoil, capsys)
+
+
+def _done_again(data, networks, tmp_path, spoil, capsys):
+    """After spoil() study 2 is done again, with the same result, and the message names its file."""
+    first, _, _ = infer(data, members(), tmp_path / "out")
+    spoil()
     networks.clear()
+    capsys.readouterr()
     again, _, _ = infer(data, members(), tmp_path / "out")
+    assert f"{tmp_path / 'out' / 'studies' / '2.json'} is no result of study 2" in capsys.readouterr().out
     assert sorted(networks) == ["2", *NO_IMAGE]
-    np.testing.assert_array_equal(first[2], again[2])
+    for study_id in first:
+        np.testing.assert_array_equal(first[study_id], again[study_id])
+
+
+def _rows(value):
+    return np.full((5, 5, 3), value).tolist()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.pop("problems"),
+        lambda r: r.pop("predictions"),
+        lambda r: r.pop("dropped"),
+        lambda r: r.update(problems="x"),
+        lambda r: r.update(problems=[1]),
+        lambda r: r.update(dropped=None),
+        lambda r: r.update(files=7),
+        lambda r: r.update(seconds="long"),
+        lambda r: r["predictions"].update(level="x"),
+        lambda r: r["predictions"].update(level=[[0.1]]),
+        lambda r: r["predictions"].update(level=_rows(1e300)),
+        lambda r: r["predictions"].update(level=_rows(float("nan"))),
+        lambda r: r["predictions"].update(level=_rows("0.3")),
+        lambda r: r["predictions"].update(level=_rows(0.3)),  # rows of .9
+        lambda r: r["predictions"].update(level=np.tile([-1.0, 1.0, 1.0], (5, 5, 1)).tolist()),
+        lambda r: r["predictions"].update(level=[[[0.2, 0.3, 10**400]] * 5] * 5),
+        lambda r: r["predictions"].update(evil=_rows(1 / 3)),
+        lambda r: r["predictions"].update(study=_rows(1 / 3)),  # a member, but none that was loaded
+        lambda r: r.update(levels=[{"source": "=cmd()", "study_id": "<b>"}]),
+        lambda r: r["levels"][0].update(source="<script>"),
+        lambda r: r["levels"][0].update(x_mm="far"),
+        lambda r: r["levels"][0].update(x_mm=float("inf")),
+        lambda r: r["levels"][0].update(study_id=1),
+        lambda r: r.update(levels=r["levels"] * 2),
+    ],
+)
+def test_a_saved_study_of_the_right_hash_and_the_wrong_kind_is_done_again(data, networks, tmp_path, change, capsys):
+    def spoil():
+        path = tmp_path / "out" / "studies" / "2.json"
+        result = json.loads(path.read_text())["result"]
+        change(result)
+        path.write_text(json.dumps({"result": result, "sha256": inference._digest(result)}))
+
+    _done_again(data, networks, tmp_path, spoil, capsys)
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.symlink_to("/dev/zero"), os.mkfifo])
+def test_what_is_no_file_is_no_saved_study(data, networks, tmp_path, put, capsys):
+    saved = tmp_path / "out" / "studies" / "2.json"
+
+    def spoil():
+        saved.unlink()
+        put(saved)
+
+    _done_again(data, networks, tmp_path, spoil, capsys)
+    assert not saved.is_symlink() and saved.is_file() == (put is not Path.mkdir)
+
+
+def test_where_a_directory_is_in_the_way_the_run_goes_on_without_saving(data, networks, tmp_path, capsys):
+    (tmp_path / "out" / "studies" / "2.json").mkdir(parents=True)
+    found, _, _ = infer(data, members(), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "2.json is no result of study 2 (not a regular file)" in said and "2.json cannot be written" in said
+    np.testing.assert_allclose(found[2], np.tile(SAYS, (5, 5, 1)), atol=1e-9)
 
 
 def test_studies_of_other_weights_are_not_taken(data, networks, tmp_path):
@@ -790,6 +872,212 @@ def test_studies_that_hang_together_are_given_up_together():
     assert time.monotonic() - started < 1.5
     hanging.set()
     ahead.close(9)
+
+
+# ---- Processes that die ----
+
+
+DEADLY = 105
+
+
+@pytest.fixture
+def many(data, networks, monkeypatch):
+    """Twelve studies; start(out) predicts them in a process of its own: dict study_id -> (rows, problems)."""
+    study_ids = list(range(100, 112))
+    table = pd.DataFrame({"study_id": study_ids, "series_id": 1, "series_description": "Sagittal T1"})
+    table.to_csv(data / "test_series_descriptions.csv", index=False)
+    (data / "sample_submission.csv").unlink()
+    (data / "test_images" / "3").rmdir()
+    for study_id in study_ids:
+        (data / "test_images" / str(study_id)).mkdir()
+
+    def predict_crops(models, crops, *_):  # of its own for each study
+        return np.tile(SAYS, (len(crops), 5, 1)) ** (crops[:, None, None] / 100)
+
+    monkeypatch.setattr(inference, "predict_crops", predict_crops)
+
+    def process(out, **options):
+        torch.set_num_threads(1)
+        found, log, _ = infer(data, members(), out, **{"readers": 3, "batch_studies": 2} | options)
+        return {str(i): (rows.tolist(), log.loc[i, "problems"]) for i, rows in found.items()}
+
+    def start(out, **options):
+        return in_flight.run_in_child(lambda: process(out, **options), 60.0)
+
+    start.study_ids = study_ids
+    return start
+
+
+def at(study_id, do):
+    """read_study that does something at one study."""
+    read = inference.read_study
+    return lambda folder, series: (do() if folder.name == str(study_id) else None, read(folder, series))[1]
+
+
+def kill(number):
+    os.kill(os.getpid(), number)
+    time.sleep(5)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        (lambda: kill(signal.SIGKILL), "SIGKILL (out of memory?)"),
+        (lambda: os._exit(0), "exit status 0"),
+    ],
+)
+def test_a_study_that_kills_the_process_is_passed_over_at_the_second_start(many, tmp_path, monkeypatch, how, words):
+    clean, out = many(tmp_path / "clean"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "read_study", at(DEADLY, how))
+        with pytest.raises(in_flight.ChildDied):
+            many(out)
+        for _ in range(2):
+            found = many(out)
+            why = f"the process died while it was at this study (2 times, at last of {words})"
+            assert found[str(DEADLY)][1].startswith(why)
+            np.testing.assert_allclose(found[str(DEADLY)][0], PRIOR, atol=1e-9)
+            del found[str(DEADLY)]
+            assert found == {i: result for i, result in clean.items() if i != str(DEADLY)}
+    assert not (out / "studies" / f"{DEADLY}.json").exists()
+    # The next start passes over it without a look, until its files change.
+    assert DEADLY not in [int(i) for i, result in many(out).items() if not result[1]]
+    (tmp_path / "test_images" / str(DEADLY) / "1.dcm").write_bytes(b"mended")
+    assert many(out) == clean and not (out / "in_flight").exists()
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_where_there_can_be_no_child_it_is_passed_over_at_the_third_start(many, tmp_path, monkeypatch, readers):
+    clean = many(tmp_path / "clean")
+    monkeypatch.setattr(inference, "can_run_in_child", lambda: False)
+    monkeypatch.setattr(inference, "read_study", at(DEADLY, lambda: os._exit(3)))
+    for _ in range(2):
+        with pytest.raises(in_flight.ChildDied):
+            many(tmp_path / "out", readers=readers)
+    found = many(tmp_path / "out", readers=readers)
+    assert found.pop(str(DEADLY))[1].startswith("the process died while it was at this study (2 times)")
+    assert found == {i: result for i, result in clean.items() if i != str(DEADLY)}
+
+
+def test_a_study_whose_prediction_kills_the_process_is_passed_over_too(many, tmp_path, monkeypatch):
+    clean, predict = many(tmp_path / "clean"), inference.predict_crops
+
+    def predict_crops(models, crops, *rest):
+        return os._exit(1) if (crops == DEADLY).any() else predict(models, crops, *rest)
+
+    monkeypatch.setattr(inference, "predict_crops", predict_crops)
+    with pytest.raises(in_flight.ChildDied):
+        many(tmp_path / "out")
+    found = many(tmp_path / "out")
+    assert "2 times, at last of exit status 1" in found.pop(str(DEADLY))[1]
+    assert found == {i: result for i, result in clean.items() if i != str(DEADLY)}
+
+
+def test_kills_from_outside_cost_no_study(many, tmp_path, monkeypatch):
+    """Whatever is in flight when somebody kills the process again and again; the parent and its child alike."""
+    clean, read = many(tmp_path / "clean"), inference.read_study
+    for number in (101, 104, 107, 110, 111):
+        parent = []
+
+        def killed(folder, series, number=number, parent=parent):
+            if folder.name == str(number):
+                os.kill(parent[0], signal.SIGKILL)
+                time.sleep(5)
+            return read(folder, series)
+
+        monkeypatch.setattr(inference, "read_study", killed)
+        start = inference.InFlight
+        monkeypatch.setattr(inference, "InFlight", lambda *a, p=parent, s=start: (p.append(os.getpid()), s(*a))[1])
+        with pytest.raises(in_flight.ChildDied):
+            many(tmp_path / "out")
+        monkeypatch.setattr(inference, "InFlight", start)
+    monkeypatch.setattr(inference, "read_study", read)
+    assert many(tmp_path / "out") == clean and not (tmp_path / "out" / "in_flight").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_orderly_end_makes_no_suspects(many, tmp_path, monkeypatch, number):
+    def stop():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.kill(os.getpid(), number)
+
+    save = inference._save_result
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "_save_result", lambda *a: (stop() if a[0].stem == "106" else None, save(*a))[1])
+        with pytest.raises(in_flight.ChildDied, match="SIGTERM" if number == signal.SIGTERM else "exit status 1"):
+            many(tmp_path / "out")
+    assert (tmp_path / "out" / "studies" / "104.json").is_file() and not (tmp_path / "out" / "in_flight").exists()
+
+
+def test_a_passed_over_study_keeps_what_it_had(many, tmp_path, monkeypatch):
+    """A result of fewer members stands where doing the study again with all of them kills the process."""
+    out = tmp_path / "out"
+    many(out)
+    path = out / "studies" / f"{DEADLY}.json"
+    result = json.loads(path.read_text())["result"] | {"dropped": ["study: not run"]}
+    path.write_text(json.dumps({"result": result, "sha256": inference._digest(result)}))
+    first = many(tmp_path / "clean")[str(DEADLY)][0]
+    monkeypatch.setattr(inference, "read_study", at(DEADLY, lambda: os._exit(1)))
+    with pytest.raises(in_flight.ChildDied):
+        many(out)
+    rows, problems = many(out)[str(DEADLY)]
+    assert rows == first and "2 times" in problems and "prior" not in problems
+
+
+# ---- A limit on CPU time ----
+
+
+def test_a_study_that_works_too_long_is_given_up(data, networks, tmp_path, monkeypatch):
+    def long_work(study, model, detector):
+        while study.study_id == 1:
+            limits.check_limit()
+        return [utils.LevelBox("l1_l2", np.zeros(3), np.eye(3), np.ones(3), 1.0, "t2")] * 5, [], None
+
+    monkeypatch.setattr(inference, "STUDY_S", 0.2)
+    monkeypatch.setattr(inference, "locate_levels_surely", long_work)
+    found, log, _ = infer(data, members(), tmp_path / "out")
+    np.testing.assert_allclose(found[2], np.tile(SAYS, (5, 5, 1)), atol=1e-9)
+    assert "TookTooLong: more than 0.2 s of CPU time" in log.loc[1, "problems"]
+    assert not (tmp_path / "out" / "studies" / "1.json").exists()  # a faster machine may finish it
+
+
+def test_threads_end_with_the_run(data, networks, tmp_path, monkeypatch):
+    """Also those that were at work when the time was up: the next check of their limit ends them."""
+    ended = []
+
+    def long_work(study, model, detector):
+        try:
+            while True:
+                limits.check_limit()
+                time.sleep(0.001)
+        except limits.TookTooLong as error:
+            ended.append(str(error))
+            raise
+
+    monkeypatch.setattr(inference, "locate_levels_surely", long_work)
+    _, log, _ = infer(data, members(), tmp_path / "out", hours=0.0003, reserve=0.0, readers=2)
+    assert ended == ["no longer wanted: the run has ended"] * 2
+    assert not [t for t in threading.enumerate() if t.name.endswith("(_run)")]
+
+
+def test_threads_that_nobody_closed_are_waited_for_when_the_process_exits():
+    begun, ended = threading.Event(), []
+
+    def work(job):
+        begun.set()
+        while not ahead.stopped:
+            time.sleep(0.001)
+        time.sleep(0.05)  # a last call into PyTorch
+        ended.append(job)
+
+    ahead = inference._Ahead([1, 2], work, 1, 2)
+    with pytest.raises(queue.Empty):  # the first is given up
+        ahead.take(0.02)
+    with pytest.raises(queue.Empty):
+        ahead.take(9.0, 0.02)
+    assert begun.is_set() and not ended
+    inference._close_all()
+    assert sorted(ended) == [1, 2]
 
 
 # ---- The device's memory, and the device ----

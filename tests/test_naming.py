@@ -260,8 +260,8 @@ def test_a_body_at_the_border_counts_less(monkeypatch):
 
     def found(shift):
         one = {"corners_px": corners + [shift, 0], "score": 0.9, "logits": np.zeros(CLASSES)}
-        monkeypatch.setattr(spinenet, "spinenet_maps", lambda *args: None)
-        monkeypatch.setattr(spinenet, "decode_slices", lambda *args: [[one] for _ in volume.array])
+        monkeypatch.setattr(spinenet, "spinenet_maps", lambda model, images, batch_size: images)
+        monkeypatch.setattr(spinenet, "decode_slices", lambda maps, resolution_mm: [[one] for _ in maps])
         (body,) = utils.detect_vertebrae(type("Model", (), {"resolution_mm": 2.0}), volume)
         return body.confidence
 
@@ -405,7 +405,7 @@ class Detector:
         return [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 0, shift]) for v in self.bodies]
 
 
-def test_a_killed_run_continues(tmp_path):
+def test_a_killed_run_continues(tmp_path, capsys):
     _, bodies = chain(6)
     paths = {}
     for study_id in (3, 1, 2):
@@ -427,10 +427,16 @@ def test_a_killed_run_continues(tmp_path):
     for study_id in paths:
         np.testing.assert_array_equal(whole[2][study_id]["sagittal"], result[2][study_id]["sagittal"])
     # A damaged file and results of another prior are made anew.
-    (kept / "1.json").write_text('{"key": ')
-    again = Detector(bodies)
-    utils.locate_studies(paths, None, PRIOR, kept, detector=again)
-    assert again.calls == 1 and json.loads((kept / "1.json").read_text())["levels"]
+    good = json.loads((kept / "1.json").read_text())
+    damaged = [good | {"levels": "x"}, good | {"levels": []}, good | {"vertebrae": [{"x": 1}]}, good | {"anchors": [0]}]
+    damaged = map(json.dumps, [*damaged, good | {"anchors": {"axial": [0, 0, None]}}, [], 7])
+    for text in ('{"key": ', "", "[" * 100_000, *damaged):
+        (kept / "1.json").write_text(text)
+        again = Detector(bodies)
+        table, _, _ = utils.locate_studies(paths, None, PRIOR, kept, detector=again)
+        assert again.calls == 1 and json.loads((kept / "1.json").read_text()) == good
+        pd.testing.assert_frame_equal(whole[0], table)
+        assert f"{kept / '1.json'} is no result of study 1" in capsys.readouterr().out
     again = Detector(bodies)
     utils.locate_studies(paths, None, prior_of(range(9000, 9005)), kept, detector=again)
     assert again.calls == 3

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import utils
+from lumbar import levels, limits, spinenet
 
 NAMES = utils.VERTEBRAE  # T10 ... S2, head to foot
 CLASSES = len(utils.SPINE_CLASSES)
@@ -232,6 +233,151 @@ def test_a_body_in_a_single_slice_is_dropped():
     tracks = utils.link_slices([[detection], [detection, other], [], [detection | {"corners_px": corners + 1}]])
     assert sorted(len(track) for track in tracks) == [1, 3]  # the gap of one slice is bridged
     assert sorted(len(t) for t in utils.link_slices([[detection], [], [], [detection]])) == [1, 1]
+
+
+# -- bounds
+
+
+class Noise(torch.nn.Module):
+    """Sees bodies everywhere. Counts the pixels that went through it, in all and at most at a time."""
+
+    resolution_mm = 2.0
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+        self.about, self.pixels, self.most = {"prior": PRIOR}, 0, 0
+
+    def forward(self, x):
+        self.pixels, self.most = self.pixels + x.numel(), max(self.most, x.numel())
+        maps = torch.randn((len(x), 13 + CLASSES, *x.shape[2:]), generator=torch.Generator().manual_seed(0))
+        maps[:, 5:13] *= 2
+        return maps
+
+
+def many_slices(count, side=20, **options):
+    return empty_volume(slices=count, rows=side, columns=side, **options)
+
+
+def test_a_slice_larger_than_a_spine_is_refused_before_it_is_resampled(monkeypatch):
+    monkeypatch.setattr(spinenet, "sagittal_images", None)
+    for spacing in ((4.0, 9.9, 9.9), (4.0, 2.0, 9.9), (4.0, 9.9, 2.0), (4.0, 1e9, 1e9)):
+        with pytest.raises(ValueError, match="larger than any image of a spine"):
+            utils.detect_vertebrae(Noise(), empty_volume(rows=200, columns=200, spacing=spacing))
+
+
+def test_the_work_on_one_volume_is_bounded(monkeypatch):
+    monkeypatch.setattr(spinenet, "MAX_SEARCHED_PX", 20_000)
+    monkeypatch.setattr(spinenet, "MAX_SEARCHED_SLICES", 30)
+    monkeypatch.setattr(spinenet, "_BATCH_PX", 1000)
+    for volume, searched in ((many_slices(29), 29), (many_slices(31), 16), (many_slices(25, 60), 5)):
+        model = Noise()
+        utils.detect_vertebrae(model, volume)
+        side = volume.array.shape[1]
+        assert model.pixels == searched * side**2 and model.most <= max(1000, side**2)
+
+
+def test_every_nth_slice_stays_in_its_place():
+    volume = many_slices(10)
+    thinned = utils.every_nth_slice(volume, 3)
+    assert len(thinned.array) == 4 and thinned.instance_numbers.tolist() == [1, 4, 7, 10]
+    np.testing.assert_allclose(thinned.voxel_to_lps([3, 5, 5]), volume.voxel_to_lps([9, 5, 5]))
+    assert utils.every_nth_slice(volume, 1) is volume
+
+
+def test_the_batches_change_nothing(monkeypatch):
+    truth = spine(5)
+    study = utils.Study(7, [empty_volume()])
+    whole = utils.detect_vertebrae(Oracle(study, {1: truth}), study.volumes[0])
+    monkeypatch.setattr(spinenet, "_BATCH_PX", 1)
+    monkeypatch.setattr(spinenet, "_CONVERTED_PX", 1)
+    monkeypatch.setattr(spinenet, "_WINDOWS", 7)
+    for one, other in zip(whole, utils.detect_vertebrae(Oracle(study, {1: truth}), study.volumes[0]), strict=True):
+        np.testing.assert_array_equal(one.corners_lps_mm, other.corners_lps_mm)
+        np.testing.assert_array_equal(one.appearance, other.appearance)
+
+
+def test_of_too_many_peaks_the_highest_count(monkeypatch):
+    maps = Noise()(torch.zeros(2, 1, 90, 90))
+    maps[:, :5] = maps[:, :5].sigmoid()
+    every, values = spinenet._peaks(maps[:, :5], 2, 0.1, 10**6)
+    some, best = spinenet._peaks(maps[:, :5], 2, 0.1, 7)
+    assert len(every) > 10 * len(some) == 10 * 7 * 2 * 5
+    for number in range(2):
+        for kind in range(5):
+            of = [(peaks[:, :2] == [number, kind]).all(1) for peaks in (every, some)]
+            np.testing.assert_array_equal(np.sort(values[of[0], 0])[-7:], np.sort(best[of[1], 0]))
+    monkeypatch.setattr(spinenet, "MAX_BODIES", 5)
+    assert max(map(len, utils.decode_slices(maps, 2.0))) <= 5
+
+
+def test_of_too_many_bodies_the_surest_stay(monkeypatch):
+    bodies = [replace(v, confidence=c) for v, c in zip(spine(5), (0.3, 0.9, 0.5, 0.9, 0.1), strict=False)]
+    assert utils.surest(bodies) == bodies
+    monkeypatch.setattr(spinenet, "MAX_BODIES", 3)
+    assert utils.surest(bodies) == bodies[1:4]
+
+
+def test_a_study_of_many_volumes_is_thinned_and_noise_makes_no_endless_chain(monkeypatch):
+    volumes = [replace(many_slices(9, 40), block=k, affine=many_slices(9, 40).affine) for k in range(6)]
+    for k, volume in enumerate(volumes):
+        volume.affine[1, 3] += 300 * k
+    study = utils.Study(7, volumes)
+    model = Noise()
+    boxes, vertebrae, problem = utils.locate_levels_surely(study, model)
+    assert model.pixels == 6 * 9 * 1600 and len(boxes) == 5 and problem is None
+    monkeypatch.setattr(levels, "MAX_SEARCHED_PX", 3 * 9 * 1600)
+    model = Noise()
+    utils.locate_levels_surely(study, model)
+    assert model.pixels == 6 * 5 * 1600
+    monkeypatch.setattr(spinenet, "MAX_BODIES", 6)
+    _, vertebrae, _ = utils.locate_levels_surely(study, Noise())
+    assert len(vertebrae) <= 6 + len(utils.LEVELS) + 1
+
+
+def test_a_series_that_cannot_be_searched_costs_itself():
+    truth = spine(5)
+    wide = replace(empty_volume(), series_id=9, affine=empty_volume().affine * [1, 9, 9, 1])
+    study = utils.Study(7, [empty_volume(), empty_volume("Sagittal T1")])
+    oracle = Oracle(study, {1: truth, 2: truth})
+    alone, _, said = utils.locate_levels_surely(utils.Study(7, study.volumes[:1]), oracle, PRIOR)
+    assert said is None
+    both, _, said = utils.locate_levels_surely(utils.Study(7, [wide, study.volumes[0]]), oracle, PRIOR)
+    assert said.startswith("detection failed (ValueError: slices of") and said.endswith("in series 9")
+    np.testing.assert_allclose([b.center_lps_mm for b in both], [b.center_lps_mm for b in alone], atol=1.0)
+    boxes, _, said = utils.locate_levels_surely(utils.Study(7, [wide]), oracle, PRIOR)
+    assert said.endswith("the axial slices or the mean layout stand in") and len(boxes) == 5
+
+
+def test_locating_ends_when_its_time_is_over(monkeypatch):
+    monkeypatch.setattr(levels, "LOCATING_S", 0.0)
+    study = utils.Study(7, [many_slices(9), replace(many_slices(9), series_id=2)])
+    boxes, _, said = utils.locate_levels_surely(study, Noise())
+    assert len(boxes) == 5 and {box.source for box in boxes} == {"prior"}
+    assert said.startswith("detection failed (TookTooLong: more than 0 s of CPU time) in series 1, 2;")
+
+
+def test_limits_nest_and_end_with_their_blocks():
+    limits.check_limit()
+    with limits.cpu_limit(0.05):
+        with limits.cpu_limit(60.0, lambda: False):
+            limits.check_limit()
+            with pytest.raises(limits.TookTooLong, match="more than 0.05 s"):
+                while True:
+                    limits.check_limit()
+        with limits.cpu_limit(60.0, lambda: True), pytest.raises(limits.TookTooLong):
+            limits.check_limit()
+    limits.check_limit()
+
+
+def test_pieces_that_would_be_too_large_stay_apart(monkeypatch):
+    pieces = [replace(many_slices(4), block=k, affine=many_slices(4).affine) for k in range(3)]
+    for k, piece in enumerate(pieces):
+        piece.affine[0, 3] += 6 * 4.4 * k
+    (joined,) = levels._rejoined(pieces)
+    assert len(joined.array) == 16 and joined.array.dtype == np.float32
+    monkeypatch.setattr(levels, "_REJOINED_PX", 15 * 400)
+    assert levels._rejoined(pieces) == pieces
 
 
 def named(vertebrae):
