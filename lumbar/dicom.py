@@ -3,7 +3,7 @@
 One file may hold one slice (MR Image Storage) or many (Enhanced MR Image Storage, also Legacy Converted: multi-frame
 with functional groups). Files are known by their content, whatever their names.
 
-May use: pixels, stacks, volume, storage, names.
+May use: pixels, stacks, volume, storage, limits, names.
 """
 
 import io
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .limits import check_limit
 from .names import DESCRIPTIONS
 from .pixels import MAX_PIXELS, DicomProblem, padding_mask, plain_reason, stored_pixels
 from .stacks import KINDS_OF_IMAGE, Contrast, stack_slices, values_of
@@ -56,7 +57,7 @@ MAX_STEP_MM = 500.0
 # is more, every second slice is read, or every fourth, ... The largest real series reach about two thirds of any.
 MAX_SLICES = 512
 MAX_AREA_MM2 = 46e6  # 512 slices of 30 x 30 cm
-MAX_STUDY_PIXELS = 1 << 27  # a study that has more leaves out its further series
+MAX_STUDY_PIXELS = 1 << 26  # a study that has more leaves out its further series: float32 until it is normalised
 MAX_SENTENCES = 20  # about one series
 FEW_SLICES = 4  # fewer than this in a series are worth a sentence
 
@@ -463,6 +464,7 @@ def _read_series(folder, name, problems):
     files = _series_files(folder, name, problems)
     slices, taken, count, frames, every, strays, doubts = [], 0.0, 0, 0, 1, [], Counter()
     for path in files:
+        check_limit()
         if count % every:
             count += 1
             continue

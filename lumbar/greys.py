@@ -57,7 +57,10 @@ def normalise_volume(volume: Volume) -> Volume:
             if max(abs(low - other_low), abs(high - other_high)) > PADDING_EFFECT * (other_high - other_low) > 0:
                 array, low, high = np.where(padding, np.nan, array), other_low, other_high
     scale = 1.0 / (high - low) if high > low else 0.0
-    scaled = np.clip((array.astype(np.float32) - np.float32(low)) * np.float32(scale), -1, 8)
+    scaled = array.astype(np.float32)  # in place from here on: volumes may be large
+    scaled -= np.float32(low)
+    scaled *= np.float32(scale)
+    np.clip(scaled, -1, 8, out=scaled)
     return replace(volume, array=np.nan_to_num(scaled, copy=False, nan=0.0).astype(np.float16))
 
 
