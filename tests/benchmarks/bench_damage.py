@@ -91,11 +91,12 @@ def overlay_bits(dataset, index, rng):
 
 
 def signed_12(dataset, index, rng, extended):
-    """Values from -2048, with the offset that makes them the same; above the 12 bits the sign, or zeros."""
-    stored = values(dataset) - 2048
+    """Values around 0, with the intercept that makes them the same; above the 12 bits the sign, or zeros."""
+    offset = 200  # within the tissue
+    stored = np.minimum(values(dataset), 2047 + offset) - offset
     put(dataset, stored if extended else stored & 0xFFF, stored=12, signed=True)
     slope = float(dataset.get("RescaleSlope") or 1)
-    dataset.RescaleSlope, dataset.RescaleIntercept = f"{slope:g}", f"{2048 * slope:g}"
+    dataset.RescaleSlope, dataset.RescaleIntercept = f"{slope:g}", f"{offset * slope:g}"
 
 
 def eight_bits(dataset, index, rng):
@@ -398,9 +399,10 @@ def restated(vr, *keywords):
 def blanked(dataset, index, rng):
     for keyword in (
         "SliceThickness SpacingBetweenSlices RescaleSlope RescaleIntercept InstanceNumber PhotometricInterpretation "
-        "WindowCenter WindowWidth NumberOfFrames PixelPaddingValue PlanarConfiguration SeriesDescription"
+        "WindowCenter WindowWidth NumberOfFrames PlanarConfiguration SeriesDescription"
     ).split():
         put_text(dataset, keyword, "")
+    put_text(dataset, "PixelPaddingValue", "", "US")
 
 
 def litter(folder, rng):
