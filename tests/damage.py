@@ -5,6 +5,7 @@ Uses pydicom alone, nothing of the kit: what is tried should not help to make wh
 
 import io
 import math
+import re
 
 import numpy as np
 import pydicom
@@ -166,6 +167,21 @@ def sequence_of_nothing(dataset, items):
     dataset.add_new(0x00110010, "LO", "NOTHING")
     dataset.add_new(0x00111010, "SQ", [Dataset() for _ in range(items)])
     dataset[0x00111010].is_undefined_length = True
+
+
+def news(problems, known):
+    """The sentences of a log's problems that the text `known` has not, numbers aside."""
+
+    def sentences(text):
+        return sorted((re.sub(r"\d+(\.\d+)?", "#", said), said) for said in text.split(" | ") if said)
+
+    old, new = [what for what, _ in sentences(known)], []
+    for what, said in sentences(problems):
+        if what in old:
+            old.remove(what)
+        else:
+            new.append(said)
+    return new
 
 
 WEB_PAGE = b"<!DOCTYPE html>\n<html><head><title>403 Forbidden</title></head><body>Sign in to download.</body></html>\n"

@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -473,23 +472,6 @@ def content(folder):
     return found.hexdigest()
 
 
-def sentences(text):
-    """A log's problems, numbers aside, sorted: [(what, as it stands)]."""
-    return sorted((re.sub(r"\d+(\.\d+)?", "#", said), said) for said in str(text).split(" | ") if said)
-
-
-def news(damaged, clean):
-    """The sentences that the damaged study's log has and the clean one's has not."""
-    known = [what for what, _ in sentences(clean)]
-    new = []
-    for what, said in sentences(damaged):
-        if what in known:
-            known.remove(what)
-        else:
-            new.append(said)
-    return new
-
-
 def as_read(utils, study, described):
     """Digest of what a study's folder is read to: its volumes on the networks' scale, and its problems."""
     read = utils.normalise_study(utils.read_study(study, described))
@@ -585,7 +567,7 @@ def outcome(utils, data, members, ensemble, labels, table, clean):
         "probabilities": probabilities,
     }
     if clean is not None:
-        new = {i: news(problems[i], clean["problems"][i]) for i in problems}
+        new = {i: damage.news(problems[i], clean["problems"][i]) for i in problems}
         moved = {i: np.abs(np.subtract(p, clean["probabilities"][i])) for i, p in probabilities.items()}
         row["speaking"] = sum(map(bool, new.values()))
         row["moved"] = float(np.mean([m.mean() for m in moved.values()])) if moved else None
