@@ -14,6 +14,7 @@ module; pytest collects nothing here.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -856,9 +857,8 @@ def try_reading(seed, bases, good, study):
 def try_predicting(records, folder, members, bases, known):
     """Predict the mutants below folder/test_images and the neighbours; adds to the records.
 
-    known: {"neighbours": probabilities of each alone, "problems": what the log says of each base}."""
-    tests = folder / "test_images"
-    put_neighbours(tests, bases)
+    known: {"neighbours": the rows of each alone, "problems": what the log says of each base}."""
+    put_neighbours(folder / "test_images", bases)
     ids = [*NEIGHBOURS, *(1000 + record["seed"] for record in records)]
     write_descriptions(folder, ids)
     peak, started = Peak(), time.monotonic()
@@ -874,13 +874,12 @@ def try_predicting(records, folder, members, bases, known):
     log = log.set_index("study_id")
     table = submission.set_index("row_id")
     whole = table.index.is_unique and len(table) == 25 * len(ids)
-    off = max(
-        float(np.abs(table.loc[utils.row_ids(i), list(utils.SEVERITIES)].to_numpy() - known["neighbours"][i]).max())
-        for i in NEIGHBOURS
-    )
+    rows_of = table.reindex([row for i in ids for row in utils.row_ids(i)])[list(utils.SEVERITIES)]
+    rows_of = dict(zip(ids, rows_of.to_numpy(np.float64).reshape(len(ids), -1, 3), strict=True))
+    off = max(float(np.abs(rows_of[i] - known["neighbours"][str(i)]).max()) for i in NEIGHBOURS)
     for record in records:
         study_id = 1000 + record["seed"]
-        rows = table.reindex(utils.row_ids(study_id))[list(utils.SEVERITIES)].to_numpy(np.float64)
+        rows = rows_of[study_id]
         good = np.isfinite(rows).all(1) & (rows >= 0).all(1) & (np.abs(rows.sum(1) - 1) < 1e-9)
         record["rows"] = int(good.sum()) if whole else 0
         record["neighbours"] = off
@@ -913,7 +912,7 @@ def write_descriptions(folder, ids):
 
 
 def learn(bases, members, folder):
-    """What good studies give: (the bases as read, `known` of try_predicting)."""
+    """What good studies give: `known` of try_predicting."""
     tests = folder / "test_images"
     put_neighbours(tests, bases)
     for number, base in enumerate(bases):
@@ -923,17 +922,18 @@ def learn(bases, members, folder):
         folder, "test", members, utils.default_ensemble(), folder / "out", readers=1
     )
     table, log = submission.set_index("row_id"), log.set_index("study_id")
-    known = {
-        "neighbours": {i: table.loc[utils.row_ids(i), list(utils.SEVERITIES)].to_numpy() for i in NEIGHBOURS},
-        "problems": [str(log.loc[10 + number, "problems"]) for number in range(len(bases))],
-    }
-    return [read(base) for base in bases], known
+    rows = {str(i): table.loc[utils.row_ids(i), list(utils.SEVERITIES)].to_numpy().tolist() for i in NEIGHBOURS}
+    return {"neighbours": rows, "problems": [str(log.loc[10 + k, "problems"]) for k in range(len(bases))]}
+
+
+def speaks(record):
+    """Whether study.problems or the log say anything of the mutant."""
+    return bool(record["problems"] or record.get("said"))
 
 
 def finish(record, bases, good, folder):
     """Whether the mutant is silently changed, and by which mutations."""
-    speaks = bool(record["problems"] or record.get("said"))
-    record["silent"] = bool(record["changes"]) and not speaks
+    record["silent"] = bool(record["changes"]) and not speaks(record)
     record["culprits"] = []
     if record["silent"]:
         names = record["kinds"]
@@ -959,8 +959,11 @@ def work(seeds, group, chosen):
             os.rename(Path(place) / "weights", weights)
     members = utils.load_members([weights], device="cpu")
     current = chosen.out / "current"
-    with tempfile.TemporaryDirectory() as place:
-        good, known = learn(bases, members, Path(place))
+    good, learnt = [read(base) for base in bases], chosen.out / "known.json"
+    if not learnt.is_file():
+        with tempfile.TemporaryDirectory() as place:
+            learnt.write_text(json.dumps(learn(bases, members, Path(place))))
+    known = json.loads(learnt.read_text())
     limit_memory(chosen.memory)
     for first in range(0, len(seeds), group):
         part = seeds[first : first + group]
@@ -970,10 +973,11 @@ def work(seeds, group, chosen):
                 current.write_text(json.dumps([seed]))
                 records.append(try_reading(seed, bases, good, place / "test_images" / str(1000 + seed)))
             current.write_text(json.dumps(part))
-            if not try_predicting(records, place, members, bases, known) and len(part) > 1:
-                sys.exit(3)  # one at a time, to know which it was
-            if len(part) > 1 and max(record.get("predict_mb", 0) for record in records) > 500:
-                sys.exit(3)
+            asked = [r for r in records if r["seed"] % chosen.predict == 0 or (r["changes"] and not r["problems"])]
+            if asked:
+                sound = try_predicting(asked, place, members, bases, known)
+                if len(part) > 1 and not (sound and asked[0]["predict_mb"] < 500):
+                    sys.exit(3)  # one at a time, to know which it was
             for seed, record in zip(part, records, strict=True):
                 current.write_text(json.dumps([seed]))
                 line = json.dumps(finish(record, bases, good, place))
@@ -1006,6 +1010,11 @@ def run(chosen):
     seeds = range(first, first + chosen.count)
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "bases").mkdir(exist_ok=True)
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((ROOT / "lumbar").glob("*.py")))).hexdigest()
+    kept = chosen.out / "code"
+    if kept.is_file() and kept.read_text() != code:
+        sys.exit(f"{chosen.out} holds mutants read by other code of lumbar/: take another --out, or empty it")
+    kept.write_text(code)
     todo = [seed for seed in seeds if seed not in read_records(chosen.out)]
     queue = [(todo[k : k + chosen.batch], chosen.group) for k in range(0, len(todo), chosen.batch)]
     started, current = time.monotonic(), chosen.out / "current"
@@ -1013,7 +1022,8 @@ def run(chosen):
         part, group = queue.pop(0)
         current.write_text("null")
         command = [sys.executable, __file__, "--work", ",".join(map(str, part)), "--group", str(group)]
-        command += ["--out", str(chosen.out), "--memory", str(chosen.memory)] + ["--fast"] * chosen.fast
+        command += ["--out", str(chosen.out), "--memory", str(chosen.memory)]
+        command += ["--predict", str(chosen.predict)] + ["--fast"] * chosen.fast
         log_path = chosen.out / "worker.log"
         with log_path.open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -1067,7 +1077,7 @@ def summary(records):
     """The counts as Markdown."""
     if not records:
         return "no mutants\n"
-    finished = [record for record in records if "rows" in record]
+    finished, predicted = [r for r in records if not r["crash"]], [r for r in records if "rows" in r]
     worst = {
         "seconds to read": max(records, key=lambda r: r.get("read_s", 0)),
         "seconds to read, locate and cut": max(records, key=lambda r: r.get("predict_s", 0)),
@@ -1083,11 +1093,12 @@ def summary(records):
         f"| mutants | {len(records)} |",
         f"| exceptions that escape | {sum(bool(r['escaped']) for r in records)} |",
         f"| processes that end (crash, memory, time) | {sum(bool(r['crash']) for r in records)} |",
-        f"| mutants with 25 sound rows | {sum(r['rows'] == 25 for r in finished)} of {len(finished)} |",
-        f"| neighbours' largest difference | {max((r['neighbours'] for r in finished), default=0):.2g} |",
+        f"| predicted mutants with 25 sound rows | {sum(r['rows'] == 25 for r in predicted)} of {len(predicted)} |",
+        f"| neighbours' largest difference | {max((r['neighbours'] for r in predicted), default=0):.2g} |",
         *(f"| worst {name} | {r.get(keys[name], 0):.4g} (seed {r['seed']}) |" for name, r in worst.items()),
-        f"| changed, and said | {sum(bool(r['changes']) and not r['silent'] for r in finished)} |",
-        f"| unchanged, nothing said | {sum(not r['changes'] and not r['problems'] for r in finished)} |",
+        f"| changed, and said | {sum(bool(r['changes']) and speaks(r) for r in finished)} |",
+        f"| unchanged, and something said | {sum(not r['changes'] and speaks(r) for r in finished)} |",
+        f"| unchanged, nothing said | {sum(not r['changes'] and not speaks(r) for r in finished)} |",
         f"| silently changed | {len(silent)} |",
         f"| ... of kinds that cannot be known | {len(known)} |",
         f"| ... **to be judged** | {len(silent) - len(known)} |",
@@ -1129,7 +1140,7 @@ def show(chosen):
     with tempfile.TemporaryDirectory() as folder:
         weights = tiny.write_members(Path(folder) / "weights", random_spinenet=chosen.fast)
         members = utils.load_members([weights], device="cpu")
-        good, known = learn(bases, members, Path(folder))
+        good, known = [read(base) for base in bases], learn(bases, members, Path(folder))
     record = try_reading(chosen.only, bases, good, place / "test_images" / str(1000 + chosen.only))
     try_predicting([record], place, members, bases, known)
     print(json.dumps(finish(record, bases, good, place), indent=1))
@@ -1142,6 +1153,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="mutants of another seed are others")
     parser.add_argument("--out", type=Path, default=Path("mutants"), help="folder of records.jsonl and summary.md")
     parser.add_argument("--only", type=int, help="the mutant with this seed (as records and summary name it) alone")
+    parser.add_argument(
+        "--predict", type=int, default=1, help="predict every n-th, and those that are read otherwise without a word"
+    )
     parser.add_argument("--fast", action="store_true", help="a small random SpineNet instead of the shipped one")
     parser.add_argument("--batch", type=int, default=96, help="mutants a process")
     parser.add_argument("--group", type=int, default=8, help="mutants that are predicted together")
@@ -1149,6 +1163,8 @@ def main():
     parser.add_argument("--time", type=int, default=180, help="seconds of a mutant before its process is killed")
     parser.add_argument("--work", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.predict < 1:
+        parser.error("--predict is 1 or more")
     if chosen.work:
         work([int(seed) for seed in chosen.work.split(",")], chosen.group, chosen)
     elif chosen.only is not None:

@@ -710,7 +710,7 @@ def identity(run, count):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, nargs="?", help="folder of a finished demo run")
-    parser.add_argument("--damages", default="", help="kinds, with commas; default all; a word stands for all with it")
+    parser.add_argument("--damages", default="", help="kinds, in this order; a word stands for all with it")
     parser.add_argument("--studies", type=int, default=10**6, help="the first so many test studies")
     parser.add_argument("--out", type=Path, default=Path("damage.md"), help="the table; a .json beside it keeps rows")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the networks")
@@ -736,7 +736,7 @@ def main():
     if unknown:
         parser.error(f"no kind {', '.join(unknown)}; --list names them")
     # A kind's own name means that kind alone, a part of names all that have it.
-    names = [n for n in KINDS if not words or n in words or any(w not in KINDS and w in n for w in words)]
+    names = list(dict.fromkeys(n for w in words or [""] for n in KINDS if n == w or (w not in KINDS and w in n)))
     kept_path, key = chosen.out.with_suffix(".json"), identity(chosen.run, chosen.studies)
     kept = json.loads(kept_path.read_text()) if kept_path.is_file() else {}
     rows = kept["rows"] if kept.get("key") == key else {}
