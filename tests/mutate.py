@@ -872,8 +872,7 @@ def try_predicting(records, folder, members, bases, known):
         return False
     wall_s = time.monotonic() - started
     log = log.set_index("study_id")
-    table = submission.set_index("row_id")
-    whole = table.index.is_unique and len(table) == 25 * len(ids)
+    table = submission.set_index("row_id", verify_integrity=True)
     rows_of = table.reindex([row for i in ids for row in utils.row_ids(i)])[list(utils.SEVERITIES)]
     rows_of = dict(zip(ids, rows_of.to_numpy(np.float64).reshape(len(ids), -1, 3), strict=True))
     off = max(float(np.abs(rows_of[i] - known["neighbours"][str(i)]).max()) for i in NEIGHBOURS)
@@ -881,7 +880,7 @@ def try_predicting(records, folder, members, bases, known):
         study_id = 1000 + record["seed"]
         rows = rows_of[study_id]
         good = np.isfinite(rows).all(1) & (rows >= 0).all(1) & (np.abs(rows.sum(1) - 1) < 1e-9)
-        record["rows"] = int(good.sum()) if whole else 0
+        record["rows"] = int(good.sum())
         record["neighbours"] = off
         record["predict_s"] = round(float(log.loc[study_id, ["reading_s", "locating_s", "cropping_s"]].sum()), 3)
         record["predict_mb"], record["beside"] = peak.mb(), len(records) - 1
