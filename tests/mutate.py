@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import damage  # noqa: E402
 import numpy as np  # noqa: E402
 import pydicom  # noqa: E402
-from damage import load, put, put_numbers, put_text, save, slices, values  # noqa: E402
+from damage import load, put, put_numbers, put_text, save, values  # noqa: E402
 
 import utils  # noqa: E402
 
@@ -61,6 +61,11 @@ def mutation(reason=""):
         return work
 
     return register
+
+
+def slices(folder):
+    """The *.dcm of a series that an earlier mutation has left as files of usual size."""
+    return [path for path in damage.slices(folder) if path.is_file() and path.stat().st_size < 10 << 20]
 
 
 def some(study, rng, most="all"):
@@ -964,6 +969,7 @@ def work(seeds, group, chosen):
             learnt.write_text(json.dumps(learn(bases, members, Path(place))))
     known = json.loads(learnt.read_text())
     limit_memory(chosen.memory)
+    start_mb = Peak.now("VmRSS")
     for first in range(0, len(seeds), group):
         part = seeds[first : first + group]
         with tempfile.TemporaryDirectory() as place:
@@ -982,7 +988,9 @@ def work(seeds, group, chosen):
                 line = json.dumps(finish(record, bases, good, place))
                 with (chosen.out / "records.jsonl").open("a") as file:
                     file.write(line + "\n")
-    current.write_text("[]")
+        current.write_text("[]")
+        if Peak.now("VmRSS") > start_mb + chosen.memory // 4:
+            sys.exit(4)  # what a mutant leaves behind is not to be the next one's end
 
 
 def limit_memory(extra_mb):
