@@ -690,8 +690,8 @@ def report(rows, names):
     clean = rows["clean"]
     lines = [
         f"{len(clean['problems'])} studies, clean score {clean['score']:.3f}, {clean['rows']} rows. "
-        f"Aim: within {WITHIN} of it, or every damaged study's log speaks. Of the files: logs with a new sentence about "
-        "reading, not only about what the networks miss. MB: the peak above the process' memory before.",
+        f"Aim: within {WITHIN} of it, or every damaged study's log speaks. Of the files: logs with a new "
+        "sentence about reading, not only about what the networks miss. MB: the peak above the memory before.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
