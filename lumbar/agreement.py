@@ -157,6 +157,50 @@ def mutual_information(first: np.ndarray, second: np.ndarray, bins: int = 24) ->
     return (entropy(joint.sum(0)) + entropy(joint.sum(1))) / both - 1 if both > 0 else 0.0
 
 
+BRIGHT = 0.55  # median grey value above which a sagittal series is doubted: air and muscle keep it below .45
+OPPOSED = -0.4  # correlation of sagittal and axial T2 at the same places below which one of them is turned round
+
+
+def doubtful_polarity(study) -> list[str]:
+    """Sentences about series whose dark and bright seem turned round.
+
+    Most of a sagittal image is dark: air, muscle and bone. And the sagittal and the axial T2 series show the same
+    tissue bright.
+
+    Parameters
+    ----------
+    study : Study
+        Normalised.
+    """
+    largest = _largest_volumes(study)
+    sentences = [
+        f"study {v.study_id}, series {v.series_id}: most of it is bright, dark and bright of {v.description} may be "
+        "turned round"
+        for v in largest
+        if v.plane == "sagittal" and np.median(v.array) > BRIGHT
+    ]
+    pair = [v for v in largest if "T2" in v.description]
+    if len(pair) == 2 and not any(f"series {v.series_id}:" in text for v in pair for text in sentences):
+        affine, shape = _coarse_grid(pair[0])
+        first, second = (_on_grid(volume, affine, shape) for volume in pair)
+        if np.isfinite(first + second).sum() >= LEAST_SHARED and correlation(first, second) < OPPOSED:
+            sentences.append(
+                f"study {study.study_id}, series {pair[0].series_id} and {pair[1].series_id}: what is bright in one is "
+                "dark in the other, one of them may be turned round"
+            )
+    return sentences
+
+
+def _largest_volumes(study):
+    """The largest volume of each kind of series, axial last."""
+    chosen = {}
+    for volume in study.volumes:
+        known = chosen.get(volume.description)
+        if known is None or volume.array.size > known.array.size:
+            chosen[volume.description] = volume
+    return sorted(chosen.values(), key=lambda volume: volume.description.startswith("Axial"))
+
+
 @dataclass(frozen=True)
 class DoubtfulScale:
     """A series whose stated pixel spacing others contradict. sure: two others agree with each other, and with this one
@@ -179,12 +223,7 @@ def doubtful_scales(study) -> list[DoubtfulScale]:
     study : Study
         Normalised.
     """
-    chosen = {}
-    for volume in study.volumes:
-        known = chosen.get(volume.description)
-        if known is None or volume.array.size > known.array.size:
-            chosen[volume.description] = volume
-    volumes = sorted(chosen.values(), key=lambda volume: volume.description.startswith("Axial"))
+    volumes = _largest_volumes(study)
     agreed, contradicted = Counter(), []
     for number, fixed in enumerate(volumes):
         for moving in volumes[number + 1 :]:

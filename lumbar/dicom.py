@@ -33,7 +33,7 @@ _TAGS = (
     "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue "
     "PixelPaddingRangeLimit PixelData FloatPixelData DoubleFloatPixelData ExtendedOffsetTable "
     "ExtendedOffsetTableLengths ImageType EchoTime EchoNumbers InversionTime DiffusionBValue SequenceName "
-    "AcquisitionNumber TemporalPositionIdentifier TriggerTime"
+    "AcquisitionNumber TemporalPositionIdentifier TriggerTime StudyInstanceUID"
 ).split()
 
 
@@ -365,7 +365,7 @@ def read_slices(path):
     column_lps (3,), spacing_mm (2,) (between rows, between columns), thickness_mm, step_mm, instance_number (of a file
     with one frame its name, as the competition's tables have it; with several the frame's number from 1), contrast
     (Contrast), passes (what tells one pass over the slices from another: acquisition, temporal position, trigger time,
-    name of the sequence), doubts (list of sentences).
+    name of the sequence), study_uid, doubts (list of sentences).
 
     row_lps is the direction in which the column index grows, column_lps that in which the row index grows
     (DICOM PS3.3 C.7.6.2.1.1). MONOCHROME1 (C.7.6.3.1.2: the smallest value is white)
@@ -419,13 +419,19 @@ def read_slices(path):
     stem = Path(path).stem
     number = int(stem) if stem.isdecimal() and len(stem) < 19 else max(0, _whole(dataset, "InstanceNumber"))
     number = number if abs(number) < 1 << 62 else 0
+    study_uid = str(_value(dataset, "StudyInstanceUID") or "")
     slices, problems = [], []
     for frame, (place, pixels) in enumerate(zip(places, stored, strict=True)):
         if isinstance(place, str):
             problems.append(f"frame {frame + 1}: {place}")
             continue
         own_padding = None if padding is None or not padding[frame].any() else padding[frame]
-        where = {"pixels": pixels, "padding": own_padding, "instance_number": frame + 1 if frames > 1 else number}
+        where = {
+            "study_uid": study_uid,
+            "pixels": pixels,
+            "padding": own_padding,
+            "instance_number": frame + 1 if frames > 1 else number,
+        }
         slices.append(where | place | {"doubts": place["doubts"] + doubts})
     return slices, problems
 

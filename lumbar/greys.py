@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .agreement import doubtful_scales
+from .agreement import doubtful_polarity, doubtful_scales
 from .pixels import at_the_border
 from .volume import Study, Volume
 
@@ -79,4 +79,5 @@ def normalise_study(study: Study) -> Study:
     doubts = doubtful_scales(replace(study, volumes=volumes))
     wrong = {doubt.series_id for doubt in doubts if doubt.sure}
     problems += [doubt.text + (", left out" if doubt.sure else "") for doubt in doubts]
+    problems += doubtful_polarity(replace(study, volumes=[v for v in volumes if v.series_id not in wrong]))
     return replace(study, volumes=[v for v in volumes if v.series_id not in wrong], problems=problems)

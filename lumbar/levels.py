@@ -846,7 +846,8 @@ def locate_levels_surely(study, model, prior=None, detector="own", layout=None):
             problem = f"detection failed {' and '.join(where[:3])}"
             if not _seen(vertebrae):
                 problem += "; the axial slices or the mean layout stand in"
-        return boxes, vertebrae, problem
+        sentences = [sentence for sentence in (problem, _odd_size(vertebrae)) if sentence]
+        return boxes, vertebrae, "; ".join(sentences) or None
     except Exception as error:
         problem = f"detection failed ({type(error).__name__}: {error}); the mean layout stands in"
     try:
@@ -856,8 +857,25 @@ def locate_levels_surely(study, model, prior=None, detector="own", layout=None):
 
 
 def _seen(vertebrae):
-    """Did a sagittal image show any of them?"""
-    return any(not set(v.source.split("+")) & set(_NOT_SEEN.split("|")) for v in vertebrae)
+    """Those that a sagittal image showed."""
+    return [v for v in vertebrae if not set(v.source.split("+")) & set(_NOT_SEEN.split("|"))]
+
+
+BODY_DEPTH_MM = (24.0, 43.0)  # of lumbar bodies from front to back: some 34 in adults, spread 3
+
+
+def _odd_size(vertebrae):
+    """A sentence where the lumbar bodies that were seen have no adult's size: then the images' scale is in doubt."""
+    corners = np.array([v.corners_lps_mm for v in _seen(vertebrae) if v.name in _LUMBAR[:-1]]).reshape(-1, 4, 3)
+    if len(corners) < 3:
+        return None
+    front, back = corners[:, [0, 3]].mean(1), corners[:, [1, 2]].mean(1)
+    depth_mm = float(np.median(np.linalg.norm(back - front, axis=1)))
+    if BODY_DEPTH_MM[0] <= depth_mm <= BODY_DEPTH_MM[1]:
+        return None
+    return (
+        f"the bodies seen are {depth_mm:.0f} mm deep, as few are: the pixel spacing of the sagittal series is doubtful"
+    )
 
 
 # CPU seconds for the search of one study. A usual one takes 4, two whole spines 11, the largest that is searched

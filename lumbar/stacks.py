@@ -88,6 +88,7 @@ def stack_slices(slices, study_id, series_id, description, problems):
     piece is one volume.
     """
     name = f"study {study_id}, series {series_id}"
+    slices = _of_one_study(slices, name, problems)
     volumes, contrasts = [], _contrasts(slices, description)
     for number, (contrast, own) in enumerate(contrasts):
         if number:
@@ -114,6 +115,20 @@ def stack_slices(slices, study_id, series_id, description, problems):
         longest = sorted(volumes, key=lambda volume: -len(volume.array))[:MAX_STACKS]
         volumes = [replace(v, block=k) for k, v in enumerate(sorted(longest, key=lambda volume: volume.block))]
     return volumes
+
+
+def _of_one_study(slices, name, problems):
+    """The slices without a few that state another examination than most: files of another patient among them. Where no
+    examination has most of the slices the numbers mean nothing, as after some anonymisers."""
+    stated = [item.get("study_uid", "") for item in slices]
+    most, count = Counter(stated).most_common(1)[0] if stated else ("", 0)
+    if count == len(slices) or count < 0.6 * len(slices):
+        return slices
+    others = [item["instance_number"] for item, uid in zip(slices, stated, strict=True) if uid != most]
+    problems.append(
+        f"{name}: {len(others)} files are of another examination (the first: {others[0]}) and were left out"
+    )
+    return [item for item, uid in zip(slices, stated, strict=True) if uid == most]
 
 
 # ---- Contrasts ----

@@ -512,3 +512,16 @@ def test_series_numbered_differently_leave_the_names_in_doubt():
     assert all("uncertain" in v.source for v in merged)
     agreed = utils.merge_vertebrae(first, first)
     assert not any("uncertain" in v.source for v in agreed)
+
+
+@pytest.mark.parametrize("factor, said", [(1.0, False), (1.6, True), (0.6, True)])
+def test_bodies_of_no_adults_size_are_said(factor, said):
+    square = np.array([[0.0, -17, 13], [0, 17, 13], [0, 17, -13], [0, -17, -13]])
+    names = ("L1", "L2", "L3", "L4", "L5", "S1")
+    bodies = [utils.Vertebra(factor * (square - [0, 0, 35 * k]), 40.0, 0.9, name, "t2") for k, name in enumerate(names)]
+    sentence = module._odd_size(bodies)
+    assert bool(sentence) == said
+    if said:
+        assert f"{34 * factor:.0f} mm deep" in sentence
+    placed = [replace(body, source="t2+extrapolated") for body in bodies]
+    assert module._odd_size(placed) is None

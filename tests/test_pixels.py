@@ -317,6 +317,19 @@ def scaled(volume, factor):
     return replace(volume, affine=affine)
 
 
+@pytest.mark.parametrize("description", utils.DESCRIPTIONS)
+def test_a_series_turned_round_is_said(good, description):
+    study = utils.Study(1, [turned(v) if v.description == description else v for v in good.volumes])
+    (sentence,) = agreement.doubtful_polarity(study)
+    (own,) = study.of(description)
+    assert f"{own.series_id}" in sentence and "turned round" in sentence
+    assert agreement.doubtful_polarity(good) == []
+
+
+def turned(volume):
+    return replace(volume, array=(1 - volume.array).astype(np.float16))
+
+
 def test_mutual_information_tells_dependence_from_none():
     rng = np.random.default_rng(0)
     a = rng.random(20_000)

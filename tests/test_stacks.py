@@ -274,6 +274,25 @@ def test_a_slice_of_another_pixel_size_is_left_out_and_said(study, right):
     assert any("file 4: 112 x 112 pixels of 5.59" in problem and "left out" in problem for problem in problems)
 
 
+def test_slices_of_another_examination_are_left_out_and_said(study, right):
+    def change(dataset, k):
+        if k in (2, 5):
+            dataset.StudyInstanceUID = "1.2.3.4"
+
+    each(study, change)
+    volumes, problems = read(study)
+    numbers = sorted(n for volume in volumes for n in volume.instance_numbers.tolist())
+    assert numbers == [1, 2, 4, 5, 7, 8, 9]
+    assert any("2 files are of another examination (the first: 3) and were left out" in p for p in problems)
+
+
+def test_examinations_that_differ_from_file_to_file_mean_nothing(study, right):
+    each(study, lambda dataset, k: setattr(dataset, "StudyInstanceUID", f"1.2.3.{k}"))
+    (volume,), problems = read(study)
+    assert_like(volume, right)
+    assert problems == []
+
+
 # ---- Files ----
 
 
