@@ -584,7 +584,7 @@ def outcome(utils, data, members, ensemble, labels, table, clean):
         moved = {i: np.abs(np.subtract(p, clean["probabilities"][i])) for i, p in probabilities.items()}
         row["speaking"] = sum(map(bool, new.values()))
         row["moved"] = float(np.mean([m.mean() for m in moved.values()])) if moved else None
-        row["silently_changed"] = sum(m.max() > CHANGED and not new[i] for i, m in moved.items())
+        row["silently_changed"] = sum(bool(m.max() > CHANGED) and not new[i] for i, m in moved.items())
         said = utils.problem_table([sentence for found in new.values() for sentence in found])
         row["said"] = [f"{times} x {example}" for _, times, example in said.head(3).itertuples(index=False)]
     return row
