@@ -547,7 +547,7 @@ def worker(run, names, count, threads, folder, whole=False):
                 row["seconds"] = round(time.monotonic() - started, 1)
         if name == "clean":
             clean = row
-        (folder / f"{name}.json").write_text(json.dumps(row))
+        (folder / f"{name}.json").write_text(json.dumps(row, default=np.generic.item))
     (folder / "current").write_text("")
 
 
