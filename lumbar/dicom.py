@@ -33,7 +33,7 @@ _TAGS = (
     "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue "
     "PixelPaddingRangeLimit PixelData FloatPixelData DoubleFloatPixelData ExtendedOffsetTable "
     "ExtendedOffsetTableLengths ImageType EchoTime EchoNumbers InversionTime DiffusionBValue SequenceName "
-    "AcquisitionNumber TemporalPositionIdentifier TriggerTime StudyInstanceUID"
+    "AcquisitionNumber TemporalPositionIdentifier TriggerTime StudyInstanceUID SeriesInstanceUID"
 ).split()
 
 
@@ -205,7 +205,7 @@ def _place(attributes):
     orientation = _numbers(attributes, "ImageOrientationPatient", 6)
     row, column = orientation[:3], orientation[3:]
     lengths = math.hypot(*row), math.hypot(*column)
-    if not (0.9 < lengths[0] < 1.1 and 0.9 < lengths[1] < 1.1 and abs(row @ column) < 0.05):
+    if not (0.9 < lengths[0] < 1.1 and 0.9 < lengths[1] < 1.1 and abs(row @ column) < 0.01):
         raise DicomProblem("ImageOrientationPatient is not two perpendicular unit vectors")
     spacing = _numbers(attributes, "PixelSpacing", 2)
     if (spacing <= 0).any():
@@ -365,7 +365,7 @@ def read_slices(path):
     column_lps (3,), spacing_mm (2,) (between rows, between columns), thickness_mm, step_mm, instance_number (of a file
     with one frame its name, as the competition's tables have it; with several the frame's number from 1), contrast
     (Contrast), passes (what tells one pass over the slices from another: acquisition, temporal position, trigger time,
-    name of the sequence), study_uid, doubts (list of sentences).
+    name of the sequence), study_uid, series_uid, doubts (list of sentences).
 
     row_lps is the direction in which the column index grows, column_lps that in which the row index grows
     (DICOM PS3.3 C.7.6.2.1.1). MONOCHROME1 (C.7.6.3.1.2: the smallest value is white)
@@ -419,7 +419,7 @@ def read_slices(path):
     stem = Path(path).stem
     number = int(stem) if stem.isdecimal() and len(stem) < 19 else max(0, _whole(dataset, "InstanceNumber"))
     number = number if abs(number) < 1 << 62 else 0
-    study_uid = str(_value(dataset, "StudyInstanceUID") or "")
+    uids = {f"{what}_uid": str(_value(dataset, f"{what.title()}InstanceUID") or "") for what in ("study", "series")}
     slices, problems = [], []
     for frame, (place, pixels) in enumerate(zip(places, stored, strict=True)):
         if isinstance(place, str):
@@ -427,12 +427,11 @@ def read_slices(path):
             continue
         own_padding = None if padding is None or not padding[frame].any() else padding[frame]
         where = {
-            "study_uid": study_uid,
             "pixels": pixels,
             "padding": own_padding,
             "instance_number": frame + 1 if frames > 1 else number,
         }
-        slices.append(where | place | {"doubts": place["doubts"] + doubts})
+        slices.append(where | uids | place | {"doubts": place["doubts"] + doubts})
     return slices, problems
 
 
@@ -525,7 +524,7 @@ def read_study(folder, descriptions):
     """
     folder = Path(folder)
     study_id = int(folder.name)
-    study = Study(study_id, [])
+    study, uids = Study(study_id, []), {}
     for series_id, description in descriptions.items():
         name = f"study {study_id}, series {series_id}"
         if description not in DESCRIPTIONS:
@@ -533,12 +532,13 @@ def read_study(folder, descriptions):
         elif sum(volume.array.size for volume in study.volumes) >= MAX_STUDY_PIXELS:
             study.problems.append(f"{name}: not read, the study's other series are as large as memory allows")
         else:
-            problems = []
+            problems, slices = [], []
             try:
                 slices = _read_series(folder / str(series_id), name, problems)
                 study.volumes += stack_slices(slices, study_id, series_id, description, problems)
             except Exception as error:  # whatever else a damaged series can do, it costs that series
                 problems.append(f"{name}: {type(error).__name__}: {error}")
+            uids[series_id] = Counter(item["study_uid"] for item in slices).most_common(1)[0][0] if slices else ""
             count = sum(len(volume.array) for volume in study.volumes if volume.series_id == series_id)
             if 0 < count < FEW_SLICES:
                 problems.append(f"{name}: {count} slices are all there is")
@@ -551,6 +551,10 @@ def read_study(folder, descriptions):
         there = set()
     for series_id in sorted(there - {str(series_id) for series_id in descriptions}):
         study.problems.append(f"study {study_id}, series {series_id}: not in the descriptions table, not used")
+    most, agree = Counter(uid for uid in uids.values() if uid).most_common(1)[0] if any(uids.values()) else ("", 0)
+    for series_id, uid in uids.items():
+        if uid and uid != most and agree > 1:
+            study.problems.append(f"study {study_id}, series {series_id}: is of another examination than the others")
     for description in DESCRIPTIONS:
         if not study.of(description):
             study.problems.append(f"study {study_id}: no {description} series")

@@ -88,7 +88,7 @@ def stack_slices(slices, study_id, series_id, description, problems):
     piece is one volume.
     """
     name = f"study {study_id}, series {series_id}"
-    slices = _of_one_study(slices, name, problems)
+    slices = _of_one_series(slices, name, problems)
     volumes, contrasts = [], _contrasts(slices, description)
     for number, (contrast, own) in enumerate(contrasts):
         if number:
@@ -117,18 +117,18 @@ def stack_slices(slices, study_id, series_id, description, problems):
     return volumes
 
 
-def _of_one_study(slices, name, problems):
-    """The slices without a few that state another examination than most: files of another patient among them. Where no
-    examination has most of the slices the numbers mean nothing, as after some anonymisers."""
-    stated = [item.get("study_uid", "") for item in slices]
-    most, count = Counter(stated).most_common(1)[0] if stated else ("", 0)
-    if count == len(slices) or count < 0.6 * len(slices):
-        return slices
-    others = [item["instance_number"] for item, uid in zip(slices, stated, strict=True) if uid != most]
-    problems.append(
-        f"{name}: {len(others)} files are of another examination (the first: {others[0]}) and were left out"
-    )
-    return [item for item, uid in zip(slices, stated, strict=True) if uid == most]
+def _of_one_series(slices, name, problems):
+    """The slices without a few that state another examination, or another series, than most: files that got into the
+    wrong folder. Where most state nothing in common the numbers mean nothing, as after some anonymisers."""
+    for key, what, least in (("study_uid", "another examination", 0.7), ("series_uid", "another series", 0.8)):
+        stated = [item.get(key, "") for item in slices]
+        most, count = Counter(stated).most_common(1)[0] if stated else ("", 0)
+        if count == len(slices) or count < least * len(slices):
+            continue
+        others = [item["instance_number"] for item in slices if item.get(key, "") != most]
+        problems.append(f"{name}: {len(others)} files are of {what} (the first: {others[0]}) and were left out")
+        slices = [item for item in slices if item.get(key, "") == most]
+    return slices
 
 
 # ---- Contrasts ----

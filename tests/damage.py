@@ -99,12 +99,13 @@ def renumber(dataset, number):
 
 def big_endian(dataset):
     """The same dataset in explicit VR big endian."""
+    swapped = dataset.pixel_array.astype(">u2").tobytes()  # first: both datasets share the element of the syntax
     other = Dataset()
     other.update({element.tag: element for element in dataset})
     other.preamble, other.file_meta = dataset.preamble, FileMetaDataset()
     other.file_meta.update(dataset.file_meta)
     other.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
-    other.PixelData = dataset.pixel_array.byteswap().tobytes()
+    other.PixelData = swapped
     return other
 
 

@@ -286,6 +286,21 @@ def test_slices_of_another_examination_are_left_out_and_said(study, right):
     assert any("2 files are of another examination (the first: 3) and were left out" in p for p in problems)
 
 
+def test_a_slice_of_another_series_is_left_out_and_said(study, right):
+    each(study, lambda dataset, k: setattr(dataset, "SeriesInstanceUID", "1.2.3.4") if k == 3 else None)
+    volumes, problems = read(study)
+    assert sum(len(volume.array) for volume in volumes) == 8
+    assert any("1 files are of another series (the first: 4) and were left out" in p for p in problems)
+
+
+def test_a_series_of_another_examination_is_said(base, tmp_path):
+    shutil.copytree(base, tmp_path / "1")
+    each(tmp_path / "1", lambda dataset, k: setattr(dataset, "StudyInstanceUID", "1.2.3.4"))
+    study = utils.read_study(tmp_path / "1", tiny.SERIES)
+    assert len(study.volumes) == 3
+    assert study.problems == ["study 1, series 103: is of another examination than the others"]
+
+
 def test_examinations_that_differ_from_file_to_file_mean_nothing(study, right):
     each(study, lambda dataset, k: setattr(dataset, "StudyInstanceUID", f"1.2.3.{k}"))
     (volume,), problems = read(study)
