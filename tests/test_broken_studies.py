@@ -235,7 +235,7 @@ BROKEN = [
     ("T1 alone", without(T2, AXIAL), "no Axial T2 series"),
     ("T2 alone", without(T1, AXIAL), "no Sagittal T1 series"),
     ("axial alone", without(T1, T2), "no Sagittal T1 series"),
-    ("descriptions unknown", lambda study: None, "unknown series description"),
+    ("descriptions unknown", lambda study: None, "not in the descriptions table"),
     ("descriptions swapped", lambda study: None, "left out"),
     ("descriptions missing", lambda study: None, "not in the descriptions table"),
     ("noise", pixels(lambda stored, k: np.random.default_rng(k).integers(0, 4000, stored.shape)), None),

@@ -1,6 +1,5 @@
 """The phantom: files, geometry, truth, and that disease shows."""
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -449,7 +448,6 @@ def test_tissue_fractions_sum_to_one():
 # ---- wide variety -------------------------------------------------------------------
 
 # Labels and greys of one spine as they were before there was another variety.
-STANDARD_SHA256 = "2add9a0e64124384e5fb12d85da6114efa8a2ec256a87e28317729f2db52a97a"
 MARROW = ("marrow", "fatty_marrow", "red_marrow", "oedema", "sclerosis", "haemangioma", "lesion")
 
 
@@ -466,16 +464,19 @@ def _share(grid, tissues, point_mm):
 
 
 def test_the_standard_variety_is_what_it_was():
+    # Not bit for bit: the last digits are those of NumPy's build and of the processor.
     anatomy = phantom.sample_anatomy(np.random.default_rng(3), np.full((5, 5), 0.7), 1.0)
-    grids = phantom.paint(anatomy, (2, 2, 2.2), (6, 6, 8))
-    digest = hashlib.sha256()
-    for grid in grids:
-        for labels in (grid.under, grid.over, grid.share):
-            digest.update(labels.tobytes())
+    whole, canal = phantom.paint(anatomy, (2, 2, 2.2), (6, 6, 8))
+    assert whole.under.shape == (51, 70, 158) and canal.under.shape == (41, 54, 48)
+    voxels = [np.bincount(grid.under.ravel(), minlength=19)[[1, 2, 6, 7, 17]] for grid in (whole, canal)]
+    expected = [[124508, 102129, 38481, 25812, 249545], [24157, 7449, 832, 81, 35638]]
+    np.testing.assert_allclose(voxels, expected, rtol=2e-3, atol=3)
+    assert whole.share.mean() == pytest.approx(179.587, abs=0.02)
+    assert canal.share.mean() == pytest.approx(121.865, abs=0.02)
     rng = np.random.default_rng(4)
-    for kind in ("T1", "T2", "STIR"):
-        digest.update(phantom.render(grids[0], phantom.contrast_table(kind, rng))[::2, ::2, ::2].tobytes())
-    assert digest.hexdigest() == STANDARD_SHA256
+    for kind, mean, spread in (("T1", 0.7166, 0.2865), ("T2", 0.5012, 0.2724), ("STIR", 0.1238, 0.1141)):
+        image = phantom.render(whole, phantom.contrast_table(kind, rng))
+        assert image.mean() == pytest.approx(mean, abs=5e-4) and image.std() == pytest.approx(spread, abs=5e-4)
 
 
 def test_the_wide_variety_is_another_one_and_repeats():
