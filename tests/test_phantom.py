@@ -447,7 +447,6 @@ def test_tissue_fractions_sum_to_one():
 
 # ---- wide variety -------------------------------------------------------------------
 
-# Labels and greys of one spine as they were before there was another variety.
 MARROW = ("marrow", "fatty_marrow", "red_marrow", "oedema", "sclerosis", "haemangioma", "lesion")
 
 
@@ -464,7 +463,8 @@ def _share(grid, tissues, point_mm):
 
 
 def test_the_standard_variety_is_what_it_was():
-    # Not bit for bit: the last digits are those of NumPy's build and of the processor.
+    # Labels and greys of one spine as they were before there was another variety. Not bit for bit: the last digits are
+    # those of NumPy's build and of the processor.
     anatomy = phantom.sample_anatomy(np.random.default_rng(3), np.full((5, 5), 0.7), 1.0)
     whole, canal = phantom.paint(anatomy, (2, 2, 2.2), (6, 6, 8))
     assert whole.under.shape == (51, 70, 158) and canal.under.shape == (41, 54, 48)
