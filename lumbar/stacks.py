@@ -22,6 +22,7 @@ KINDS_OF_IMAGE = frozenset(
 )
 NOT_MAGNITUDE = KINDS_OF_IMAGE - {"W", "WATER", "IP", "IN_PHASE"}
 
+USUAL_ECHO_MS = {"T1": 12.0, "T2": 100.0}  # echo times of spin echo series of the lumbar spine
 MAX_STACKS = 64  # volumes of a series: the longest stay
 SAME_SIZE = 2e-3  # relative difference of pixel spacings that is no difference: half a millimetre over an image
 SAME_AXES = 0.009  # of direction cosines: half a degree
@@ -149,12 +150,12 @@ def _contrasts(slices, description):
 
     def rank(group):
         contrast, own = group
-        echo = 0.0 if math.isnan(contrast.echo_ms) else contrast.echo_ms
+        usual_ms = USUAL_ECHO_MS["T2" if "T2" in description else "T1"]
         return (
             len(own) < most / 2,
             bool(contrast.kinds & NOT_MAGNITUDE),
             0.0 if math.isnan(contrast.b_value) else contrast.b_value,
-            -echo if "T2" in description else echo,
+            abs(math.log(max(contrast.echo_ms, 1.0) / usual_ms)) if contrast.echo_ms > 0 else 0.0,
             -len(own),
         )
 
