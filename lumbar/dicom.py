@@ -119,8 +119,10 @@ def _value(attributes, keyword):
     if element is None:
         return None
     if isinstance(element, tuple) and isinstance(element.value, bytes):  # not parsed yet
-        known = dictionary_VR(element.tag)
-        vr = known if element.VR in (None, "UN") and known in ("DS", "IS", "CS", "SH", "LO") else element.VR
+        vr = element.VR
+        if vr in (None, "UN"):
+            known = dictionary_VR(element.tag)
+            vr = known if known in ("DS", "IS", "CS", "SH", "LO", "UI") else vr
         if vr not in (None, *_BINARY):
             return _split(element.value.decode("ascii", "replace"))
     value = dataset.get(keyword)
