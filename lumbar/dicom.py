@@ -263,6 +263,7 @@ class _Counted:
 
     def __init__(self, file):
         self.file, self.left, self.name = file, MAX_READS, getattr(file, "name", "")
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
 
     def read(self, size=-1):
         self.left -= 1
@@ -271,15 +272,6 @@ class _Counted:
         if size is None or size < 0:  # only the rest of a deflated file is asked for so
             raise _Deflated
         return self.file.read(size)
-
-    def seek(self, *where):
-        return self.file.seek(*where)
-
-    def tell(self):
-        return self.file.tell()
-
-    def close(self):
-        self.file.close()
 
 
 class _Deflated(Exception):
