@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .agreement import odd_slices, same_contrast
+from .agreement import LEAST_SLICES, odd_slices, same_contrast
 from .volume import Volume
 
 # Words of ImageType, FrameType and ComplexImageComponent that tell images of one place apart.
@@ -99,7 +99,7 @@ def stack_slices(slices, study_id, series_id, description, problems):
                 problems.append(
                     f"{name}: {covered} slices of another contrast ({contrast} beside {chosen}) were left out"
                 )
-        for stack in _of_one_size(_parallel_stacks(own), name, problems):
+        for stack in _of_one_size(_parallel_stacks(own), description, name, problems):
             for one in _passes(stack, name, problems):
                 kept, sentences = _without_odd_slices(one)
                 problems += [f"{name}: {sentence}" for sentence in sentences]
@@ -221,23 +221,34 @@ def _parallel_stacks(slices):
     return stacks
 
 
-def _of_one_size(stacks, name, problems):
-    """The stacks without single slices of another matrix or pixel spacing than those around them: a header that is
-    wrong in one file gives a slice of the wrong scale."""
-    if not stacks:
+def _of_one_size(stacks, description, name, problems):
+    """The stacks without a few slices that lie among those of a larger one but share no grid with them: a header that
+    is wrong in one file, or a file of another patient, gives a slice of the wrong scale or place.
+
+    Among them is between two of them and parallel; in a sagittal series also next to them, and in another direction:
+    axial stacks, one for each disc, may differ.
+    """
+    most = max(stacks, key=len, default=[])
+    if len(most) < LEAST_SLICES:
         return stacks
-    most = max(stacks, key=len)
     places, kept = _places_mm(most), []
+    beside = 1.5 * np.median(np.diff(places))
     for stack in stacks:
         first, usual = stack[0], most[0]
-        along = np.abs(_axes(first) - _axes(usual)).max() < SAME_AXES
         own = np.array([item["position_lps"] for item in stack]) @ _normal(most)
-        between = along and ((places[0] < own) & (own < places[-1])).all()
-        sizes = [(item["pixels"].shape, item["spacing_mm"].round(3).tolist()) for item in (first, usual)]
-        if stack is most or len(stack) > len(most) / 5 or not between or sizes[0] == sizes[1]:
+        near = (places[0] - beside < own) & (own < places[-1] + beside)
+        if description.startswith("Axial"):
+            among = near.all() and np.abs(_axes(first) - _axes(usual)).max() < SAME_AXES
+        else:
+            among = near.any()
+        if stack is most or len(stack) > len(most) / 2 or not among:
             kept.append(stack)
             continue
         files = ", ".join(str(item["instance_number"]) for item in stack)
+        sizes = [(item["pixels"].shape, item["spacing_mm"].round(3).tolist()) for item in (first, usual)]
+        if sizes[0] == sizes[1]:
+            problems.append(f"{name}: file {files}: lies aside of the slices around it, left out")
+            continue
         (shape, mm), (other_shape, other_mm) = sizes
         problems.append(
             f"{name}: file {files}: {shape[0]} x {shape[1]} pixels of {mm[0]:g} x {mm[1]:g} mm between slices of "
