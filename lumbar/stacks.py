@@ -241,7 +241,7 @@ def _of_one_size(stacks, description, name, problems):
             among = near.all() and np.abs(_axes(first) - _axes(usual)).max() < SAME_AXES
         else:
             among = near.any()
-        if stack is most or len(stack) > len(most) / 2 or not among:
+        if stack is most or len(stack) > max(2, len(most) // 5) or not among:
             kept.append(stack)
             continue
         files = ", ".join(str(item["instance_number"]) for item in stack)
@@ -298,6 +298,8 @@ def _passes(stack, name, problems):
     if _is_one_pass(_places_mm(stack), thickness_mm):
         return [stack]
     passes = max(_partitions(stack), key=lambda parts: _explains(parts, thickness_mm))
+    if _explains(passes, thickness_mm)[0] < 0.8 and np.diff(_places_mm(stack)).min() >= SAME_PLACE_MM:
+        return [stack]  # one uneven pass, such as thin overlapping slices of which some are missing
     passes.sort(key=lambda own: (-len(own), min(item["instance_number"] for item in own)))
     full, *others = passes
     kept = [full]
@@ -364,7 +366,10 @@ def _partitions(stack):
     for k in order:
         turn[k] = seen[cluster[k]]
         seen[cluster[k]] += 1
-    yield _dealt(stack, turn)
+    inside = [np.ptp(places[cluster == one]) for one in range(cluster[-1] + 1)]
+    between = [places[cluster == one + 1][0] - places[cluster == one][-1] for one in range(cluster[-1])]
+    if max(inside) < min(between, default=math.inf):
+        yield _dealt(stack, turn)
 
 
 def _dealt(stack, key):

@@ -182,6 +182,24 @@ def test_odd_and_even_slices_of_two_acquisitions_are_one_volume(study, right):
     assert problems == []
 
 
+@pytest.mark.parametrize("thickness", ["14", ""])
+def test_overlapping_slices_with_one_missing_stay_one_series(study, thickness):
+    (study / "103" / "5.dcm").unlink()
+
+    def change(dataset, k):
+        dataset.SliceThickness, dataset.SpacingBetweenSlices = thickness, ""
+        moved(dataset, -0.8 * STEP_MM * (int(dataset.InstanceNumber) - 1) * direction)
+
+    first, second = (pydicom.dcmread(path) for path in files(study)[:2])
+    normal = np.cross(*np.array(first.ImageOrientationPatient, float).reshape(2, 3))
+    step = np.subtract(second.ImagePositionPatient, first.ImagePositionPatient).astype(float)
+    direction = np.sign(step @ normal)
+    each(study, change)
+    volumes, problems = read(study)
+    assert sorted(n for v in volumes for n in v.instance_numbers.tolist()) == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert [problem.split(": ", 1)[1] for problem in problems] == ["1 slices are missing in 1 places between others"]
+
+
 # ---- Contrasts ----
 
 
