@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from .storage import plain, write_json
+from .storage import plain, remove_parts, write_json
 
 MAX_JSON_BYTES = 1 << 24  # of a file that an earlier run left; a study's result has some 20 kB
 
@@ -106,6 +106,7 @@ class InFlight:
 
     def _read(self, is_done):
         left = {}
+        remove_parts(self.folder)  # the process may have died while it wrote an entry
         for path in sorted(self.folder.glob("*.json")):
             entry = _read_entry(path)
             if entry is not None and _lives(entry["process"]):

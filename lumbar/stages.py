@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from .parameters import PATH_PARAMETERS, READ_PATHS, check_device_here, check_notebook_parameters
-from .storage import plain, read_json, write_json
+from .storage import dead_part, plain, read_json, remove_parts, write_json
 from .tables import read_folds
 
 
@@ -450,44 +450,16 @@ def _lock(folder):
     return locked
 
 
-_PART = re.compile(r"(?:\.(?P<pid>\d+))?\.part(?:\.\w+)?$")
-
-
-def _is_alive(pid):
-    """Whether another process of this machine has this number."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
-
-
 def _remove_parts(folder):
     """Remove what killed processes left half written in a stage's folder, which this process has just locked.
 
     Not what bears the number of a living process: a worker of the killed one may live a moment longer.
     """
-    for place, below, files in os.walk(folder):
-        for name in [*files, *below]:
-            part = _PART.search(name)
-            if part is None or (part["pid"] and _is_alive(int(part["pid"]))):
-                continue
-            path = Path(place, name)
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-                below.remove(name)
-            else:
-                path.unlink(missing_ok=True)
+    remove_parts(folder)
     shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)  # of _continue_attached
     # OUT is not locked, and other machines may be writing in it, for as long as it takes to write a table.
-    for path in folder.parent.glob("*.part"):
-        part = _PART.search(path.name)
-        old = path.is_file() and time.time() - path.stat().st_mtime > 3600
-        if old and part["pid"] and not _is_alive(int(part["pid"])):
+    for path in folder.parent.glob("*.[0-9]*.part"):
+        if path.is_file() and time.time() - path.stat().st_mtime > 3600 and dead_part(path):
             path.unlink(missing_ok=True)
 
 
@@ -572,7 +544,7 @@ def _continue_attached(folder, identity, places):
         shutil.rmtree(part, ignore_errors=True)
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             target = part / path.relative_to(source)
-            if not _PART.search(path.name):
+            if dead_part(path) is None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)  # without its mode: inputs are read-only
         os.replace(part, folder)

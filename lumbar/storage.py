@@ -5,7 +5,9 @@ May use: nothing of the kit.
 
 import json
 import os
-from contextlib import contextmanager
+import re
+import shutil
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,49 @@ def write_whole(path):
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+_PART = re.compile(r"(?:\.(?P<pid>\d+))?\.part(?:\.\w+)?$")
+
+
+def _is_alive(pid):
+    """Whether another process of this machine has this number."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def dead_part(path):
+    """Whether a file or folder, by its name, is what a process wrote that has ended: half of what it was to be.
+
+    A name without a process's number counts as such, too: ask only in a folder that nobody else writes to. True, False,
+    or None for what is no part at all.
+    """
+    part = _PART.search(Path(path).name)
+    if part is None:
+        return None
+    return not (part["pid"] and _is_alive(int(part["pid"])))
+
+
+def remove_parts(folder):
+    """Remove what processes that have ended left half written in a folder and below: see `dead_part`."""
+    for place, below, files in os.walk(folder):
+        for name in [*files, *below]:
+            path = Path(place, name)
+            if not dead_part(path):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+                below.remove(name)
+            else:
+                with suppress(OSError):
+                    path.unlink()
 
 
 def _sync_folder(folder):
