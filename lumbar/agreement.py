@@ -7,6 +7,7 @@ May use: volume (in annotations only), geometry; numpy.
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from statistics import median
 
 import numpy as np
 
@@ -66,14 +67,15 @@ def odd_slices(stack: list[dict]) -> dict[int, str]:
         return {}
     images = [coarse(item) for item in stack]
     low, middle, high = np.array([_percentiles(image) for image in images]).T
-    spread = high - low
-    like = np.array([correlation(a, b) for a, b in zip(images, images[1:])])
+    middle, spread = middle.tolist(), (high - low).tolist()
+    like = [correlation(a, b) for a, b in zip(images, images[1:])]
+    noise = median(like) < UNLIKE  # of the whole stack: no slice has anything in common with the next
     scales = [(item["slope"], item["intercept"]) for item in stack]
     usual = max(set(scales), key=scales.count)
     odd = {}
     for k in range(len(stack)):
         near = [j for j in range(max(0, k - 2), min(len(stack), k + 3)) if j != k]
-        around, level = np.median(spread[near]), np.median(middle[near])
+        around, level = median(spread[j] for j in near), median(middle[j] for j in near)
         if not around > 0:
             continue
         ratio = spread[k] / around
@@ -84,11 +86,10 @@ def odd_slices(stack: list[dict]) -> dict[int, str]:
         elif scales[k] != usual and _fits_better(ratio, scales[k][0], usual[0]):
             odd[k] = f"its grey values do not fit its neighbours'{_stated(scales[k], usual)}"
         elif 0 < k < len(stack) - 1:
-            own, across = max(like[k - 1], like[k]), correlation(images[k - 1], images[k + 1])
-            if across > LIKE and own < -UNLIKE:
-                odd[k] = "its dark and bright are turned round against its neighbours'"
-            elif across > LIKE and own < UNLIKE:
-                odd[k] = "it has nothing in common with its neighbours"
+            own = max(like[k - 1], like[k])
+            if own < UNLIKE and (noise or correlation(images[k - 1], images[k + 1]) > LIKE):
+                turned = "its dark and bright are turned round against its neighbours'"
+                odd[k] = turned if own < -UNLIKE and not noise else "it has nothing in common with its neighbours"
         else:
             inner, own = (like[1], like[0]) if k == 0 else (like[-2], like[-1])
             if inner > LIKE and own < -LIKE:
@@ -97,8 +98,11 @@ def odd_slices(stack: list[dict]) -> dict[int, str]:
 
 
 def _percentiles(image):
-    there = np.sort(image[np.isfinite(image)])
-    return there[[there.size // 20, there.size // 2, there.size - 1 - there.size // 20]] if there.size else np.zeros(3)
+    there = image[np.isfinite(image)]
+    if not there.size:
+        return np.zeros(3)
+    places = [there.size // 20, there.size // 2, there.size - 1 - there.size // 20]
+    return np.partition(there, places)[places]
 
 
 def _stated(scale, usual):

@@ -203,7 +203,56 @@ def _measured(attributes, *keywords):
 
 
 def _place(attributes):
-    """The geometry, scale and contrast of one slice from a Dataset or _Frame -> dict, see read_slices."""
+    """All but the pixels of one slice from a Dataset or _Frame -> dict, see read_slices."""
+    return _look(attributes) | {"position_lps": _position(attributes)}
+
+
+# What differs from file to file of a series, and has no say in what _look and _uids return.
+_OF_ONE_FILE = (
+    "InstanceNumber ImagePositionPatient PixelPaddingValue PixelPaddingRangeLimit PixelData FloatPixelData "
+    "DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths"
+).split()
+
+
+@cache
+def _tags_of_one_file():
+    from pydicom.tag import Tag
+
+    return {Tag(keyword) for keyword in _OF_ONE_FILE}
+
+
+def _place_like(dataset, known):
+    """_place and _uids of a data set of one frame, taken from the last file's where all that they depend on has the
+    same bytes.
+
+    known: dict that holds what was found in the last file of the series, and is brought up to date.
+    """
+    own = _tags_of_one_file()
+    elements = tuple((tag, element.VR, element.value) for tag, element in dataset.items() if tag not in own)
+    key = (dataset.original_encoding, elements)
+    try:
+        shared = known.get(key)
+    except TypeError:  # a value that was parsed already, such as a sequence
+        return _place(dataset) | _uids(dataset)
+    if shared is None:
+        known.clear()  # elements of a damaged file may be large: one is held
+        shared = known[key] = _look(dataset) | _uids(dataset)
+    return shared | {"position_lps": _position(dataset)}
+
+
+def _uids(dataset):
+    return {f"{what}_uid": str(_value(dataset, f"{what.title()}InstanceUID") or "") for what in ("study", "series")}
+
+
+def _position(attributes):
+    position = _numbers(attributes, "ImagePositionPatient", 3)
+    if np.abs(position).max() > MAX_AWAY_MM:
+        raise DicomProblem("ImagePositionPatient is not in the scanner")
+    return position
+
+
+def _look(attributes):
+    """Orientation, sizes, scale and contrast of one slice from a Dataset or _Frame -> dict, see read_slices."""
     orientation = _numbers(attributes, "ImageOrientationPatient", 6)
     row, column = orientation[:3], orientation[3:]
     lengths = math.hypot(*row), math.hypot(*column)
@@ -214,9 +263,6 @@ def _place(attributes):
         raise DicomProblem("PixelSpacing is not positive")
     if (spacing < MIN_PIXEL_MM).any():
         raise DicomProblem("PixelSpacing is not a pixel of a body")
-    position = _numbers(attributes, "ImagePositionPatient", 3)
-    if np.abs(position).max() > MAX_AWAY_MM:
-        raise DicomProblem("ImagePositionPatient is not in the scanner")
     doubts = []
     thickness_mm = _length_mm(attributes, "SliceThickness", doubts) or 4.0
     # Some writers put the gap between slices here, others the distance of their middles: slices do not overlap.
@@ -230,7 +276,6 @@ def _place(attributes):
         str(word).strip().upper() for value in kind for word in ([value] if isinstance(value, str) else value or [])
     }
     return {
-        "position_lps": position,
         "row_lps": row / lengths[0],
         "column_lps": column / lengths[1],
         "spacing_mm": spacing,
@@ -286,12 +331,16 @@ def _read_dataset(path):
         head = file.read(1024)
         if not _is_dicom(head):
             raise NotDicom(f"no readable DICOM file ({_what_it_is(head)})")
-        file.seek(0)
-        try:
-            # `force` only lets files without the preamble through: _is_dicom looked at the others.
-            dataset = pydicom.dcmread(_Counted(file), specific_tags=_tags(), force=True)
-        except _Deflated:
-            dataset = _read_deflated(path, file)
+        content = head + file.read()
+    source = io.BytesIO(content)
+    # An element takes eight bytes at least: only a large file, or one that is inflated, can have too many.
+    if len(content) > 8 * MAX_READS or pydicom.uid.DeflatedExplicitVRLittleEndian.encode() in content:
+        source = _Counted(source)
+    try:
+        # `force` only lets files without the preamble through: _is_dicom looked at the others.
+        dataset = pydicom.dcmread(source, specific_tags=_tags(), force=True)
+    except _Deflated:
+        dataset = _read_deflated(path, source.file)
     if not dataset.file_meta.get("TransferSyntaxUID"):
         little, implicit = dataset.original_encoding[1], dataset.original_encoding[0]
         uid = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
@@ -351,8 +400,10 @@ def _groups(dataset, keyword):
     return dataset.get(keyword) or []
 
 
-def read_slices(path):
+def read_slices(path, known=None):
     """One MR file -> list with a dict a slice, and a list of sentences about frames that had to be left out.
+
+    known: dict that calls for the files of one series share: headers that say the same are understood once.
 
     A dict has: pixels (h, w) as stored, slope, intercept (values are pixels * slope + intercept, C.11.1.1.2), padding
     ((h, w) bool, or None: pixels that the file says are none, C.7.5.1.1.2), position_lps (3,), row_lps (3,),
@@ -387,7 +438,7 @@ def read_slices(path):
     if not own and frames > 1:
         raise DicomProblem(f"{frames} frames without functional groups: where they lie is not known")
     if not own:
-        places = [_place(dataset)]
+        places = [_place_like(dataset, {} if known is None else known)]
     elif len(own) != frames:
         raise DicomProblem(f"{frames} frames, but functional groups for {len(own)}")
     else:
@@ -395,7 +446,7 @@ def read_slices(path):
         places = []
         for group in own:
             try:
-                places.append(_place(_Frame(dataset, group, shared)))
+                places.append(_place(_Frame(dataset, group, shared)) | _uids(dataset))
             except DicomProblem as problem:
                 places.append(str(problem))
     stored, doubts = stored_pixels(dataset, frames)
@@ -413,7 +464,6 @@ def read_slices(path):
     stem = Path(path).stem
     number = int(stem) if stem.isdecimal() and len(stem) < 19 else max(0, _whole(dataset, "InstanceNumber"))
     number = number if abs(number) < 1 << 62 else 0
-    uids = {f"{what}_uid": str(_value(dataset, f"{what.title()}InstanceUID") or "") for what in ("study", "series")}
     slices, problems = [], []
     for frame, (place, pixels) in enumerate(zip(places, stored, strict=True)):
         if isinstance(place, str):
@@ -425,7 +475,7 @@ def read_slices(path):
             "padding": own_padding,
             "instance_number": frame + 1 if frames > 1 else number,
         }
-        slices.append(where | uids | place | {"doubts": place["doubts"] + doubts})
+        slices.append(where | place | {"doubts": place["doubts"] + doubts})
     return slices, problems
 
 
@@ -461,7 +511,7 @@ def _read_series(folder, name, problems):
     series, no more than this is held.
     """
     files = _series_files(folder, name, problems)
-    slices, taken, count, frames, every, strays, doubts = [], 0.0, 0, 0, 1, [], Counter()
+    slices, taken, count, frames, every, strays, doubts, known = [], 0.0, 0, 0, 1, [], Counter(), {}
     for path in files:
         check_limit()
         if count % every:
@@ -469,7 +519,7 @@ def _read_series(folder, name, problems):
             continue
         found, lost = [], []
         try:
-            found, lost = read_slices(path)
+            found, lost = read_slices(path, known)
             problems += [f"{name}: {path.name}: {problem}" for problem in lost]
         except NotDicom as problem:
             if _STRAY.fullmatch(path.name):
@@ -505,8 +555,8 @@ def _read_series(folder, name, problems):
 
 def _share(item):
     """How much of what one series may have a slice takes, 0 to 1."""
-    pixels = item["pixels"].size
-    return max(1 / MAX_SLICES, pixels / MAX_PIXELS, pixels * float(np.prod(item["spacing_mm"])) / MAX_AREA_MM2)
+    pixels, (rows_mm, columns_mm) = item["pixels"].size, item["spacing_mm"].tolist()
+    return max(1 / MAX_SLICES, pixels / MAX_PIXELS, pixels * rows_mm * columns_mm / MAX_AREA_MM2)
 
 
 def read_study(folder, descriptions):

@@ -67,16 +67,17 @@ def stored_pixels(dataset, frames: int = 1) -> tuple[np.ndarray, list[str]]:
     from pydicom.pixels import get_decoder
 
     syntax = dataset.file_meta.get("TransferSyntaxUID") if hasattr(dataset, "file_meta") else None
-    shape = (frames, dataset.get("Rows"), dataset.get("Columns"))
+    shape, samples = (frames, dataset.get("Rows"), dataset.get("Columns")), dataset.get("SamplesPerPixel")
     if any(isinstance(side, int) and side > MAX_SIDE_PX for side in shape[1:]) or (
         all(isinstance(side, int) for side in shape[1:]) and math.prod(shape) > MAX_PIXELS
     ):
         raise DicomProblem(f"states {' x '.join(map(str, shape))} pixels (frames, rows, columns): too many")
-    if dataset.get("SamplesPerPixel") not in (None, "", 1):
-        raise DicomProblem(f"pixels have {dataset.SamplesPerPixel} samples each: a colour picture")
-    data = dataset.get("PixelData")
-    if getattr(syntax, "is_encapsulated", False) and isinstance(data, bytes) and data.count(_ITEM) > MAX_FRAGMENTS:
-        raise DicomProblem(f"compressed pixels come in more than {MAX_FRAGMENTS} pieces")
+    if samples not in (None, "", 1):
+        raise DicomProblem(f"pixels have {samples} samples each: a colour picture")
+    if getattr(syntax, "is_encapsulated", False):
+        data = dataset.get("PixelData")
+        if isinstance(data, bytes) and data.count(_ITEM) > MAX_FRAGMENTS:
+            raise DicomProblem(f"compressed pixels come in more than {MAX_FRAGMENTS} pieces")
     sign_known = _fill_in(dataset)
     try:
         pixels, _ = get_decoder(syntax).as_array(dataset, raw=True, view_only=True)
@@ -165,11 +166,11 @@ def padding_mask(dataset, pixels: np.ndarray) -> np.ndarray | None:
     -------
     (frames, rows, columns) bool array, or None without any padding.
     """
-    values = [_stored_value(dataset, keyword) for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
-    if values[0] is None or pixels.dtype.kind not in "ui":
+    value = _stored_value(dataset, "PixelPaddingValue")
+    if value is None or pixels.dtype.kind not in "ui":
         return None
-    ends = [value for value in values if value is not None]
-    low, high = min(ends), max(ends)
+    limit = _stored_value(dataset, "PixelPaddingRangeLimit")
+    low, high = (value, value) if limit is None else sorted([value, limit])
     mask = (pixels >= low) & (pixels <= high)
     if not mask.any():
         return None
@@ -182,6 +183,8 @@ def padding_mask(dataset, pixels: np.ndarray) -> np.ndarray | None:
 def _stored_value(dataset, keyword) -> int | None:
     """An element that is a stored value (US or SS) as the pixels' decoding would give it; None if there is none."""
     value = dataset.get(keyword)
+    if value is None:
+        return None
     signed = dataset.get("PixelRepresentation") == 1
     if isinstance(value, bytes) and len(value) in (2, 4):  # its VR was not resolved
         value = int.from_bytes(value, "little", signed=signed)

@@ -9,6 +9,7 @@ May use: volume, agreement, names.
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 
@@ -23,6 +24,7 @@ KINDS_OF_IMAGE = frozenset(
 NOT_MAGNITUDE = KINDS_OF_IMAGE - {"W", "WATER", "IP", "IN_PHASE"}
 
 USUAL_ECHO_MS = {"T1": 12.0, "T2": 100.0}  # echo times of spin echo series of the lumbar spine
+LONGEST_T1_ECHO_MS, SHORTEST_T2_ECHO_MS = 50.0, 20.0  # STIR and gradient echo reach down to some 25
 MAX_STACKS = 64  # volumes of a series: the longest stay
 SAME_SIZE = 2e-3  # relative difference of pixel spacings that is no difference: half a millimetre over an image
 SAME_AXES = 0.009  # of direction cosines: half a degree
@@ -54,6 +56,13 @@ class Contrast:
         numbered = timed or self.echo_number == other.echo_number or min(self.echo_number, other.echo_number) < 0
         return near and numbered and self.kinds == other.kinds
 
+    def is_far(self, other: "Contrast") -> bool:
+        """True where the two are no variants of one protocol: echo times of which one is twice the other, other
+        kinds of image, diffusion beside none."""
+        apart = self.echo_ms > 2 * other.echo_ms or other.echo_ms > 2 * self.echo_ms  # never of NaN
+        weighted = not self.is_like(replace(other, echo_ms=math.nan, echo_number=-1))
+        return apart or weighted
+
     def __str__(self) -> str:
         said = [
             ("echo time {:g} ms", self.echo_ms),
@@ -83,17 +92,18 @@ def values_of(slices):
 def stack_slices(slices, study_id, series_id, description, problems):
     """Slices of one series -> list of Volumes; what is left out or doubtful is said in `problems`.
 
-    Slices of several contrasts never share a volume; where contrasts show the same places, only the one that the
-    description means is kept. Several passes over the same places (averages, repetitions) become a volume each. See
-    _parallel_stacks for what belongs together. A stack is cut where a step exceeds 1.75 times the usual one: each
-    piece is one volume.
+    Slices of several contrasts never share a volume. The one that the description means is kept, and what differs
+    little from it (an echo time, say) and lies elsewhere. Several passes over the same places (averages, repetitions)
+    become a volume each. See _parallel_stacks for what belongs together. A stack is cut where a step exceeds 1.75
+    times the usual one: each piece is one volume.
     """
     name = f"study {study_id}, series {series_id}"
     slices = _of_one_series(slices, name, problems)
     volumes, contrasts = [], _contrasts(slices, description)
+    problems += [f"{name}: {sentence}" for sentence in _unusual_echo(contrasts, description)]
     for number, (contrast, own) in enumerate(contrasts):
         if number:
-            own, covered = _elsewhere(own, volumes)
+            own, covered = ([], len(own)) if contrast.is_far(contrasts[0][0]) else _elsewhere(own, volumes)
             if covered:
                 chosen = ", ".join(str(other) for other, _ in contrasts[:number])
                 problems.append(
@@ -111,6 +121,9 @@ def stack_slices(slices, study_id, series_id, description, problems):
                         )
                     else:
                         volumes.append(replace(volume, block=len(volumes)))
+    count = sum(len(volume.array) for volume in volumes)
+    if count >= LEAST_SLICES and len(volumes) > count / 2:
+        problems.append(f"{name}: its {count} slices share no grid, they are {len(volumes)} separate stacks")
     if len(volumes) > MAX_STACKS:
         problems.append(f"{name}: {len(volumes)} separate stacks, the {MAX_STACKS} with most slices were kept")
         longest = sorted(volumes, key=lambda volume: -len(volume.array))[:MAX_STACKS]
@@ -124,7 +137,12 @@ def _of_one_series(slices, name, problems):
     for key, what, least in (("study_uid", "another examination", 0.7), ("series_uid", "another series", 0.8)):
         stated = [item.get(key, "") for item in slices]
         most, count = Counter(stated).most_common(1)[0] if stated else ("", 0)
-        if count == len(slices) or count < least * len(slices):
+        if count == len(slices):
+            continue
+        if count < least * len(slices):
+            kinds = len(set(stated))
+            if kinds <= len(slices) / 2:  # else each file has a number of its own: a writer's habit
+                problems.append(f"{name}: its files are of {kinds} {what.split()[-1]}s".replace("seriess", "series"))
             continue
         others = [item["instance_number"] for item in slices if item.get(key, "") != most]
         problems.append(f"{name}: {len(others)} files are of {what} (the first: {others[0]}) and were left out")
@@ -181,6 +199,15 @@ def _elsewhere(slices, volumes):
     return outside, len(slices) - len(outside)
 
 
+def _unusual_echo(contrasts, description):
+    """A sentence where the echo time is one of T2 in a series called T1, or the other way round."""
+    echo_ms = contrasts[0][0].echo_ms if contrasts else math.nan
+    low, high = (0.0, LONGEST_T1_ECHO_MS) if "T1" in description else (SHORTEST_T2_ECHO_MS, math.inf)
+    if low <= echo_ms <= high or not echo_ms > 0:
+        return []
+    return [f"an echo time of {echo_ms:g} ms is unusual for {description}: it may be another contrast"]
+
+
 # ---- Stacks and passes ----
 
 
@@ -191,34 +218,42 @@ def _parallel_stacks(slices):
     no step sideways of more than half a slice step and a millimetre: two discs with the same tilt have two stacks
     beside each other.
     """
-    groups = []
+    groups, seen = [], {}
     for item in slices:
         axes = _axes(item)
-        for group in groups:
-            first = group["slices"][0]
-            if (
-                first["pixels"].shape == item["pixels"].shape
-                and np.abs(item["spacing_mm"] / first["spacing_mm"] - 1).max() < SAME_SIZE
-                and np.abs(group["axes"] - axes).max() < SAME_AXES
-            ):
-                group["slices"].append(item)
-                break
-        else:
-            groups.append({"axes": axes, "slices": [item]})
+        stated = item["pixels"].shape, item["spacing_mm"].tobytes(), axes.tobytes()
+        group = seen.get(stated) or next((group for group in groups if _may_join(item, axes, group)), None)
+        if group is None:
+            group = {"axes": axes, "slices": []}
+            groups.append(group)
+        group["slices"].append(item)
+        seen[stated] = group
     stacks = []
     for group in groups:
         row, column = group["axes"][:3], group["axes"][3:]
-        normal = np.cross(row, column)
-        own = []
-        for item in sorted(group["slices"], key=lambda s: (float(s["position_lps"] @ normal), s["instance_number"])):
-            last = np.array([stack[-1]["position_lps"] for stack in own]).reshape(-1, 3)
-            aside = np.hypot(*((item["position_lps"] - last) @ np.stack([row, column], 1)).T)
-            if len(aside) and aside.min() <= 1.0 + 0.5 * item["step_mm"]:
-                own[int(np.argmin(aside))].append(item)
+        frame = np.stack([np.cross(row, column), row, column], 1)
+        places = [(*np.dot(item["position_lps"], frame).tolist(), item) for item in group["slices"]]
+        own = []  # of (its last slice's place along row and column, slices)
+        for _, x, y, item in sorted(places, key=lambda place: (place[0], place[3]["instance_number"])):
+            aside = [math.hypot(x - last_x, y - last_y) for last_x, last_y, _ in own]
+            nearest = aside.index(min(aside)) if aside else 0
+            if aside and aside[nearest] <= 1.0 + 0.5 * item["step_mm"]:
+                stack = own[nearest][2]
+                stack.append(item)
+                own[nearest] = x, y, stack
             else:
-                own.append([item])
-        stacks += own
+                own.append((x, y, [item]))
+        stacks += [stack for _, _, stack in own]
     return stacks
+
+
+def _may_join(item, axes, group):
+    first = group["slices"][0]
+    return (
+        first["pixels"].shape == item["pixels"].shape
+        and np.abs(item["spacing_mm"] / first["spacing_mm"] - 1).max() < SAME_SIZE
+        and np.abs(group["axes"] - axes).max() < SAME_AXES
+    )
 
 
 def _of_one_size(stacks, description, name, problems):
@@ -323,9 +358,9 @@ def _passes(stack, name, problems):
 def _without_twins(stack):
     """(the stack with one of slices that are the same in place and pixels, [(left out, of which), ...])."""
     unique, twins = [], []
-    places = _places_mm(stack)
+    places = _places_mm(stack).tolist()
     for k, item in enumerate(stack):
-        near = [j for j in unique if abs(places[k] - places[j]) < SAME_PLACE_MM]
+        near = takewhile(lambda j: places[k] - places[j] < SAME_PLACE_MM, reversed(unique))
         same = next((j for j in near if _same_image(stack[j], item)), None)
         if same is None:
             unique.append(k)
@@ -389,7 +424,7 @@ def _without_odd_slices(stack):
     """(the slices without those whose grey values fit none of their neighbours', sentences)."""
     odd = odd_slices(stack)
     if len(odd) > len(stack) / 4:
-        return stack, [f"grey scales of {len(odd)} of {len(stack)} slices do not fit their neighbours'"]
+        return stack, [f"grey values of {len(odd)} of {len(stack)} slices do not fit their neighbours'"]
     sentences = [f"file {stack[k]['instance_number']}: {reason}, left out" for k, reason in odd.items()]
     return [item for k, item in enumerate(stack) if k not in odd], sentences
 

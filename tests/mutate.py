@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,15 +53,24 @@ READ = (
 
 # Mutations: (study folder, rng, another study's folder) -> what was done, in words ------------------------------------
 
-MUTATIONS = {}  # name -> (function, why a silent change of this kind cannot be known; "" where it can)
+MUTATIONS = {}  # name -> (function, why a silent change of this kind cannot be known ("" where it can), of which words)
 
 
-def mutation(reason=""):
+def mutation(reason="", of=""):
+    """reason: why a silent change of this kind cannot be known; of: a regex, it holds where the words have this."""
+
     def register(work):
-        MUTATIONS[work.__name__] = work, reason
+        MUTATIONS[work.__name__] = work, reason, of
         return work
 
     return register
+
+
+def reason_for(name, record):
+    """Why a mutation of this name cannot be known in this mutant, "" where it can."""
+    _, reason, of = MUTATIONS[name]
+    words = [part for part in record["what"].split("; ") if part.startswith(f"{name}: ")]
+    return reason if all(re.search(of, part) for part in words) else ""
 
 
 def slices(folder):
@@ -213,16 +223,24 @@ def swap_series(study, rng, other):
     return f"{count} slices of {one[0].parent.name} and {two[0].parent.name} swapped"
 
 
-@mutation()
+@mutation("the files state the same examination", "anonymised")
 def mix_studies(study, rng, other):
-    """Slices of another patient beside or in place of this one's."""
+    """Slices of another patient beside or in place of this one's; anonymised: under the same identifiers."""
     paths, words = some(study, rng, "series")
-    beside = rng.random() < 0.5
+    beside, anonymised = rng.random() < 0.5, rng.random() < 0.3
     for number, path in enumerate(paths):
         source = other / path.parent.name / path.name
         if source.is_file():
-            shutil.copy(source, path.with_name(f"{800 + number}.dcm") if beside else path)
-    return f"another patient's slices {'beside' if beside else 'in place of'} {words}"
+            goal = path.with_name(f"{800 + number}.dcm") if beside else path
+            try:
+                dataset, own = load(source), load(path)
+                for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID") if anonymised else ():
+                    put_text(dataset, keyword, own[keyword].value)
+                save(dataset, goal)
+            except Exception:  # an earlier mutation has spoilt this patient's file
+                shutil.copy(source, goal)
+    whose = "another patient's anonymised slices" if anonymised else "another patient's slices"
+    return f"{whose} {'beside' if beside else 'in place of'} {words}"
 
 
 @mutation()
@@ -364,7 +382,7 @@ def state_syntax(study, rng, other):
         value += b"\0" * (len(value) % 2)
         group = bytes(data).find(b"\x02\x00\x00\x00UL\x04\x00") + 8
         total = int.from_bytes(data[group : group + 4], "little") + len(value) - length
-        data[group : group + 4] = total.to_bytes(4, "little")
+        data[group : group + 4] = (total % 2**32).to_bytes(4, "little")
         return bytes(data[: place + 6]) + len(value).to_bytes(2, "little") + value + bytes(data[place + 8 + length :])
 
     return f"transfer syntax stated as {syntax or 'nothing'}: {bytes_of(study, rng, change)}"
@@ -507,7 +525,7 @@ def move_little(study, rng, other):
     return f"moved by {np.linalg.norm(offset):.0f} mm: {words}"
 
 
-@mutation()
+@mutation("where the scanner has its origin changes no result", "all files")
 def move_far(study, rng, other):
     far_mm = float(rng.choice([300, 3000, 9e4, 2e5, 1e12, 1e30]))
     return f"moved by {far_mm:g} mm: {edit(study, rng, lambda dataset, rng: damage.move(dataset, far_mm))}"
@@ -553,7 +571,7 @@ def rescale(study, rng, other):
     return f"RescaleSlope {slope}, intercept {intercept}: {edit(study, rng, change)}"
 
 
-@mutation()
+@mutation("an image upside down or mirrored is an image", "(upside down|left for right): (series|all files)")
 def repaint(study, rng, other):
     """Pixels that are none of this slice."""
     paints = {
@@ -615,13 +633,14 @@ def state_size(study, rng, other):
     return f"Rows x {rows}, Columns x {columns}: {edit(study, rng, change)}"
 
 
-@mutation()
+@mutation("an image of a smaller field is an image", "series|all files")
 def resize(study, rng, other):
     """Slices with another matrix, the spacing unchanged."""
 
     def change(dataset, rng):
-        put(dataset, values(dataset)[: -int(rng.integers(1, 30)), : -int(rng.integers(1, 30))])
+        put(dataset, values(dataset)[:-rows, :-columns])
 
+    rows, columns = rng.integers(1, 30, 2)
     return f"cropped: {edit(study, rng, change)}"
 
 
@@ -760,9 +779,12 @@ def slices_of(study, series_id, shape):
 
 
 def greys_differ(one, two):
-    """(mean difference, correlation) of two slices, on what both show."""
+    """(mean difference, correlation) of two slices, on what both show: not where padding blackens up to a third."""
     rows, columns = np.minimum(one.shape, two.shape)
     one, two = (pixels[:rows, :columns].astype(np.float64) for pixels in (one, two))
+    black = two == 0
+    if 0 < black.mean() < 1 / 3:
+        one, two = one[~black], two[~black]
     if (one == two).all():
         return 0.0, 1.0
     alike = np.corrcoef(one.ravel(), two.ravel())[0, 1] if one.std() > 0 and two.std() > 0 else 0.0
@@ -1091,7 +1113,7 @@ def summary(records):
     }
     keys = dict(zip(worst, ("read_s", "predict_s", "read_mb", "predict_mb"), strict=True))
     silent = [record for record in finished if record["silent"]]
-    known = [r for r in silent if all(MUTATIONS[name][1] for name in r["culprits"])]
+    known = [r for r in silent if all(reason_for(name, r) for name in r["culprits"])]
     lines = [
         "| | |",
         "|---|---|",
@@ -1116,9 +1138,11 @@ def summary(records):
     of_kind = Counter(name for record in records for name in set(record["kinds"]))
     silent_of = Counter(name for record in silent for name in set(record["culprits"]))
     trouble_of = Counter(n for r in records if r["escaped"] or r["crash"] for n in set(r["kinds"]))
-    for name in sorted(MUTATIONS, key=lambda name: (bool(MUTATIONS[name][1]), -silent_of[name], name)):
-        reason = MUTATIONS[name][1]
-        said = f"undetectable: {reason}" if reason else ""
+    for name in sorted(
+        MUTATIONS, key=lambda name: (bool(MUTATIONS[name][1]) and not MUTATIONS[name][2], -silent_of[name], name)
+    ):
+        _, reason, of = MUTATIONS[name]
+        said = f"undetectable{f' ({of})' if of else ''}: {reason}" if reason else ""
         lines.append(f"| {name} | {of_kind[name]} | {silent_of[name]} | {trouble_of[name]} | {said} |")
     lines += ["", "To be judged:", ""]
     judged = [record for record in silent if record not in known]

@@ -436,7 +436,7 @@ def test_frames_of_one_file_are_thinned_alike(monkeypatch, tmp_path):
     (tmp_path / "1.dcm").touch()
     place = {"pixels": np.zeros((4, 4)), "spacing_mm": np.ones(2), "doubts": []}
     frames = [place | {"instance_number": number} for number in range(1, 41)]
-    monkeypatch.setattr(dicom, "read_slices", lambda path: ([dict(frame) for frame in frames], []))
+    monkeypatch.setattr(dicom, "read_slices", lambda path, known: ([dict(frame) for frame in frames], []))
     monkeypatch.setattr(dicom, "MAX_SLICES", 10)
     problems = []
     slices = dicom._read_series(tmp_path, "series", problems)

@@ -277,6 +277,15 @@ def test_a_slice_of_another_scale_order_or_polarity_is_left_out_and_said(tmp_pat
         np.testing.assert_allclose(image, right.array[right.slice_of(number)], atol=0.3)
 
 
+def test_a_series_of_noise_is_said(tmp_path, base):
+    def change(dataset, k):
+        restate(dataset, np.random.default_rng(k).integers(0, 800, dataset.pixel_array.shape))
+
+    study = utils.read_study(copied(base, tmp_path, change), T2)
+    assert len(study.volumes[0].array) == 9
+    assert any("grey values of 7 of 9 slices do not fit" in problem for problem in study.problems)
+
+
 def test_slopes_that_differ_from_slice_to_slice_are_no_fault(tmp_path, base, right):
     def change(dataset, k):
         slope = 1 + k / 3

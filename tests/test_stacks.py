@@ -250,6 +250,38 @@ def test_contrasts_are_never_mixed(study, right, told, jitter_mm, order):
         np.testing.assert_array_equal(np.sort(volume.array.sum((1, 2))), np.sort(right.array.sum((1, 2))))
 
 
+def test_a_slice_of_another_weighting_is_left_out_wherever_it_lies(study):
+    each(study, lambda dataset, k: setattr(dataset, "EchoTime", 12 if k == 0 else 100))
+    (volume,), problems = read(study)
+    assert len(volume.array) == 8
+    assert len(problems) == 1 and "1 slices of another contrast (echo time 12 ms" in problems[0]
+
+
+@pytest.mark.parametrize("echo_ms, said", [(8, True), (30, False), (100, False)])
+def test_an_echo_time_of_another_weighting_is_said(study, echo_ms, said):
+    each(study, lambda dataset, k: setattr(dataset, "EchoTime", echo_ms))
+    _, problems = read(study)
+    assert any("is unusual for Sagittal T2/STIR" in problem for problem in problems) == said
+
+
+def test_files_of_several_series_without_a_majority_are_said(study):
+    each(study, lambda dataset, k: setattr(dataset, "SeriesInstanceUID", f"1.2.{k % 3}"))
+    (volume,), problems = read(study)
+    assert len(volume.array) == 9 and problems == ["study 1, series 103: its files are of 3 series"]
+    each(study, lambda dataset, k: setattr(dataset, "SeriesInstanceUID", f"1.2.{k}"))
+    assert read(study)[1] == []  # a writer that numbers each file
+
+
+def test_slices_that_share_no_grid_are_said(study):
+    def change(dataset, k):
+        pixels = dataset.pixel_array[: 96 - 3 * k, :]
+        dataset.Rows, dataset.PixelData = len(pixels), pixels.tobytes()
+
+    each(study, change)
+    volumes, problems = read(study)
+    assert len(volumes) == 9 and "its 9 slices share no grid, they are 9 separate stacks" in problems[0]
+
+
 def test_blocks_of_another_echo_time_at_other_places_stay(study):
     def change(dataset, k):
         dataset.EchoTime = 80 if k < 5 else 110

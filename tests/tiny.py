@@ -43,8 +43,10 @@ def write_study(folder, seed=3, slices=(9, 12), pixels=(112, 96)):
     ]
     images = phantom.acquire_study(rng, anatomy, grids, plans)
     for number, (series_id, plan, image) in enumerate(zip(SERIES, plans, images, strict=True), 1):
-        where = Path(folder) / str(series_id)
-        phantom.write_series(where, plan, image, study_id=1, number=number, patient="Tiny", rng=rng, anomalies="none")
+        where, plan = Path(folder) / str(series_id), replace(plan, series_id=series_id)
+        phantom.write_series(
+            where, plan, image, study_id=seed, number=number, patient="Tiny", rng=rng, anomalies="none"
+        )
 
 
 def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8"), random_spinenet=False, fold=0):
