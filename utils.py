@@ -1,34 +1,4 @@
-"""The lumbar kit: one front for all shared code, in the order in which data flows.
-
- 1. lumbar/names.py        conditions, levels, severities, the columns of tables, progress bars
-                           (storage.py: files that are written whole or not at all, and what a damaged one is;
-                           weights.py: what a weights file may state; limits.py: CPU time of a study;
-                           in_flight.py: what a process was at when it died)
- 2. lumbar/stages.py       one folder and one manifest a stage; running notebooks
-                           (parameters.py: a notebook's parameters, checked before anything runs)
- 3. lumbar/tables.py       train.csv and friends, row by row
-                           (files.py: labels and submissions as arrays, competition_score, folds)
- 4. lumbar/dicom.py        DICOM files -> slices -> volumes
-                           (volume.py: Volume(array, affine to LPS mm), Study; preprocess.py: every study of a split)
- 5. lumbar/geometry.py     level boxes, crops, whole-study grids, the point cloud
- 6. lumbar/spinenet.py     vertebral bodies by vector-field regression: network, training, detection
- 7. lumbar/levels.py       detections named in one chain; a box per level; how good they are
- 8. lumbar/randomise.py    training images for SpineNet: painted anatomies, random contrasts, artefacts
- 9. lumbar/finetune.py     SpineNet trained further on the competition's own label points
-10. lumbar/official.py     vertebrae from SpineNet's official package, for those who may use it
-11. lumbar/views.py        test-time views, and which of them pay
-12. lumbar/yolo.py         detectors: data sets, training, dense class scores, side and level by geometry
-                           (yolo_trainer.py: the part of it that ultralytics' own processes import)
-13. lumbar/distributed.py  training in several processes or on several GPUs
-14. lumbar/classifiers.py  timm_3d backbones, cumulative logits, crops and their views, training
-15. lumbar/ensemble.py     weights, calibration, the stacker, what each gains
-16. lumbar/inference.py    a study in, 25 rows out, whatever is broken
-17. lumbar/looking.py      plots, tables, the report as a page
-18. lumbar/viewer.py       a study to look at: viewer for notebooks, page that opens offline
-19. lumbar/kaggle.py       where inputs are mounted, staging and pushing kernels and data sets
-
-Everything public is reached as `utils.name`. Heavy libraries (ultralytics, open3d, timm_3d, pydicom) are imported
-where they are used.
+"""The notebooks' front: what they use of the kit, by chapter. Everything is reached as `utils.name`.
 
 Frames: patient coordinates are DICOM LPS in millimetres (x to the patient's left, y to the back, z to the head);
 names end in _lps or _mm. Arrays have the axes (slice, row, column); pixel coordinates in tables are x = column and
@@ -36,34 +6,230 @@ y = row of a pixel's centre, names end in _px. Crops have the axes (channel, hea
 left). Probabilities have the axes (study, condition, level, severity).
 """
 
-# ruff: noqa: F403
-from lumbar.agreement import *
-from lumbar.classifiers import *
-from lumbar.dicom import *
-from lumbar.distributed import *
-from lumbar.ensemble import *
-from lumbar.files import *
-from lumbar.finetune import *
-from lumbar.geometry import *
-from lumbar.greys import *
-from lumbar.in_flight import *
-from lumbar.inference import *
-from lumbar.kaggle import *
-from lumbar.levels import *
-from lumbar.limits import *
-from lumbar.looking import *
-from lumbar.names import *
-from lumbar.official import *
-from lumbar.parameters import *
-from lumbar.pixels import *
-from lumbar.preprocess import *
-from lumbar.randomise import *
-from lumbar.spinenet import *
-from lumbar.stacks import *
-from lumbar.stages import *
-from lumbar.storage import *
-from lumbar.tables import *
-from lumbar.viewer import *
-from lumbar.views import *
-from lumbar.volume import *
-from lumbar.yolo import *
+# Words and files
+# Data: studies, tables, the metric, geometry
+from lumbar.data.competition import class_prior, from_submission, labels_to_array, make_folds, to_submission
+from lumbar.data.geometry import boxes_from_table, nearest_slice
+from lumbar.data.metric import competition_score, score_arrays
+from lumbar.data.preprocess import preprocess_studies
+from lumbar.data.tables import read_coordinates, read_folds, read_labels
+from lumbar.data.volume import load_study, study_paths
+
+# Stage 2: networks and their ensemble
+from lumbar.grade.calibration import yolo_loss_against_prior
+from lumbar.grade.classifier import SMALL_BACKBONES, backbone_config, level_centers, settle_views
+from lumbar.grade.crops import CropDataset, margin_shape, view_crops
+from lumbar.grade.detector import dense_scores, load_yolo, score_studies, settle_detectors, yolo_table
+from lumbar.grade.detector_data import DETECTOR_VIEWS, SCHEMES, fit_point_offsets, write_yolo_dataset
+from lumbar.grade.detector_training import train_yolo
+from lumbar.grade.detector_weights import find_yolo_description
+from lumbar.grade.distributed import bytes_of, loader_memory, processes_for
+from lumbar.grade.ensemble import combine_tables, cross_validate_ensemble, ensemble_for, fit_ensemble
+from lumbar.grade.member import MEMBERS
+from lumbar.grade.tables import align_members, read_out_of_fold
+from lumbar.grade.trainer import train_classifier
+
+# Looking
+from lumbar.look.plots import (
+    plot_confusion,
+    plot_detections,
+    plot_example,
+    plot_grid,
+    plot_learning_curves,
+    plot_level_crop,
+    plot_level_errors,
+    plot_reliability,
+    plot_scores,
+    plot_spinenet_history,
+    plot_spinenet_target,
+    plot_vertebrae,
+    plot_yolo_training,
+)
+from lumbar.look.point_cloud import study_figure
+from lumbar.look.report import (
+    TERM_NAMES,
+    cell_losses,
+    ensemble_table,
+    export_html,
+    level_label_table,
+    nested_folds,
+    out_of_fold_prior,
+    paragraph_html,
+    problem_table,
+    read_histories,
+    read_manifests,
+    read_views,
+    score_table,
+    short,
+    summarise_levels,
+    table_html,
+    term_table,
+    worst_rows,
+)
+from lumbar.look.slices import CONDITION_NAMES, LEVEL_NAMES, MEMBER_COLOURS
+from lumbar.look.viewer import inspect_study, read_inspection, study_html
+from lumbar.names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, GROUPS, LEVELS, SEVERITIES, device_for
+
+# Running: parameters, stages, pipelines, Kaggle
+from lumbar.run.mounts import find_input, find_inputs, install_missing
+from lumbar.run.parameters import notebook_parameters
+from lumbar.run.pipeline import (
+    check_folds,
+    choose_stages,
+    member_folder,
+    pipeline_stages,
+    run_stages,
+    write_run_manifest,
+)
+from lumbar.run.publish import kaggle_publish, stage_kaggle
+from lumbar.run.stages import open_stage, time_limit
+
+# Inference
+from lumbar.serve.inference import infer_studies, out_of_fold_table
+from lumbar.serve.members import load_members
+from lumbar.serve.results import mended_studies
+
+# Stage 1: vertebrae and levels
+from lumbar.spine.finetune import fine_tuning_set, point_scores, tuning_helped
+from lumbar.spine.level_scores import level_errors, locating_scores, read_vertebra_truth
+from lumbar.spine.levels import locate_levels, locate_studies, locate_with_own_layout
+from lumbar.spine.official import load_official_spinenet
+from lumbar.spine.spinenet import load_spinenet, save_spinenet
+from lumbar.spine.spinenet_training import train_spinenet
+from lumbar.spine.synthesis import RandomisedSlices, paint_anatomies, prior_of_anatomies, training_slices
+from lumbar.spine.vertebra import vertebrae_from_table
+from lumbar.storage import read_json, write_csv, write_json, write_text
+
+__all__ = [
+    "CONDITIONS",
+    "CONDITION_NAMES",
+    "CropDataset",
+    "DESCRIPTIONS",
+    "DETECTORS",
+    "DETECTOR_VIEWS",
+    "GRADES",
+    "GROUPS",
+    "LEVELS",
+    "LEVEL_NAMES",
+    "MEMBERS",
+    "MEMBER_COLOURS",
+    "RandomisedSlices",
+    "SCHEMES",
+    "SEVERITIES",
+    "SMALL_BACKBONES",
+    "TERM_NAMES",
+    "align_members",
+    "backbone_config",
+    "boxes_from_table",
+    "bytes_of",
+    "cell_losses",
+    "check_folds",
+    "choose_stages",
+    "class_prior",
+    "combine_tables",
+    "competition_score",
+    "cross_validate_ensemble",
+    "dense_scores",
+    "device_for",
+    "ensemble_for",
+    "ensemble_table",
+    "export_html",
+    "find_input",
+    "find_inputs",
+    "find_yolo_description",
+    "fine_tuning_set",
+    "fit_ensemble",
+    "fit_point_offsets",
+    "from_submission",
+    "infer_studies",
+    "inspect_study",
+    "install_missing",
+    "kaggle_publish",
+    "labels_to_array",
+    "level_centers",
+    "level_errors",
+    "level_label_table",
+    "load_members",
+    "load_official_spinenet",
+    "load_spinenet",
+    "load_study",
+    "load_yolo",
+    "loader_memory",
+    "locate_levels",
+    "locate_studies",
+    "locate_with_own_layout",
+    "locating_scores",
+    "make_folds",
+    "margin_shape",
+    "member_folder",
+    "mended_studies",
+    "nearest_slice",
+    "nested_folds",
+    "notebook_parameters",
+    "open_stage",
+    "out_of_fold_prior",
+    "out_of_fold_table",
+    "paint_anatomies",
+    "paragraph_html",
+    "pipeline_stages",
+    "plot_confusion",
+    "plot_detections",
+    "plot_example",
+    "plot_grid",
+    "plot_learning_curves",
+    "plot_level_crop",
+    "plot_level_errors",
+    "plot_reliability",
+    "plot_scores",
+    "plot_spinenet_history",
+    "plot_spinenet_target",
+    "plot_vertebrae",
+    "plot_yolo_training",
+    "point_scores",
+    "preprocess_studies",
+    "prior_of_anatomies",
+    "problem_table",
+    "processes_for",
+    "read_coordinates",
+    "read_folds",
+    "read_histories",
+    "read_inspection",
+    "read_json",
+    "read_labels",
+    "read_manifests",
+    "read_out_of_fold",
+    "read_vertebra_truth",
+    "read_views",
+    "run_stages",
+    "save_spinenet",
+    "score_arrays",
+    "score_studies",
+    "score_table",
+    "settle_detectors",
+    "settle_views",
+    "short",
+    "stage_kaggle",
+    "study_figure",
+    "study_html",
+    "study_paths",
+    "summarise_levels",
+    "table_html",
+    "term_table",
+    "time_limit",
+    "to_submission",
+    "train_classifier",
+    "train_spinenet",
+    "train_yolo",
+    "training_slices",
+    "tuning_helped",
+    "vertebrae_from_table",
+    "view_crops",
+    "worst_rows",
+    "write_csv",
+    "write_json",
+    "write_run_manifest",
+    "write_text",
+    "write_yolo_dataset",
+    "yolo_loss_against_prior",
+    "yolo_table",
+]

@@ -1,4 +1,4 @@
-"""A limit on the CPU time of a piece of work, checked between its steps.
+"""Bounds on the CPU time that one study may take.
 
 May use: nothing of the kit.
 """

@@ -1,4 +1,7 @@
-"""What everything is called, and small helpers that every section needs."""
+"""Conditions, levels, severities, the columns of tables; progress bars and devices.
+
+May use: nothing of the kit.
+"""
 
 import sys
 

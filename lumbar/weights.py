@@ -1,4 +1,4 @@
-"""What a weights file may say: its numbers are checked before any memory is taken for them, its tensors before use.
+"""What a weights file may state: it describes a network in checked words and numbers, and runs nothing.
 
 Anybody can write such a file and a disk can damage it. So nothing in it is evaluated, no network is larger than the
 tensors that come with it, and no number is used that is not a number.

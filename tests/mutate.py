@@ -33,9 +33,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import damage  # noqa: E402
 import numpy as np  # noqa: E402
 import pydicom  # noqa: E402
+import torch  # noqa: E402
 from damage import load, put, put_numbers, put_text, save, values  # noqa: E402
 
 import utils  # noqa: E402
+from lumbar.data.competition import row_ids  # noqa: E402
+from lumbar.data.dicom import read_study  # noqa: E402
+from lumbar.data.greys import normalise_study  # noqa: E402
+from lumbar.grade.ensemble import default_ensemble  # noqa: E402
 
 T1, AXIAL, T2 = 101, 102, 103  # tiny.SERIES
 BASES = 3  # phantom studies that mutants are made of
@@ -757,7 +762,7 @@ def read(study):
     """What the kit reads of a study's folder, on the networks' scale."""
     import tiny
 
-    return utils.normalise_study(utils.read_study(study, tiny.SERIES))
+    return normalise_study(read_study(study, tiny.SERIES))
 
 
 def corners_lps(volume, shape):
@@ -890,7 +895,7 @@ def try_predicting(records, folder, members, bases, known):
     peak, started = Peak(), time.monotonic()
     try:
         submission, log, _, _ = utils.infer_studies(
-            folder, "test", members, utils.default_ensemble(), folder / "out", readers=1
+            folder, "test", members, default_ensemble(), folder / "out", readers=1
         )
     except Exception as error:
         for record in records:
@@ -900,7 +905,7 @@ def try_predicting(records, folder, members, bases, known):
     log = log.set_index("study_id")
     table = submission.set_index("row_id")
     assert table.index.is_unique, "a row is there twice"
-    rows_of = table.reindex([row for i in ids for row in utils.row_ids(i)])[list(utils.SEVERITIES)]
+    rows_of = table.reindex([row for i in ids for row in row_ids(i)])[list(utils.SEVERITIES)]
     rows_of = dict(zip(ids, rows_of.to_numpy(np.float64).reshape(len(ids), -1, 3), strict=True))
     off = max(float(np.abs(rows_of[i] - known["neighbours"][str(i)]).max()) for i in NEIGHBOURS)
     for record in records:
@@ -944,11 +949,9 @@ def learn(bases, members, folder):
     for number, base in enumerate(bases):
         shutil.copytree(base, tests / str(10 + number))
     write_descriptions(folder, [*NEIGHBOURS, *range(10, 10 + len(bases))])
-    submission, log, _, _ = utils.infer_studies(
-        folder, "test", members, utils.default_ensemble(), folder / "out", readers=1
-    )
+    submission, log, _, _ = utils.infer_studies(folder, "test", members, default_ensemble(), folder / "out", readers=1)
     table, log = submission.set_index("row_id"), log.set_index("study_id")
-    rows = {str(i): table.loc[utils.row_ids(i), list(utils.SEVERITIES)].to_numpy().tolist() for i in NEIGHBOURS}
+    rows = {str(i): table.loc[row_ids(i), list(utils.SEVERITIES)].to_numpy().tolist() for i in NEIGHBOURS}
     return {"neighbours": rows, "problems": [str(log.loc[10 + k, "problems"]) for k in range(len(bases))]}
 
 
@@ -976,7 +979,7 @@ def work(seeds, group, chosen):
     """A worker: mutants of these seeds, `group` of them predicted together; one line each on chosen.records."""
     import tiny
 
-    utils.torch.set_num_threads(1)
+    torch.set_num_threads(1)
     bases = write_bases(chosen.out / "bases")
     weights = chosen.out / ("weights_fast" if chosen.fast else "weights")
     if not weights.is_dir():
@@ -1039,7 +1042,7 @@ def run(chosen):
     seeds = range(first, first + chosen.count)
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "bases").mkdir(exist_ok=True)
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((ROOT / "lumbar").glob("*.py")))).hexdigest()
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((ROOT / "lumbar").rglob("*.py")))).hexdigest()
     kept = chosen.out / "code"
     if kept.is_file() and kept.read_text() != code:
         sys.exit(f"{chosen.out} holds mutants read by other code of lumbar/: take another --out, or empty it")

@@ -7,6 +7,10 @@ import numpy as np
 import pandas as pd
 
 import utils
+from lumbar.data.geometry import LevelBox
+from lumbar.data.volume import Study, Volume
+from lumbar.look.viewer import DETECTION_COLUMNS
+from lumbar.spine.vertebra import Vertebra
 
 HEAD, LEFT, BACK = np.array([0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 0.0])
 
@@ -15,7 +19,7 @@ def make_volume(description, series_id, slice_step, row_step, column_step, origi
     """Noise with a bright ball around the patient's origin, on a grid along the given steps (LPS mm)."""
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2], affine[:3, 3] = slice_step, row_step, column_step, origin
-    volume = utils.Volume(np.zeros(shape, np.float32), affine, 7, series_id, description, 0, np.arange(shape[0]) + 1)
+    volume = Volume(np.zeros(shape, np.float32), affine, 7, series_id, description, 0, np.arange(shape[0]) + 1)
     xyz = volume.voxel_to_lps(np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1))
     noise = np.random.default_rng(series_id).random(shape) * 0.2
     return replace(volume, array=(noise + 0.8 * np.exp(-(xyz**2).sum(-1) / 900)).astype(np.float16))
@@ -27,7 +31,7 @@ def make_study():
         slice_step=-5 * LEFT, row_step=-2 * HEAD, column_step=2 * BACK, origin=[20, -80, 100], shape=(9, 100, 80)
     )
     tilted = -0.97 * HEAD + 0.24 * BACK
-    return utils.Study(
+    return Study(
         7,
         [
             make_volume("Sagittal T1", 11, **sagittal),
@@ -43,7 +47,7 @@ def make_study():
 def make_boxes():
     """Five level boxes below each other; the first was found with little confidence."""
     return [
-        utils.LevelBox(
+        LevelBox(
             level,
             np.array([0.0, 0.0, 70.0 - 35 * n]),
             np.stack([HEAD, LEFT, BACK]),
@@ -59,7 +63,7 @@ def make_vertebrae():
     """Six bodies between the boxes' centres, L1 to S1; the last was not seen."""
     square = np.array([[0.0, -15, 12], [0, 15, 12], [0, 15, -12], [0, -15, -12]])
     return [
-        utils.Vertebra(square + [0, 0, 87.5 - 35 * n], 40.0, 0.9, name, "t2+extrapolated" if name == "S1" else "t2")
+        Vertebra(square + [0, 0, 87.5 - 35 * n], 40.0, 0.9, name, "t2+extrapolated" if name == "S1" else "t2")
         for n, name in enumerate(("L1", "L2", "L3", "L4", "L5", "S1"))
     ]
 
@@ -86,7 +90,7 @@ def make_detections():
         [7, 13, 2, "left_subarticular_stenosis", "l1_l2", 36.0, 40.0, 8.0, 8.0, 0.63, 0.2, 0.1],
         [7, 13, 2, "right_subarticular_stenosis", "l1_l2", 28.0, 40.0, 8.0, 8.0, 0.1, 0.52, 0.1],
     ]
-    return pd.DataFrame(rows, columns=utils.DETECTION_COLUMNS)
+    return pd.DataFrame(rows, columns=DETECTION_COLUMNS)
 
 
 def make_probabilities(seed=0):

@@ -17,8 +17,12 @@ import pytest
 import tiny
 
 import utils
-from lumbar import dicom, inference, stacks
-from lumbar import pixels as pixels_module
+from lumbar.data import dicom, stacks
+from lumbar.data import pixels as pixels_module
+from lumbar.data.competition import row_ids
+from lumbar.data.dicom import read_study
+from lumbar.grade.ensemble import default_ensemble
+from lumbar.serve import inference
 
 GOOD = (7, 1505, 9000)  # before, between and after the broken ones
 T1, AXIAL, T2 = tiny.SERIES
@@ -338,7 +342,7 @@ def runs(tmp_path_factory):
         for place in ("alone", "together"):
             started = time.time()
             results[place] = utils.infer_studies(
-                root / place, "test", members, utils.default_ensemble(), root / "out" / place, hours=9.0
+                root / place, "test", members, default_ensemble(), root / "out" / place, hours=9.0
             )
         return results, time.time() - started
 
@@ -363,7 +367,7 @@ def rows_of(result):
 def test_every_row_is_there_and_sums_to_one(runs):
     submission = runs[0]["together"][0]
     assert len(BROKEN) >= 60
-    expected = [row for study_id in (*GOOD, *IDS.values()) for row in utils.row_ids(study_id)]
+    expected = [row for study_id in (*GOOD, *IDS.values()) for row in row_ids(study_id)]
     assert submission["row_id"].tolist() == sorted(expected)
     values = submission[list(utils.SEVERITIES)].to_numpy(np.float64)
     assert np.isfinite(values).all() and (values >= 0).all() and np.abs(values.sum(1) - 1).max() < 1e-12
@@ -418,7 +422,7 @@ def base(tmp_path_factory):
 
 def test_a_series_that_is_too_large_is_thinned_evenly(base, monkeypatch):
     monkeypatch.setattr(dicom, "MAX_PIXELS", 4 * 112 * 112)
-    study = utils.read_study(base, tiny.SERIES)
+    study = read_study(base, tiny.SERIES)
     volumes = [study.of(description) for description in ("Sagittal T1", "Sagittal T2/STIR")]
     for (volume,) in volumes:
         assert volume.instance_numbers.tolist() in ([1, 5, 9], [9, 5, 1])
@@ -429,7 +433,7 @@ def test_a_series_that_is_too_large_is_thinned_evenly(base, monkeypatch):
 def whole(base, description):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dicom, "MAX_PIXELS", 1 << 27)
-        return utils.read_study(base, tiny.SERIES).of(description)[0]
+        return read_study(base, tiny.SERIES).of(description)[0]
 
 
 def test_frames_of_one_file_are_thinned_alike(monkeypatch, tmp_path):
@@ -456,7 +460,7 @@ def test_frames_of_one_file_are_thinned_alike(monkeypatch, tmp_path):
 )
 def test_other_bounds(base, monkeypatch, limit, value, reason, left):
     monkeypatch.setattr(pixels_module if limit == "MAX_SIDE_PX" else dicom, limit, value)
-    study = utils.read_study(base, tiny.SERIES)
+    study = read_study(base, tiny.SERIES)
     assert len(study.volumes) == left
     assert reason is None or any(re.search(reason, problem) for problem in study.problems)
 
@@ -471,12 +475,12 @@ def test_only_the_longest_stacks_of_a_torn_series_stay_and_few_sentences(base, m
         dataset.ImageOrientationPatient = [f"{v:.6f}" for v in (np.sin(angle), np.cos(angle), 0, 0, 0, -1)]
 
     edit(tilted, [T1])(study)
-    assert len(utils.read_study(study, {T1: "Sagittal T1"}).volumes) == 6
+    assert len(read_study(study, {T1: "Sagittal T1"}).volumes) == 6
     monkeypatch.setattr(stacks, "MAX_STACKS", 2)
-    found = utils.read_study(study, {T1: "Sagittal T1"})
+    found = read_study(study, {T1: "Sagittal T1"})
     assert len(found.volumes) == 2 and max(len(v.array) for v in found.volumes) == 4
     assert any("6 separate stacks, the 2 with most slices were kept" in problem for problem in found.problems)
     contents(lambda data: b"")(study)
     monkeypatch.setattr(dicom, "MAX_SENTENCES", 3)
-    problems = utils.read_study(study, {T1: "Sagittal T1"}).problems
+    problems = read_study(study, {T1: "Sagittal T1"}).problems
     assert any(problem.endswith("and 7 more problems") for problem in problems) and "no readable slice" in problems[0]

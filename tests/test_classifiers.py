@@ -13,7 +13,27 @@ from torch import nn
 
 import phantom
 import utils
-from lumbar import classifiers
+from lumbar.data.dicom import read_study
+from lumbar.data.geometry import boxes_to_table, coordinates_to_lps
+from lumbar.data.greys import normalise_study
+from lumbar.data.tables import read_descriptions
+from lumbar.data.volume import save_study
+from lumbar.grade import classifier, ordinal, trainer
+from lumbar.grade import crops as crops_module
+from lumbar.grade.classifier import (
+    OrdinalClassifier,
+    load_classifier,
+    make_backbone,
+    measure_views,
+    predict_dataset,
+    save_classifier,
+)
+from lumbar.grade.crops import augment_crops, cut_crops, mirror_conditions
+from lumbar.grade.ordinal import CumulativeHeads, cumulative_log_probabilities, weighted_losses
+from lumbar.grade.trainer import decayed_parameters, epoch_batches, mix_crops, precision_for
+from lumbar.grade.tta import choose_views
+from lumbar.names import SEVERITY_WEIGHTS
+from lumbar.spine.fallbacks import level_boxes
 
 CROP = {"scope": "level", "shape": [32, 32, 32], "extent_mm": [32.0, 48.0, 64.0], "shift_mm": [0.0, 0.0, 0.0]}
 
@@ -26,12 +46,12 @@ def test_probabilities_and_loss_equal_spacecutter():
     score, grades = torch.randn(64, dtype=torch.float32) * 3, torch.randint(0, 3, (64,))
     link = LogisticCumulativeLink(3)
     expected = link(score[:, None])
-    log_p = utils.cumulative_log_probabilities(score, link.cutpoints.detach())
+    log_p = cumulative_log_probabilities(score, link.cutpoints.detach())
     torch.testing.assert_close(log_p.exp(), expected.detach(), atol=1e-6, rtol=1e-5)
-    reference = CumulativeLinkLoss(class_weights=torch.tensor(utils.SEVERITY_WEIGHTS, dtype=torch.float32))
-    loss, weight = utils.weighted_losses(log_p, grades)
+    reference = CumulativeLinkLoss(class_weights=torch.tensor(SEVERITY_WEIGHTS, dtype=torch.float32))
+    loss, weight = weighted_losses(log_p, grades)
     torch.testing.assert_close(loss / len(grades), reference(expected, grades[:, None]).detach())
-    assert weight == np.array(utils.SEVERITY_WEIGHTS)[grades].sum()
+    assert weight == np.array(SEVERITY_WEIGHTS)[grades].sum()
 
 
 def test_gradients_equal_spacecutter():
@@ -42,18 +62,18 @@ def test_gradients_equal_spacecutter():
     grades = torch.arange(30) % 3
     link = LogisticCumulativeLink(3)
     theirs = score.clone().requires_grad_()
-    weights = torch.tensor(utils.SEVERITY_WEIGHTS, dtype=torch.float32)
+    weights = torch.tensor(SEVERITY_WEIGHTS, dtype=torch.float32)
     CumulativeLinkLoss(class_weights=weights)(link(theirs[:, None]), grades[:, None]).backward()
     ours, cutpoints = score.clone().requires_grad_(), link.cutpoints.detach().clone().requires_grad_()
-    log_p = utils.cumulative_log_probabilities(ours, cutpoints)
-    (utils.weighted_losses(log_p, grades)[0] / len(grades)).backward()
+    log_p = cumulative_log_probabilities(ours, cutpoints)
+    (weighted_losses(log_p, grades)[0] / len(grades)).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(cutpoints.grad, link.cutpoints.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_extreme_scores_stay_finite_with_a_gradient():
     score = torch.tensor([-100.0, -17.0, 17.0, 100.0], requires_grad=True)
-    log_p = utils.cumulative_log_probabilities(score, torch.tensor([-1.0, 0.0]))
+    log_p = cumulative_log_probabilities(score, torch.tensor([-1.0, 0.0]))
     assert torch.isfinite(log_p).all()
     # The severe class at a very low score: a difference of sigmoids gives exactly 0 here, and no gradient.
     log_p[0, 2].backward()
@@ -65,14 +85,14 @@ def test_missing_labels_do_not_count():
     grades = torch.randint(0, 3, (6, 5))
     masked = grades.clone()
     masked[2:] = -1
-    torch.testing.assert_close(utils.weighted_losses(log_p, masked), utils.weighted_losses(log_p[:2], grades[:2]))
-    assert utils.weighted_losses(log_p, torch.full_like(grades, -1)) == (0, 0)
+    torch.testing.assert_close(weighted_losses(log_p, masked), weighted_losses(log_p[:2], grades[:2]))
+    assert weighted_losses(log_p, torch.full_like(grades, -1)) == (0, 0)
 
 
 def test_heads_start_at_the_prior_with_ascending_cutpoints():
     prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
-    heads = utils.CumulativeHeads(prior)
-    probabilities = utils.cumulative_log_probabilities(torch.zeros(5, 5), heads.cutpoints).exp()
+    heads = CumulativeHeads(prior)
+    probabilities = cumulative_log_probabilities(torch.zeros(5, 5), heads.cutpoints).exp()
     np.testing.assert_allclose(probabilities.detach().numpy(), prior, atol=2e-3)
     with torch.no_grad():
         heads.gap.fill_(-50)
@@ -108,12 +128,12 @@ def test_rotation_turns_in_millimetres():
 
 def test_mirroring_swaps_left_and_right_conditions():
     grades = np.arange(2 * 5 * 5).reshape(2, 5, 5)
-    mirrored = utils.mirror_conditions(grades, np.array([True, False]))
+    mirrored = mirror_conditions(grades, np.array([True, False]))
     for condition, name in enumerate(utils.CONDITIONS):
         other = name.replace("left", "?").replace("right", "left").replace("?", "right")
         assert (mirrored[0, condition] == grades[0, utils.CONDITIONS.index(other)]).all()
     assert (mirrored[1] == grades[1]).all()
-    as_tensor = utils.mirror_conditions(torch.from_numpy(grades), torch.tensor([True, False]))
+    as_tensor = mirror_conditions(torch.from_numpy(grades), torch.tensor([True, False]))
     assert (as_tensor.numpy() == mirrored).all()
 
 
@@ -122,14 +142,14 @@ def phantom_study(tmp_path_factory):
     """One phantom study: (study with its volumes, true level boxes, grades (5, 5), table of label points)."""
     out = tmp_path_factory.mktemp("phantom")
     phantom.make_dataset(out, train=1, test=1, seed=5, workers=1, prevalence=3, progress=False)
-    table = utils.read_descriptions(out, "train")
+    table = read_descriptions(out, "train")
     study_id = int(table["study_id"].iloc[0])
     descriptions = dict(zip(table["series_id"], table["description"], strict=True))
-    study = utils.read_study(out / "train_images" / str(study_id), descriptions)
+    study = read_study(out / "train_images" / str(study_id), descriptions)
     truth = utils.read_vertebra_truth(out / "phantom_vertebrae.csv", "train")
-    boxes = utils.level_boxes(utils.vertebrae_from_table(truth, study_id))
+    boxes = level_boxes(utils.vertebrae_from_table(truth, study_id))
     grades = utils.labels_to_array(utils.read_labels(out / "train.csv"))[1][0]
-    return utils.normalise_study(study), boxes, grades, utils.read_coordinates(out)
+    return normalise_study(study), boxes, grades, utils.read_coordinates(out)
 
 
 def in_the_mirror(study, boxes):
@@ -149,16 +169,16 @@ def test_a_mirrored_patient_is_a_mirrored_crop_with_swapped_labels(phantom_study
     study, boxes, grades, coordinates = phantom_study
     mirrored_study, mirrored_boxes = in_the_mirror(study, boxes)
     crop = {**CROP, "scope": scope, "extent_mm": [56.0, 96.0, 96.0] if scope == "level" else [230.0, 80.0, 130.0]}
-    here = torch.from_numpy(utils.cut_crops(study, boxes, crop))
-    there = torch.from_numpy(utils.cut_crops(mirrored_study, mirrored_boxes, crop))
+    here = torch.from_numpy(cut_crops(study, boxes, crop))
+    there = torch.from_numpy(cut_crops(mirrored_study, mirrored_boxes, crop))
     difference = (here.float() - there.float()).abs().mean()
     seen = utils.view_crops(here, crop, mirror=torch.ones(len(here), dtype=torch.bool))
     other = utils.view_crops(there, crop)
     assert (seen - other).abs().mean() < 0.02 * difference and difference > 0.01
     # Where the reader clicked left he clicks right in the mirror, on the same tissue: the crop's left half changes
     # places with its right one, and with it the grades, which differ between the sides here.
-    assert (utils.mirror_conditions(grades[None])[0] != grades).any()
-    for row, lps in zip(coordinates.itertuples(), utils.coordinates_to_lps(coordinates, study), strict=True):
+    assert (mirror_conditions(grades[None])[0] != grades).any()
+    for row, lps in zip(coordinates.itertuples(), coordinates_to_lps(coordinates, study), strict=True):
         sign = {"left": 1, "right": -1}.get(row.condition.split("_")[0])
         if sign is not None:
             box, mirrored_box = (b[utils.LEVELS.index(row.level)] for b in (boxes, mirrored_boxes))
@@ -166,21 +186,21 @@ def test_a_mirrored_patient_is_a_mirrored_crop_with_swapped_labels(phantom_study
     # Augmentation does just this: every item is the patient or the patient in the mirror, with the labels to it.
     if scope == "level":
         batch, labels = here.repeat(4, 1, 1, 1, 1), torch.from_numpy(grades.T.copy()).repeat(4, 1)
-        inputs, swapped = utils.augment_crops(batch, labels, crop, torch.Generator().manual_seed(0), 0.0)
+        inputs, swapped = augment_crops(batch, labels, crop, torch.Generator().manual_seed(0), 0.0)
         plain, mirrored = utils.view_crops(batch, crop), seen.repeat(4, 1, 1, 1, 1)
         flipped = ((inputs - mirrored).abs().mean((1, 2, 3, 4)) < (inputs - plain).abs().mean((1, 2, 3, 4))).tolist()
         assert 0 < sum(flipped) < 20
         for turned, before, after in zip(flipped, labels, swapped, strict=True):
-            expected = utils.mirror_conditions(before[None])[0] if turned else before
+            expected = mirror_conditions(before[None])[0] if turned else before
             assert (after == expected).all()
 
 
 def test_an_item_without_a_cache_cuts_its_own_crop_only(phantom_study, tmp_path, monkeypatch):
     study, boxes, grades, _ = phantom_study
-    utils.save_study(study, tmp_path / "7.safetensors")
-    table, cut = utils.boxes_to_table(7, boxes), []
-    crop_level = classifiers.crop_level
-    monkeypatch.setattr(classifiers, "crop_level", lambda *given: cut.append(given[1].level) or crop_level(*given))
+    save_study(study, tmp_path / "7.safetensors")
+    table, cut = boxes_to_table(7, boxes), []
+    crop_level = crops_module.crop_level
+    monkeypatch.setattr(crops_module, "crop_level", lambda *given: cut.append(given[1].level) or crop_level(*given))
 
     def items(cache):
         data = utils.CropDataset({7: tmp_path / "7.safetensors"}, [7], grades[None], table, CROP, cache)
@@ -240,18 +260,16 @@ CONFIG = {
 def test_training_learns_sides_and_mirrored_views_agree(tmp_path):
     train, valid = Blobs(16, 0), Blobs(6, 1)
     history = utils.train_classifier(tmp_path, "level_0", train, valid, {**CONFIG, "epochs": 7}, seed=1)
-    model, about = utils.load_classifier(tmp_path / "level_0.safetensors")
+    model, about = load_classifier(tmp_path / "level_0.safetensors")
     assert about["crop"] == CROP and len(history) == 7
-    plain = utils.predict_dataset([model], valid)
+    plain = predict_dataset([model], valid)
     score = utils.score_arrays(valid.grades, plain)["subarticular"]
     prior = utils.class_prior(train.grades)
     assert score < 0.7 * utils.score_arrays(valid.grades, np.broadcast_to(prior, plain.shape))["subarticular"]
     # Seen in the mirror, with the labels swapped back, the prediction stays by and large what it was.
-    mirrored = utils.predict_dataset([model], valid, ({"mirror": True},))
+    mirrored = predict_dataset([model], valid, ({"mirror": True},))
     assert np.abs(mirrored - plain).mean() < 0.1
-    assert (
-        np.abs(utils.mirror_conditions(mirrored) - plain)[:, 3:5].mean() > 2 * np.abs(mirrored - plain)[:, 3:5].mean()
-    )
+    assert np.abs(mirror_conditions(mirrored) - plain)[:, 3:5].mean() > 2 * np.abs(mirrored - plain)[:, 3:5].mean()
 
 
 def weights_of(path):
@@ -272,7 +290,7 @@ def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch, 
     whole = utils.train_classifier(tmp_path / "whole", "a", train, valid, EVERYTHING)
     # Six batches an epoch: killed in the middle of the second step of the second one, or when it was validated.
     target, last = ("augment_crops", 10) if where == "in an epoch" else ("predict_dataset", 2)
-    calls, real = [], getattr(classifiers, target)
+    calls, real = [], getattr(classifier, target)
 
     def killed(*args, **kwargs):
         calls.append(1)
@@ -280,10 +298,10 @@ def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(classifiers, target, killed)
+    monkeypatch.setattr(classifier, target, killed)
     with pytest.raises(KeyboardInterrupt):
         utils.train_classifier(tmp_path / "killed", "a", train, valid, EVERYTHING)
-    monkeypatch.setattr(classifiers, target, real)
+    monkeypatch.setattr(classifier, target, real)
     # How many processes cut the crops makes no difference, either.
     continued = utils.train_classifier(tmp_path / "killed", "a", train, valid, EVERYTHING, workers=2)
     assert continued.equals(whole) and len(continued) == 3
@@ -298,22 +316,22 @@ def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch, 
 
 
 def test_the_batches_of_an_epoch():
-    batches, parts = utils.epoch_batches(50, 4, 3, 1, seed=1)
+    batches, parts = epoch_batches(50, 4, 3, 1, seed=1)
     assert parts == 3 and len(batches) == 12 and {len(batch) for batch in batches} == {4}
     items = [item for batch in batches for item in batch]
     assert len(set(items)) == 48 and items != sorted(items)
     # Three processes have the same batches; two share the same items of a step out evenly in smaller ones.
-    assert utils.epoch_batches(50, 4, 3, 3, seed=1) == (batches, 3)
-    two, parts = utils.epoch_batches(50, 4, 3, 2, seed=1)
+    assert epoch_batches(50, 4, 3, 3, seed=1) == (batches, 3)
+    two, parts = epoch_batches(50, 4, 3, 2, seed=1)
     assert parts == 4 and [sum(two[i : i + 4], []) for i in range(0, 16, 4)] == [
         sum(batches[i : i + 3], []) for i in range(0, 12, 3)
     ]
-    assert utils.epoch_batches(50, 4, 3, 1, seed=2)[0] != batches
+    assert epoch_batches(50, 4, 3, 1, seed=2)[0] != batches
     # Fewer items than a step has: all of them, in batches that are no larger than asked for.
-    few, parts = utils.epoch_batches(5, 4, 3, 1, seed=1)
+    few, parts = epoch_batches(5, 4, 3, 1, seed=1)
     assert sorted(sum(few, [])) == list(range(5)) and parts == 2 and max(map(len, few)) <= 4
     with pytest.raises(ValueError, match="2 items cannot be shared out to 3 processes"):
-        utils.epoch_batches(2, 4, 1, 3, seed=0)
+        epoch_batches(2, 4, 1, 3, seed=0)
 
 
 class Plain(nn.Module):
@@ -331,9 +349,9 @@ class Plain(nn.Module):
 def test_accumulated_batches_equal_one_large_batch(tmp_path, monkeypatch):
     train, valid = Blobs(4, 0), Blobs(2, 1)
     train.grades[0], train.grades[1, 3] = -1, -1  # batches differ in what they weigh
-    monkeypatch.setattr(classifiers, "make_backbone", Plain)
+    monkeypatch.setattr(classifier, "make_backbone", Plain)
     plain_view = lambda crops, grades, crop, *_: (utils.view_crops(crops, crop), grades)  # noqa: E731
-    monkeypatch.setattr(classifiers, "augment_crops", plain_view)
+    monkeypatch.setattr(crops_module, "augment_crops", plain_view)
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)  # which, unlike AdamW, shows the gradients' size
     results = []
     for batch, accumulate in ((8, 1), (2, 4), (3, 1)):
@@ -351,7 +369,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path, monkeypatch):
 def test_batch_normalisation_takes_the_mean_of_a_steps_batches():
     norm = nn.BatchNorm3d(2)
     inputs = [torch.randn(3, 2, 4, 4, 4) * k + k for k in (1.0, 2.0, 5.0)]
-    norms = classifiers._StepNorms(norm)
+    norms = trainer._StepNorms(norm)
     for number, x in enumerate(inputs):
         norms.batch(number)
         norm(x)
@@ -372,7 +390,7 @@ def finite(state):
 
 def test_an_overflow_leaves_no_trace_in_batch_normalisation():
     norm = nn.BatchNorm3d(2)
-    norms = classifiers._StepNorms(norm)
+    norms = trainer._StepNorms(norm)
     inputs = torch.randn(3, 2, 4, 4, 4)
     for number, x in enumerate((inputs, torch.stack([inputs[:, 0], torch.full_like(inputs[:, 1], torch.inf)], 1))):
         norms.batch(number)
@@ -389,7 +407,7 @@ def test_an_overflow_leaves_no_trace_in_batch_normalisation():
 
 def test_a_step_that_overflows_is_left_out():
     train = Blobs(10, 0)
-    training = classifiers._Training(train, {**CONFIG, "epochs": 1}, 0, torch.device("cpu"))
+    training = trainer._Training(train, {**CONFIG, "epochs": 1}, 0, torch.device("cpu"))
     training.epoch(train, (0, 0), 0)
     before = {part: copy.deepcopy(getattr(training, part).state_dict()) for part in ("model", "average")}
     stored = train.stored.copy()
@@ -414,20 +432,20 @@ def test_a_step_that_overflows_is_left_out():
 def test_mixed_inputs_count_both_label_sets(scope):
     torch.manual_seed(0)
     inputs, generator = torch.randn(4, 3, 32, 32, 32), torch.Generator().manual_seed(3)
-    blended, partner, share = utils.mix_crops(inputs, generator)
+    blended, partner, share = mix_crops(inputs, generator)
     assert partner.tolist() == [3, 0, 1, 2] and (share >= 0.5).all() and share.std() > 0
     torch.testing.assert_close(blended[1], share[1] * inputs[1] + (1 - share[1]) * inputs[0])
     prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
-    model = utils.OrdinalClassifier(scope, "tiny", (32, 32, 32), prior).eval()
+    model = OrdinalClassifier(scope, "tiny", (32, 32, 32), prior).eval()
     level = torch.tensor([0, 4, 2, 1])
     grades = torch.randint(-1, 3, (4, 5) if scope == "level" else (4, 5, 5))
     grades[2] = -1  # nothing known of one: its partners' labels still count
-    loss, weight = classifiers.mixed_losses(model, blended, level, grades, (partner, share))
+    loss, weight = trainer.mixed_losses(model, blended, level, grades, (partner, share))
     own, other = model(blended, level), model(blended, level[partner])
     expected = [0.0, 0.0]
     for log_p, truth, part in ((own, grades, share), (other, grades[partner], 1 - share)):
         for number in range(4):
-            found = classifiers.weighted_losses(log_p[number].detach(), truth[number])
+            found = ordinal.weighted_losses(log_p[number].detach(), truth[number])
             expected = [e + float(part[number] * f) for e, f in zip(expected, found, strict=True)]
     np.testing.assert_allclose([float(loss.detach()), float(weight)], expected, rtol=1e-5)
     if scope == "level":
@@ -435,7 +453,7 @@ def test_mixed_inputs_count_both_label_sets(scope):
 
 
 def test_crops_that_come_one_by_one_are_mixed_with_the_next_batch(tmp_path, monkeypatch):
-    assert classifiers.with_partners([[3, 1], [2], [0], [4]], [True, True, False, True]) == [
+    assert trainer.with_partners([[3, 1], [2], [0], [4]], [True, True, False, True]) == [
         [3, 1],
         [2, 0],
         [0],
@@ -443,16 +461,16 @@ def test_crops_that_come_one_by_one_are_mixed_with_the_next_batch(tmp_path, monk
     ]
     train, seen = Blobs(2, 0), []
     config = {**CONFIG, "batch": 1, "accumulate": 2, "strength": 0.0, "mix": 1.0}
-    training = classifiers._Training(train, config, 0, torch.device("cpu"))
-    losses = classifiers.mixed_losses
+    training = trainer._Training(train, config, 0, torch.device("cpu"))
+    losses = trainer.mixed_losses
 
     def watched(model, inputs, level, grades, mixed=None):
         seen.append((inputs, level.tolist(), grades.tolist(), mixed))
         return losses(model, inputs, level, grades, mixed)
 
-    monkeypatch.setattr(classifiers, "mixed_losses", watched)
+    monkeypatch.setattr(trainer, "mixed_losses", watched)
     assert np.isfinite(training.epoch(train, (0, 1), 0))
-    order = [items[0] for items in utils.epoch_batches(len(train), 1, 2, 1, classifiers._seed_of(0, 1))[0]]
+    order = [items[0] for items in epoch_batches(len(train), 1, 2, 1, trainer._seed_of(0, 1))[0]]
     assert len(seen) == len(order) == 10
     pairs = list(zip(order, [*order[1:], order[0]], strict=True))
     for (item, partner), (inputs, level, grades, (other, share)) in zip(pairs, seen, strict=True):
@@ -478,7 +496,7 @@ def test_recomputed_activations_train_to_the_same_weights(tmp_path):
     for name, tensor in kept.items():
         torch.testing.assert_close(again[name], tensor, atol=1e-5, rtol=1e-3)
     # And they are not kept: all that the forward pass holds on to is where each block began.
-    model, held = utils.OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)), {}
+    model, held = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)), {}
     for model.recompute in (False, True):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.nbytes), x)[1], lambda x: x):
@@ -488,11 +506,11 @@ def test_recomputed_activations_train_to_the_same_weights(tmp_path):
 
 
 def test_precision():
-    assert utils.precision_for("auto", "cpu") == torch.float32
-    assert utils.precision_for("bfloat16", "cpu") == torch.bfloat16
+    assert precision_for("auto", "cpu") == torch.float32
+    assert precision_for("bfloat16", "cpu") == torch.bfloat16
     for name in ("float16", "half"):
         with pytest.raises(ValueError, match="PRECISION"):
-            utils.precision_for(name, "cpu")
+            precision_for(name, "cpu")
 
 
 def test_half_precision_trains_alike_and_heads_stay_full(tmp_path):
@@ -502,7 +520,7 @@ def test_half_precision_trains_alike_and_heads_stay_full(tmp_path):
     half = utils.train_classifier(tmp_path, "b", train, valid, {**config, "precision": "bfloat16"})
     assert not half.equals(exact)
     np.testing.assert_allclose(half["loss"], exact["loss"], rtol=0.02)
-    model = utils.OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3))
+    model = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3))
     with torch.autocast("cpu", torch.bfloat16):
         log_p = model(torch.zeros(2, 3, 32, 32, 32), torch.tensor([0, 1]))
     assert log_p.dtype == torch.float32
@@ -514,11 +532,11 @@ def test_pooling_is_kept_with_the_weights(tmp_path, scope):
     prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
     x, level = torch.randn(3, 3, 32, 32, 32), torch.tensor([0, 2, 4])
     for pooling in ("grid", "global"):
-        model = utils.OrdinalClassifier(scope, "tiny", (32, 32, 32), prior, pooling=pooling).eval()
+        model = OrdinalClassifier(scope, "tiny", (32, 32, 32), prior, pooling=pooling).eval()
         log_p = model(x, level)
         assert log_p.shape == ((3, 5, 3) if scope == "level" else (3, 5, 5, 3))
-        utils.save_classifier(tmp_path / "a.safetensors", model, {"fold": 0})
-        again, about = utils.load_classifier(tmp_path / "a.safetensors")
+        save_classifier(tmp_path / "a.safetensors", model, {"fold": 0})
+        again, about = load_classifier(tmp_path / "a.safetensors")
         assert about["pooling"] == again.pooling == pooling
         torch.testing.assert_close(again(x, level), log_p)
     # One vector for the whole volume: what stands where in the features does not matter.
@@ -530,14 +548,14 @@ def test_pooling_is_kept_with_the_weights(tmp_path, scope):
     else:
         assert model.score.out_features == 25 and not hasattr(model, "attention")
     with pytest.raises(ValueError, match="POOLING"):
-        utils.OrdinalClassifier(scope, "tiny", (32, 32, 32), prior, pooling="max")
+        OrdinalClassifier(scope, "tiny", (32, 32, 32), prior, pooling="max")
 
 
 def test_weights_from_before_there_was_a_choice_of_pooling(tmp_path):
-    model = utils.OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
+    model = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
     del model.config["pooling"]
-    utils.save_classifier(tmp_path / "a.safetensors", model, {})
-    again, about = utils.load_classifier(tmp_path / "a.safetensors")
+    save_classifier(tmp_path / "a.safetensors", model, {})
+    again, about = load_classifier(tmp_path / "a.safetensors")
     x = torch.randn(1, 3, 32, 32, 32)
     torch.testing.assert_close(again(x, torch.tensor([1])), model(x, torch.tensor([1])))
     assert "pooling" not in about and again.pooling == "grid"
@@ -547,19 +565,19 @@ def test_views_are_measured_chosen_and_stored(tmp_path, monkeypatch):
     held_out = {"level_0": Blobs(3, 1), "level_1": Blobs(2, 2)}
     torch.manual_seed(0)
     for name in held_out:
-        model = utils.OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
-        utils.save_classifier(tmp_path / f"{name}.safetensors", model, {"crop": CROP, "fold": 0})
+        model = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
+        save_classifier(tmp_path / f"{name}.safetensors", model, {"crop": CROP, "fold": 0})
     before = weights_of(tmp_path / "level_1.safetensors")[0]
     views = ({}, {"mirror": True}, {"scale": 1.06})
-    log_p = utils.measure_views([model], held_out["level_1"], views)
+    log_p = measure_views([model], held_out["level_1"], views)
     assert log_p.shape == (3, 2, 5, 5, 3)
     for view, measured in zip(views, log_p, strict=True):
-        np.testing.assert_allclose(np.exp(measured), utils.predict_dataset([model], held_out["level_1"], (view,)))
+        np.testing.assert_allclose(np.exp(measured), predict_dataset([model], held_out["level_1"], (view,)))
     seen = []
 
     def choose(grades, log_p, views):
         seen.append((grades, log_p))
-        table = utils.choose_views(grades, log_p, views)[1].assign(kept=[True, False, True])
+        table = choose_views(grades, log_p, views)[1].assign(kept=[True, False, True])
         return [views[0], views[2]], table
 
     def cross_fitted(grades, log_p, views, part):
@@ -567,8 +585,8 @@ def test_views_are_measured_chosen_and_stored(tmp_path, monkeypatch):
         assert len(set(part)) == 5
         return np.arange(5)[:, None] >= [0, 4, 1]  # the first study has no view but the plain one, the last has all
 
-    monkeypatch.setattr(classifiers, "choose_views", choose)
-    monkeypatch.setattr(classifiers, "cross_fitted_views", cross_fitted)
+    monkeypatch.setattr(classifier, "choose_views", choose)
+    monkeypatch.setattr(classifier, "cross_fitted_views", cross_fitted)
     predicted, table = utils.settle_views(tmp_path, held_out, "cpu", views)
     # One choice on all held-out studies, which both weights carry; each study is predicted with its own views.
     assert len(seen) == 2
@@ -579,13 +597,13 @@ def test_views_are_measured_chosen_and_stored(tmp_path, monkeypatch):
     after, metadata = weights_of(tmp_path / "level_1.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) and len(after) == len(before)
     for name in held_out:
-        model, about = utils.load_classifier(tmp_path / f"{name}.safetensors")
+        model, about = load_classifier(tmp_path / f"{name}.safetensors")
         assert about["views"] == [{}, {"scale": 1.06}] and about["fold"] == 0
-        expected = utils.predict_dataset([model], held_out[name], about["views"])
+        expected = predict_dataset([model], held_out[name], about["views"])
         if name == "level_0":
-            expected[0] = utils.predict_dataset([model], held_out[name])[0]
+            expected[0] = predict_dataset([model], held_out[name])[0]
         else:
-            expected[1] = utils.predict_dataset([model], held_out[name], views)[1]
+            expected[1] = predict_dataset([model], held_out[name], views)[1]
         np.testing.assert_allclose(predicted[name], expected, atol=1e-12)
     # Once more: nothing changes, and nothing is written.
     times = [path.stat().st_mtime_ns for path in sorted(Path(tmp_path).iterdir())]
@@ -602,13 +620,13 @@ class Signed(Blobs):
 
 
 def test_other_processes_cut_the_crops_of_held_out_studies(tmp_path):
-    model = utils.OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
+    model = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
     nn.init.normal_(model.score.weight, std=0.3)
     data, found = Signed(5, 3), []
     for workers in (0, 2):
         data.notes = tmp_path / str(workers)
         data.notes.mkdir()
-        found.append(utils.measure_views([model], data, ({}, {"mirror": True}), [4, 0, 2], workers))
+        found.append(measure_views([model], data, ({}, {"mirror": True}), [4, 0, 2], workers))
         studies, processes = zip(*(path.name.split("_") for path in data.notes.iterdir()), strict=True)
         assert sorted(studies) == ["0", "2", "4"]
         assert len(set(processes)) == 2 and str(os.getpid()) not in processes if workers else len(set(processes)) == 1
@@ -618,7 +636,7 @@ def test_other_processes_cut_the_crops_of_held_out_studies(tmp_path):
 
 def test_every_trained_parameter_has_a_gradient():
     """What has none stops DistributedDataParallel; some backbones have a hidden layer in the head that is not used."""
-    model = utils.OrdinalClassifier("level", "coatnet_0", (64, 64, 64), np.full((5, 5, 3), 1 / 3))
+    model = OrdinalClassifier("level", "coatnet_0", (64, 64, 64), np.full((5, 5, 3), 1 / 3))
     assert any(name.startswith("backbone.head.") for name, _ in model.named_parameters())
     model(torch.rand(2, 3, 64, 64, 64), torch.tensor([0, 1])).sum().backward()
     lacking = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -627,9 +645,9 @@ def test_every_trained_parameter_has_a_gradient():
 
 @pytest.mark.parametrize("scope", ["level", "study"])
 def test_cut_points_and_places_do_not_decay(scope):
-    model = utils.OrdinalClassifier(scope, "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3))
+    model = OrdinalClassifier(scope, "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3))
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, others = ({names[id(p)] for p in group} for group in utils.decayed_parameters(model))
+    decayed, others = ({names[id(p)] for p in group} for group in decayed_parameters(model))
     assert not decayed & others and decayed | others == set(names.values())
     assert {"heads.first", "heads.gap", "score.bias"} <= others and "score.weight" in decayed
     assert ("attention.position" in others) == (scope == "study")
@@ -638,11 +656,11 @@ def test_cut_points_and_places_do_not_decay(scope):
 
 def test_backbones():
     with pytest.raises(ValueError, match="unknown backbone"):
-        utils.make_backbone("resnet", (32, 32, 32))
+        make_backbone("resnet", (32, 32, 32))
     for shape in ((100, 128, 128), (0, 128, 128), (128, 128)):
         with pytest.raises(ValueError, match="SHAPE of three sizes, each divisible by 32"):
             utils.backbone_config("coatnet_rmlp_3_rw", shape)
-    model = utils.OrdinalClassifier("study", "tiny", (48, 16, 32), np.full((5, 5, 3), 1 / 3)).eval()
+    model = OrdinalClassifier("study", "tiny", (48, 16, 32), np.full((5, 5, 3), 1 / 3)).eval()
     log_p = model(torch.zeros(2, 3, 48, 16, 32))
     assert log_p.shape == (2, 5, 5, 3)
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(2, 5, 5))

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import utils
-from lumbar import classifiers, distributed
+from lumbar.data.geometry import LevelBox, boxes_to_table
+from lumbar.grade import distributed, trainer
+from lumbar.grade.classifier import load_classifier, predict_dataset
 
 CROP = {"scope": "level", "shape": [16, 16, 32], "extent_mm": [32.0, 48.0, 64.0], "shift_mm": [0.0, 0.0, 0.0]}
 # Four batches to a step, two for each process; everything random is in it.
@@ -51,7 +53,7 @@ def test_two_processes_equal_one_after_a_failure_too(tmp_path, monkeypatch, capf
     one = utils.train_classifier(tmp_path / "one", "level_0", train, valid, CONFIG)
 
     # The first epoch by one process, killed in the second.
-    calls, step = [], classifiers._Training._step
+    calls, step = [], trainer._Training._step
 
     def killed(*args):
         calls.append(1)
@@ -59,7 +61,7 @@ def test_two_processes_equal_one_after_a_failure_too(tmp_path, monkeypatch, capf
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(classifiers._Training, "_step", killed)
+    monkeypatch.setattr(trainer._Training, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
         utils.train_classifier(tmp_path / "two", "level_0", train, valid, CONFIG)
     # Then by two, of which one meets a study that has gone: an error that says so, not a wait for ever.
@@ -81,18 +83,16 @@ def test_two_processes_equal_one_after_a_failure_too(tmp_path, monkeypatch, capf
         torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
     predicted = []
     for name in ("one", "two"):
-        model, about = utils.load_classifier(tmp_path / name / "level_0.safetensors")
+        model, about = load_classifier(tmp_path / name / "level_0.safetensors")
         assert about["fold"] == 0 and about["crop"] == CROP and about["epoch"] == 2  # which two processes trained
-        predicted.append(utils.predict_dataset([model], valid))
+        predicted.append(predict_dataset([model], valid))
     assert np.abs(predicted[0] - predicted[1]).max() < 1e-5
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["level_0.safetensors", "level_0_history.csv"]
 
 
 def test_a_data_set_travels_as_text(tmp_path):
     grades = np.random.default_rng(0).integers(-1, 3, (2, 5, 5))
-    levels = utils.boxes_to_table(
-        7, [utils.LevelBox(level, np.zeros(3), np.eye(3), np.ones(3)) for level in utils.LEVELS]
-    )
+    levels = boxes_to_table(7, [LevelBox(level, np.zeros(3), np.eye(3), np.ones(3)) for level in utils.LEVELS])
     crop = {**CROP, "scope": "study"}
     sent = utils.CropDataset({7: tmp_path / "7.safetensors", 8: "x"}, np.array([7, 8]), grades, levels, crop)
     sent.save(tmp_path / "a")

@@ -9,7 +9,14 @@ from benchmarks import bench_ensemble
 from scipy.optimize import check_grad
 
 import utils
-from lumbar import ensemble as section
+from lumbar.data.metric import term_sums
+from lumbar.grade import ensemble as ensemble_module
+from lumbar.grade import stacker as stacker_module
+from lumbar.grade.crops import expand_view
+from lumbar.grade.ensemble import DEFAULT_WEIGHTS, VARIANTS, combine_members, default_ensemble, equal_ensemble
+from lumbar.grade.stacker import apply_stacker, fit_stacker
+from lumbar.grade.tables import check_predictions
+from lumbar.names import LABEL_COLUMNS, MIRRORED_CONDITIONS, SEVERITY_WEIGHTS, SUBMISSION_COLUMNS
 
 
 def case(studies=60, seed=0):
@@ -17,9 +24,7 @@ def case(studies=60, seed=0):
     rng = np.random.default_rng(seed)
     grades = rng.choice(3, (studies, 5, 5), p=(0.6, 0.25, 0.15))
     ids = np.arange(1000, 1000 + studies)
-    labels = pd.DataFrame(
-        np.array(utils.GRADES, object)[grades.reshape(studies, 25)], columns=list(utils.LABEL_COLUMNS)
-    )
+    labels = pd.DataFrame(np.array(utils.GRADES, object)[grades.reshape(studies, 25)], columns=list(LABEL_COLUMNS))
     labels.insert(0, "study_id", ids)
 
     def member(sharpness):
@@ -31,9 +36,9 @@ def case(studies=60, seed=0):
 
 def test_combination_is_the_weighted_mean_of_log_probabilities():
     grades, _, _, members = case(4)
-    ensemble = utils.default_ensemble(["yolo", "level"])
-    result, count = utils.combine_members(members, ensemble, utils.class_prior(grades))
-    weight = np.array([utils.DEFAULT_WEIGHTS[m] for m in members])
+    ensemble = default_ensemble(["yolo", "level"])
+    result, count = combine_members(members, ensemble, utils.class_prior(grades))
+    weight = np.array([DEFAULT_WEIGHTS[m] for m in members])
     logits = np.tensordot(weight / weight.sum(), np.log(np.stack(list(members.values()))), 1)
     np.testing.assert_allclose(result, np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), atol=1e-9)
     assert (count == 2).all()
@@ -45,7 +50,7 @@ def test_an_absent_member_gives_its_weight_away_and_nothing_is_left_out():
     members["yolo"][1] = np.nan
     members["level"][2, 3] = np.nan
     members["yolo"][2, 3] = np.nan
-    result, count = utils.combine_members(members, utils.default_ensemble(["yolo", "level"]), prior)
+    result, count = combine_members(members, default_ensemble(["yolo", "level"]), prior)
     np.testing.assert_allclose(result[1], members["level"][1], atol=1e-9)
     np.testing.assert_allclose(result[2, 3], prior[3])
     assert count[1].max() == 1 and count[2, 3].max() == 0
@@ -55,11 +60,11 @@ def test_an_absent_member_gives_its_weight_away_and_nothing_is_left_out():
 def test_calibration_applies_to_its_group_alone():
     grades, _, _, members = case(4)
     prior = utils.class_prior(grades)
-    plain = utils.default_ensemble(["yolo", "level"])
-    before, _ = utils.combine_members(members, plain, prior)
-    warm = utils.default_ensemble(["yolo", "level"])
+    plain = default_ensemble(["yolo", "level"])
+    before, _ = combine_members(members, plain, prior)
+    warm = default_ensemble(["yolo", "level"])
     warm["temperature"]["foraminal"], warm["bias"]["foraminal"] = 2.0, [0.0, 0.0, 1.0]
-    after, _ = utils.combine_members(members, warm, prior)
+    after, _ = combine_members(members, warm, prior)
     np.testing.assert_array_equal(before[:, [0, 3, 4]], after[:, [0, 3, 4]])
     logits = np.log(before[:, 1:3]) / 2 + [0, 0, 1.0]
     np.testing.assert_allclose(after[:, 1:3], np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), atol=1e-9)
@@ -75,10 +80,10 @@ def test_fitted_weights_prefer_the_better_member_and_help_on_other_studies():
     rest = {m: p[60:] for m, p in members.items()}
 
     def score(ensemble):
-        return utils.score_arrays(grades[60:], utils.combine_members(rest, ensemble, prior)[0])["total"]
+        return utils.score_arrays(grades[60:], combine_members(rest, ensemble, prior)[0])["total"]
 
     assert all(fitted["weights"][group]["level"] > 0.6 for group in utils.GROUPS)
-    assert score(fitted) < 0.95 * score(utils.default_ensemble(["yolo", "level"]))
+    assert score(fitted) < 0.95 * score(default_ensemble(["yolo", "level"]))
 
 
 def test_few_rows_leave_the_defaults_nearly_alone():
@@ -104,7 +109,7 @@ def test_out_of_fold_tables_are_found_and_the_detectors_are_one_member(tmp_path)
 
 def test_an_unknown_view_is_refused():
     with pytest.raises(ValueError, match="unknown TTA view"):
-        utils.expand_view({"flip": True}, 2)
+        expand_view({"flip": True}, 2)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +121,7 @@ def bed():
 
 def test_the_search_gains_on_studies_it_has_not_seen(bed):
     _, tables, scores, _ = bed
-    assert list(scores.index) == [*tables, *utils.VARIANTS]
+    assert list(scores.index) == [*tables, *VARIANTS]
     total = scores["total"]
     assert total["equal weights"] < total[list(tables)].min(), "the bed's members complement each other"
     assert total["fitted weights"] < total["default weights"] + 0.002, "members so alike leave the weights nothing"
@@ -151,13 +156,13 @@ def test_where_nothing_is_to_be_found_nothing_is_lost():
 def test_the_floor_is_the_priors_share_and_an_older_ensemble_has_none():
     grades, _, _, members = case(4)
     prior = utils.class_prior(grades)
-    plain = utils.default_ensemble(["yolo", "level"])
+    plain = default_ensemble(["yolo", "level"])
     floored = plain | {"floor": {"spinal": 0.0, "foraminal": 0.1, "subarticular": 0.0}}
-    before, after = (utils.combine_members(members, e, prior)[0] for e in (plain, floored))
+    before, after = (combine_members(members, e, prior)[0] for e in (plain, floored))
     np.testing.assert_allclose(after[:, 1:3], 0.9 * before[:, 1:3] + 0.1 * prior[1:3])
     np.testing.assert_array_equal(after[:, [0, 3, 4]], before[:, [0, 3, 4]])
     old = {key: value for key, value in plain.items() if key != "floor"}
-    np.testing.assert_array_equal(utils.combine_members(members, old, prior)[0], before)
+    np.testing.assert_array_equal(combine_members(members, old, prior)[0], before)
 
 
 def test_slips_of_the_readers_find_their_floor():
@@ -167,14 +172,18 @@ def test_slips_of_the_readers_find_their_floor():
     grades = np.where(slip, rng.choice(3, true.shape, p=(0.6, 0.25, 0.15)), true)
     sure = np.exp(8 * np.eye(3)[true] + rng.standard_normal((*true.shape, 3)))
     sure = {"level": sure / sure.sum(-1, keepdims=True)}
-    fitted = section._fit_arrays(grades[:150], {"level": sure["level"][:150]}, 80.0, ["level"], "equal", stacker=False)
+    fitted = ensemble_module._fit_arrays(
+        grades[:150], {"level": sure["level"][:150]}, 80.0, ["level"], "equal", stacker=False
+    )
     assert 0.02 < min(fitted["floor"].values()) and max(fitted["floor"].values()) < 0.15
-    clean = section._fit_arrays(true[:150], {"level": sure["level"][:150]}, 80.0, ["level"], "equal", stacker=False)
+    clean = ensemble_module._fit_arrays(
+        true[:150], {"level": sure["level"][:150]}, 80.0, ["level"], "equal", stacker=False
+    )
     assert max(clean["floor"].values()) < 0.005
     prior, rest = utils.class_prior(grades[:150]), {"level": sure["level"][150:]}
     scores = [
-        utils.score_arrays(grades[150:], utils.combine_members(rest, e, prior)[0])["total"]
-        for e in (fitted, fitted | {"floor": {}}, utils.equal_ensemble(["level"]))
+        utils.score_arrays(grades[150:], combine_members(rest, e, prior)[0])["total"]
+        for e in (fitted, fitted | {"floor": {}}, equal_ensemble(["level"]))
     ]
     assert scores[0] < 0.8 * min(scores[1:])
 
@@ -185,7 +194,7 @@ def test_what_other_cells_say_shifts_along_the_scale(bed):
     for group, names in stacker["features"].items():
         if group not in stacker["coefficients"]:
             continue
-        of_others = [not name.startswith(section.OWN_FEATURES) for name in names]
+        of_others = [not name.startswith(stacker_module.OWN_FEATURES) for name in names]
         moderate, severe = np.array(stacker["coefficients"][group])[of_others].T
         assert np.abs(2 * moderate - severe).sum() < 0.4 * np.abs(moderate + 2 * severe).sum()
 
@@ -193,35 +202,35 @@ def test_what_other_cells_say_shifts_along_the_scale(bed):
 def test_on_few_studies_scaling_has_to_gain():
     rng = np.random.default_rng(4)
     p = rng.dirichlet([3, 1.5, 1], (60, 5, 5))
-    true = p / np.array(utils.SEVERITY_WEIGHTS)  # for these frequencies p is the metric's optimum
+    true = p / np.array(SEVERITY_WEIGHTS)  # for these frequencies p is the metric's optimum
     true /= true.sum(-1, keepdims=True)
     grades = (rng.random((60, 5, 5, 1)) > true.cumsum(-1)[..., :2]).sum(-1)
     options = (80.0, ["level"], "equal")
-    fair = section._fit_arrays(grades, {"level": p}, *options, stacker=False)
+    fair = ensemble_module._fit_arrays(grades, {"level": p}, *options, stacker=False)
     assert set(fair["temperature"].values()) == {1.0} and not np.any(list(fair["bias"].values()))
-    forced = section._fit_arrays(grades, {"level": p}, *options, stacker=False, judged=False)
+    forced = ensemble_module._fit_arrays(grades, {"level": p}, *options, stacker=False, judged=False)
     assert 1.0 not in forced["temperature"].values()
     sure = p**3 / (p**3).sum(-1, keepdims=True)
-    mended = section._fit_arrays(grades, {"level": sure}, *options, stacker=False)
+    mended = ensemble_module._fit_arrays(grades, {"level": sure}, *options, stacker=False)
     assert min(mended["temperature"].values()) > 1.2
 
 
 def test_the_stacker_asks_for_enough_studies():
     rng = np.random.default_rng(0)
-    grades = np.tile(rng.choice(3, (section.STACKER_STUDIES, 1, 1)), (1, 5, 5))  # every neighbour knows all
+    grades = np.tile(rng.choice(3, (stacker_module.STACKER_STUDIES, 1, 1)), (1, 5, 5))  # every neighbour knows all
     logits = np.eye(3)[grades] + rng.standard_normal((*grades.shape, 3))
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    assert set(utils.fit_stacker(grades, p)["coefficients"]) == set(utils.GROUPS)
-    assert not utils.fit_stacker(grades[1:], p[1:])["coefficients"]
+    assert set(fit_stacker(grades, p)["coefficients"]) == set(utils.GROUPS)
+    assert not fit_stacker(grades[1:], p[1:])["coefficients"]
 
 
 def test_nested_predictions_are_a_submission_and_give_the_table(bed):
     labels, tables, scores, submissions = bed
     for name in ("yolo", "+ stacker"):
         table = submissions[name]
-        assert list(table.columns) == list(utils.SUBMISSION_COLUMNS) and len(table) == 300 * 25
+        assert list(table.columns) == list(SUBMISSION_COLUMNS) and len(table) == 300 * 25
         assert utils.competition_score(labels, table)["total"] == pytest.approx(scores["total"][name], abs=1e-9)
-    assert scores["rows"]["yolo"] < scores["rows"]["study"] == labels[list(utils.LABEL_COLUMNS)].notna().sum().sum()
+    assert scores["rows"]["yolo"] < scores["rows"]["study"] == labels[list(LABEL_COLUMNS)].notna().sum().sum()
 
 
 def test_nested_predictions_have_not_seen_their_fold():
@@ -229,7 +238,7 @@ def test_nested_predictions_have_not_seen_their_fold():
     before = utils.cross_validate_ensemble(labels, tables, folds)[1]
     first = folds["study_id"][folds["fold"] == 0]
     changed = labels.copy()
-    changed.loc[changed["study_id"].isin(first), list(utils.LABEL_COLUMNS)] = "Severe"
+    changed.loc[changed["study_id"].isin(first), list(LABEL_COLUMNS)] = "Severe"
     after = utils.cross_validate_ensemble(changed, tables, folds)[1]
     own = before["yolo"]["row_id"].str.split("_").str[0].astype(int).isin(first)
     for name in ("+ stacker", "yolo"):  # the latter lacks rows, where the other fold's prior stands
@@ -241,7 +250,7 @@ def test_rows_and_studies_may_be_missing():
     labels, tables, folds = bench_ensemble.make_case(60, 8, folds=3)
     ids = labels["study_id"].to_numpy()
     gone = {m: t[~t["row_id"].str.startswith(f"{ids[0]}_")] for m, t in tables.items()}
-    lost = f"{ids[1]}_{utils.LABEL_COLUMNS[0]}"
+    lost = f"{ids[1]}_{LABEL_COLUMNS[0]}"
     gone = {m: t[t["row_id"] != lost] for m, t in gone.items()}
     scores, submissions = utils.cross_validate_ensemble(labels, gone, folds)
     rows = submissions["+ stacker"]["row_id"]
@@ -259,7 +268,7 @@ def test_the_order_of_rows_does_not_matter():
 def test_slopes_are_those_of_the_loss():
     rng = np.random.default_rng(0)
     for group, conditions in utils.GROUPS.items():
-        target = section._Target(rng.choice(4, (6, len(conditions), 5)) - 1, group == "spinal")
+        target = stacker_module._Target(rng.choice(4, (6, len(conditions), 5)) - 1, group == "spinal")
         shape = (6, len(conditions), 5, 3)
         error = check_grad(
             lambda v: target.loss(v.reshape(shape))[0],
@@ -276,9 +285,9 @@ def test_the_loss_is_the_competitions():
     score = utils.score_arrays(grades, p)
     for group, conditions in utils.GROUPS.items():
         part = list(conditions)
-        value = section._Target(grades[:, part], group == "spinal").loss(logits[:, part])[0]
+        value = stacker_module._Target(grades[:, part], group == "spinal").loss(logits[:, part])[0]
         assert value == pytest.approx(score[group] + (score["any_severe"] if group == "spinal" else 0))
-    loss, weight = utils.term_sums(grades, p)
+    loss, weight = term_sums(grades, p)
     assert list(loss.sum(0) / weight.sum(0)) == pytest.approx([score[t] for t in (*utils.GROUPS, "any_severe")])
 
 
@@ -287,18 +296,18 @@ def test_the_stacker_is_the_same_in_the_mirror_and_in_json(bed):
     ensemble = utils.fit_ensemble(labels, tables)
     assert set(ensemble["stacker"]["coefficients"]) >= {"foraminal", "subarticular"}
     _, p = utils.from_submission(tables["study"])
-    turned = list(utils.MIRRORED_CONDITIONS)
-    corrected = utils.apply_stacker(ensemble["stacker"], p)
-    np.testing.assert_allclose(utils.apply_stacker(ensemble["stacker"], p[:, turned])[:, turned], corrected)
+    turned = list(MIRRORED_CONDITIONS)
+    corrected = apply_stacker(ensemble["stacker"], p)
+    np.testing.assert_allclose(apply_stacker(ensemble["stacker"], p[:, turned])[:, turned], corrected)
     assert np.abs(corrected - p).max() > 0.05 and np.abs(corrected.sum(-1) - 1).max() < 1e-12
     read = json.loads(json.dumps(ensemble))
     np.testing.assert_array_equal(
-        utils.combine_members({"study": p}, read, np.full((5, 5, 3), 1 / 3))[0],
-        utils.combine_members({"study": p}, ensemble, np.full((5, 5, 3), 1 / 3))[0],
+        combine_members({"study": p}, read, np.full((5, 5, 3), 1 / 3))[0],
+        combine_members({"study": p}, ensemble, np.full((5, 5, 3), 1 / 3))[0],
     )
     read["stacker"]["features"]["foraminal"][0] = "something else"
     with pytest.raises(ValueError, match="fit the ensemble again"):
-        utils.apply_stacker(read["stacker"], p)
+        apply_stacker(read["stacker"], p)
 
 
 def test_rows_without_a_member_keep_the_prior_under_a_stacker(bed):
@@ -307,7 +316,7 @@ def test_rows_without_a_member_keep_the_prior_under_a_stacker(bed):
     _, p = utils.from_submission(tables["study"])
     prior = np.full((5, 5, 3), 1 / 3)
     p[0, 2, 1] = np.nan
-    np.testing.assert_allclose(utils.combine_members({"study": p}, ensemble, prior)[0][0, 2, 1], 1 / 3)
+    np.testing.assert_allclose(combine_members({"study": p}, ensemble, prior)[0][0, 2, 1], 1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -401,11 +410,11 @@ def test_rounded_tables_and_empty_rows_are_fine():
     assert (table[list(utils.SEVERITIES)].sum(axis=1) < 1 - 9e-4).any()
     severities = list(utils.SEVERITIES)
     table.loc[[3, 70], severities] = np.nan
-    _, p = utils.check_predictions(table)
+    _, p = check_predictions(table)
     assert np.isnan(p).all(-1).sum() == 2 and np.isnan(p).any(-1).sum() == 2
     table.loc[5, severities[0]] = np.nan
     with pytest.raises(ValueError, match="three finite numbers"):
-        utils.check_predictions(table)
+        check_predictions(table)
 
 
 def test_combined_tables_have_every_row():
@@ -414,7 +423,7 @@ def test_combined_tables_have_every_row():
     first = tables["yolo"]["row_id"].str.startswith(f"{ids[0]}_")
     tables["yolo"] = tables["yolo"][~first].sample(frac=1, random_state=0)
     prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
-    ensemble = utils.default_ensemble(["yolo", "level"])
+    ensemble = default_ensemble(["yolo", "level"])
     combined = utils.combine_tables(tables, ensemble, prior)
     assert len(combined) == 6 * 25
     found, p = utils.from_submission(combined)
@@ -429,8 +438,8 @@ def test_out_of_fold_tables_of_other_studies_leave_the_defaults(tmp_path, monkey
     _, ids, labels, members = case(10)
     labels.to_csv(tmp_path / "train.csv", index=False)
     tables = {m: utils.to_submission(ids + 5000, p) for m, p in members.items()}
-    monkeypatch.setattr(section, "read_out_of_fold", lambda *_, **__: dict(tables))
-    monkeypatch.setattr(section, "member_weights", lambda folders: ({"yolo_scs_0": None, "level_0": None}, []))
+    monkeypatch.setattr(ensemble_module, "read_out_of_fold", lambda *_, **__: dict(tables))
+    monkeypatch.setattr(ensemble_module, "member_weights", lambda folders: ({"yolo_scs_0": None, "level_0": None}, []))
     assert utils.ensemble_for([tmp_path], tmp_path)["found"] == "defaults"
     assert "yolo, level are of other studies" in capsys.readouterr().out
     tables["level"] = utils.to_submission(ids, members["level"])

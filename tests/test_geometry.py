@@ -27,7 +27,15 @@ from pydicom.uid import (
 from scipy.ndimage import binary_erosion, binary_fill_holes, map_coordinates
 
 import utils
-from lumbar import geometry
+from lumbar.data import resample as resample_module
+from lumbar.data.dicom import read_slice, read_slices, read_study
+from lumbar.data.geometry import LevelBox, axial_slices_near, boxes_to_table, coordinates_to_lps
+from lumbar.data.greys import normalise_study
+from lumbar.data.pixels import DECODERS, DicomProblem
+from lumbar.data.resample import crop_affine, crop_level, crop_study, resample, sample_box
+from lumbar.data.volume import Study, Volume, save_study
+from lumbar.limits import TookTooLong, cpu_limit
+from lumbar.look.point_cloud import point_cloud, voxelise_point_cloud
 
 
 def rotation(rng):
@@ -81,7 +89,7 @@ def random_affine(rng, spacing=(4.4, 0.7, 0.6), plane="Sagittal"):
 
 
 def read_one(root, description="Sagittal T1"):
-    return utils.read_study(root, {11: description})
+    return read_study(root, {11: description})
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -121,7 +129,7 @@ def test_every_voxel_keeps_its_place(tmp_path):
 
 def test_patient_coordinates_and_back():
     rng = np.random.default_rng(0)
-    volume = utils.Volume(np.zeros((4, 5, 6)), random_affine(rng), 1, 2, "Sagittal T1", 0, np.arange(4))
+    volume = Volume(np.zeros((4, 5, 6)), random_affine(rng), 1, 2, "Sagittal T1", 0, np.arange(4))
     points = rng.uniform(-300, 300, (50, 3))
     np.testing.assert_allclose(volume.voxel_to_lps(volume.lps_to_voxel(points)), points, atol=1e-6)
     np.testing.assert_allclose(volume.spacing_mm, (4.4, 0.7, 0.6))
@@ -206,7 +214,7 @@ def test_rescale_signed_and_monochrome1(tmp_path):
     place = [volume.slice_of(i + 1) for i in range(4)]
     np.testing.assert_allclose(volume.array[place], array * 2.5 - 10)
     write_series(tmp_path / "6/11", array, affine, PhotometricInterpretation="MONOCHROME1")
-    (inverted,) = utils.read_study(tmp_path / "6", {11: "Sagittal T1"}).volumes
+    (inverted,) = read_study(tmp_path / "6", {11: "Sagittal T1"}).volumes
     assert inverted.array[place[0], 0, 0] > inverted.array[place[0], 4, 4]
 
 
@@ -226,7 +234,7 @@ def test_broken_files_are_named_with_their_reason(tmp_path):
     thickness = pydicom.dcmread(folder / "4.dcm")["SliceThickness"].value.original_string.encode()
     (folder / "74.dcm").write_bytes(text.replace(thickness, thickness.replace(b".", b","), 1))
     (tmp_path / "5/99").mkdir()
-    study = utils.read_study(tmp_path / "5", {11: "Sagittal T1", 12: "Axial T2", 13: "Localizer"})
+    study = read_study(tmp_path / "5", {11: "Sagittal T1", 12: "Axial T2", 13: "Localizer"})
     assert len(study.volumes) == 1 and study.volumes[0].array.shape == (4, 6, 6)
     said = "\n".join(study.problems)
     for words in (
@@ -258,8 +266,8 @@ def linear_study(rng, slope):
         affine[:3, 3] = -affine[:3, :3] @ ((shape - 1) / 2)
         index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
         position = index @ affine[:3, :3].T + affine[:3, 3]
-        volumes.append(utils.Volume((position @ slope).astype(np.float32), affine, 1, 2, description, 0, np.arange(30)))
-    return utils.Study(1, volumes)
+        volumes.append(Volume((position @ slope).astype(np.float32), affine, 1, 2, description, 0, np.arange(30)))
+    return Study(1, volumes)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -268,9 +276,9 @@ def test_crop_of_a_linear_phantom_is_linear(seed):
     slope = rng.uniform(-0.02, 0.02, 3)
     study = linear_study(rng, slope)
     axes = rotation(rng)
-    box = utils.LevelBox("l1_l2", rng.uniform(-5, 5, 3), axes, np.array([30.0, 40.0, 40.0]))
+    box = LevelBox("l1_l2", rng.uniform(-5, 5, 3), axes, np.array([30.0, 40.0, 40.0]))
     shape, extent_mm, shift_mm = (24, 40, 36), (30.0, 40.0, 44.0), (2.0, -3.0, 5.0)
-    crop, covered = utils.crop_level(study, box, shape, extent_mm, shift_mm)
+    crop, covered = crop_level(study, box, shape, extent_mm, shift_mm)
     assert crop.shape == covered.shape == (3, *shape) and crop.dtype == np.float16
     head, left, back = axes
     center = box.center_lps_mm + np.array(shift_mm) @ axes
@@ -292,17 +300,17 @@ def test_crop_of_a_linear_phantom_is_linear(seed):
 
 def test_coverage_ends_where_the_slices_end():
     affine = np.array([[0, 0, 1.0, -20], [0, 1.0, 0, -20], [4.0, 0, 0, 0], [0, 0, 0, 1.0]])
-    volume = utils.Volume(np.ones((3, 40, 40), np.float32), affine, 1, 2, "Axial T2", 0, np.arange(3))
+    volume = Volume(np.ones((3, 40, 40), np.float32), affine, 1, 2, "Axial T2", 0, np.arange(3))
     axes = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
-    _, covered = utils.sample_box(utils.Study(1, [volume]), (0, 0, 4.0), axes, (40.0, 10.0, 10.0), (40, 10, 10))
+    _, covered = sample_box(Study(1, [volume]), (0, 0, 4.0), axes, (40.0, 10.0, 10.0), (40, 10, 10))
     # Three slices 4 mm apart cover 12 mm.
     assert covered[1].any((1, 2)).sum() == 12
 
 
 def test_study_file_round_trip(tmp_path):
     rng = np.random.default_rng(0)
-    study = utils.normalise_study(linear_study(rng, np.array([0.5, 0.2, 0.1])))
-    utils.save_study(replace_problems(study, ["one"]), tmp_path / "1.safetensors")
+    study = normalise_study(linear_study(rng, np.array([0.5, 0.2, 0.1])))
+    save_study(replace_problems(study, ["one"]), tmp_path / "1.safetensors")
     loaded = utils.load_study(tmp_path / "1.safetensors")
     assert loaded.problems == ["one"] and [v.description for v in loaded.volumes] == ["Sagittal T1", "Axial T2"]
     for before, after in zip(study.volumes, loaded.volumes, strict=True):
@@ -313,10 +321,10 @@ def test_study_file_round_trip(tmp_path):
 
 def test_study_file_of_8_bits_keeps_the_picture(tmp_path):
     rng = np.random.default_rng(0)
-    study = utils.normalise_study(linear_study(rng, np.array([0.5, 0.2, 0.1])))
+    study = normalise_study(linear_study(rng, np.array([0.5, 0.2, 0.1])))
     study.volumes[0].array[0, 0, :4] = (0.0, -1.0, 8.0, 1.0)
     for bits in (8, 16):
-        utils.save_study(study, tmp_path / f"{bits}.safetensors", bits)
+        save_study(study, tmp_path / f"{bits}.safetensors", bits)
     loaded = utils.load_study(tmp_path / "8.safetensors")
     for before, after in zip(study.volumes, loaded.volumes, strict=True):
         assert after.array.dtype == np.float16
@@ -325,21 +333,20 @@ def test_study_file_of_8_bits_keeps_the_picture(tmp_path):
     sizes = [(tmp_path / f"{bits}.safetensors").stat().st_size for bits in (8, 16)]
     assert 0.49 < sizes[0] / sizes[1] < 0.6
     with pytest.raises(ValueError, match="BITS must be 8 or 16"):
-        utils.save_study(study, tmp_path / "12.safetensors", 12)
+        save_study(study, tmp_path / "12.safetensors", 12)
 
 
 def replace_problems(study, problems):
-    return utils.Study(study.study_id, study.volumes, problems)
+    return Study(study.study_id, study.volumes, problems)
 
 
 def test_boxes_table_round_trip():
     rng = np.random.default_rng(0)
     axes = rotation(rng)
     boxes = [
-        utils.LevelBox(level, rng.uniform(-50, 50, 3), axes, np.array([20.0, 50, 40]), 0.5, "t2")
-        for level in utils.LEVELS
+        LevelBox(level, rng.uniform(-50, 50, 3), axes, np.array([20.0, 50, 40]), 0.5, "t2") for level in utils.LEVELS
     ]
-    table = utils.boxes_to_table(7, boxes)
+    table = boxes_to_table(7, boxes)
     again = utils.boxes_from_table(table, 7)
     for one, two in zip(boxes, again, strict=True):
         np.testing.assert_allclose(one.corners_lps(), two.corners_lps())
@@ -358,7 +365,7 @@ def test_label_points_land_in_patient_space(tmp_path):
     points = pd.DataFrame(
         {"series_id": [11, 11, 12], "instance_number": [3, 9, 3], "x_px": [2.0, 1, 1], "y_px": [4.0, 1, 1]}
     )
-    lps = utils.coordinates_to_lps(points, study)
+    lps = coordinates_to_lps(points, study)
     np.testing.assert_allclose(lps[0], affine[:3] @ [1, 4, 2, 1], atol=1e-4)
     assert np.isnan(lps[1:]).all()
     index, distance, row, column = utils.nearest_slice(study.volumes[0], lps[0])
@@ -371,12 +378,12 @@ def test_boxes_and_points_as_open3d(seed):
     # The wheel needs a system library (libusb) that a bare machine lacks; only the 3D view uses it.
     pytest.importorskip("open3d", exc_type=ImportError)
     rng = np.random.default_rng(seed)
-    box = utils.LevelBox("l1_l2", rng.uniform(-50, 50, 3), rotation(rng), np.array([20.0, 50, 40]))
+    box = LevelBox("l1_l2", rng.uniform(-50, 50, 3), rotation(rng), np.array([20.0, 50, 40]))
     theirs = np.asarray(box.as_open3d().get_box_points())
     distance = np.linalg.norm(theirs[:, None] - box.corners_lps()[None], axis=-1)
     assert distance.min(1).max() < 1e-6
-    study = utils.normalise_study(linear_study(rng, np.array([0.5, 0.2, 0.1])))
-    cloud = utils.point_cloud(study, every=8)
+    study = normalise_study(linear_study(rng, np.array([0.5, 0.2, 0.1])))
+    cloud = point_cloud(study, every=8)
     colours = np.asarray(cloud.colors)
     assert len(cloud.points) and not colours[:, 2].any() and colours[:, 0].any() and colours[:, 1].any()
 
@@ -517,7 +524,7 @@ def test_pixels_are_those_that_pydicom_decodes(tmp_path, bits, stored, signed, i
         ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     ds.save_as(tmp_path / "2.dcm", enforce_file_format=True)
     theirs = pydicom.dcmread(tmp_path / "2.dcm").pixel_array
-    ours = utils.read_slice(tmp_path / "2.dcm")["pixels"]
+    ours = read_slice(tmp_path / "2.dcm")["pixels"]
     assert len(np.unique(theirs)) > 20 and ours.dtype == np.float32 and (ours == theirs).all()
 
 
@@ -532,9 +539,9 @@ def test_mr_files_of_pydicom(name):
     if not (TEST_FILES / name).is_file():
         pytest.skip("not among the files that come with pydicom")
     try:
-        slices, problems = utils.read_slices(TEST_FILES / name)
-    except utils.DicomProblem as problem:
-        package, module = utils.DECODERS[pydicom.dcmread(TEST_FILES / name).file_meta.TransferSyntaxUID]
+        slices, problems = read_slices(TEST_FILES / name)
+    except DicomProblem as problem:
+        package, module = DECODERS[pydicom.dcmread(TEST_FILES / name).file_meta.TransferSyntaxUID]
         assert find_spec(module) is None and f"pip install {package}" in str(problem)
         return
     assert not problems
@@ -572,10 +579,10 @@ def test_compressed_files_load_or_say_what_they_need(tmp_path):
     for number, syntax in syntaxes.items():
         (sentence,) = (p for p in study.problems if f" {number}.dcm: " in p)
         assert "pixels cannot be decoded" in sentence
-        if syntax not in utils.DECODERS:
+        if syntax not in DECODERS:
             assert "No pixel data decoders" in sentence
-        elif find_spec(utils.DECODERS[syntax][1]) is None:
-            assert f"{syntax.name} needs a" in sentence and f"pip install {utils.DECODERS[syntax][0]}" in sentence
+        elif find_spec(DECODERS[syntax][1]) is None:
+            assert f"{syntax.name} needs a" in sentence and f"pip install {DECODERS[syntax][0]}" in sentence
 
 
 # ---- Crops against plain references ----
@@ -591,8 +598,8 @@ def oblique_study(rng, shape=(24, 60, 56), blocks=2):
         affine[:3, 3] += (number == 2) * rng.choice([-20.0, 20.0], 3)
         array = rng.random(shape).astype(np.float16)
         name = "Axial T2" if number else "Sagittal T1"
-        volumes.append(utils.Volume(array, affine, 1, 11 + number, name, 0, np.arange(1, shape[0] + 1), 4.0))
-    return utils.Study(1, volumes)
+        volumes.append(Volume(array, affine, 1, 11 + number, name, 0, np.arange(1, shape[0] + 1), 4.0))
+    return Study(1, volumes)
 
 
 def plain_box(study, affine, shape):
@@ -614,17 +621,17 @@ def plain_box(study, affine, shape):
 def test_crops_equal_a_plain_interpolation(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     study = oblique_study(rng)
-    box = utils.LevelBox("l1_l2", rng.uniform(-5, 5, 3), rotation(rng), np.array([30.0, 40.0, 40.0]))
+    box = LevelBox("l1_l2", rng.uniform(-5, 5, 3), rotation(rng), np.array([30.0, 40.0, 40.0]))
     # Larger than the volumes, so that windows and the ends of covered runs matter; several blocks, also of one row.
     shape, extent_mm, shift_mm = (70, 50, 60), (45.0, 60.0, 70.0), (1.0, -2.0, 3.0)
-    monkeypatch.setitem(geometry._BLOCK, "cpu", (1 << 17, 9000, 2000, 50)[seed])
-    crop, covered = utils.crop_level(study, box, shape, extent_mm, shift_mm)
-    affine = utils.crop_affine(box.to_lps(shift_mm), box.axes, extent_mm, shape)
+    monkeypatch.setitem(resample_module._BLOCK, "cpu", (1 << 17, 9000, 2000, 50)[seed])
+    crop, covered = crop_level(study, box, shape, extent_mm, shift_mm)
+    affine = crop_affine(box.to_lps(shift_mm), box.axes, extent_mm, shape)
     plain, where = plain_box(study, affine, shape)
     assert 0.3 < where[:2].mean() < 1 and (covered == where).mean() > 0.99999
     np.testing.assert_allclose(crop[covered & where], plain[covered & where], atol=1e-3)
     assert not crop[~covered].any()
-    window, values, inside = utils.resample(study.volumes[0], affine, shape)
+    window, values, inside = resample(study.volumes[0], affine, shape)
     np.testing.assert_allclose(values.numpy()[where[0][window]], plain[0][window][where[0][window]], atol=1e-3)
     assert inside.numpy().sum() == where[0].sum() and not values[~inside].any()
 
@@ -632,9 +639,9 @@ def test_crops_equal_a_plain_interpolation(seed, monkeypatch):
 def test_a_single_slice_is_a_slab():
     affine = np.array([[0, 0, 1.0, -20], [0, 1.0, 0, -20], [4.0, 0, 0, 0], [0, 0, 0, 1.0]])
     array = np.arange(1600, dtype=np.float32).reshape(1, 40, 40) / 1600
-    study = utils.Study(1, [utils.Volume(array, affine, 1, 2, "Axial T2", 0, np.arange(1))])
+    study = Study(1, [Volume(array, affine, 1, 2, "Axial T2", 0, np.arange(1))])
     axes = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
-    crop, covered = utils.sample_box(study, (-0.5, -0.5, 0), axes, (10.0, 8.0, 8.0), (10, 8, 8))
+    crop, covered = sample_box(study, (-0.5, -0.5, 0), axes, (10.0, 8.0, 8.0), (10, 8, 8))
     assert covered[1].any((1, 2)).sum() == 4
     assert np.abs(crop[1, covered[1].all((1, 2))] - array[0, 16:24, 16:24]).max() < 1e-3
 
@@ -664,21 +671,21 @@ def linear_errors(tmp_path_factory):
         center, slope = rng.uniform(-30, 30, 3), rng.uniform(-80, 80, 3)
         folder = tmp_path_factory.mktemp("linear") / "5"
         linear_series(folder, rng, center, slope)
-        study = utils.read_study(folder, dict(zip((1, 2, 3), utils.DESCRIPTIONS)))
+        study = read_study(folder, dict(zip((1, 2, 3), utils.DESCRIPTIONS)))
         assert len(study.volumes) == 4
         # 16 bits need more than float16 holds: one linear map, which the truth gets too.
         low, high = np.percentile(study.volumes[0].array, (0.5, 99.5))
         study.volumes = [replace(v, array=(v.array - low) / (high - low)) for v in study.volumes]
-        box = utils.LevelBox("l3_l4", center, rotation(rng), np.array([30.0, 40.0, 40.0]))
+        box = LevelBox("l3_l4", center, rotation(rng), np.array([30.0, 40.0, 40.0]))
         shape, extent_mm, shift_mm = LINEAR_BOX
-        affine = utils.crop_affine(center, box.axes, extent_mm, shape)
+        affine = crop_affine(center, box.axes, extent_mm, shape)
         index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
         truth = (index @ affine[:3, :3].T + affine[:3, 3] - center) @ slope
         truth = (truth + 20000 - low) / (high - low)
-        crop, covered = utils.crop_level(study, box, *LINEAR_BOX)
+        crop, covered = crop_level(study, box, *LINEAR_BOX)
         errors["crop"].append((crop, covered, truth))
         try:
-            cloud, occupied = utils.voxelise_point_cloud(study, box, *LINEAR_BOX)
+            cloud, occupied = voxelise_point_cloud(study, box, *LINEAR_BOX)
         except ImportError:
             continue
         errors["cloud"].append((cloud, occupied, covered, truth))
@@ -715,14 +722,14 @@ def test_the_whole_study_as_a_point_cloud():
     for volume in study.volumes:
         volume.array[:] = 0.5
     shape, extent_mm = (32, 24, 28), (32.0, 28.0, 24.0)
-    crop, occupied = utils.voxelise_point_cloud(study, None, shape, extent_mm)
-    plain, covered = utils.crop_study(study, shape, extent_mm)
+    crop, occupied = voxelise_point_cloud(study, None, shape, extent_mm)
+    plain, covered = crop_study(study, shape, extent_mm)
     assert crop.shape == occupied.shape == (3, *shape) and crop.dtype == np.float16
     assert covered[0].any() and covered[1].any() and not occupied[2].any()
     assert (occupied & covered).sum() > 0.7 * covered.sum()
     assert occupied[~covered].mean() < 0.1
     # The mean of a voxel takes in the other series' black.
-    mean, _ = utils.voxelise_point_cloud(study, None, shape, extent_mm, pooling="average")
+    mean, _ = voxelise_point_cloud(study, None, shape, extent_mm, pooling="average")
     both = occupied[0] & occupied[1]
     assert mean[0][both].mean() < 0.4 < crop[0][both].mean()
 
@@ -732,7 +739,7 @@ def test_the_whole_study_as_a_point_cloud():
 
 def test_axial_slices_near_a_sagittal_point():
     rng = np.random.default_rng(3)
-    sagittal = utils.Volume(np.zeros((9, 90, 90)), random_affine(rng), 1, 10, "Sagittal T1", 0, np.arange(9))
+    sagittal = Volume(np.zeros((9, 90, 90)), random_affine(rng), 1, 10, "Sagittal T1", 0, np.arange(9))
     volumes = [sagittal]
     middle = sagittal.voxel_to_lps([4, 45, 45])
     for block, instances in enumerate((np.arange(30, 20, -1), np.arange(3, 13))):
@@ -740,10 +747,10 @@ def test_axial_slices_near_a_sagittal_point():
         # One stack steps aside: its slices' origins do not follow the normal.
         affine[:3, 0] += affine[:3, 1] * block
         affine[:3, 3] = middle - affine[:3, :3] @ [4.3, 50, 40]
-        volumes.append(utils.Volume(np.zeros((10, 100, 80)), affine, 1, 12, "Axial T2", block, instances))
-    study = utils.Study(1, volumes)
+        volumes.append(Volume(np.zeros((10, 100, 80)), affine, 1, 12, "Axial T2", block, instances))
+    study = Study(1, volumes)
     points = np.stack([middle, middle + [0, 0, 300.0], [np.nan] * 3, sagittal.voxel_to_lps([3, 40, 48])])
-    table = utils.axial_slices_near(study, points, reach_mm=5.0)
+    table = axial_slices_near(study, points, reach_mm=5.0)
     assert set(table["point"]) == {0, 3} and set(table["block"]) == {0, 1}
     # Every slice of every stack, the long way round.
     expected = 0
@@ -766,8 +773,8 @@ def test_axial_slices_near_a_sagittal_point():
     assert table.groupby("point")["distance_mm"].is_monotonic_increasing.all()
     # Beside the image nothing is near, however close the plane; without axial series the table is empty.
     beside = volumes[1].voxel_to_lps([4, 50, 200])
-    assert not (utils.axial_slices_near(study, beside)["block"] == 0).any()
-    empty = utils.axial_slices_near(utils.Study(1, [sagittal]), points)
+    assert not (axial_slices_near(study, beside)["block"] == 0).any()
+    empty = axial_slices_near(Study(1, [sagittal]), points)
     assert len(empty) == 0 and list(empty) == list(table)
 
 
@@ -776,20 +783,20 @@ def test_sampling_on_a_gpu_is_the_same():
         pytest.skip("no GPU")
     rng = np.random.default_rng(0)
     study = oblique_study(rng)
-    box = utils.LevelBox("l1_l2", np.zeros(3), rotation(rng), np.array([30.0, 40.0, 40.0]))
-    one = utils.crop_level(study, box, (48, 40, 44))
-    two = utils.crop_level(study, box, (48, 40, 44), device="cuda")
+    box = LevelBox("l1_l2", np.zeros(3), rotation(rng), np.array([30.0, 40.0, 40.0]))
+    one = crop_level(study, box, (48, 40, 44))
+    two = crop_level(study, box, (48, 40, 44), device="cuda")
     np.testing.assert_allclose(two[0], one[0], atol=2e-3)
     assert (one[1] == two[1]).all()
 
 
 def test_averaging_in_parts_changes_nothing_and_long_sampling_heeds_its_limit(monkeypatch):
     array = np.random.default_rng(0).random((7, 33, 20)).astype(np.float16)
-    whole = geometry._pooled(array, [3, 2], "cpu")
-    monkeypatch.setattr(geometry, "_CONVERTED_PX", 700)
-    np.testing.assert_array_equal(whole, geometry._pooled(array, [3, 2], "cpu"))
+    whole = resample_module._pooled(array, [3, 2], "cpu")
+    monkeypatch.setattr(resample_module, "_CONVERTED_PX", 700)
+    np.testing.assert_array_equal(whole, resample_module._pooled(array, [3, 2], "cpu"))
     np.testing.assert_allclose(whole[3, 4, 5], array[3, 12:15, 10:12].astype(np.float32).mean(), rtol=1e-6)
 
     study = small_study.make_study()
-    with utils.cpu_limit(-1.0), pytest.raises(utils.TookTooLong):
-        utils.crop_study(study, (16,) * 3)  # its two axial stacks are averaged
+    with cpu_limit(-1.0), pytest.raises(TookTooLong):
+        crop_study(study, (16,) * 3)  # its two axial stacks are averaged

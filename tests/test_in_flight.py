@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 import utils
-from lumbar import preprocess
+from lumbar.data import preprocess
+from lumbar.data.volume import Study, Volume
 from lumbar.in_flight import ChildDied, InFlight, run_in_child
 
 
@@ -204,8 +205,8 @@ def start(tmp_path, monkeypatch):
         if study_id == DEADLY and start.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         array = np.random.default_rng(study_id).random((2, 4, 4)).astype(np.float32)
-        volume = utils.Volume(array, np.eye(4), study_id, 10 * study_id, "Sagittal T1", 0, np.arange(2) + 1)
-        return utils.Study(study_id, [volume])
+        volume = Volume(array, np.eye(4), study_id, 10 * study_id, "Sagittal T1", 0, np.arange(2) + 1)
+        return Study(study_id, [volume])
 
     def process(out):
         table = utils.preprocess_studies(tmp_path, "train", out, workers=3)

@@ -17,7 +17,23 @@ import torch
 from safetensors.torch import save_file
 
 import utils
-from lumbar import in_flight, inference, limits, yolo
+from lumbar import in_flight
+from lumbar import limits as limits_module
+from lumbar.data.geometry import LevelBox
+from lumbar.data.volume import Study, Volume
+from lumbar.grade import detector as detector_module
+from lumbar.grade.detector import yolo_scores
+from lumbar.grade.ensemble import default_ensemble
+from lumbar.grade.member import member_weights
+from lumbar.in_flight import images_digest
+from lumbar.names import LABEL_COLUMNS
+from lumbar.run.pipeline import run_notebook
+from lumbar.serve import inference, read_ahead, results
+from lumbar.serve import members as members_module
+from lumbar.serve.inference import predict_studies, prepare_study, studies_to_predict
+from lumbar.serve.members import Members, weight_folders
+from lumbar.serve.schedule import Schedule
+from lumbar.spine.spinenet import SpineNet
 
 PRIOR = np.random.default_rng(0).dirichlet((5, 2, 1), (5, 5))
 CROP = {"scope": "level", "shape": [8, 8, 8], "extent_mm": [8.0, 8.0, 8.0], "shift_mm": [0.0, 0.0, 0.0]}
@@ -42,12 +58,12 @@ def data(tmp_path):
 def networks(monkeypatch):
     """Stand-ins: studies 1 and 2 can be read, the level network says SAYS of every row. Counts what is read."""
     reads = []
-    box = utils.LevelBox("l1_l2", np.zeros(3), np.eye(3), np.ones(3), 1.0, "t2")
+    box = LevelBox("l1_l2", np.zeros(3), np.eye(3), np.ones(3), 1.0, "t2")
 
     def read_study(folder, descriptions):
         reads.append(folder.name)
-        volumes = [utils.Volume(np.zeros((2, 4, 4), np.float32), np.eye(4), 1, 1, "Sagittal T1", 0, np.arange(2))]
-        return utils.Study(int(folder.name), volumes if descriptions else [])
+        volumes = [Volume(np.zeros((2, 4, 4), np.float32), np.eye(4), 1, 1, "Sagittal T1", 0, np.arange(2))]
+        return Study(int(folder.name), volumes if descriptions else [])
 
     def predict_crops(models, crops, *_):
         return np.tile(SAYS, (len(crops), 5, 1))
@@ -60,11 +76,11 @@ def networks(monkeypatch):
 
 
 def members(level=True):
-    return utils.Members(None, {}, [("network", {"crop": CROP})] if level else [], [], PRIOR)
+    return Members(None, {}, [("network", {"crop": CROP})] if level else [], [], PRIOR)
 
 
 def infer(data, loaded, out, **options):
-    ensemble = utils.default_ensemble()
+    ensemble = default_ensemble()
     submission, log, tables, levels = utils.infer_studies(data, "test", loaded, ensemble, out, **options)
     ids, probabilities = utils.from_submission(submission)
     assert np.abs(probabilities.sum(-1) - 1).max() < 1e-12
@@ -89,7 +105,7 @@ def test_a_table_with_empty_cells_and_odd_names_loses_no_study(data, networks, t
     )
     (data / "test_images" / "\u00b2").mkdir()
     (data / "test_images" / "6").touch()
-    jobs = utils.studies_to_predict(data, "test")
+    jobs = studies_to_predict(data, "test")
     assert list(jobs) == [1, 2, 5, 3, 4, 6]  # those of the table come first
     assert jobs[1] == {11: "Sagittal T1"} and jobs[2] == jobs[5] == {}
     found, _, _ = infer(data, members(), tmp_path / "out")
@@ -170,16 +186,16 @@ def test_a_mended_study_is_done_again(tmp_path, data, monkeypatch):
 
 
 def test_the_digest_of_images_never_fails(tmp_path):
-    empty = utils.images_digest(tmp_path / "absent")
+    empty = images_digest(tmp_path / "absent")
     (tmp_path / "1").mkdir()
-    assert utils.images_digest(tmp_path / "1") == empty
+    assert images_digest(tmp_path / "1") == empty
     (tmp_path / "1" / "loop").symlink_to(tmp_path / "1")
     (tmp_path / "1" / "dangling.dcm").symlink_to(tmp_path / "nowhere")
-    assert utils.images_digest(tmp_path / "1") == empty
+    assert images_digest(tmp_path / "1") == empty
     (tmp_path / "1" / "1.dcm").write_bytes(b"x")
-    one = utils.images_digest(tmp_path / "1")
+    one = images_digest(tmp_path / "1")
     (tmp_path / "1" / "1.dcm").write_bytes(b"xy")
-    assert len({empty, one, utils.images_digest(tmp_path / "1")}) == 3
+    assert len({empty, one, images_digest(tmp_path / "1")}) == 3
 
 
 def test_a_failing_fold_costs_its_own_contribution(data, networks, tmp_path, monkeypatch):
@@ -197,7 +213,7 @@ def test_a_failing_fold_costs_its_own_contribution(data, networks, tmp_path, mon
 
 def test_a_member_without_a_weight_is_refused_at_the_start(data, networks, tmp_path):
     with pytest.raises(ValueError, match="no weight for the member level"):
-        utils.infer_studies(data, "test", members(), utils.default_ensemble(["yolo"]), tmp_path / "out")
+        utils.infer_studies(data, "test", members(), default_ensemble(["yolo"]), tmp_path / "out")
     assert not networks
 
 
@@ -289,7 +305,7 @@ def test_a_saved_study_of_the_right_hash_and_the_wrong_kind_is_done_again(data, 
         path = tmp_path / "out" / "studies" / "2.json"
         result = json.loads(path.read_text())["result"]
         change(result)
-        path.write_text(json.dumps({"result": result, "sha256": inference._digest(result)}))
+        path.write_text(json.dumps({"result": result, "sha256": results._digest(result)}))
 
     _done_again(data, networks, tmp_path, spoil, capsys)
 
@@ -420,7 +436,7 @@ def test_views_are_those_that_paid_in_training(data, networks, tmp_path, monkeyp
         return np.tile(SAYS, (len(crops), 5, 1))
 
     monkeypatch.setattr(inference, "predict_crops", predict_crops)
-    loaded = utils.Members(None, {}, [("network", {"crop": CROP, "views": paid})], [], PRIOR)
+    loaded = Members(None, {}, [("network", {"crop": CROP, "views": paid})], [], PRIOR)
     infer(data, loaded, tmp_path / "out", views=views)
     assert seen == [paid[:expected]]
     seen.clear()
@@ -434,7 +450,7 @@ def test_reading_ahead_is_bounded(data, networks, tmp_path, monkeypatch):
     table.to_csv(data / "test_series_descriptions.csv", index=False)
     (data / "sample_submission.csv").unlink()
     finished, most = [], []
-    save = inference._save_result
+    save = results._save_result
 
     def counted(path, result):
         finished.append(path)
@@ -504,7 +520,7 @@ def timed(data, networks, tmp_path, monkeypatch):
     networks_ = {
         s: [("network", {"crop": CROP | {"scope": s}, "views": v})] for s, v in (("level", two), ("study", [{}]))
     }
-    loaded = utils.Members(None, {"scs": [detector]}, networks_["level"], networks_["study"], PRIOR)
+    loaded = Members(None, {"scs": [detector]}, networks_["level"], networks_["study"], PRIOR)
 
     def run(hours, out="out", **options):
         before = clock.now
@@ -567,7 +583,7 @@ def test_the_reserve_stays(timed):
 
 
 def test_the_limit_runs_on_in_this_process_and_anew_in_another(timed, monkeypatch, tmp_path):
-    real, done = inference._save_result, []
+    real, done = results._save_result, []
 
     def killed(path, result):
         done.append(path)
@@ -588,7 +604,7 @@ def test_the_limit_runs_on_in_this_process_and_anew_in_another(timed, monkeypatc
 
 def test_reading_that_is_too_slow_costs_no_member():
     clock = Clock()
-    schedule = utils.Schedule({"yolo": 2, "level": 1}, {"yolo": 0.6, "level": 0.4}, 1.0, 0.0, 2, clock)
+    schedule = Schedule({"yolo": 2, "level": 1}, {"yolo": 0.6, "level": 0.4}, 1.0, 0.0, 2, clock)
     for member, seconds in (("yolo", 2.0), ("level", 1.0), ("preparing", 30.0)):
         schedule.note(member, seconds, 1)
     assert schedule.plan(1000) == {"yolo": 2, "level": 1}
@@ -597,7 +613,7 @@ def test_reading_that_is_too_slow_costs_no_member():
 def test_crops_that_are_too_slow_cost_the_member_they_are_for():
     clock = Clock()
     weights = {"yolo": 0.6, "level": 0.3, "study": 0.1}
-    schedule = utils.Schedule(dict.fromkeys(weights, 2), weights, 1.0, 0.0, 2, clock)
+    schedule = Schedule(dict.fromkeys(weights, 2), weights, 1.0, 0.0, 2, clock)
     for member, seconds in (("yolo", 2.0), ("preparing", 4.0), ("cutting level", 2.0), ("cutting study", 60.0)):
         schedule.note(member, seconds, 1)
     assert schedule.plan(1000) == {"yolo": 1, "level": 1}  # 3 s a study, and 33 with the crops of study
@@ -619,7 +635,7 @@ def test_a_member_that_fails_everywhere_is_an_error_except_while_kaggle_scores(d
 
 def test_no_weights_are_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no \\*.safetensors in or below"):
-        utils.weight_folders([tmp_path])
+        weight_folders([tmp_path])
     with pytest.raises(FileNotFoundError, match="no spinenet.safetensors"):
         utils.load_members([tmp_path])
 
@@ -628,7 +644,7 @@ def test_weights_are_found_below_but_not_in_image_folders(tmp_path):
     for name in ("a/03_train_yolo_scs", "a/train_images/1", "a/01_preprocess/volumes", "a/02.old-1"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "x.safetensors").touch()
-    assert utils.weight_folders([tmp_path]) == [tmp_path / "a/03_train_yolo_scs"]
+    assert weight_folders([tmp_path]) == [tmp_path / "a/03_train_yolo_scs"]
 
 
 def weights(folder, name, **about):
@@ -664,20 +680,20 @@ def test_members_of_the_comparison_stand_only_alone(tmp_path):
     weights(tmp_path / "04_train_vit_level_2", "level_2", pooling="grid")
     weights(tmp_path / "solutions" / "B", "study_0", pooling="global")
     weights(tmp_path / "solutions", "study_1")
-    assert not any(name.startswith("study") for name in utils.member_weights([tmp_path])[0])
-    found, sentences = utils.member_weights(utils.weight_folders([tmp_path]))
+    assert not any(name.startswith("study") for name in member_weights([tmp_path])[0])
+    found, sentences = member_weights(weight_folders([tmp_path]))
     assert {name: path.parent.name for name, path in found.items()} == {
         "level_2": "04_train_vit_level_2",
         "yolo_scs_0": "03_train_yolo_scs",
     }
     assert any("yolo_scs_0, yolo_scs_1" in text and "for comparison" in text for text in sentences)
     assert any(text.startswith("level_1 in") for text in sentences)
-    assert severe_by_study(utils.read_out_of_fold(utils.weight_folders([tmp_path]))["yolo"]) == {10: 0.2}
-    alone, sentences = utils.member_weights([theirs])
+    assert severe_by_study(utils.read_out_of_fold(weight_folders([tmp_path]))["yolo"]) == {10: 0.2}
+    alone, sentences = member_weights([theirs])
     assert list(alone) == ["yolo_scs_0", "yolo_scs_1"] and not sentences
     assert severe_by_study(utils.read_out_of_fold([theirs])["yolo"]) == {10: 0.9, 20: 0.9, 11: 0.9, 21: 0.9}
-    places = utils.weight_folders([tmp_path / "solutions" / "B"])
-    assert places == [tmp_path / "solutions" / "B"] and list(utils.member_weights(places)[0]) == ["study_0"]
+    places = weight_folders([tmp_path / "solutions" / "B"])
+    assert places == [tmp_path / "solutions" / "B"] and list(member_weights(places)[0]) == ["study_0"]
 
 
 def test_unfinished_weights_are_left_out_and_a_fold_is_taken_from_one_folder(tmp_path, capsys):
@@ -694,8 +710,8 @@ def test_unfinished_weights_are_left_out_and_a_fold_is_taken_from_one_folder(tmp
     weights(tmp_path / "a", "yolo_ss_0", scheme="severity", calibration=None)
     (tmp_path / "a" / "study_0.safetensors").write_bytes(b"cut")
     weights(tmp_path / "c", "study_0")
-    folders = utils.weight_folders([tmp_path])
-    found, sentences = utils.member_weights(folders)
+    folders = weight_folders([tmp_path])
+    found, sentences = member_weights(folders)
     places = {name: path.parent.name for name, path in found.items()}
     assert places == {"level_0": "b", "level_1": "a", "level_2": "c", "study_0": "c"}
     unfinished = [text for text in sentences if "has not finished" in text]
@@ -713,10 +729,10 @@ def test_what_is_loaded_from_where_is_printed(tmp_path, monkeypatch, capsys):
     weights(tmp_path / "03_train_yolo_nfn_3", "yolo_nfn_3")
     weights(tmp_path / "03_train_yolo_nfn_3_old", "yolo_nfn_3")
     weights(tmp_path / "02_train_spinenet", "spinenet")
-    monkeypatch.setattr(inference, "load_classifier", lambda path, device: (path.stem, {}))
-    monkeypatch.setattr(inference, "load_yolo", lambda path, device: SimpleNamespace(about={}, path=path))
-    monkeypatch.setattr(inference, "load_spinenet", lambda path, device: SimpleNamespace(about={}))
-    loaded = utils.load_members(utils.weight_folders([tmp_path]), device="cpu")
+    monkeypatch.setattr(members_module, "load_classifier", lambda path, device: (path.stem, {}))
+    monkeypatch.setattr(members_module, "load_yolo", lambda path, device: SimpleNamespace(about={}, path=path))
+    monkeypatch.setattr(members_module, "load_spinenet", lambda path, device: SimpleNamespace(about={}))
+    loaded = utils.load_members(weight_folders([tmp_path]), device="cpu")
     assert [model for model, _ in loaded.level] == ["level_0", "level_1"] and not loaded.study
     assert [model.path.parent.name for model in loaded.yolo["nfn"]] == ["03_train_yolo_nfn_3"]
     said = capsys.readouterr().out
@@ -730,7 +746,7 @@ def test_a_member_without_out_of_fold_predictions_gets_its_default_share(tmp_pat
     rng = np.random.default_rng(0)
     studies = np.arange(100, 130)
     grades = np.array(utils.GRADES, object)[rng.choice(3, (len(studies), 25))]
-    labels = pd.DataFrame(grades, columns=list(utils.LABEL_COLUMNS))
+    labels = pd.DataFrame(grades, columns=list(LABEL_COLUMNS))
     labels.insert(0, "study_id", studies)
     labels.to_csv(tmp_path / "train.csv", index=False)
     weights(tmp_path / "level", "level_0")
@@ -743,7 +759,7 @@ def test_a_member_without_out_of_fold_predictions_gets_its_default_share(tmp_pat
     for group in utils.GROUPS:
         assert fitted["weights"][group] == pytest.approx({"level": 0.25 / 0.35, "study": 0.10 / 0.35})
     assert fitted["temperature"]["spinal"] != 1  # the rest is fitted
-    utils.write_json(tmp_path / "level" / "ensemble.json", utils.default_ensemble(["level"]))
+    utils.write_json(tmp_path / "level" / "ensemble.json", default_ensemble(["level"]))
     kept = utils.ensemble_for(folders, tmp_path)
     assert kept["weights"]["spinal"]["study"] == pytest.approx(0.10 / 0.35)
     asked = utils.ensemble_for(folders, tmp_path, ["level"])
@@ -767,9 +783,9 @@ def test_folds_of_a_detector_are_averaged_as_logs_where_they_speak(data, network
         return [detector.about["says"] for _ in studies]
 
     monkeypatch.setattr(inference, "yolo_studies", yolo_studies)
-    loaded = utils.Members(None, {"scs": folds}, [], [], PRIOR)
-    prepared = utils.prepare_study(data / "test_images" / "1", {11: "Sagittal T1"}, loaded)
-    (predicted,), (problems,), _ = utils.predict_studies([prepared], loaded)
+    loaded = Members(None, {"scs": folds}, [], [], PRIOR)
+    prepared = prepare_study(data / "test_images" / "1", {11: "Sagittal T1"}, loaded)
+    (predicted,), (problems,), _ = predict_studies([prepared], loaded)
     assert seen == [[{}], [{}, {"reach": 1.7}]]
     levels = predicted["yolo"][0]
     np.testing.assert_allclose(levels[0], [0.1, 0.2, 0.7], atol=1e-9)
@@ -784,7 +800,7 @@ def test_folds_of_a_detector_are_averaged_as_logs_where_they_speak(data, network
 
 def test_waiting_for_a_study_that_hangs_is_no_pace(timed, monkeypatch):
     hanging = threading.Event()
-    read, take = inference.read_study, inference._Ahead.take
+    read, take = inference.read_study, read_ahead._Ahead.take
     clock = timed.clock
 
     def hang(folder, descriptions):
@@ -794,14 +810,14 @@ def test_waiting_for_a_study_that_hangs_is_no_pace(timed, monkeypatch):
 
     def slowly(self, *limits):
         try:
-            return take(self, *limits)
+            return take(self, *limits_module)
         except queue.Empty:
             clock.now += 900
             raise
 
     monkeypatch.setattr(inference, "PATIENCE_S", 0.3)
     monkeypatch.setattr(inference, "read_study", hang)
-    monkeypatch.setattr(inference._Ahead, "take", slowly)
+    monkeypatch.setattr(read_ahead._Ahead, "take", slowly)
     used, log = timed(2.0, readers=2)  # 1.08 h of work and .25 h of waiting
     hanging.set()
     assert "given up" in log.loc[106, "problems"]
@@ -851,10 +867,10 @@ def test_those_without_a_result_come_before_those_that_were_short(timed, network
 
 
 def test_patience_begins_with_the_work():
-    ahead = inference._Ahead([1], lambda job: job + 1, 0, 1)
+    ahead = read_ahead._Ahead([1], lambda job: job + 1, 0, 1)
     threading.Timer(0.4, ahead._start).start()
     assert ahead.take(0.1) == 2
-    waiting = inference._Ahead([1], lambda job: job, 0, 1)
+    waiting = read_ahead._Ahead([1], lambda job: job, 0, 1)
     with pytest.raises(queue.Empty):
         waiting.take(10.0, 0.1)
     waiting.close(1)
@@ -863,7 +879,7 @@ def test_patience_begins_with_the_work():
 
 def test_studies_that_hang_together_are_given_up_together():
     hanging = threading.Event()
-    ahead = inference._Ahead([1, 2, 3, 4, 5], lambda job: hanging.wait(30 if job < 5 else 0), 4, 5)
+    ahead = read_ahead._Ahead([1, 2, 3, 4, 5], lambda job: hanging.wait(30 if job < 5 else 0), 4, 5)
     started = time.monotonic()
     for _ in range(4):
         with pytest.raises(queue.Empty):
@@ -1004,7 +1020,7 @@ def test_an_orderly_end_makes_no_suspects(many, tmp_path, monkeypatch, number):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), number)
 
-    save = inference._save_result
+    save = results._save_result
     with monkeypatch.context() as patch:
         patch.setattr(inference, "_save_result", lambda *a: (stop() if a[0].stem == "106" else None, save(*a))[1])
         with pytest.raises(in_flight.ChildDied, match="SIGTERM" if number == signal.SIGTERM else "exit status 1"):
@@ -1018,7 +1034,7 @@ def test_a_passed_over_study_keeps_what_it_had(many, tmp_path, monkeypatch):
     many(out)
     path = out / "studies" / f"{DEADLY}.json"
     result = json.loads(path.read_text())["result"] | {"dropped": ["study: not run"]}
-    path.write_text(json.dumps({"result": result, "sha256": inference._digest(result)}))
+    path.write_text(json.dumps({"result": result, "sha256": results._digest(result)}))
     first = many(tmp_path / "clean")[str(DEADLY)][0]
     monkeypatch.setattr(inference, "read_study", at(DEADLY, lambda: os._exit(1)))
     with pytest.raises(in_flight.ChildDied):
@@ -1033,8 +1049,8 @@ def test_a_passed_over_study_keeps_what_it_had(many, tmp_path, monkeypatch):
 def test_a_study_that_works_too_long_is_given_up(data, networks, tmp_path, monkeypatch):
     def long_work(study, model, detector):
         while study.study_id == 1:
-            limits.check_limit()
-        return [utils.LevelBox("l1_l2", np.zeros(3), np.eye(3), np.ones(3), 1.0, "t2")] * 5, [], None
+            limits_module.check_limit()
+        return [LevelBox("l1_l2", np.zeros(3), np.eye(3), np.ones(3), 1.0, "t2")] * 5, [], None
 
     monkeypatch.setattr(inference, "STUDY_S", 0.2)
     monkeypatch.setattr(inference, "locate_levels_surely", long_work)
@@ -1051,9 +1067,9 @@ def test_threads_end_with_the_run(data, networks, tmp_path, monkeypatch):
     def long_work(study, model, detector):
         try:
             while True:
-                limits.check_limit()
+                limits_module.check_limit()
                 time.sleep(0.001)
-        except limits.TookTooLong as error:
+        except limits_module.TookTooLong as error:
             ended.append(str(error))
             raise
 
@@ -1073,13 +1089,13 @@ def test_threads_that_nobody_closed_are_waited_for_when_the_process_exits():
         time.sleep(0.05)  # a last call into PyTorch
         ended.append(job)
 
-    ahead = inference._Ahead([1, 2], work, 1, 2)
+    ahead = read_ahead._Ahead([1, 2], work, 1, 2)
     with pytest.raises(queue.Empty):  # the first is given up
         ahead.take(0.02)
     with pytest.raises(queue.Empty):
         ahead.take(9.0, 0.02)
     assert begun.is_set() and not ended
-    inference._close_all()
+    read_ahead._close_all()
     assert sorted(ended) == [1, 2]
 
 
@@ -1144,7 +1160,7 @@ def test_a_detector_that_found_the_memory_full_is_asked_again_for_less(data, net
         return [full() if s.study_id == 2 and batch == 16 else np.tile(SAYS, (1, 5, 1)) for s in studies]
 
     monkeypatch.setattr(inference, "yolo_studies", yolo_studies)
-    loaded = utils.Members(None, {"scs": [SimpleNamespace(about={})]}, [], [], PRIOR)
+    loaded = Members(None, {"scs": [SimpleNamespace(about={})]}, [], [], PRIOR)
     found, log, _ = infer(data, loaded, tmp_path / "out")
     np.testing.assert_allclose(found[2][0], np.tile(SAYS, (5, 1)), atol=1e-9)
     assert batches == [(2, 16), (1, inference._FEW_PATCHES)] and "Memory" not in log.loc[2, "problems"]
@@ -1158,15 +1174,15 @@ def test_errors_that_are_kept_hold_no_frames(data, networks, monkeypatch):
             raise ValueError("outer") from error
 
     monkeypatch.setattr(inference, "cut_crops", cut_crops)
-    prepared = utils.prepare_study(data / "test_images" / "1", {11: "Sagittal T1"}, members())
+    prepared = prepare_study(data / "test_images" / "1", {11: "Sagittal T1"}, members())
     (kept,) = prepared.crops.values()
 
     def work(items):
         raise RuntimeError(items)
 
-    monkeypatch.setattr(yolo, "_study_patches", cut_crops)
-    detector = yolo.YoloDetector(None, {"condition": "scs"})
-    (silent,) = utils.yolo_scores(detector, [prepared.study], [prepared.boxes])
+    monkeypatch.setattr(detector_module, "_study_patches", cut_crops)
+    detector = detector_module.YoloDetector(None, {"condition": "scs"})
+    (silent,) = yolo_scores(detector, [prepared.study], [prepared.boxes])
     for error in (kept, silent, *inference._together_or_alone(work, [1, 2])):
         assert isinstance(error, Exception)
         assert error.__traceback__ is None and error.__context__ is None and error.__cause__ is None
@@ -1203,18 +1219,18 @@ def test_a_device_that_fails_ends_the_run_with_nothing_of_it_saved(data, network
 
 def test_results_belong_to_what_located_the_levels():
     loaded = members()
-    keys = [inference._results_key(loaded, -1)]
+    keys = [results._results_key(loaded, -1)]
     for spinenet, detector in ((SimpleNamespace(about={"steps": 30}), "own"), (None, lambda volume: [])):
         loaded.spinenet, loaded.detector = spinenet, detector
-        keys.append(inference._results_key(loaded, -1))
-        assert inference._results_key(loaded, -1) == keys[-1]
-    network = utils.SpineNet(widths=(8, 8, 8))
+        keys.append(results._results_key(loaded, -1))
+        assert results._results_key(loaded, -1) == keys[-1]
+    network = SpineNet(widths=(8, 8, 8))
     for step in range(2):
         network.about = {}
         with torch.no_grad():
             network.head[0].weight.add_(step)
         loaded.spinenet, loaded.detector = network, "own"
-        keys.append(inference._results_key(loaded, -1))
+        keys.append(results._results_key(loaded, -1))
     assert len(set(keys)) == len(keys)
 
 
@@ -1235,7 +1251,7 @@ def test_the_notebook_closes_when_nothing_is_late_and_only_reads_finished_work(t
         parameters = {k: v if isinstance(v, list) else str(v) for k, v in parameters.items()}
         parameters |= {"HOURS": hours, "RESERVE": 0.0001, "DEVICE": "cpu"}
         output = tmp_path / "run.ipynb"
-        utils.run_notebook(tiny.ROOT / "notebooks" / "05_inference.ipynb", output, parameters)
+        run_notebook(tiny.ROOT / "notebooks" / "05_inference.ipynb", output, parameters)
         return pd.read_csv(tmp_path / "out" / "submission.csv"), output.read_text()
 
     file = sorted(study.rglob("*.dcm"))[0]

@@ -7,6 +7,7 @@ import pytest
 from kaggle_stub import USER, client_environment, running_stub, write_wheel
 
 import utils
+from lumbar.run.publish import kaggle_push
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPETITION = "rsna-2024-lumbar-spine-degenerative-classification"
@@ -26,7 +27,7 @@ def environment(stub, tmp_path):
 
 
 def test_push_sends_the_inference_notebook(stub, environment):
-    said = utils.kaggle_push(ROOT, owner=USER, environment=environment)
+    said = kaggle_push(ROOT, owner=USER, environment=environment)
     assert "successfully pushed" in said
     saves = [body for method, body in stub.requests if method == "SaveKernel"]
     assert len(saves) == 1
@@ -55,12 +56,12 @@ def test_push_sends_the_inference_notebook(stub, environment):
 def test_refused_push_is_noticed(stub, environment, answer, reason):
     stub.refuse["SaveKernel"] = 200, answer
     with pytest.raises(RuntimeError, match=f"exit status 0.*{reason}"):
-        utils.kaggle_push(ROOT, owner=USER, environment=environment)
+        kaggle_push(ROOT, owner=USER, environment=environment)
 
 
 def test_placeholder_is_not_pushed(stub, environment):
     with pytest.raises(ValueError, match="user name"):
-        utils.kaggle_push(ROOT, environment=environment)
+        kaggle_push(ROOT, environment=environment)
     assert not stub.requests
 
 

@@ -13,6 +13,12 @@ import pytest
 from small_study import make_boxes, make_points, make_study, no_network
 
 import utils
+from lumbar.data.resample import crop_level
+from lumbar.grade.ensemble import default_ensemble
+from lumbar.look.plots import plot_case, plot_label_points, plot_level_boxes, plot_slice
+from lumbar.look.report import resampled_scores, row_losses
+from lumbar.look.slices import box_on_slice, direction_letter, slice_axes, slice_caption
+from lumbar.names import LABEL_COLUMNS, SEVERITY_WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +56,14 @@ def ax():
 
 def test_slice_plots_return_their_axes(ax, study, boxes, points):
     volume = study.of("Sagittal T2/STIR")[0]
-    assert utils.plot_slice(ax, volume, 4, boxes=boxes) is ax
+    assert plot_slice(ax, volume, 4, boxes=boxes) is ax
     assert "at the spine's middle" in ax.get_title()
     before = len(ax.lines)
-    assert utils.plot_level_boxes(ax, boxes, volume, 4) is ax
+    assert plot_level_boxes(ax, boxes, volume, 4) is ax
     assert len(ax.lines) == before + 5
-    assert utils.plot_label_points(ax, points, volume, 4) is ax
+    assert plot_label_points(ax, points, volume, 4) is ax
     assert [text.get_text() for text in ax.texts][-1] == "L3/L4 spinal canal"
-    assert utils.plot_case(ax, study, boxes[2], 1) is ax
+    assert plot_case(ax, study, boxes[2], 1) is ax
 
 
 def test_statistics_plots_return_their_axes(ax, graded):
@@ -89,7 +95,7 @@ def test_confusion_counts_what_is_labelled(ax, graded):
 
 
 def test_level_crop_shows_three_planes(study, boxes):
-    crop, covered = utils.crop_level(study, boxes[2], (16, 20, 24))
+    crop, covered = crop_level(study, boxes[2], (16, 20, 24))
     figure, axes = plt.subplots(3, 3)
     assert utils.plot_level_crop(axes, crop, covered) is axes
     assert [ax.get_title() for ax in axes[0]] == ["sagittal", "coronal", "axial"]
@@ -101,26 +107,26 @@ def test_level_crop_shows_three_planes(study, boxes):
 
 def test_box_on_slice_is_the_cut_through_the_box(study, boxes):
     volume = study.of("Sagittal T1")[0]
-    polygon = utils.box_on_slice(boxes[2], volume, 4)
+    polygon = box_on_slice(boxes[2], volume, 4)
     corners = volume.voxel_to_lps(np.column_stack([np.full(4, 4), polygon[:, 1], polygon[:, 0]]))
     assert len(polygon) == 4
     np.testing.assert_allclose(corners.min(0), [0, -25, -15], atol=1e-6)
     np.testing.assert_allclose(corners.max(0), [0, 25, 15], atol=1e-6)
     small = replace(boxes[2], extent_mm=np.array([30.0, 4.0, 50.0]))
-    assert len(utils.box_on_slice(small, volume, 0)) == 0
+    assert len(box_on_slice(small, volume, 0)) == 0
     tilted = study.of("Axial T2")[1]
-    polygon = utils.box_on_slice(boxes[3], tilted, 2)
+    polygon = box_on_slice(boxes[3], tilted, 2)
     cut = tilted.voxel_to_lps(np.column_stack([np.full(len(polygon), 2), polygon[:, 1], polygon[:, 0]]))
     assert np.abs(boxes[3].from_lps(cut) / boxes[3].extent_mm).max() < 0.5 + 1e-6
 
 
 def test_sides_of_the_body(study):
     sagittal, axial = study.of("Sagittal T1")[0], study.of("Axial T2")[0]
-    normal, down, right = utils.slice_axes(sagittal)
-    assert [utils.direction_letter(v) for v in (down, right)] == ["F", "P"]
-    assert [utils.direction_letter(v) for v in utils.slice_axes(axial)[1:]] == ["P", "L"]
-    assert "left of the stack's middle" in utils.slice_caption(sagittal, 0)
-    assert "right of the stack's middle" in utils.slice_caption(sagittal, 8)
+    normal, down, right = slice_axes(sagittal)
+    assert [direction_letter(v) for v in (down, right)] == ["F", "P"]
+    assert [direction_letter(v) for v in slice_axes(axial)[1:]] == ["P", "L"]
+    assert "left of the stack's middle" in slice_caption(sagittal, 0)
+    assert "right of the stack's middle" in slice_caption(sagittal, 8)
 
 
 def test_score_table_agrees_with_the_metric(graded):
@@ -137,7 +143,7 @@ def test_score_table_agrees_with_the_metric(graded):
 
 def test_cell_losses_pool_to_the_metric(graded):
     truth, probabilities = graded
-    weight, _ = utils.row_losses(truth, probabilities)
+    weight, _ = row_losses(truth, probabilities)
     losses = utils.cell_losses(truth, probabilities)
     pooled = (losses[0] * weight.sum(0)[0]).sum() / weight.sum(0)[0].sum()
     assert pooled == pytest.approx(utils.score_arrays(truth, probabilities)["spinal"])
@@ -153,7 +159,7 @@ def test_worst_rows_come_in_order_one_a_study(graded):
     worst = utils.worst_rows(np.arange(40) + 100, truth, wrong, 20)
     assert worst.iloc[0][["study_id", "condition", "level"]].tolist() == [103, 2, 1]
     assert worst["study_id"].is_unique and len(worst) == 20
-    cost = np.array(utils.SEVERITY_WEIGHTS)[worst["grade"].to_numpy(int)] * worst["loss"]
+    cost = np.array(SEVERITY_WEIGHTS)[worst["grade"].to_numpy(int)] * worst["loss"]
     assert cost.is_monotonic_decreasing and not worst["loss"].is_monotonic_decreasing
 
 
@@ -210,7 +216,7 @@ def test_exported_page_stands_alone_and_hides_code(tmp_path, study):
 def test_the_ensemble_is_judged_in_the_members_folds_or_in_parts_of_one(graded):
     truth, probabilities = graded
     study_ids, folds = np.arange(40) + 100, np.arange(40) % 2
-    table = pd.DataFrame(np.array(utils.GRADES)[truth.reshape(40, 25)], columns=utils.LABEL_COLUMNS)
+    table = pd.DataFrame(np.array(utils.GRADES)[truth.reshape(40, 25)], columns=LABEL_COLUMNS)
     labels = table.where(truth.reshape(40, 25) >= 0).assign(study_id=study_ids)
     both = utils.nested_folds(labels, folds, {"level": utils.to_submission(study_ids, probabilities)})
     assert both["fold"].tolist() == folds.tolist() and both["study_id"].tolist() == study_ids.tolist()
@@ -231,7 +237,7 @@ def test_the_share_closed_is_0_for_the_prior_and_1_for_the_perfect_reader(graded
 
 
 def test_the_ensembles_table_has_a_row_for_each_group():
-    ensemble = utils.default_ensemble(["yolo", "level"])
+    ensemble = default_ensemble(["yolo", "level"])
     table = utils.ensemble_table(ensemble | {"floor": {"spinal": 0.02}})
     assert table.index.tolist() == ["Spinal canal", "Foraminal", "Subarticular"]
     assert table["Floor"].tolist() == [0.02, 0, 0] and not table["Stacker"].any()
@@ -264,7 +270,7 @@ def test_intervals_of_resampled_scores_hold_the_truth_as_often_as_they_say(grade
     inside = []
     for draw in range(120):
         rows = rng.choice(len(truth), 80)
-        drawn = utils.resampled_scores(truth[rows], {"m": p[rows]}, 200, draw)["m"][:, -1]
+        drawn = resampled_scores(truth[rows], {"m": p[rows]}, 200, draw)["m"][:, -1]
         inside.append(np.percentile(drawn, 2.5) <= whole <= np.percentile(drawn, 97.5))
     assert 0.86 < np.mean(inside) <= 1.0
 
@@ -273,7 +279,7 @@ def test_resampled_scores_are_the_metric_of_the_drawn_studies(graded):
     truth, p = graded
     p = p.copy()
     p[:3] = np.nan  # no prediction: left out of every draw
-    drawn = utils.resampled_scores(truth, {"m": p, "half": 0.5 * p}, 5, seed=1)
+    drawn = resampled_scores(truth, {"m": p, "half": 0.5 * p}, 5, seed=1)
     times = np.random.default_rng(1).multinomial(len(truth), np.full(len(truth), 1 / len(truth)), 5)
     for draw in range(5):
         rows = np.repeat(np.arange(len(truth)), times[draw])

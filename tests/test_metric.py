@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 import utils
+from lumbar.names import LABEL_COLUMNS
 
 
 def random_case(seed=0, studies=7, missing=0.1):
@@ -14,7 +15,7 @@ def random_case(seed=0, studies=7, missing=0.1):
     rng = np.random.default_rng(seed)
     ids = rng.choice(10**9, studies, replace=False)
     grades = rng.choice(3, (studies, 25), p=(0.6, 0.25, 0.15))
-    table = pd.DataFrame(np.array(utils.GRADES, object)[grades], columns=list(utils.LABEL_COLUMNS))
+    table = pd.DataFrame(np.array(utils.GRADES, object)[grades], columns=list(LABEL_COLUMNS))
     table = table.mask(rng.random(table.shape) < missing)
     table.insert(0, "study_id", ids)
     probabilities = rng.dirichlet((1, 1, 1), (studies, 5, 5))
@@ -29,7 +30,7 @@ def score_by_hand(labels, submission):
     sums = {name: [0.0, 0.0] for name in ("spinal", "foraminal", "subarticular", "any_severe")}
     for row in labels.to_dict("records"):
         any_true, any_p, any_w = False, 0.0, 0
-        for column in utils.LABEL_COLUMNS:
+        for column in LABEL_COLUMNS:
             grade = row[column]
             if not isinstance(grade, str):
                 continue
@@ -74,7 +75,7 @@ def test_uniform_scores_log_three():
 
 def test_one_class_of_any_severe_and_certain_predictions_are_finite():
     labels, submission = random_case(studies=2, missing=0)
-    labels[list(utils.LABEL_COLUMNS)] = "Normal/Mild"
+    labels[list(LABEL_COLUMNS)] = "Normal/Mild"
     certain = submission.assign(normal_mild=1.0, moderate=0.0, severe=0.0)
     assert utils.competition_score(labels, certain)["total"] == pytest.approx(0, abs=1e-9)
     wrong = submission.assign(normal_mild=0.0, moderate=0.0, severe=1.0)
@@ -99,7 +100,7 @@ def test_a_bad_submission_is_refused(change, message):
 
 def test_unknown_grade_is_refused():
     labels, submission = random_case()
-    labels.loc[2, utils.LABEL_COLUMNS[4]] = "Sever"
+    labels.loc[2, LABEL_COLUMNS[4]] = "Sever"
     with pytest.raises(ValueError, match="Sever"):
         utils.competition_score(labels, submission)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import utils
-from lumbar import stages
+from lumbar.run import fingerprint, stages
+from lumbar.run.stages import stage_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,7 +89,7 @@ def test_stages_made_on_several_machines_merge(run, tmp_path):
     shutil.copytree(run, merged)
     shutil.copytree(other / "out" / "04_level_1", merged / "out" / "04_level_1")
     assert done(merged) == ALL - {"05_inference", "06_report"}
-    folders = utils.stage_inputs({"WEIGHTS": [str(merged / "out")]})["WEIGHTS"]
+    folders = stage_inputs({"WEIGHTS": [str(merged / "out")]})["WEIGHTS"]
     assert [folder.name for folder in folders][-2:] == ["04_level_0", "04_level_1"]
 
 
@@ -113,7 +114,7 @@ def test_a_changed_byte_is_noticed_whatever_its_time(run, changed, affected):
 def test_a_stage_done_again_with_the_same_result_leaves_later_ones_finished(run, monkeypatch):
     shutil.rmtree(run / "out" / "01_preprocess")
     monkeypatch.setattr(stages, "peak_memory_mb", lambda: 12345.0)
-    monkeypatch.setattr(stages, "versions", lambda: {"torch": "another"})
+    monkeypatch.setattr(fingerprint, "versions", lambda: {"torch": "another"})
     monkeypatch.setattr(time, "strftime", lambda form: "2001-01-01T00:00:00")
     work(run, "01_preprocess")
     assert done(run) == ALL
@@ -140,7 +141,7 @@ def test_what_leads_elsewhere_counts_by_what_is_there(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="PREPROCESSED: .*no-such does not exist.*earlier stage writes it"):
         utils.open_stage(run / "out", "x", {"PREPROCESSED": str(tmp_path / "no-such")})
     assert utils.open_stage(run / "out", "y", {"WEIGHTS": ""}).inputs == {}
-    kit = utils.stage_inputs({"WEIGHTS": "weights/spinenet_phantom.safetensors"})  # from wherever it is started
+    kit = stage_inputs({"WEIGHTS": "weights/spinenet_phantom.safetensors"})  # from wherever it is started
     assert kit["WEIGHTS"].samefile(ROOT / "weights" / "spinenet_phantom.safetensors")
 
 
@@ -149,7 +150,7 @@ def make_old(root):
     out = root / "out"
     for folder in sorted(out.glob("0*")):
         manifest = json.loads((folder / "manifest.json").read_text())
-        paths = utils.stage_inputs(manifest["parameters"] | {"OUT": str(out)}, folder.name)
+        paths = stage_inputs(manifest["parameters"] | {"OUT": str(out)}, folder.name)
         if folder.name == "06_report":
             paths.pop("DATA")
         flat = [path for value in paths.values() for path in (value if isinstance(value, list) else [value])]
@@ -284,7 +285,7 @@ def test_damaged_folds_are_named(tmp_path, text):
 def test_half_written_files_of_dead_processes_are_removed_and_of_living_ones_kept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-S", "-c", ""])
     dead.wait()
-    begin = "import sys; from lumbar.stages import open_stage; open_stage(sys.argv[1], 's', {'A': 1})"
+    begin = "import sys; from lumbar.run.stages import open_stage; open_stage(sys.argv[1], 's', {'A': 1})"
     subprocess.run([sys.executable, "-c", begin, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     folder = tmp_path / "s"
     gone = [

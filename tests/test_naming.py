@@ -13,10 +13,19 @@ import pytest
 
 import phantom
 import utils
-from lumbar import levels as module
-from lumbar import spinenet
+from lumbar.data.geometry import boxes_to_table
+from lumbar.data.volume import Study, Volume, save_study
+from lumbar.names import VERTEBRAE
+from lumbar.spine import levels as levels_module
+from lumbar.spine import naming as naming_module
+from lumbar.spine import spinenet
+from lumbar.spine.fallbacks import complete_vertebrae, fit_level_prior, level_boxes
+from lumbar.spine.levels import locate_unseen, merge_vertebrae
+from lumbar.spine.naming import name_vertebrae
+from lumbar.spine.spinenet import SpineNet, detect_vertebrae
+from lumbar.spine.vertebra import AMBIGUOUS_SHARE, SPINE_CLASSES, UNCERTAIN, Vertebra, spine_class, vertebrae_to_table
 
-CLASSES = len(utils.SPINE_CLASSES)
+CLASSES = len(SPINE_CLASSES)
 LUMBAR = ("L1", "L2", "L3", "L4", "L5", "S1")
 
 
@@ -24,18 +33,18 @@ def spine(seed, transitional=0.0):
     """True Vertebrae, T8 to S5, of one of the phantom's spines."""
     rng = np.random.default_rng(seed)
     anatomy = phantom.sample_anatomy(rng, np.clip(rng.normal(0.3, 0.7, (5, 5)), 0, 2), transitional)
-    return [utils.Vertebra(v.corners_mm(), v.width_mm, 1.0, v.name, "truth") for v in anatomy.vertebrae]
+    return [Vertebra(v.corners_mm(), v.width_mm, 1.0, v.name, "truth") for v in anatomy.vertebrae]
 
 
 def prior_of(seeds):
-    spines = {k: [v for v in spine(k) if v.name in utils.VERTEBRAE] for k in seeds}
-    table = pd.concat([utils.vertebrae_to_table(k, bodies) for k, bodies in spines.items()])
+    spines = {k: [v for v in spine(k) if v.name in VERTEBRAE] for k in seeds}
+    table = pd.concat([vertebrae_to_table(k, bodies) for k, bodies in spines.items()])
     anchors = {}
     for k, bodies in spines.items():
-        boxes = utils.level_boxes(bodies)
+        boxes = level_boxes(bodies)
         axial_center = (boxes[0].center_lps_mm + boxes[-1].center_lps_mm) / 2 + [0, 15.0, 0]
         anchors[k] = {"sagittal": np.zeros(3), "axial": axial_center}
-    return utils.fit_level_prior(anchors, table)
+    return fit_level_prior(anchors, table)
 
 
 PRIOR = prior_of(range(9000, 9040))
@@ -43,7 +52,7 @@ PRIOR = prior_of(range(9000, 9040))
 
 def looks(rng, name, strength, flip):
     """Log-probabilities of a network that errs: with the chance `flip` the neighbouring class."""
-    k = utils.spine_class(name)
+    k = spine_class(name)
     if rng.random() < flip:
         k = int(np.clip(k + rng.choice([-1, 1]), 0, CLASSES - 1))
     logits = rng.normal(0, 1, CLASSES) + strength * (np.arange(CLASSES) == k)
@@ -84,14 +93,14 @@ def chain(seed, top="T11", bottom="S2", missing=(), lost=0, false=(), strength=2
     for name, corners, sure, seen in found:
         corners = corners + rng.normal(0, 1.2, (4, 3)) * [0, 1, 1] + [rng.normal(0, 1.5), 0, 0]
         corners = size * (corners - middle) @ rotation.T + middle
-        result.append((name, utils.Vertebra(corners, 45.0, float(sure), "", "t2", seen)))
+        result.append((name, Vertebra(corners, 45.0, float(sure), "", "t2", seen)))
     result.sort(key=lambda item: -item[1].center_lps_mm[2])
     return [name for name, _ in result], [v for _, v in result]
 
 
 def names_right(truth, bodies, prior=PRIOR):
     """Has every true body of L1 to S1 its name, and no false one such a name? A body seen twice may go either way."""
-    given = {id(v.corners_lps_mm): v.name for v in utils.name_vertebrae(bodies, prior)}
+    given = {id(v.corners_lps_mm): v.name for v in name_vertebrae(bodies, prior)}
     given = [given.get(id(v.corners_lps_mm), "") for v in bodies]
 
     def near(body, name, of):
@@ -147,7 +156,7 @@ def test_names_are_mostly_right_where_less_is_to_be_seen(corruptions, least):
 
 @pytest.mark.parametrize("broken", ["no geometry", "no evidence but distance", "drops everything"])
 def test_a_broken_naming_would_be_noticed(broken, monkeypatch):
-    whole = module._chain_scores
+    whole = naming_module._chain_scores
 
     def scores(vertebrae, *args):
         if broken == "no evidence but distance":
@@ -157,16 +166,16 @@ def test_a_broken_naming_would_be_noticed(broken, monkeypatch):
             pair = np.where(np.isfinite(pair), 0.0, pair)
         return single, pair, drop * (broken != "drops everything")
 
-    monkeypatch.setattr(module, "_chain_scores", scores)
+    monkeypatch.setattr(naming_module, "_chain_scores", scores)
     if broken == "no evidence but distance":
-        monkeypatch.setattr(module, "_PAIR_SPREAD", {})
-        monkeypatch.setattr(module, "_TILT_SPREAD_DEG", (1e9, 1.0))
+        monkeypatch.setattr(naming_module, "_PAIR_SPREAD", {})
+        monkeypatch.setattr(naming_module, "_TILT_SPREAD_DEG", (1e9, 1.0))
     assert share_right(40, lost=1, false=("front",)) < 0.9
 
 
 def test_the_programme_finds_the_best_of_all_namings():
     _, bodies = chain(3, top="L4", bottom="S1", false=("front",))
-    single, pair, drop = module._chain_scores(bodies, PRIOR)
+    single, pair, drop = naming_module._chain_scores(bodies, PRIOR)
     assert len(bodies) == 4
     scores = {}
     for naming in itertools.product(range(-1, single.shape[1]), repeat=len(bodies)):
@@ -177,13 +186,13 @@ def test_the_programme_finds_the_best_of_all_namings():
         score += sum(pair[i, j, k, m] for (i, k), (j, m) in itertools.pairwise(used))  # has what it skips in it
         scores[naming] = score
     best = max(scores, key=scores.get)
-    assert module._best_chain(single, pair, drop) == (
+    assert naming_module._best_chain(single, pair, drop) == (
         [(i, k) for i, k in enumerate(best) if k >= 0],
         pytest.approx(scores[best]),
     )
     weight = np.exp(np.array(list(scores.values())))
     weight /= weight.sum()
-    shares = module._name_shares(single, pair, drop)
+    shares = naming_module._name_shares(single, pair, drop)
     for i, k in itertools.product(range(len(bodies)), range(single.shape[1])):
         expected = weight[[naming[i] == k for naming in scores]].sum()
         assert shares[i, k] == pytest.approx(expected, abs=1e-9)
@@ -196,30 +205,28 @@ def test_shares_are_honest():
         truth, bodies = chain(seed, **corruptions)
         by_place = {id(v.corners_lps_mm): name for name, v in zip(truth, bodies)}
         sure_of = {id(v.corners_lps_mm): v.confidence for v in bodies}
-        for v in utils.name_vertebrae(bodies, PRIOR):
+        for v in name_vertebrae(bodies, PRIOR):
             place = id(v.corners_lps_mm)
             share = v.confidence / sure_of[place]
-            assert ("uncertain" in v.source) == (share < utils.AMBIGUOUS_SHARE)
-            (sure if share > 0.95 else doubtful if share < utils.AMBIGUOUS_SHARE else []).append(
-                v.name == by_place[place]
-            )
+            assert ("uncertain" in v.source) == (share < AMBIGUOUS_SHARE)
+            (sure if share > 0.95 else doubtful if share < AMBIGUOUS_SHARE else []).append(v.name == by_place[place])
     assert len(sure) > 300 and np.mean(sure) > 0.97
     assert len(doubtful) > 20 and 0.2 < np.mean(doubtful) < 0.9
 
 
 def test_what_has_no_place_is_uncertain():
     truth, bodies = chain(1, false=("front", "twice"))
-    result = utils.name_vertebrae(bodies, PRIOR)
-    assert [v.name for v in result if v.name != utils.UNCERTAIN] == [name for name in truth if name]
-    (odd,) = [v for v in result if v.name == utils.UNCERTAIN]  # the body seen twice is no other body
+    result = name_vertebrae(bodies, PRIOR)
+    assert [v.name for v in result if v.name != UNCERTAIN] == [name for name in truth if name]
+    (odd,) = [v for v in result if v.name == UNCERTAIN]  # the body seen twice is no other body
     named = np.stack([v.center_lps_mm for v in result if v is not odd])
     assert np.abs(named - odd.center_lps_mm).min(0)[1] > 10 and odd.source == "t2"
     # It goes into vertebrae.csv, and no level is made of it.
-    study = utils.Study(5, [sagittal()])
+    study = Study(5, [sagittal()])
     boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector=lambda volume: bodies)
-    assert [v.name for v in vertebrae].count(utils.UNCERTAIN) == 1 and vertebrae[-1].name == utils.UNCERTAIN
+    assert [v.name for v in vertebrae].count(UNCERTAIN) == 1 and vertebrae[-1].name == UNCERTAIN
     assert {box.source for box in boxes} == {"t2"} and min(box.confidence for box in boxes) > 0.3
-    table = utils.vertebrae_to_table(5, vertebrae)
+    table = vertebrae_to_table(5, vertebrae)
     assert (table["vertebra"] == "uncertain").sum() == 1
     assert utils.vertebrae_from_table(table, 5)[-1].name == "uncertain"
 
@@ -227,7 +234,7 @@ def test_what_has_no_place_is_uncertain():
 def test_levels_say_when_the_numbering_is_ambiguous():
     bodies = [replace(v, source="t2", confidence=0.9) for v in spine(2) if v.name in ("L2", "L3", "L4")]
     flat = [replace(v, name="", appearance=None) for v in bodies]
-    study = utils.Study(5, [sagittal()])
+    study = Study(5, [sagittal()])
     between = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 0, 17.0]) for v in flat]  # L2 to L4, or L1 to L3?
     boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector=lambda volume: between)
     assert [box.level for box in boxes] == list(utils.LEVELS)
@@ -236,7 +243,7 @@ def test_levels_say_when_the_numbering_is_ambiguous():
     center = next(v for v in spine(2) if v.name == "L3").center_lps_mm
     at = PRIOR["layout_mm"]["L3"]
     for shift, names in ((0, ["L2", "L3", "L4"]), (40, ["L1", "L2", "L3"])):
-        named = utils.name_vertebrae(flat, PRIOR, center - np.mean(at, 0) - [0, 0, shift])
+        named = name_vertebrae(flat, PRIOR, center - np.mean(at, 0) - [0, 0, shift])
         assert [v.name for v in named] == names
 
 
@@ -244,14 +251,14 @@ def test_patients_move_between_series():
     truth, first = chain(11)
     second = [replace(v, corners_lps_mm=v.corners_lps_mm + [3.0, 8.0, -10.0], source="t1") for v in first]
     assert np.linalg.norm([3, 8, -10]) > 13  # more than half a body: nearest neighbours alone would double them
-    merged = utils.merge_vertebrae(first[:3] + first[4:], second)
+    merged = merge_vertebrae(first[:3] + first[4:], second)
     assert [v.source for v in merged] == ["t2"] * 3 + ["t1"] + ["t2"] * (len(first) - 4)
     np.testing.assert_allclose(merged[3].center_lps_mm, first[3].center_lps_mm, atol=1e-6)
-    assert len(utils.merge_vertebrae(first, second[2:4])) == len(first)
+    assert len(merge_vertebrae(first, second[2:4])) == len(first)
     # One common body is no evidence for a motion, none is no problem.
-    assert len(utils.merge_vertebrae(first[:3], second[6:])) == 3 + len(second) - 6
+    assert len(merge_vertebrae(first[:3], second[6:])) == 3 + len(second) - 6
     for one, other in (([], first), (first, [])):
-        assert [id(v.appearance) for v in utils.merge_vertebrae(one, other)] == [id(v.appearance) for v in first]
+        assert [id(v.appearance) for v in merge_vertebrae(one, other)] == [id(v.appearance) for v in first]
 
 
 def test_a_body_at_the_border_counts_less(monkeypatch):
@@ -262,7 +269,7 @@ def test_a_body_at_the_border_counts_less(monkeypatch):
         one = {"corners_px": corners + [shift, 0], "score": 0.9, "logits": np.zeros(CLASSES)}
         monkeypatch.setattr(spinenet, "spinenet_maps", lambda model, images, batch_size: images)
         monkeypatch.setattr(spinenet, "decode_slices", lambda maps, resolution_mm: [[one] for _ in maps])
-        (body,) = utils.detect_vertebrae(type("Model", (), {"resolution_mm": 2.0}), volume)
+        (body,) = detect_vertebrae(type("Model", (), {"resolution_mm": 2.0}), volume)
         return body.confidence
 
     assert found(-20.0) == pytest.approx(found(0.0) / 2)
@@ -275,7 +282,7 @@ def sagittal():
     affine = np.eye(4)
     affine[:3, :3] = np.array([[4.4, 0, 0], [0, 0, 2.0], [0, -2.0, 0]])
     affine[:3, 3] = [-26.4, -70, 140]
-    return utils.Volume(np.zeros((13, 140, 70), np.float32), affine, 5, 1, "Sagittal T2/STIR", 0, np.arange(13) + 1)
+    return Volume(np.zeros((13, 140, 70), np.float32), affine, 5, 1, "Sagittal T2/STIR", 0, np.arange(13) + 1)
 
 
 def axial(center, normal, slices, block=0, step_mm=4.4, flip=False):
@@ -289,15 +296,15 @@ def axial(center, normal, slices, block=0, step_mm=4.4, flip=False):
     affine[:3, 1], affine[:3, 2] = back * 8, left * 8
     affine[:3, 3] = center - affine[:3, :3] @ ((np.array([slices, 24, 24]) - 1) / 2)
     array = np.zeros((slices, 24, 24), np.float32)
-    return utils.Volume(array, affine, 5, 3, "Axial T2", block, np.arange(slices) + 1, 4.0)
+    return Volume(array, affine, 5, 3, "Axial T2", block, np.arange(slices) + 1, 4.0)
 
 
 def true_boxes(truth):
-    return {box.level: box for box in utils.level_boxes(truth)}
+    return {box.level: box for box in level_boxes(truth)}
 
 
 def compare(boxes, truth):
-    levels, table = utils.boxes_to_table(5, boxes), utils.vertebrae_to_table(5, truth)
+    levels, table = boxes_to_table(5, boxes), vertebrae_to_table(5, truth)
     return utils.level_errors(levels, table).set_index("level")
 
 
@@ -312,12 +319,12 @@ def test_tilted_blocks_tell_the_discs(shown):
         for number, level in enumerate(shown):
             k = names.index("L1") + level
             upper, lower = [replace(truth[k + n], name=name) for n, name in ((0, "L1"), (1, "L2"))]
-            (box,) = utils.level_boxes([upper, lower])
+            (box,) = level_boxes([upper, lower])
             center = box.to_lps([rng.normal(0, 1.5), rng.normal(0, 3), 15.0])  # planned around the canal
             blocks.append(axial(center, box.axes[0], int(rng.integers(3, 7)), number, flip=seed % 2))
         if seed % 3 == 0:  # a second series repeats a block
             blocks.append(replace(blocks[-1], series_id=4))
-        study = utils.Study(5, blocks[::-1])
+        study = Study(5, blocks[::-1])
         boxes, vertebrae = utils.locate_levels(study, None, PRIOR)
         table = compare(boxes, truth)
         inside = [level for k, level in enumerate(utils.LEVELS) if k in shown]
@@ -346,10 +353,10 @@ def test_one_stack_places_the_layout(first):
         stack = axial((top + bottom) / 2 + [0, 15, 0], normal / np.linalg.norm(normal), slices, flip=seed % 2)
         # A sagittal series centred elsewhere, in which nothing is seen.
         off = replace(sagittal(), affine=sagittal().affine + np.array([[0] * 4, [0] * 4, [0, 0, 0, 22.0], [0] * 4]))
-        found, _ = utils.locate_levels(utils.Study(5, [off, stack]), None, PRIOR)
+        found, _ = utils.locate_levels(Study(5, [off, stack]), None, PRIOR)
         assert {box.source for box in found} == {"axial"} and {box.confidence for box in found} == {0.2}
         named.append(compare(found, truth)["named"].mean())
-        found, _ = utils.locate_levels(utils.Study(5, [off]), None, PRIOR)
+        found, _ = utils.locate_levels(Study(5, [off]), None, PRIOR)
         assert {box.source for box in found} == {"prior"}
         prior_named.append(compare(found, truth)["named"].mean())
     assert np.mean(named) > 0.9 > np.mean(prior_named) + 0.1
@@ -358,24 +365,24 @@ def test_one_stack_places_the_layout(first):
 def test_another_layout_moves_what_was_not_seen(tmp_path):
     truth = spine(2)
     boxes = list(true_boxes(truth).values())
-    study = utils.Study(5, [axial(box.to_lps([0, 0, 15.0]), box.axes[0], 5, k) for k, box in enumerate(boxes)])
-    utils.save_study(study, tmp_path / "5.safetensors")
+    study = Study(5, [axial(box.to_lps([0, 0, 15.0]), box.axes[0], 5, k) for k, box in enumerate(boxes)])
+    save_study(study, tmp_path / "5.safetensors")
     paths = {5: tmp_path / "5.safetensors"}
     levels, vertebrae, anchors = utils.locate_studies(paths, None, PRIOR)
     layout = {name: (np.array(corners) + [0, 6.0, 0]).tolist() for name, corners in PRIOR["layout_mm"].items()}
     other = PRIOR | {"layout_mm": layout}
-    new_levels, new_bodies = utils.locate_unseen(levels, vertebrae, anchors, other, paths)
+    new_levels, new_bodies = locate_unseen(levels, vertebrae, anchors, other, paths)
     assert set(new_levels["source"]) == {"axial"} and len(new_bodies) == len(vertebrae) == 6
     moved = new_levels[["x_mm", "y_mm", "z_mm"]].to_numpy() - levels[["x_mm", "y_mm", "z_mm"]].to_numpy()
     normals = levels[["r00", "r01", "r02"]].to_numpy()
     assert np.abs((moved * normals).sum(1)).max() < 1e-6 and moved[:, 1].min() > 3  # within the blocks' planes
-    assert utils.locate_unseen(levels, vertebrae, anchors, other)[0].equals(levels)
+    assert locate_unseen(levels, vertebrae, anchors, other)[0].equals(levels)
 
 
 def test_detections_come_before_axial_slices():
     truth, bodies = chain(4)
     stack = axial(bodies[4].center_lps_mm, [0, 0, 1.0], 30)
-    study = utils.Study(5, [sagittal(), stack])
+    study = Study(5, [sagittal(), stack])
     boxes, _ = utils.locate_levels(study, None, PRIOR, detector=lambda volume: bodies)
     assert {box.source for box in boxes} == {"t2"}
     boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector=lambda volume: bodies[:1])
@@ -410,7 +417,7 @@ def test_a_killed_run_continues(tmp_path, capsys):
     paths = {}
     for study_id in (3, 1, 2):
         paths[study_id] = tmp_path / f"{study_id}.safetensors"
-        utils.save_study(utils.Study(study_id, [replace(sagittal(), study_id=study_id)]), paths[study_id])
+        save_study(Study(study_id, [replace(sagittal(), study_id=study_id)]), paths[study_id])
     whole = utils.locate_studies(paths, None, PRIOR, detector=Detector(bodies))
     assert list(whole[0]["study_id"].unique()) == [3, 1, 2] and len(whole[0]) == 15
     kept = tmp_path / "kept"
@@ -445,21 +452,21 @@ def test_a_killed_run_continues(tmp_path, capsys):
 def test_a_failed_study_is_tried_again(tmp_path, capsys):
     _, bodies = chain(6)
     path = tmp_path / "1.safetensors"
-    utils.save_study(utils.Study(1, [replace(sagittal(), study_id=1)]), path)
+    save_study(Study(1, [replace(sagittal(), study_id=1)]), path)
     levels, _, _ = utils.locate_studies({1: path}, None, PRIOR, tmp_path / "kept", detector=Detector(bodies, (1,)))
     assert set(levels["source"]) == {"prior"} and "detection failed (RuntimeError: broken)" in capsys.readouterr().out
     levels, _, _ = utils.locate_studies({1: path}, None, PRIOR, tmp_path / "kept", detector=Detector(bodies))
     assert set(levels["source"]) == {"t2"}
-    assert utils.SpineNet((4, 8), 1, 2.0).state_dict() and module._locating_key(
-        utils.SpineNet((4, 8), 1, 2.0), PRIOR, "own"
-    ) != module._locating_key(utils.SpineNet((4, 8), 1, 2.0), PRIOR, "own")
+    assert SpineNet((4, 8), 1, 2.0).state_dict() and levels_module._locating_key(
+        SpineNet((4, 8), 1, 2.0), PRIOR, "own"
+    ) != levels_module._locating_key(SpineNet((4, 8), 1, 2.0), PRIOR, "own")
 
 
 def test_a_detector_that_never_works_stops_the_run(tmp_path):
     _, bodies = chain(6)
     paths = {study_id: tmp_path / f"{study_id}.safetensors" for study_id in (1, 2, 3)}
     for study_id, path in paths.items():
-        utils.save_study(utils.Study(study_id, [replace(sagittal(), study_id=study_id)]), path)
+        save_study(Study(study_id, [replace(sagittal(), study_id=study_id)]), path)
     with pytest.raises(RuntimeError, match="in all of 3 studies.*broken"):
         utils.locate_studies(paths, None, PRIOR, detector=Detector(bodies, (1, 2, 3)))
     levels, _, _ = utils.locate_studies(paths, None, PRIOR, detector=Detector(bodies, (1, 2)))
@@ -475,27 +482,26 @@ def test_inference_places_studies_as_the_training_did(tmp_path):
     for study_id in range(1, 24):
         paths[study_id] = tmp_path / f"{study_id}.safetensors"
         volume = replace(sagittal(), study_id=study_id)
-        utils.save_study(utils.Study(study_id, [volume]), paths[study_id])
+        save_study(Study(study_id, [volume]), paths[study_id])
         _, bodies = chain(study_id)
         chains[study_id] = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 9, 14]) for v in bodies]
     chains[23] = []
     detect = lambda volume: chains[volume.study_id]  # noqa: E731
-    model = utils.SpineNet((4, 8), 1, 2.0)
+    model = SpineNet((4, 8), 1, 2.0)
     model.about = {"prior": PRIOR, "layout": "of another run"}
     levels, vertebrae = utils.locate_with_own_layout(paths, model, detector=detect)
     assert model.about["prior"] is PRIOR and model.about["layout"]["studies"] == 22
     for study_id in (4, 23):
         boxes, _ = utils.locate_levels(utils.load_study(paths[study_id]), model, detector=detect)
         pd.testing.assert_frame_equal(
-            utils.boxes_to_table(study_id, boxes),
+            boxes_to_table(study_id, boxes),
             levels[levels["study_id"] == study_id].reset_index(drop=True),
             check_dtype=False,
         )
     unseen = levels[levels["study_id"] == 23]
     assert set(unseen["source"]) == {"prior"}
     shift = unseen[["y_mm", "z_mm"]].to_numpy() - [
-        box.center_lps_mm[1:]
-        for box in utils.level_boxes(utils.complete_vertebrae([], {"sagittal": np.zeros(3)}, PRIOR))
+        box.center_lps_mm[1:] for box in level_boxes(complete_vertebrae([], {"sagittal": np.zeros(3)}, PRIOR))
     ]
     assert np.abs(np.median(shift, 0) - [9, 14]).max() < 6
 
@@ -503,14 +509,14 @@ def test_inference_places_studies_as_the_training_did(tmp_path):
 def test_series_numbered_differently_leave_the_names_in_doubt():
     _, bodies = chain(6)
     bodies = bodies[:8]
-    first = [replace(v, appearance=None, name=name) for v, name in zip(bodies, utils.VERTEBRAE[1:])]
-    second = [replace(v, appearance=None, name=name) for v, name in zip(bodies, utils.VERTEBRAE)]
-    merged = utils.merge_vertebrae(first, second)
+    first = [replace(v, appearance=None, name=name) for v, name in zip(bodies, VERTEBRAE[1:])]
+    second = [replace(v, appearance=None, name=name) for v, name in zip(bodies, VERTEBRAE)]
+    merged = merge_vertebrae(first, second)
     assert [v.name for v in merged] == [v.name for v in first]
     for body, true in zip(merged, first):
         np.testing.assert_allclose(body.center_lps_mm, true.center_lps_mm, atol=1e-6)
     assert all("uncertain" in v.source for v in merged)
-    agreed = utils.merge_vertebrae(first, first)
+    agreed = merge_vertebrae(first, first)
     assert not any("uncertain" in v.source for v in agreed)
 
 
@@ -518,10 +524,10 @@ def test_series_numbered_differently_leave_the_names_in_doubt():
 def test_bodies_of_no_adults_size_are_said(factor, said):
     square = np.array([[0.0, -17, 13], [0, 17, 13], [0, 17, -13], [0, -17, -13]])
     names = ("L1", "L2", "L3", "L4", "L5", "S1")
-    bodies = [utils.Vertebra(factor * (square - [0, 0, 35 * k]), 40.0, 0.9, name, "t2") for k, name in enumerate(names)]
-    sentence = module._odd_size(bodies)
+    bodies = [Vertebra(factor * (square - [0, 0, 35 * k]), 40.0, 0.9, name, "t2") for k, name in enumerate(names)]
+    sentence = levels_module._odd_size(bodies)
     assert bool(sentence) == said
     if said:
         assert f"{34 * factor:.0f} mm deep" in sentence
     placed = [replace(body, source="t2+extrapolated") for body in bodies]
-    assert module._odd_size(placed) is None
+    assert levels_module._odd_size(placed) is None

@@ -9,7 +9,10 @@ import pytest
 from test_naming import PRIOR, spine
 
 import utils
-from lumbar import levels as own
+from lumbar.data.volume import Study, Volume, save_study
+from lumbar.spine import levels as levels_module
+from lumbar.spine.fallbacks import level_boxes
+from lumbar.spine.official import detect_vertebrae_official
 
 NAMES = ("T11", "T12", "L1", "L2", "L3", "L4", "L5", "S1", "S2")
 
@@ -29,7 +32,7 @@ def volume_of(center, turn="as stored"):
         affine[:3, flip] *= -1
     if turn == "transposed":
         array, affine = array.transpose(0, 2, 1), affine[:, [0, 2, 1, 3]]
-    return utils.Volume(array, affine, 5, 1, "Sagittal T2/STIR", 0, np.arange(len(array)) + 1)
+    return Volume(array, affine, 5, 1, "Sagittal T2/STIR", 0, np.arange(len(array)) + 1)
 
 
 class StandIn:
@@ -93,7 +96,7 @@ def test_bodies_keep_their_place(turn, monkeypatch):
     truth, center = case()
     volume = volume_of(center, turn)
     installed(monkeypatch, stand_in(truth, volume))
-    found = utils.detect_vertebrae_official(volume)
+    found = detect_vertebrae_official(volume)
     assert [v.name for v in found] == list(NAMES)
     for vertebra, true in zip(found, truth):
         assert np.abs(vertebra.corners_lps_mm - true.corners_lps_mm).max() < 1
@@ -105,19 +108,19 @@ def test_levels_come_out_as_from_our_own(monkeypatch, tmp_path):
     truth, center = case()
     volume = volume_of(center)
     installed(monkeypatch, stand_in(truth, volume, labels={"T11": "C7", "L2": "L2"}))
-    study = utils.Study(5, [volume])
+    study = Study(5, [volume])
     boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector="official")
     assert [box.level for box in boxes] == list(utils.LEVELS) and {box.source for box in boxes} == {"official"}
-    for box, true in zip(boxes, utils.level_boxes(truth)):
+    for box, true in zip(boxes, level_boxes(truth)):
         assert np.abs(box.center_lps_mm - true.center_lps_mm).max() < 1
     assert [v.name for v in vertebrae] == [*NAMES[1:], "uncertain"]
-    utils.save_study(study, tmp_path / "5.safetensors")
+    save_study(study, tmp_path / "5.safetensors")
     levels, table, _ = utils.locate_studies({5: tmp_path / "5.safetensors"}, None, PRIOR, detector="official")
     assert list(levels["level"]) == list(utils.LEVELS) and len(table) == 9
     # Another series fills in what the first lacks, also after the patient moved.
-    first, second = utils.detect_vertebrae_official(volume), utils.detect_vertebrae_official(volume)
+    first, second = detect_vertebrae_official(volume), detect_vertebrae_official(volume)
     second = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 20, 20]) for v in second]
-    merged = own.merge_vertebrae([v for v in first if v.name != "L3"], second)
+    merged = levels_module.merge_vertebrae([v for v in first if v.name != "L3"], second)
     assert [v.name for v in merged][1:] == list(NAMES[1:])
     assert np.abs(merged[4].center_lps_mm - truth[4].center_lps_mm).max() < 1
 
@@ -133,7 +136,7 @@ def test_a_name_given_twice_goes_to_the_surer(monkeypatch):
         return result
 
     detector.detect_vb = fewer
-    found = utils.detect_vertebrae_official(volume_of(center), detector)
+    found = detect_vertebrae_official(volume_of(center), detector)
     assert [v.name for v in found] == ["T11", "uncertain", *NAMES[2:]]
     assert found[1].confidence == pytest.approx(3 * 4.4 / 25)
 
@@ -144,21 +147,21 @@ def test_a_name_given_twice_goes_to_the_surer(monkeypatch):
 def test_nothing_found_is_an_empty_list(error):
     truth, center = case()
     volume = volume_of(center)
-    assert utils.detect_vertebrae_official(volume, stand_in(truth, volume, broken=error)) == []
+    assert detect_vertebrae_official(volume, stand_in(truth, volume, broken=error)) == []
     with pytest.raises(RuntimeError, match="out of memory"):
-        utils.detect_vertebrae_official(volume, stand_in(truth, volume, broken=RuntimeError("out of memory")))
+        detect_vertebrae_official(volume, stand_in(truth, volume, broken=RuntimeError("out of memory")))
 
 
 def test_what_is_lacking_is_said(monkeypatch):
     truth, center = case()
     monkeypatch.setitem(sys.modules, "spinenet", None)
     with pytest.raises(ImportError, match="research only"):
-        utils.detect_vertebrae_official(volume_of(center))
+        detect_vertebrae_official(volume_of(center))
     with pytest.raises(ImportError, match="research only"):
-        utils.locate_levels(utils.Study(5, [volume_of(center)]), None, PRIOR, detector="official")
+        utils.locate_levels(Study(5, [volume_of(center)]), None, PRIOR, detector="official")
     axial = replace(volume_of(center), affine=volume_of(center).affine[[2, 1, 0, 3]])
     with pytest.raises(ValueError, match="axial, not sagittal"):
-        utils.detect_vertebrae_official(axial)
+        detect_vertebrae_official(axial)
     module = ModuleType("spinenet")
 
     def without_weights(device, verbose):

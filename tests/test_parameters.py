@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import utils
-from lumbar import parameters
+from lumbar.run import parameters
+from lumbar.run.parameters import ITEM_TYPES, PATH_PARAMETERS, RANGES, check_notebook_parameters, check_values
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -35,23 +36,23 @@ def test_every_path_is_known_as_one_and_every_number_has_its_range(path):
         is_path = any(isinstance(text, str) and "/" in text for text in texts)
         said = isinstance(value, (str, list)) and any(word in comment for word in ("folder", "written", "path"))
         if is_path or (said and "yolov10" not in comment and name not in ("SHAPE", "EXTENT_MM")):
-            assert name in utils.PATH_PARAMETERS, f"{name}: is it a path? Then it belongs in PATH_PARAMETERS"
+            assert name in PATH_PARAMETERS, f"{name}: is it a path? Then it belongs in PATH_PARAMETERS"
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            assert name in utils.RANGES, f"{name}: give it a range"
+            assert name in RANGES, f"{name}: give it a range"
         if value == []:
-            assert name in utils.ITEM_TYPES, f"{name}: say what it holds"
+            assert name in ITEM_TYPES, f"{name}: say what it holds"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_defaults_are_allowed_and_numbers_beyond_their_range_are_not(path):
-    defaults = utils.check_notebook_parameters(path, {})
-    assert utils.check_notebook_parameters(path, dict(defaults)) == defaults
+    defaults = check_notebook_parameters(path, {})
+    assert check_notebook_parameters(path, dict(defaults)) == defaults
     for name, value in defaults.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         for wrong in (-7, 10**15) if isinstance(value, int) else (-7.5, 1e15, math.nan, math.inf):
             with pytest.raises(ValueError, match=f"{path.name}: {name} must be from"):
-                utils.check_notebook_parameters(path, {name: wrong})
+                check_notebook_parameters(path, {name: wrong})
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_defaults_are_allowed_and_numbers_beyond_their_range_are_not(path):
 )
 def test_what_cannot_be_meant_is_refused(stem, name, value, words):
     with pytest.raises(ValueError, match=words):
-        utils.check_notebook_parameters(notebook(stem), {name: value})
+        check_notebook_parameters(notebook(stem), {name: value})
 
 
 @pytest.mark.parametrize(
@@ -97,12 +98,12 @@ def test_what_cannot_be_meant_is_refused(stem, name, value, words):
 )
 def test_a_value_of_another_type_is_refused_with_the_way_to_write_it(stem, name, value, words):
     with pytest.raises(TypeError, match=words):
-        utils.check_notebook_parameters(notebook(stem), {name: value})
+        check_notebook_parameters(notebook(stem), {name: value})
 
 
 def test_hours_that_are_meant_are_taken():
     for hours in (0, 9, 10.5, 59, 72.0):
-        assert utils.check_values({"HOURS": 0.0}, {"HOURS": hours}) == {"HOURS": float(hours)}
+        assert check_values({"HOURS": 0.0}, {"HOURS": hours}) == {"HOURS": float(hours)}
 
 
 def test_a_number_that_is_not_finite_arrives_as_papermill_writes_it():

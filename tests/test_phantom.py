@@ -13,6 +13,7 @@ import pytest
 
 import phantom
 import utils
+from lumbar.names import LABEL_COLUMNS
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +122,7 @@ def test_perfect_reader_follows_its_own_reader():
 def test_layout_and_columns(made):
     out, _ = made
     train = pd.read_csv(out / "train.csv")
-    assert list(train.columns) == ["study_id", *utils.LABEL_COLUMNS] and len(train) == 1
+    assert list(train.columns) == ["study_id", *LABEL_COLUMNS] and len(train) == 1
     values = set(pd.unique(train.drop(columns="study_id").to_numpy().ravel()))
     assert values - {np.nan} <= set(phantom.GRADES) | {v for v in values if v != v}
     points = pd.read_csv(out / "train_label_coordinates.csv")

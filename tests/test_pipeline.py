@@ -14,6 +14,8 @@ import pandas as pd
 import pytest
 
 import utils
+from lumbar.run.parameters import check_notebook_parameters
+from lumbar.run.pipeline import is_finished, run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -151,10 +153,10 @@ def test_finished_work_is_found_and_deleted_work_is_done_again(run):
 def test_a_copied_run_is_found_until_a_byte_changes(run, tmp_path):
     copied = shutil.copytree(run / "out", tmp_path / "another user" / "out", copy_function=shutil.copyfile)
     stages = utils.pipeline_stages(ROOT / "notebooks", copied / "data", copied, "smoke", seed=5)
-    assert [stage["name"] for stage in stages if not utils.is_finished(stage)] == []
+    assert [stage["name"] for stage in stages if not is_finished(stage)] == []
     levels = copied / "02_train_spinenet" / "levels.csv"
     levels.write_bytes(levels.read_bytes().replace(b"1", b"2", 1))
-    left = [stage["name"] for stage in stages if utils.is_finished(stage)]
+    left = [stage["name"] for stage in stages if is_finished(stage)]
     assert left == ["01_preprocess", "02_train_spinenet"]
 
 
@@ -166,9 +168,9 @@ def test_a_mistyped_parameter_stops_the_run(run):
 
 def test_each_notebook_refuses_a_mistyped_parameter(run):
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        name = next(iter(utils.check_notebook_parameters(notebook, {})))
+        name = next(iter(check_notebook_parameters(notebook, {})))
         with pytest.raises(ValueError, match=f"no parameter '{name}X'.*Did you mean {name}"):
-            utils.check_notebook_parameters(notebook, {f"{name}X": "x"})
+            check_notebook_parameters(notebook, {f"{name}X": "x"})
 
 
 def notebook_02(run, folder, **parameters):
@@ -253,7 +255,7 @@ def test_inspect_shows_a_study(run):
         "PREDICTIONS": [str(out)],
     }
     study_id = min(utils.study_paths(out / "01_preprocess"))
-    utils.run_notebook(
+    run_notebook(
         ROOT / "notebooks" / "inspect.ipynb", run / "inspect.ipynb", {**parameters, "HTML_STUDIES": [study_id]}
     )
     text = (run / "inspect.ipynb").read_text()

@@ -20,7 +20,10 @@ from pydicom.uid import (
 )
 
 import utils
-from lumbar import agreement, dicom, greys, pixels
+from lumbar.data import agreement, dicom, greys, pixels
+from lumbar.data.dicom import read_slice, read_slices, read_study
+from lumbar.data.greys import normalise_study
+from lumbar.data.volume import Study
 
 SYNTAXES = (
     ImplicitVRLittleEndian,
@@ -42,7 +45,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def good(base):
-    return utils.normalise_study(utils.read_study(base, tiny.SERIES))
+    return normalise_study(read_study(base, tiny.SERIES))
 
 
 def copied(base, folder, change, series=tuple(T2)):
@@ -59,7 +62,7 @@ def copied(base, folder, change, series=tuple(T2)):
 
 
 def read(study):
-    return utils.normalise_study(utils.read_study(study, T2)).volumes[0]
+    return normalise_study(read_study(study, T2)).volumes[0]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,7 @@ def right(good):
 @pytest.fixture(scope="module")
 def raw(base):
     """The T2 series' values before they are normalised."""
-    return utils.read_study(base, T2).volumes[0].array
+    return read_study(base, T2).volumes[0].array
 
 
 def restate(dataset, stored, signed=False, bits=16):
@@ -124,14 +127,14 @@ def test_values_are_the_stored_bits_whatever_the_others_hold(tmp_path, base, see
     values = rng.integers(low, high, (6, 10))
     path = tmp_path / "2.dcm"
     write_bits(path, base, values, allocated, stored, signed, syntax, rng)
-    ours = utils.read_slice(path)["pixels"]
+    ours = read_slice(path)["pixels"]
     np.testing.assert_array_equal(ours, values.astype(np.float32))
     np.testing.assert_array_equal(ours, pydicom.dcmread(path).pixel_array.astype(np.float32))
 
 
 def test_a_high_bit_that_does_not_belong_is_said(tmp_path, base):
     study = copied(base, tmp_path, lambda dataset, k: setattr(dataset, "HighBit", 11))
-    (sentence,) = [p for p in utils.read_study(study, T2).problems if "HighBit" in p]
+    (sentence,) = [p for p in read_study(study, T2).problems if "HighBit" in p]
     assert "9 files: HighBit 11 does not belong to 16 bits stored" in sentence
 
 
@@ -141,7 +144,7 @@ def test_a_missing_sign_is_guessed_only_where_pixels_leave_no_doubt(tmp_path, ba
         if k == 0:
             dataset.PixelData = np.full((112, 112), 0x8001, "<u2").tobytes()
 
-    study = utils.read_study(copied(base, tmp_path, unsigned), T2)
+    study = read_study(copied(base, tmp_path, unsigned), T2)
     assert len(study.volumes[0].array) == 8
     assert any("1.dcm: PixelRepresentation is missing" in problem for problem in study.problems)
 
@@ -200,7 +203,7 @@ def test_a_range_of_padding_values_and_one_inside_the_tissues(tmp_path, base):
         dataset.add_new(0x00280120, "SS", -1500)
         dataset.add_new(0x00280121, "SS", -1000)
 
-    study = utils.read_study(copied(base, tmp_path / "range", change), T2)
+    study = read_study(copied(base, tmp_path / "range", change), T2)
     assert (np.isnan(study.volumes[0].array) == corners).all()
 
     def inside(dataset, k):
@@ -209,7 +212,7 @@ def test_a_range_of_padding_values_and_one_inside_the_tissues(tmp_path, base):
         restate(dataset, stored & 0xFFFF, True)
         dataset.add_new(0x00280120, "SS", 50)
 
-    study = utils.read_study(copied(base, tmp_path / "inside", inside), T2)
+    study = read_study(copied(base, tmp_path / "inside", inside), T2)
     empty = np.isnan(study.volumes[0].array)
     assert empty[:, corners].all()
     assert empty[:, ~corners].mean() < 0.01  # tissue of that very value stays, but where it touches the corners
@@ -268,7 +271,7 @@ def noise(dataset):
     ],
 )
 def test_a_slice_of_another_scale_order_or_polarity_is_left_out_and_said(tmp_path, base, right, change, reason):
-    study = utils.normalise_study(utils.read_study(copied(base, tmp_path, one(change)), T2))
+    study = normalise_study(read_study(copied(base, tmp_path, one(change)), T2))
     (sentence,) = [problem for problem in study.problems if "file 5: " in problem]
     assert re.search(reason, sentence) and sentence.endswith("left out")
     found = {int(n): image for v in study.volumes for n, image in zip(v.instance_numbers, v.array, strict=True)}
@@ -281,7 +284,7 @@ def test_a_series_of_noise_is_said(tmp_path, base):
     def change(dataset, k):
         restate(dataset, np.random.default_rng(k).integers(0, 800, dataset.pixel_array.shape))
 
-    study = utils.read_study(copied(base, tmp_path, change), T2)
+    study = read_study(copied(base, tmp_path, change), T2)
     assert len(study.volumes[0].array) == 9
     assert any("grey values of 7 of 9 slices do not fit" in problem for problem in study.problems)
 
@@ -292,7 +295,7 @@ def test_slopes_that_differ_from_slice_to_slice_are_no_fault(tmp_path, base, rig
         restate(dataset, np.round(dataset.pixel_array / slope))
         dataset.RescaleSlope, dataset.RescaleIntercept = f"{slope:.6f}", "0"
 
-    study = utils.normalise_study(utils.read_study(copied(base, tmp_path, change), T2))
+    study = normalise_study(read_study(copied(base, tmp_path, change), T2))
     assert not any("series 103" in problem for problem in study.problems)
     assert np.abs(study.volumes[0].array.astype(float) - right.array).max() < 0.02
 
@@ -303,7 +306,7 @@ def test_slopes_that_differ_from_slice_to_slice_are_no_fault(tmp_path, base, rig
 @pytest.mark.parametrize("description", utils.DESCRIPTIONS)
 @pytest.mark.parametrize("factor", [2.0, 0.5])
 def test_a_series_of_another_pixel_spacing_is_said(good, description, factor):
-    study = utils.Study(1, [scaled(v, factor) if v.description == description else v for v in good.volumes])
+    study = Study(1, [scaled(v, factor) if v.description == description else v for v in good.volumes])
     (doubt,) = agreement.doubtful_scales(study)
     assert f"scale of {description} is doubtful" in doubt.text
     assert f"only if they are {1 / factor:.2g} times as large" in doubt.text
@@ -315,7 +318,7 @@ def test_a_series_of_another_pixel_spacing_is_said(good, description, factor):
 
 def test_of_two_series_that_contradict_each_other_both_stay(good):
     volumes = [v for v in good.volumes if v.description != "Axial T2"]
-    study = greys.normalise_study(utils.Study(1, [scaled(volumes[0], 2.0), volumes[1]]))
+    study = greys.normalise_study(Study(1, [scaled(volumes[0], 2.0), volumes[1]]))
     assert len(study.volumes) == 2
     assert len(study.problems) == 1 and ", or it is series" in study.problems[0]
 
@@ -328,7 +331,7 @@ def scaled(volume, factor):
 
 @pytest.mark.parametrize("description", utils.DESCRIPTIONS)
 def test_a_series_turned_round_is_said(good, description):
-    study = utils.Study(1, [turned(v) if v.description == description else v for v in good.volumes])
+    study = Study(1, [turned(v) if v.description == description else v for v in good.volumes])
     (sentence,) = agreement.doubtful_polarity(study)
     (own,) = study.of(description)
     assert f"{own.series_id}" in sentence and "turned round" in sentence
@@ -381,11 +384,11 @@ def test_what_a_deflated_file_inflates_to_is_bounded(tmp_path, base, monkeypatch
         press = zlib.compressobj(9, zlib.DEFLATED, -15)
         path.write_bytes(deflated_head(base) + press.compress(padded) + press.flush())
         if reason is None:
-            own = utils.read_slice(path)["pixels"]
-            np.testing.assert_array_equal(own, utils.read_slice(base / "101" / "1.dcm")["pixels"])
+            own = read_slice(path)["pixels"]
+            np.testing.assert_array_equal(own, read_slice(base / "101" / "1.dcm")["pixels"])
         else:
             with pytest.raises(pixels.DicomProblem, match=reason):
-                utils.read_slices(path)
+                read_slices(path)
 
 
 @pytest.mark.parametrize("deflated", [False, True])
@@ -415,7 +418,7 @@ def test_what_a_header_may_hold_is_bounded(tmp_path, base, monkeypatch, bomb, de
     path = tmp_path / "1.dcm"
     path.write_bytes(head + body)
     with pytest.raises(pixels.DicomProblem):
-        utils.read_slices(path)
+        read_slices(path)
 
 
 def test_reasons_give_no_advice_that_nobody_can_follow():
@@ -443,4 +446,4 @@ def test_reasons_give_no_advice_that_nobody_can_follow():
 def test_files_of_another_kind_are_called_by_their_name(tmp_path, content, what):
     (tmp_path / "1.dcm").write_bytes(content)
     with pytest.raises(dicom.NotDicom, match=what):
-        utils.read_slices(tmp_path / "1.dcm")
+        read_slices(tmp_path / "1.dcm")

@@ -19,7 +19,10 @@ import tiny
 from kaggle_stub import KEY, USER, client_environment, failure, running_stub, write_wheel
 
 import utils
-from lumbar import kaggle
+from lumbar.run import mounts, publish
+from lumbar.run.parameters import assigned_literals, check_notebook_parameters
+from lumbar.run.pipeline import kaggle_kernels
+from lumbar.run.publish import kaggle_packages, kaggle_push, kaggle_upload, stage_wheels
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPETITION = "rsna-2024-lumbar-spine-degenerative-classification"
@@ -59,7 +62,7 @@ def build(tmp_path_factory):
     """Everything staged for training on Kaggle."""
     folder = tmp_path_factory.mktemp("publish") / "build"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kaggle, "stage_wheels", wheels_from)
+        patch.setattr(publish, "stage_wheels", wheels_from)
         utils.stage_kaggle(USER, folder, ROOT)
     return folder
 
@@ -74,7 +77,7 @@ def injected(build, name):
     notebook = nbformat.read(build / "kernels" / name / about["code_file"], as_version=4)
     (cell,) = (c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", []))
     assert cell.source.startswith("# Parameters\n")  # how notebook_parameters knows it
-    return utils.assigned_literals(cell.source)
+    return assigned_literals(cell.source)
 
 
 # ---- Staging ----
@@ -99,19 +102,17 @@ def test_every_kernel_is_staged_as_kaggle_takes_it(build, name):
     assert notebook.metadata.kernelspec.name == "python3" and "papermill" not in notebook.metadata
     for cell in notebook.cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
-    source = next(p for p in (ROOT / "notebooks").glob("*.ipynb") if p.stem == utils.kaggle_kernels()[name]["notebook"])
-    utils.check_notebook_parameters(source, injected(build, name))
+    source = next(p for p in (ROOT / "notebooks").glob("*.ipynb") if p.stem == kaggle_kernels()[name]["notebook"])
+    check_notebook_parameters(source, injected(build, name))
     # Every parameter that names an input by default is set: the slugs are this user's.
-    defaults = utils.assigned_literals(
-        next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    )
+    defaults = assigned_literals(next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])))
     assert {key for key, value in defaults.items() if "/kaggle/" in str(value)} <= set(injected(build, name))
     assert injected(build, name)["DATA"] == f"/kaggle/input/{COMPETITION}"
 
 
 def test_kernels_are_the_stages_of_a_run_and_feed_one_another(build):
     assert sorted(path.name for path in (build / "kernels").iterdir()) == sorted(NAMES)
-    kernels = utils.kaggle_kernels()
+    kernels = kaggle_kernels()
     for number, (name, kernel) in enumerate(kernels.items()):
         assert set(kernel["needs"]) <= set(list(kernels)[:number])
         assert metadata(build, name)["kernel_sources"] == [f"{USER}/lumbar-spine-{need}" for need in kernel["needs"]]
@@ -121,20 +122,20 @@ def test_kernels_are_the_stages_of_a_run_and_feed_one_another(build):
                 assert f"{USER}/{slug[1]}" in metadata(build, name)["kernel_sources"]
     # The same stages as the local run's, each fold of each member once.
     stages = utils.pipeline_stages(ROOT / "notebooks", "data", "out", "full", folds=[0, 3])
-    kernels = utils.kaggle_kernels(folds=(3, 0))
+    kernels = kaggle_kernels(folds=(3, 0))
     told = [(s["notebook"].stem, s["parameters"].get("CONDITION", s["parameters"].get("SCOPE"))) for s in stages]
     here = [(k["notebook"], k["parameters"].get("CONDITION", k["parameters"].get("SCOPE"))) for k in kernels.values()]
     assert sorted(told, key=str) == sorted(here[:-1], key=str) and here[-1][0] == "inspect"
     assert kernels["train-yolo-ss-3"]["parameters"]["FOLDS"] == [3] and "train-yolo-ss-3" in kernels["report"]["needs"]
     with pytest.raises(ValueError, match="folds must be some of"):
-        utils.kaggle_kernels(folds=(5,))
+        kaggle_kernels(folds=(5,))
 
 
 def test_code_data_set_runs_alone(build, tmp_path):
     code = build / "datasets" / "lumbar-spine-code"
     assert not list(code.rglob("__pycache__")) and (code / "weights" / "spinenet_phantom.safetensors").is_file()
-    there = {path.name for path in (ROOT / "lumbar").iterdir() if path.is_file()}
-    assert {path.name for path in (code / "lumbar").iterdir()} == there
+    there = {path.relative_to(ROOT) for path in (ROOT / "lumbar").rglob("*.*") if path.suffix != ".pyc"}
+    assert {path.relative_to(code) for path in (code / "lumbar").rglob("*.*")} == there
     environment = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(code)!r}); import utils, phantom; print(utils)"],
@@ -203,7 +204,7 @@ def test_settings_are_injected_and_mistakes_are_named(tmp_path):
 
 
 def test_wheels_are_of_kaggles_python_and_of_what_its_image_lacks(tmp_path, monkeypatch):
-    packages = utils.kaggle_packages()
+    packages = kaggle_packages()
     assert [p.partition("==")[0] for p in packages] == ["timm-3d", "ultralytics-opencv-headless"]
     calls = []
 
@@ -212,16 +213,16 @@ def test_wheels_are_of_kaggles_python_and_of_what_its_image_lacks(tmp_path, monk
         write_wheel(Path(command[command.index("--dest") + 1]))
         return subprocess.CompletedProcess(command, 0, "")
 
-    monkeypatch.setattr(kaggle.subprocess, "run", pip)
-    utils.stage_wheels(tmp_path / "wheels")
+    monkeypatch.setattr(mounts.subprocess, "run", pip)
+    stage_wheels(tmp_path / "wheels")
     (command,) = calls
     assert "--no-deps" in command and command[-2:] == packages
     assert command[command.index("--python-version") + 1] == "3.12"
     monkeypatch.setattr(
-        kaggle.subprocess, "run", lambda c, **n: subprocess.CompletedProcess(c, 1, "No matching distribution")
+        mounts.subprocess, "run", lambda c, **n: subprocess.CompletedProcess(c, 1, "No matching distribution")
     )
     with pytest.raises(RuntimeError, match="could not be downloaded: No matching"):
-        utils.stage_wheels(tmp_path / "none")
+        stage_wheels(tmp_path / "none")
 
 
 # ---- Pushing ----
@@ -262,7 +263,7 @@ def test_everything_is_pushed_in_order_with_what_it_must_carry(stub, environment
 
 def test_data_sets_travel_whole_and_a_second_time_as_a_version(stub, environment, build):
     folder = build / "datasets" / "lumbar-spine-code"
-    assert "is being created" in utils.kaggle_upload(folder, environment)
+    assert "is being created" in kaggle_upload(folder, environment)
     (request,) = (json.loads(body) for method, body in stub.requests if method == "CreateDataset")
     assert request["ownerSlug"] == USER and request["slug"] == "lumbar-spine-code" and request["isPrivate"] is True
     assert request["title"] == "Lumbar Spine Code" and request["licenseName"] == "other"
@@ -270,9 +271,11 @@ def test_data_sets_travel_whole_and_a_second_time_as_a_version(stub, environment
     assert set(sent) == {"utils.py", "phantom.py", "lumbar.zip", "weights.zip"}
     assert sent["utils.py"] == (ROOT / "utils.py").read_bytes()
     with zipfile.ZipFile(io.BytesIO(sent["lumbar.zip"])) as archive:  # Kaggle unpacks it into a folder of its name
-        assert set(archive.namelist()) == {path.name for path in (folder / "lumbar").iterdir()}
-        assert archive.read("kaggle.py") == (folder / "lumbar" / "kaggle.py").read_bytes()
-    utils.kaggle_upload(folder, environment)
+        assert set(archive.namelist()) == {
+            str(p.relative_to(folder / "lumbar")) for p in (folder / "lumbar").rglob("*.*")
+        }
+        assert archive.read("run/publish.py") == (folder / "lumbar" / "run" / "publish.py").read_bytes()
+    kaggle_upload(folder, environment)
     assert [m for m, _ in stub.requests if m.startswith("CreateDataset")] == ["CreateDataset", "CreateDatasetVersion"]
 
 
@@ -297,7 +300,7 @@ def test_what_is_refused_is_a_failure_that_says_why(stub, environment, build, re
 
 @pytest.fixture
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(kaggle, "_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(publish, "_PAUSES_S", (0.0, 0.0))
 
 
 def test_what_passes_is_tried_again(stub, environment, build, no_pauses):
@@ -307,23 +310,23 @@ def test_what_passes_is_tried_again(stub, environment, build, no_pauses):
         "GetDatasetStatus": [failure(500, "Internal Server Error"), (502, "<html>Bad Gateway</html>")],
         "SaveKernel": [(503, "<html>Service Unavailable</html>")],
     }
-    utils.kaggle_upload(build / "datasets" / "lumbar-spine-code", environment)
+    kaggle_upload(build / "datasets" / "lumbar-spine-code", environment)
     assert "CreateDatasetVersion" in [m for m, _ in stub.requests] and stub.datasets["lumbar-spine-code"]
     assert "CreateDataset" not in [m for m, _ in stub.requests]
-    assert "successfully pushed" in utils.kaggle_push(build / "kernels" / "preprocess", environment=environment)
+    assert "successfully pushed" in kaggle_push(build / "kernels" / "preprocess", environment=environment)
 
 
 def test_what_does_not_pass_is_no_slug_in_use(stub, environment, build, no_pauses):
     stub.datasets["lumbar-spine-code"] = {}
     stub.refuse["GetDatasetStatus"] = failure(500, "An internal server error occurred")
     with pytest.raises(RuntimeError, match="(?s)status failed.*Kaggle did not answer properly, also not when asked 2"):
-        utils.kaggle_upload(build / "datasets" / "lumbar-spine-code", environment)
+        kaggle_upload(build / "datasets" / "lumbar-spine-code", environment)
     assert [m for m, _ in stub.requests] == ["GetDatasetStatus"] * 3
 
 
 def test_a_data_set_made_by_a_call_that_seemed_to_fail_gets_a_version(stub, environment, build, no_pauses):
     stub.after["CreateDataset"] = [(500, "<html>Internal Server Error</html>")]
-    utils.kaggle_upload(build / "datasets" / "lumbar-spine-code", environment)
+    kaggle_upload(build / "datasets" / "lumbar-spine-code", environment)
     assert [m for m, _ in stub.requests if m.startswith("CreateDataset")] == ["CreateDataset", "CreateDatasetVersion"]
 
 
@@ -350,9 +353,9 @@ def test_only_what_passes_is_tried_again(monkeypatch, no_pauses, said, tries):
         calls.append(command)
         return subprocess.CompletedProcess(command, 1, said)
 
-    monkeypatch.setattr(kaggle.subprocess, "run", client)
+    monkeypatch.setattr(mounts.subprocess, "run", client)
     with pytest.raises(RuntimeError, match="failed"):
-        kaggle._client_or_raise("a push", ["kernels", "push"], None, "pushed")
+        publish._client_or_raise("a push", ["kernels", "push"], None, "pushed")
     assert len(calls) == tries
 
 
@@ -371,7 +374,7 @@ def test_missing_sources_failed_kernels_and_unknown_names_stop_the_run(stub, env
 def test_without_a_token_it_says_where_to_get_one(environment, build):
     nobody = {k: v for k, v in environment.items() if k not in ("KAGGLE_USERNAME", "KAGGLE_KEY")}
     with pytest.raises(RuntimeError, match="What to do: make a token at https://www.kaggle.com/settings"):
-        utils.kaggle_push(build / "kernels" / "preprocess", environment=nobody)
+        kaggle_push(build / "kernels" / "preprocess", environment=nobody)
 
 
 def test_the_notebook_stages_and_sends_what_it_is_told(stub, environment, tmp_path):

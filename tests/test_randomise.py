@@ -6,7 +6,11 @@ import torch
 
 import phantom
 import utils
-from lumbar import randomise
+from lumbar.names import VERTEBRAE
+from lumbar.spine import synthesis
+from lumbar.spine.spinenet import SpineNet
+from lumbar.spine.spinenet_training import SpineSlices
+from lumbar.spine.synthesis import ARTEFACTS, load_anatomy, random_greys, random_slice, spoil
 
 SHAPE = (160, 120)
 # What else a body may be made of.
@@ -34,11 +38,11 @@ def test_painted_anatomies_are_found_again(anatomies):
     again = utils.paint_anatomies(anatomies[0].parent, 2, seed=3, workers=1)
     assert again == anatomies and [path.stat().st_mtime_ns for path in again] == before
     with pytest.raises(FileNotFoundError, match="paint_anatomies"):
-        utils.load_anatomy(anatomies[0].with_name("absent.safetensors"))
+        load_anatomy(anatomies[0].with_name("absent.safetensors"))
 
 
 def test_planes_are_the_painted_tissues(anatomies):
-    about, planes = utils.load_anatomy(anatomies[0])
+    about, planes = load_anatomy(anatomies[0])
     _, _, _, grids, _, _ = phantom.simulate(about["seed"], prevalence=2.0, transitional=0.1, variety="wide")
     for number, grid in enumerate(grids):
         part = planes(number, 5, 8)
@@ -52,14 +56,14 @@ def test_corners_lie_on_the_rendered_bodies(anatomies, monkeypatch):
     greys = np.zeros(len(phantom.TISSUES), np.float32)
     for name in phantom.TISSUES:
         greys[phantom.TISSUE[name]] = "marrow" in name or name in BONE
-    monkeypatch.setattr(randomise, "random_greys", lambda rng: greys)
+    monkeypatch.setattr(synthesis, "random_greys", lambda rng: greys)
     filled, between = [], []
     for path in anatomies:
-        about, planes = utils.load_anatomy(path)
+        about, planes = load_anatomy(path)
         half_mm = np.array([body.width_mm / 2 for body in about["vertebrae"]])
         for seed in range(12):
             rng = np.random.default_rng(seed)
-            image, corners_px, offset_mm, front_px = utils.random_slice(about, planes, rng, SHAPE, 1.5)
+            image, corners_px, offset_mm, front_px = random_slice(about, planes, rng, SHAPE, 1.5)
             assert image.shape == SHAPE and front_px.shape == SHAPE[:1]
             for k in range(3, 9):  # T11 to L4: neither tilted nor cut
                 window = inside(corners_px[k], SHAPE, 0.7)
@@ -91,21 +95,21 @@ def test_items_are_reproducible_and_different(anatomies):
         utils.RandomisedSlices([], 6, SHAPE, 1.5, 2.0)
 
 
-@pytest.mark.parametrize("artefact", utils.ARTEFACTS)
+@pytest.mark.parametrize("artefact", ARTEFACTS)
 def test_every_artefact_changes_the_image_and_stays_finite(artefact, monkeypatch):
     image = 0.2 + 0.6 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)).numpy()
     front_px = np.full(SHAPE[0], 60, np.float32)
     results = []
     for chance in (0.0, 1.0):
-        monkeypatch.setattr(randomise, "ARTEFACTS", {name: chance * (name == artefact) for name in utils.ARTEFACTS})
-        results.append(utils.spoil(image.copy(), front_px, np.random.default_rng(4), 1.5))
+        monkeypatch.setattr(synthesis, "ARTEFACTS", {name: chance * (name == artefact) for name in ARTEFACTS})
+        results.append(spoil(image.copy(), front_px, np.random.default_rng(4), 1.5))
         assert results[-1].shape == SHAPE and np.isfinite(results[-1]).all() and results[-1].dtype == np.float32
     assert np.abs(results[0] - results[1]).max() > 0.01
 
 
 def test_greys_keep_disc_and_bone_apart():
     marrow, annulus = phantom.TISSUE["marrow"], phantom.TISSUE["annulus"]
-    tables = np.stack([utils.random_greys(np.random.default_rng(seed)) for seed in range(200)])
+    tables = np.stack([random_greys(np.random.default_rng(seed)) for seed in range(200)])
     assert tables.shape == (200, len(phantom.TISSUES)) and tables.min() >= 0 and tables.max() <= 1.3
     assert np.mean(np.abs(tables[:, marrow] - tables[:, annulus]) > 0.03) > 0.8
     assert 0.15 < np.mean(tables[:, marrow] < tables[:, annulus]) < 0.6  # both ways round
@@ -119,10 +123,10 @@ def test_the_mixture_takes_its_share_from_each_source(anatomies):
         "certain": torch.tensor([True]),
     }
     only = utils.training_slices([], [record], 8, SHAPE, 1.5, 2.0)
-    assert isinstance(only, utils.SpineSlices) and len(only) == 8
+    assert isinstance(only, SpineSlices) and len(only) == 8
     both = utils.training_slices(anatomies, [record], 40, SHAPE, 1.5, 2.0, share=0.75, seed=2)
     rendered = utils.RandomisedSlices(anatomies, 40, SHAPE, 1.5, 2.0, seed=2)
-    acquired = utils.SpineSlices([record], 40, SHAPE, 2.0, seed=2)
+    acquired = SpineSlices([record], 40, SHAPE, 2.0, seed=2)
     sources = []
     for k in range(12):
         first, second = (torch.equal(both[k]["image"], s[k]["image"]) for s in (rendered, acquired))
@@ -135,14 +139,14 @@ def test_the_mixture_takes_its_share_from_each_source(anatomies):
 
 def test_the_layout_of_anatomies_is_a_prior(anatomies):
     prior = utils.prior_of_anatomies(anatomies)
-    assert set(utils.VERTEBRAE[3:9]) <= set(prior["layout_mm"])
+    assert set(VERTEBRAE[3:9]) <= set(prior["layout_mm"])
     height = [np.mean(prior["layout_mm"][name], 0)[2] for name in ("L1", "L3", "L5", "S1")]
     assert height == sorted(height, reverse=True) and abs(height[1]) < 60
 
 
 def test_training_goes_on_from_given_weights(anatomies, tmp_path):
     torch.manual_seed(0)
-    start = utils.SpineNet((16, 16), 1, 3.0)
+    start = SpineNet((16, 16), 1, 3.0)
     start.about = {"prior": "kept"}
     slices = utils.training_slices(anatomies, [], 4, (64, 48), 3.0, 1.0)
     with pytest.raises(ValueError, match="product"):

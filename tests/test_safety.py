@@ -17,7 +17,15 @@ import torch
 from safetensors.torch import save_file
 
 import utils
-from lumbar import storage, yolo
+from lumbar import storage
+from lumbar.data.geometry import LevelBox
+from lumbar.data.volume import Study, Volume, save_study
+from lumbar.grade import detector_weights
+from lumbar.grade.classifier import load_classifier
+from lumbar.grade.detector_data import original_names
+from lumbar.grade.detector_training import YOLO_SETTINGS
+from lumbar.spine.vertebra import Vertebra
+from lumbar.storage import DamagedFile, write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,16 +35,26 @@ STARTS = "starts a process"
 
 # (file, function, what, why it is safe): each as often as it occurs
 ALLOWED = [
-    ("lumbar/distributed.py", "launch", STARTS, "torchrun with this module; no shell, arguments are the kit's own"),
     (
-        "lumbar/kaggle.py",
+        "lumbar/grade/distributed.py",
+        "launch",
+        STARTS,
+        "torchrun with this module; no shell, arguments are the kit's own",
+    ),
+    (
+        "lumbar/run/mounts.py",
         "install_missing",
         STARTS,
         "pip with names of requirements.txt, from wheels or PyPI; no shell",
     ),
-    ("lumbar/kaggle.py", "stage_wheels", STARTS, "pip download with names of requirements.txt; no shell"),
-    ("lumbar/kaggle.py", "_client", STARTS, "the kaggle client; no shell, arguments are this user's"),
-    ("lumbar/stages.py", "run_notebook", STARTS, "papermill with the kit's own notebooks; parameters are a YAML file"),
+    ("lumbar/run/publish.py", "stage_wheels", STARTS, "pip download with names of requirements.txt; no shell"),
+    ("lumbar/run/publish.py", "_client", STARTS, "the kaggle client; no shell, arguments are this user's"),
+    (
+        "lumbar/run/pipeline.py",
+        "run_notebook",
+        STARTS,
+        "papermill with the kit's own notebooks; parameters are a YAML file",
+    ),
 ]
 
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
@@ -225,7 +243,7 @@ def write_some(path, kind):
     elif kind == "text":
         utils.write_text(path, "a")
     else:
-        utils.write_tensors(path, {"a": np.zeros(3) if kind == "numpy" else torch.zeros(3)}, "key", {"a": 1})
+        write_tensors(path, {"a": np.zeros(3) if kind == "numpy" else torch.zeros(3)}, "key", {"a": 1})
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "text", "numpy", "torch"])
@@ -291,15 +309,15 @@ BROKEN = {
 def weights(tmp_path_factory):
     """A folder with weights of every member, and a study of volumes in `volumes`."""
     folder = tiny.write_members(tmp_path_factory.mktemp("weights"))
-    volume = utils.Volume(np.ones((2, 8, 8), np.float16), np.eye(4), 1, 5, "Sagittal T1", 0, np.array([1, 2]))
+    volume = Volume(np.ones((2, 8, 8), np.float16), np.eye(4), 1, 5, "Sagittal T1", 0, np.array([1, 2]))
     (folder / "volumes").mkdir()
-    utils.save_study(utils.Study(1, [volume], ["a problem"]), folder / "volumes" / "1.safetensors")
+    save_study(Study(1, [volume], ["a problem"]), folder / "volumes" / "1.safetensors")
     return folder
 
 
 LOADERS = {
     "spinenet.safetensors": utils.load_spinenet,
-    "level_0.safetensors": utils.load_classifier,
+    "level_0.safetensors": load_classifier,
     "yolo_ss_0.safetensors": utils.load_yolo,
     "volumes/1.safetensors": utils.load_study,
 }
@@ -311,19 +329,19 @@ def test_broken_files_are_named_and_told(weights, tmp_path, name):
     path = tmp_path / Path(name).name
     for damage, text in BROKEN.values():
         path.write_bytes(damage(whole))
-        with pytest.raises(utils.DamagedFile, match=text) as told:
+        with pytest.raises(DamagedFile, match=text) as told:
             LOADERS[name](path)
         assert str(told.value).startswith(str(path)) and re.search("0[1-4]_", str(told.value))
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(utils.DamagedFile, match="without .* metadata"):
+    with pytest.raises(DamagedFile, match="without .* metadata"):
         LOADERS[name](path)
     key = "study" if "volumes" in name else {"s": "spinenet", "l": "classifier", "y": "metadata"}[path.name[0]]
     for text in ("{", "[1]", "null", "[" * 100_000, "\ud800".encode("utf-8", "replace").decode()):
         save_file({"a": torch.zeros(1)}, path, metadata={key: text})
-        with pytest.raises(utils.DamagedFile, match="spoilt"):
+        with pytest.raises(DamagedFile, match="spoilt"):
             LOADERS[name](path)
     save_file({"a": torch.zeros(1)}, path, metadata={key: "{}"})
-    with pytest.raises(utils.DamagedFile):
+    with pytest.raises(DamagedFile):
         LOADERS[name](path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=path.name):
@@ -333,7 +351,7 @@ def test_broken_files_are_named_and_told(weights, tmp_path, name):
 def test_a_broken_member_ends_inference_with_its_name(weights, tmp_path):
     shutil.copytree(weights, tmp_path / "w")
     (tmp_path / "w" / "level_0.safetensors").write_bytes(LFS)
-    with pytest.raises(utils.DamagedFile, match=r"level_0\.safetensors is a Git LFS pointer"):
+    with pytest.raises(DamagedFile, match=r"level_0\.safetensors is a Git LFS pointer"):
         utils.load_members([tmp_path / "w"], device="cpu")
 
 
@@ -350,10 +368,10 @@ def test_volumes_that_do_not_belong_together_are_damaged(weights, tmp_path):
         (tensors, {**about, "study_id": "one"}),
     ]
     for changed in wrong:
-        utils.write_tensors(path, changed[0], "study", changed[1])
-        with pytest.raises(utils.DamagedFile, match="01_preprocess"):
+        write_tensors(path, changed[0], "study", changed[1])
+        with pytest.raises(DamagedFile, match="01_preprocess"):
             utils.load_study(path)
-    utils.write_tensors(path, tensors, "study", about)
+    write_tensors(path, tensors, "study", about)
     assert utils.load_study(path).problems == ["a problem"]
 
 
@@ -361,7 +379,7 @@ def test_broken_json_is_named(tmp_path):
     path = tmp_path / "manifest.json"
     for text in ("", "{", "<html>", LFS.decode(), "[" * 100_000):
         path.write_text(text)
-        with pytest.raises(utils.DamagedFile, match="manifest.json"):
+        with pytest.raises(DamagedFile, match="manifest.json"):
             utils.read_json(path)
     path.write_text('{"a": 1}')
     assert utils.read_json(path) == {"a": 1}
@@ -377,7 +395,7 @@ def change(weights, tmp_path, name, edit, spoil=None):
     edit(about)
     if spoil:
         spoil(tensors)
-    utils.write_tensors(tmp_path / name, tensors, key, about)
+    write_tensors(tmp_path / name, tensors, key, about)
     return tmp_path / name
 
 
@@ -468,7 +486,7 @@ def test_a_detector_that_states_more_than_a_shipped_network_is_refused(weights, 
     mark = tmp_path / "ran"
     for number, edit in enumerate(changes_of_a_detector(mark)):
         path = change(weights, tmp_path, "yolo_ss_0.safetensors", edit)
-        with pytest.raises(utils.DamagedFile, match="yolo_ss_0.safetensors"):
+        with pytest.raises(DamagedFile, match="yolo_ss_0.safetensors"):
             utils.load_yolo(path)
             pytest.fail(f"change {number} was accepted")
         assert not mark.exists()
@@ -499,11 +517,11 @@ def test_honest_descriptions_of_every_age_load(weights, tmp_path):
     ],
 )
 def test_what_is_trained_loads(tmp_path, model, width, scheme):
-    yolo.prepare_ultralytics(tmp_path / "ultralytics")
+    detector_weights.prepare_ultralytics(tmp_path / "ultralytics")
     from ultralytics.nn.tasks import DetectionModel
 
-    names = list(utils.SEVERITIES) if scheme == "severity" else utils.original_names("ss")
-    net = DetectionModel(yolo._yolo_model_yaml(model, width, tmp_path), ch=1, nc=len(names), verbose=False)
+    names = list(utils.SEVERITIES) if scheme == "severity" else original_names("ss")
+    net = DetectionModel(detector_weights._yolo_model_yaml(model, width, tmp_path), ch=1, nc=len(names), verbose=False)
     about = {
         "kind": "yolo",
         "condition": "ss",
@@ -516,7 +534,7 @@ def test_what_is_trained_loads(tmp_path, model, width, scheme):
         "imgsz": 96,
         "arguments": {"model": model, "width": width},
     }
-    yolo._write_yolo(tmp_path / "yolo.safetensors", net.half().state_dict(), about)
+    detector_weights._write_yolo(tmp_path / "yolo.safetensors", net.half().state_dict(), about)
     loaded = utils.load_yolo(tmp_path / "yolo.safetensors").net.state_dict()
     for name, value in net.float().state_dict().items():
         assert torch.equal(loaded[name], value)
@@ -587,7 +605,7 @@ def nested(about, keys, value):
 )
 def test_networks_that_state_something_else_are_refused(weights, tmp_path, name, keys, value):
     path = change(weights, tmp_path, name, lambda about: nested(about, keys, value))
-    with pytest.raises(utils.DamagedFile, match=re.escape(str(path))):
+    with pytest.raises(DamagedFile, match=re.escape(str(path))):
         LOADERS[name](path)
 
 
@@ -601,7 +619,7 @@ def test_weights_that_are_not_finite_are_refused(weights, tmp_path, name, value)
         tensors[spoilt[0]].view(-1)[-1] = value
 
     path = change(weights, tmp_path, name, lambda about: None, spoil)
-    with pytest.raises(utils.DamagedFile, match=f"{name}.* {re.escape(spoilt[0])} are not finite"):
+    with pytest.raises(DamagedFile, match=f"{name}.* {re.escape(spoilt[0])} are not finite"):
         LOADERS[name](path)
 
 
@@ -618,7 +636,7 @@ def test_weights_with_other_tensors_are_refused(weights, tmp_path, name):
 
     for spoil in (without, more, larger):
         path = change(weights, tmp_path, name, lambda about: None, spoil)
-        with pytest.raises(utils.DamagedFile, match=name):
+        with pytest.raises(DamagedFile, match=name):
             LOADERS[name](path)
 
 
@@ -647,13 +665,13 @@ class Evil:
 
 
 def make_dataset(folder, cache):
-    yolo.prepare_ultralytics(folder.parent / "ultralytics")
+    detector_weights.prepare_ultralytics(folder.parent / "ultralytics")
     from ultralytics.cfg import get_cfg
 
-    from lumbar.yolo_trainer import PatchTrainer
+    from lumbar.grade.detector_trainer import PatchTrainer
 
     trainer = PatchTrainer.__new__(PatchTrainer)
-    trainer.args = get_cfg(overrides={"imgsz": 64, "cache": cache, **utils.YOLO_SETTINGS})
+    trainer.args = get_cfg(overrides={"imgsz": 64, "cache": cache, **YOLO_SETTINGS})
     trainer.data = {"channels": 1, "names": dict(enumerate(utils.SEVERITIES)), "nc": 3}
     return trainer.build_dataset(str(folder / "images"), "val", 2)
 
@@ -788,9 +806,9 @@ def test_the_viewer_shows_texts_as_they_are():
     axes = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
 
     def view(text):
-        study = utils.Study(1, [utils.Volume(array, affine, 1, 5, "Sagittal T1", 0, np.arange(3))], [text])
-        boxes = [utils.LevelBox(level, np.zeros(3), axes, np.full(3, 20.0), 1.0, text) for level in utils.LEVELS]
-        vertebrae = [utils.Vertebra(np.eye(4, 3) * 9, 9.0, name=text, source=text)]
+        study = Study(1, [Volume(array, affine, 1, 5, "Sagittal T1", 0, np.arange(3))], [text])
+        boxes = [LevelBox(level, np.zeros(3), axes, np.full(3, 20.0), 1.0, text) for level in utils.LEVELS]
+        vertebrae = [Vertebra(np.eye(4, 3) * 9, 9.0, name=text, source=text)]
         probabilities = {text: np.full((5, 5, 3), 1 / 3), text + "2": np.full((5, 5, 3), 1 / 3)}
         return utils.study_html(
             study, boxes, None, probabilities, np.zeros((5, 5), int), text, page=True, vertebrae=vertebrae

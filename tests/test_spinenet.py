@@ -10,10 +10,40 @@ import pytest
 import torch
 
 import utils
-from lumbar import levels, limits, spinenet
+from lumbar import limits
+from lumbar.data.geometry import boxes_to_table
+from lumbar.data.resample import study_box
+from lumbar.data.volume import Study, Volume
+from lumbar.names import VERTEBRAE
+from lumbar.spine import levels as levels_module
+from lumbar.spine import spinenet
+from lumbar.spine.fallbacks import complete_vertebrae, fit_level_prior, level_boxes, refit_level_prior, study_anchors
+from lumbar.spine.level_scores import compare_with_labels
+from lumbar.spine.levels import locate_levels_surely, locate_unseen, merge_vertebrae, smooth_sideways
+from lumbar.spine.naming import name_vertebrae
+from lumbar.spine.spinenet import (
+    SpineNet,
+    decode_slices,
+    detect_vertebrae,
+    every_nth_slice,
+    link_slices,
+    sagittal_images,
+    surest,
+)
+from lumbar.spine.spinenet_training import SpineSlices, spinenet_loss, spinenet_records, spinenet_targets
+from lumbar.spine.vertebra import (
+    SPINE_CLASSES,
+    UNCERTAIN,
+    VERTEBRA_TABLE_COLUMNS,
+    Vertebra,
+    polygon_iou,
+    project_vertebrae,
+    spine_class,
+    vertebrae_to_table,
+)
 
-NAMES = utils.VERTEBRAE  # T10 ... S2, head to foot
-CLASSES = len(utils.SPINE_CLASSES)
+NAMES = VERTEBRAE  # T10 ... S2, head to foot
+CLASSES = len(SPINE_CLASSES)
 
 
 def spine(seed=0, names=NAMES, shift_mm=(0, 0, 0)):
@@ -36,7 +66,7 @@ def spine(seed=0, names=NAMES, shift_mm=(0, 0, 0)):
                 position - head * height / 2 - back * depth / 2,
             ]
         )
-        vertebrae.append(utils.Vertebra(corners, 46.0 * size, 1.0, name, "truth"))
+        vertebrae.append(Vertebra(corners, 46.0 * size, 1.0, name, "truth"))
         position = position + head * (height / 2 + (3 if name == "S2" else 9) * size)
     return [v for v in vertebrae[::-1] if v.name in names]
 
@@ -46,7 +76,7 @@ def empty_volume(description="Sagittal T2/STIR", slices=13, rows=200, columns=11
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = [spacing[0], 0, 0], [0, 0, -spacing[1]], [0, spacing[2], 0]
     affine[:, 3] = [-spacing[0] * (slices - 1) / 2, -spacing[2] * columns / 2, spacing[1] * rows / 2 + 60, 1]
     series = {"Sagittal T2/STIR": 1, "Sagittal T1": 2, "Axial T2": 3}[description]
-    return utils.Volume(
+    return Volume(
         np.zeros((slices, rows, columns), np.float32), affine, 7, series, description, 0, np.arange(1, slices + 1), 4.0
     )
 
@@ -56,7 +86,7 @@ def draw(volume, vertebrae, body=0.8):
     rows, columns = np.mgrid[: volume.array.shape[1], : volume.array.shape[2]]
     points = np.stack([rows, columns], -1)
     for index in range(len(volume.array)):
-        corners_px, offset_mm = utils.project_vertebrae(vertebrae, volume.affine, index)
+        corners_px, offset_mm = project_vertebrae(vertebrae, volume.affine, index)
         for vertebra, corners, offset in zip(vertebrae, corners_px, offset_mm):
             if abs(offset) < vertebra.width_mm / 2:
                 inside = np.ones(rows.shape, bool)
@@ -78,12 +108,12 @@ class Oracle(torch.nn.Module):
         for volume in study.volumes:
             volume.array[:] = ((100 * volume.series_id + np.arange(len(volume.array))) / 1000)[:, None, None]
             vertebrae = vertebrae_by_series.get(volume.series_id, [])
-            images, affine = utils.sagittal_images(volume, resolution_mm)
+            images, affine = sagittal_images(volume, resolution_mm)
             for index in range(len(images)):
-                corners, offset = utils.project_vertebrae(vertebrae, affine, index)
+                corners, offset = project_vertebrae(vertebrae, affine, index)
                 seen = np.abs(offset) < [v.width_mm / 2 for v in vertebrae]
-                classes = torch.tensor([utils.spine_class(v.name) for v in vertebrae], dtype=torch.int64)[seen]
-                targets = utils.spinenet_targets(
+                classes = torch.tensor([spine_class(v.name) for v in vertebrae], dtype=torch.int64)[seen]
+                targets = spinenet_targets(
                     torch.tensor(corners[seen]),
                     classes,
                     torch.ones(int(seen.sum()), dtype=torch.bool),
@@ -101,16 +131,16 @@ class Oracle(torch.nn.Module):
 
 def prior_of(*spines):
     """A prior from spines in studies whose sagittal series is centred at the origin."""
-    table = pd.concat([utils.vertebrae_to_table(k, v) for k, v in enumerate(spines)], ignore_index=True)
+    table = pd.concat([vertebrae_to_table(k, v) for k, v in enumerate(spines)], ignore_index=True)
     anchors = {k: {"sagittal": np.zeros(3), "axial": np.array([1.0, 2.0, -30.0])} for k in range(len(spines))}
-    return utils.fit_level_prior(anchors, table)
+    return fit_level_prior(anchors, table)
 
 
 PRIOR = prior_of(spine(1), spine(2), spine(3), spine(4))
 
 
 def errors(boxes, truth):
-    tables = utils.boxes_to_table(7, boxes), utils.vertebrae_to_table(7, truth)
+    tables = boxes_to_table(7, boxes), vertebrae_to_table(7, truth)
     return utils.level_errors(*tables).set_index("level")
 
 
@@ -121,7 +151,7 @@ def test_left_is_left():
 
 def test_targets_point_from_corners_to_the_centroid():
     corners = torch.tensor([[[10.0, 8], [10, 24], [22, 24], [22, 8]], [[28.0, 8], [28, 24], [40, 24], [40, 8]]])
-    targets = utils.spinenet_targets(corners, torch.tensor([1, 2]), torch.tensor([True, True]), (50, 40), 1.5)
+    targets = spinenet_targets(corners, torch.tensor([1, 2]), torch.tensor([True, True]), (50, 40), 1.5)
     assert targets["heat"].shape == (5, 50, 40)
     for kind in range(4):
         for body in range(2):
@@ -138,10 +168,10 @@ def test_targets_point_from_corners_to_the_centroid():
 
 def test_a_grazed_body_does_not_count():
     corners = torch.tensor([[[10.0, 8], [10, 24], [22, 24], [22, 8]]])
-    targets = utils.spinenet_targets(corners, torch.tensor([1]), torch.tensor([False]), (50, 40), 1.5)
+    targets = spinenet_targets(corners, torch.tensor([1]), torch.tensor([False]), (50, 40), 1.5)
     assert targets["heat"].max() == 0 and not targets["near"].any()
     assert targets["weight"][0, 16, 16] == 0 and targets["weight"][0, 45, 16] == 1
-    empty = utils.spinenet_targets(
+    empty = spinenet_targets(
         torch.zeros(0, 4, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool), (50, 40), 1.5
     )
     assert {k: v.shape for k, v in empty.items()} == {k: v.shape for k, v in targets.items()}
@@ -160,7 +190,7 @@ def test_images_keep_their_place_in_the_patient(turn):
         affine[:3, flip] *= -1
     if turn == "transposed":
         array, affine = array.transpose(0, 2, 1), affine[:, [0, 2, 1, 3]]
-    images, image_affine = utils.sagittal_images(replace(volume, array=array, affine=affine), 2.0)
+    images, image_affine = sagittal_images(replace(volume, array=array, affine=affine), 2.0)
     assert images.shape == (13, 1, 78, 50)  # 156 x 99 mm
     assert image_affine[2, 1] < 0 < image_affine[1, 2]
     weight = images[:, 0].numpy()
@@ -172,22 +202,22 @@ def test_axial_slices_are_refused():
     volume = empty_volume()
     volume.affine[:3, :3] = volume.affine[:3, [1, 0, 2]]
     with pytest.raises(ValueError, match="axial, not sagittal"):
-        utils.sagittal_images(volume, 2.0)
+        sagittal_images(volume, 2.0)
 
 
 def test_polygon_iou():
     square = np.array([[0, 0], [0, 2], [2, 2], [2, 0]])
-    assert utils.polygon_iou(square, square) == pytest.approx(1)
-    assert utils.polygon_iou(square, square[::-1] + [0, 1]) == pytest.approx(1 / 3)
-    assert utils.polygon_iou(square, square + 5) == 0
+    assert polygon_iou(square, square) == pytest.approx(1)
+    assert polygon_iou(square, square[::-1] + [0, 1]) == pytest.approx(1 / 3)
+    assert polygon_iou(square, square + 5) == 0
     diamond = np.array([[1, -0.5], [2.5, 1], [1, 2.5], [-0.5, 1]])
-    assert utils.polygon_iou(square, diamond) == pytest.approx(3.5 / (4 + 4.5 - 3.5))
+    assert polygon_iou(square, diamond) == pytest.approx(3.5 / (4 + 4.5 - 3.5))
 
 
 def test_detection_recovers_the_drawn_spine():
     truth = spine(5)
-    study = utils.Study(7, [empty_volume()])
-    found = utils.detect_vertebrae(Oracle(study, {1: truth}), study.volumes[0])
+    study = Study(7, [empty_volume()])
+    found = detect_vertebrae(Oracle(study, {1: truth}), study.volumes[0])
     assert len(found) == len(truth)
     for vertebra, true in zip(found, truth):
         assert np.abs(vertebra.corners_lps_mm[:, 1:] - true.corners_lps_mm[:, 1:]).max() < 0.5
@@ -195,34 +225,34 @@ def test_detection_recovers_the_drawn_spine():
         assert abs(vertebra.width_mm - true.width_mm) < 5
         assert vertebra.confidence > 0.8 and vertebra.source == "t2"
         assert np.exp(vertebra.appearance).sum() == pytest.approx(1)
-        assert vertebra.appearance.argmax() == utils.spine_class(true.name)
+        assert vertebra.appearance.argmax() == spine_class(true.name)
 
 
 def test_one_missing_corner_is_completed_and_two_are_not():
     truth = spine(5, names=("L3",))
-    study = utils.Study(7, [empty_volume()])
+    study = Study(7, [empty_volume()])
     oracle = Oracle(study, {1: truth})
     for maps in oracle.maps.values():
         maps[2] = -20.0  # no posterior-inferior corner anywhere
-    found = utils.detect_vertebrae(oracle, study.volumes[0])
+    found = detect_vertebrae(oracle, study.volumes[0])
     assert len(found) == 1
     assert np.abs(found[0].corners_lps_mm - truth[0].corners_lps_mm)[:, 1:].max() < 1
     for maps in oracle.maps.values():
         maps[3] = -20.0
     maps = torch.stack(list(oracle.maps.values()))
     maps[:, :5] = maps[:, :5].sigmoid()
-    assert not any(utils.decode_slices(maps, 2.0))
-    assert utils.detect_vertebrae(oracle, study.volumes[0]) == []
+    assert not any(decode_slices(maps, 2.0))
+    assert detect_vertebrae(oracle, study.volumes[0]) == []
 
 
 def test_a_body_ends_where_it_is_seen_less_surely():
     truth = [replace(v, width_mm=100.0) for v in spine(5, names=("L3",))]
-    study = utils.Study(7, [empty_volume()])
+    study = Study(7, [empty_volume()])
     oracle = Oracle(study, {1: truth})
     for key, maps in oracle.maps.items():
         if abs(study.volumes[0].voxel_to_lps([key - 100, 0, 0])[0]) > 20:  # as along a rib
             maps[:5] = (0.4 * maps[:5].sigmoid()).logit()
-    (found,) = utils.detect_vertebrae(oracle, study.volumes[0])
+    (found,) = detect_vertebrae(oracle, study.volumes[0])
     assert abs(found.width_mm - 9 * 4.4) < 1e-6
 
 
@@ -230,9 +260,9 @@ def test_a_body_in_a_single_slice_is_dropped():
     corners = np.array([[10.0, 8], [10, 24], [22, 24], [22, 8]])
     detection = {"corners_px": corners, "score": 1.0, "logits": np.zeros(4)}
     other = detection | {"corners_px": corners + [30, 0]}
-    tracks = utils.link_slices([[detection], [detection, other], [], [detection | {"corners_px": corners + 1}]])
+    tracks = link_slices([[detection], [detection, other], [], [detection | {"corners_px": corners + 1}]])
     assert sorted(len(track) for track in tracks) == [1, 3]  # the gap of one slice is bridged
-    assert sorted(len(t) for t in utils.link_slices([[detection], [], [], [detection]])) == [1, 1]
+    assert sorted(len(t) for t in link_slices([[detection], [], [], [detection]])) == [1, 1]
 
 
 # -- bounds
@@ -263,7 +293,7 @@ def test_a_slice_larger_than_a_spine_is_refused_before_it_is_resampled(monkeypat
     monkeypatch.setattr(spinenet, "sagittal_images", None)
     for spacing in ((4.0, 9.9, 9.9), (4.0, 2.0, 9.9), (4.0, 9.9, 2.0), (4.0, 1e9, 1e9)):
         with pytest.raises(ValueError, match="larger than any image of a spine"):
-            utils.detect_vertebrae(Noise(), empty_volume(rows=200, columns=200, spacing=spacing))
+            detect_vertebrae(Noise(), empty_volume(rows=200, columns=200, spacing=spacing))
 
 
 def test_the_work_on_one_volume_is_bounded(monkeypatch):
@@ -272,27 +302,27 @@ def test_the_work_on_one_volume_is_bounded(monkeypatch):
     monkeypatch.setattr(spinenet, "_BATCH_PX", 1000)
     for volume, searched in ((many_slices(29), 29), (many_slices(31), 16), (many_slices(25, 60), 5)):
         model = Noise()
-        utils.detect_vertebrae(model, volume)
+        detect_vertebrae(model, volume)
         side = volume.array.shape[1]
         assert model.pixels == searched * side**2 and model.most <= max(1000, side**2)
 
 
 def test_every_nth_slice_stays_in_its_place():
     volume = many_slices(10)
-    thinned = utils.every_nth_slice(volume, 3)
+    thinned = every_nth_slice(volume, 3)
     assert len(thinned.array) == 4 and thinned.instance_numbers.tolist() == [1, 4, 7, 10]
     np.testing.assert_allclose(thinned.voxel_to_lps([3, 5, 5]), volume.voxel_to_lps([9, 5, 5]))
-    assert utils.every_nth_slice(volume, 1) is volume
+    assert every_nth_slice(volume, 1) is volume
 
 
 def test_the_batches_change_nothing(monkeypatch):
     truth = spine(5)
-    study = utils.Study(7, [empty_volume()])
-    whole = utils.detect_vertebrae(Oracle(study, {1: truth}), study.volumes[0])
+    study = Study(7, [empty_volume()])
+    whole = detect_vertebrae(Oracle(study, {1: truth}), study.volumes[0])
     monkeypatch.setattr(spinenet, "_BATCH_PX", 1)
     monkeypatch.setattr(spinenet, "_CONVERTED_PX", 1)
     monkeypatch.setattr(spinenet, "_WINDOWS", 7)
-    for one, other in zip(whole, utils.detect_vertebrae(Oracle(study, {1: truth}), study.volumes[0]), strict=True):
+    for one, other in zip(whole, detect_vertebrae(Oracle(study, {1: truth}), study.volumes[0]), strict=True):
         np.testing.assert_array_equal(one.corners_lps_mm, other.corners_lps_mm)
         np.testing.assert_array_equal(one.appearance, other.appearance)
 
@@ -308,51 +338,51 @@ def test_of_too_many_peaks_the_highest_count(monkeypatch):
             of = [(peaks[:, :2] == [number, kind]).all(1) for peaks in (every, some)]
             np.testing.assert_array_equal(np.sort(values[of[0], 0])[-7:], np.sort(best[of[1], 0]))
     monkeypatch.setattr(spinenet, "MAX_BODIES", 5)
-    assert max(map(len, utils.decode_slices(maps, 2.0))) <= 5
+    assert max(map(len, decode_slices(maps, 2.0))) <= 5
 
 
 def test_of_too_many_bodies_the_surest_stay(monkeypatch):
     bodies = [replace(v, confidence=c) for v, c in zip(spine(5), (0.3, 0.9, 0.5, 0.9, 0.1), strict=False)]
-    assert utils.surest(bodies) == bodies
+    assert surest(bodies) == bodies
     monkeypatch.setattr(spinenet, "MAX_BODIES", 3)
-    assert utils.surest(bodies) == bodies[1:4]
+    assert surest(bodies) == bodies[1:4]
 
 
 def test_a_study_of_many_volumes_is_thinned_and_noise_makes_no_endless_chain(monkeypatch):
     volumes = [replace(many_slices(9, 40), block=k, affine=many_slices(9, 40).affine) for k in range(6)]
     for k, volume in enumerate(volumes):
         volume.affine[1, 3] += 300 * k
-    study = utils.Study(7, volumes)
+    study = Study(7, volumes)
     model = Noise()
-    boxes, vertebrae, problem = utils.locate_levels_surely(study, model)
+    boxes, vertebrae, problem = locate_levels_surely(study, model)
     assert model.pixels == 6 * 9 * 1600 and len(boxes) == 5 and problem is None
-    monkeypatch.setattr(levels, "MAX_SEARCHED_PX", 3 * 9 * 1600)
+    monkeypatch.setattr(levels_module, "MAX_SEARCHED_PX", 3 * 9 * 1600)
     model = Noise()
-    utils.locate_levels_surely(study, model)
+    locate_levels_surely(study, model)
     assert model.pixels == 6 * 5 * 1600
     monkeypatch.setattr(spinenet, "MAX_BODIES", 6)
-    _, vertebrae, _ = utils.locate_levels_surely(study, Noise())
+    _, vertebrae, _ = locate_levels_surely(study, Noise())
     assert len(vertebrae) <= 6 + len(utils.LEVELS) + 1
 
 
 def test_a_series_that_cannot_be_searched_costs_itself():
     truth = spine(5)
     wide = replace(empty_volume(), series_id=9, affine=empty_volume().affine * [1, 9, 9, 1])
-    study = utils.Study(7, [empty_volume(), empty_volume("Sagittal T1")])
+    study = Study(7, [empty_volume(), empty_volume("Sagittal T1")])
     oracle = Oracle(study, {1: truth, 2: truth})
-    alone, _, said = utils.locate_levels_surely(utils.Study(7, study.volumes[:1]), oracle, PRIOR)
+    alone, _, said = locate_levels_surely(Study(7, study.volumes[:1]), oracle, PRIOR)
     assert said is None
-    both, _, said = utils.locate_levels_surely(utils.Study(7, [wide, study.volumes[0]]), oracle, PRIOR)
+    both, _, said = locate_levels_surely(Study(7, [wide, study.volumes[0]]), oracle, PRIOR)
     assert said.startswith("detection failed (ValueError: slices of") and said.endswith("in series 9")
     np.testing.assert_allclose([b.center_lps_mm for b in both], [b.center_lps_mm for b in alone], atol=1.0)
-    boxes, _, said = utils.locate_levels_surely(utils.Study(7, [wide]), oracle, PRIOR)
+    boxes, _, said = locate_levels_surely(Study(7, [wide]), oracle, PRIOR)
     assert said.endswith("the axial slices or the mean layout stand in") and len(boxes) == 5
 
 
 def test_locating_ends_when_its_time_is_over(monkeypatch):
-    monkeypatch.setattr(levels, "LOCATING_S", 0.0)
-    study = utils.Study(7, [many_slices(9), replace(many_slices(9), series_id=2)])
-    boxes, _, said = utils.locate_levels_surely(study, Noise())
+    monkeypatch.setattr(levels_module, "LOCATING_S", 0.0)
+    study = Study(7, [many_slices(9), replace(many_slices(9), series_id=2)])
+    boxes, _, said = locate_levels_surely(study, Noise())
     assert len(boxes) == 5 and {box.source for box in boxes} == {"prior"}
     assert said.startswith("detection failed (TookTooLong: more than 0 s of CPU time) in series 1, 2;")
 
@@ -374,14 +404,14 @@ def test_pieces_that_would_be_too_large_stay_apart(monkeypatch):
     pieces = [replace(many_slices(4), block=k, affine=many_slices(4).affine) for k in range(3)]
     for k, piece in enumerate(pieces):
         piece.affine[0, 3] += 6 * 4.4 * k
-    (joined,) = levels._rejoined(pieces)
+    (joined,) = levels_module._rejoined(pieces)
     assert len(joined.array) == 16 and joined.array.dtype == np.float32
-    monkeypatch.setattr(levels, "_REJOINED_PX", 15 * 400)
-    assert levels._rejoined(pieces) == pieces
+    monkeypatch.setattr(levels_module, "_REJOINED_PX", 15 * 400)
+    assert levels_module._rejoined(pieces) == pieces
 
 
 def named(vertebrae):
-    return [v.name for v in utils.name_vertebrae(vertebrae, PRIOR) if v.name != utils.UNCERTAIN]
+    return [v.name for v in name_vertebrae(vertebrae, PRIOR) if v.name != UNCERTAIN]
 
 
 def anonymous(vertebrae, looks=0.85, confidence=0.9):
@@ -389,7 +419,7 @@ def anonymous(vertebrae, looks=0.85, confidence=0.9):
     result = []
     for v in vertebrae:
         p = np.full(CLASSES, (1 - looks) / (CLASSES - 1))
-        p[utils.spine_class(v.name)] = looks
+        p[spine_class(v.name)] = looks
         result.append(replace(v, name="", source="t2", confidence=confidence, appearance=np.log(p)))
     return result
 
@@ -422,11 +452,11 @@ def test_naming_bridges_a_missed_body_and_drops_a_false_one():
 
 def test_naming_is_unsure_without_the_sacrum():
     lumbar = [v for v in anonymous(spine(6)) if v.appearance.argmax() == 1][:3]
-    sure = utils.name_vertebrae(anonymous(spine(6)), PRIOR)
-    unsure = utils.name_vertebrae(lumbar, PRIOR)
+    sure = name_vertebrae(anonymous(spine(6)), PRIOR)
+    unsure = name_vertebrae(lumbar, PRIOR)
     assert min(v.confidence for v in sure) > 0.8
     assert len(unsure) == 3 and max(v.confidence for v in unsure) < 0.6
-    assert utils.name_vertebrae([], PRIOR) == []
+    assert name_vertebrae([], PRIOR) == []
 
 
 def test_sideways_an_outlier_goes_and_a_scoliosis_stays():
@@ -434,20 +464,20 @@ def test_sideways_an_outlier_goes_and_a_scoliosis_stays():
     for v in spine(6):
         x = 12 * np.cos((v.center_lps_mm[2] - 40) / 85)  # 12 mm to either side, a Cobb angle of 16 degrees
         bent.append(replace(v, corners_lps_mm=v.corners_lps_mm + [x, 0, 0]))
-    smooth = utils.smooth_sideways(bent)
+    smooth = smooth_sideways(bent)
     assert max(np.abs(a.center_lps_mm - b.center_lps_mm).max() for a, b in zip(smooth, bent)) < 2.5
     straight = spine(6)
     for k in (0, 4, 9):
         chain = list(straight)
         chain[k] = replace(chain[k], corners_lps_mm=chain[k].corners_lps_mm + [9, 0, 0])
-        smooth = utils.smooth_sideways(chain)
+        smooth = smooth_sideways(chain)
         assert max(np.abs(a.center_lps_mm - b.center_lps_mm).max() for a, b in zip(smooth, straight)) < 2.5
-    assert utils.smooth_sideways(straight[:2]) == straight[:2]
+    assert smooth_sideways(straight[:2]) == straight[:2]
 
 
 def test_levels_from_both_series():
     truth = spine(8)
-    study = utils.Study(7, [empty_volume(), empty_volume("Sagittal T1")])
+    study = Study(7, [empty_volume(), empty_volume("Sagittal T1")])
     # The T2 series misses L2, the T1 series L4; patients move half a centimetre between series.
     moved = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 3, 4]) for v in truth]
     model = Oracle(study, {1: [v for v in truth if v.name != "L2"], 2: [v for v in moved if v.name != "L4"]})
@@ -468,7 +498,7 @@ def test_levels_from_both_series():
 @pytest.mark.parametrize("seen", [("L5", "S1", "S2"), ("T12", "L1", "L2", "L4", "L5", "S1"), ("S1",)])
 def test_missing_levels_are_extrapolated(seen):
     truth = spine(9)
-    study = utils.Study(7, [empty_volume()])
+    study = Study(7, [empty_volume()])
     model = Oracle(study, {1: [v for v in truth if v.name in seen]}, looks=0.999)
     model.about["prior"] = PRIOR
     boxes, vertebrae = utils.locate_levels(study, model)
@@ -492,9 +522,9 @@ def test_extrapolation_follows_posture_and_size():
     def patient(name):
         x, y, z = 1.1 * np.array(PRIOR["layout_mm"][name]).T
         y, z = np.cos(turn) * y - np.sin(turn) * z, np.sin(turn) * y + np.cos(turn) * z
-        return utils.Vertebra(np.stack([x, y, z], 1) + [5, 6, 7], 46.0, 0.9, name, "t2")
+        return Vertebra(np.stack([x, y, z], 1) + [5, 6, 7], 46.0, 0.9, name, "t2")
 
-    complete = utils.complete_vertebrae([patient(name) for name in names], {}, PRIOR)
+    complete = complete_vertebrae([patient(name) for name in names], {}, PRIOR)
     found = {v.name: v for v in complete}["L3"]
     np.testing.assert_allclose(found.corners_lps_mm[:, 1:], patient("L3").corners_lps_mm[:, 1:], atol=1e-6)
     assert found.source == "t2+extrapolated" and found.confidence == pytest.approx(0.45)
@@ -503,7 +533,7 @@ def test_extrapolation_follows_posture_and_size():
 def test_a_box_lies_between_the_end_plates():
     upper = np.array([[2.0, 0, 58], [2, 30, 58], [2, 30, 33], [2, 0, 30]])
     lower = np.array([[2.0, 0, 20], [2, 30, 23], [2, 30, -5], [2, 0, -5]])
-    (box,) = utils.level_boxes([utils.Vertebra(upper, 44, 0.9, "L4", "t2"), utils.Vertebra(lower, 48, 0.7, "L5", "t1")])
+    (box,) = level_boxes([Vertebra(upper, 44, 0.9, "L4", "t2"), Vertebra(lower, 48, 0.7, "L5", "t1")])
     np.testing.assert_allclose(box.center_lps_mm, [2, 15, 26.5])
     assert box.level == "l4_l5" and box.confidence == 0.7 and box.source == "t2+t1"
     tilt = np.arctan2(3, 30)
@@ -513,23 +543,23 @@ def test_a_box_lies_between_the_end_plates():
 
 
 def test_nothing_found_gives_the_prior():
-    study = utils.Study(7, [empty_volume()])
+    study = Study(7, [empty_volume()])
     model = Oracle(study, {})
     for use in (model, None):
         boxes, vertebrae = utils.locate_levels(study, use, PRIOR)
         assert {box.source for box in boxes} == {"prior"} and {box.confidence for box in boxes} == {0.1}
         assert len(boxes) == 5 and len(vertebrae) == 6
-    anchor = utils.study_anchors(study)["sagittal"]
+    anchor = study_anchors(study)["sagittal"]
     layout = np.array(PRIOR["layout_mm"]["L3"]).mean(0)
     np.testing.assert_allclose([v for v in vertebrae if v.name == "L3"][0].center_lps_mm, anchor + layout, atol=1e-9)
     # Only axial slices, too few to tell which discs they cover: their centre stands for the sagittal one's.
     axial = replace(
         empty_volume("Axial T2", slices=9), affine=np.array([[0, 0, 1.0, 5], [0, 1, 0, 6], [4, 0, 0, 7], [0, 0, 0, 1]])
     )
-    boxes, vertebrae = utils.locate_levels(utils.Study(7, [axial]), None, PRIOR)
-    center = utils.study_box(utils.Study(7, [axial]))[0]
+    boxes, vertebrae = utils.locate_levels(Study(7, [axial]), None, PRIOR)
+    center = study_box(Study(7, [axial]))[0]
     np.testing.assert_allclose(vertebrae[2].center_lps_mm, center - PRIOR["axial_mm"] + layout, atol=1e-9)
-    boxes, _ = utils.locate_levels(utils.Study(7, []), None, PRIOR)
+    boxes, _ = utils.locate_levels(Study(7, []), None, PRIOR)
     assert len(boxes) == 5 and {box.confidence for box in boxes} == {0.0}
     with pytest.raises(ValueError, match="needs a prior"):
         utils.locate_levels(study, None)
@@ -537,19 +567,17 @@ def test_nothing_found_gives_the_prior():
 
 def test_the_prior_becomes_the_patients_own():
     paths_anchor = {k: {"sagittal": np.array([0.0, 10.0 * (k % 3), 0.0])} for k in range(25)}
-    seen = pd.concat([utils.vertebrae_to_table(k, [replace(v, source="t2") for v in spine(k)]) for k in range(25)])
-    own = utils.refit_level_prior(paths_anchor, seen, PRIOR)
+    seen = pd.concat([vertebrae_to_table(k, [replace(v, source="t2") for v in spine(k)]) for k in range(25)])
+    own = refit_level_prior(paths_anchor, seen, PRIOR)
     assert own["studies"] == 25 and own["layout_mm"] != PRIOR["layout_mm"]
-    assert utils.refit_level_prior(paths_anchor, seen[seen["study_id"] < 10], PRIOR) is PRIOR
-    assert utils.refit_level_prior(paths_anchor, seen.assign(source="prior"), PRIOR) is PRIOR
-    boxes, vertebrae = utils.locate_levels(utils.Study(30, [empty_volume()]), None, PRIOR)
-    levels = pd.concat(
-        [utils.boxes_to_table(k, utils.level_boxes(spine(k))) for k in range(2)] + [utils.boxes_to_table(30, boxes)]
-    )
-    bodies = pd.concat([seen[seen["study_id"] < 2], utils.vertebrae_to_table(30, vertebrae)])
+    assert refit_level_prior(paths_anchor, seen[seen["study_id"] < 10], PRIOR) is PRIOR
+    assert refit_level_prior(paths_anchor, seen.assign(source="prior"), PRIOR) is PRIOR
+    boxes, vertebrae = utils.locate_levels(Study(30, [empty_volume()]), None, PRIOR)
+    levels = pd.concat([boxes_to_table(k, level_boxes(spine(k))) for k in range(2)] + [boxes_to_table(30, boxes)])
+    bodies = pd.concat([seen[seen["study_id"] < 2], vertebrae_to_table(30, vertebrae)])
     moved = PRIOR | {"layout_mm": {k: (np.array(v) + [0, 0, 5]).tolist() for k, v in PRIOR["layout_mm"].items()}}
-    anchors = {30: utils.study_anchors(utils.Study(30, [empty_volume()]))}
-    new_levels, new_bodies = utils.locate_unseen(levels, bodies, anchors, moved)
+    anchors = {30: study_anchors(Study(30, [empty_volume()]))}
+    new_levels, new_bodies = locate_unseen(levels, bodies, anchors, moved)
     assert len(new_levels) == len(levels) and len(new_bodies) == len(bodies)
     difference = new_levels.set_index(["study_id", "level"])["z_mm"] - levels.set_index(["study_id", "level"])["z_mm"]
     assert (difference[30] - 5).abs().max() < 1e-9 and (difference.drop(30) == 0).all()
@@ -562,8 +590,8 @@ def test_prior_names_what_it_lacks():
 
 def test_tables_keep_what_they_are_given():
     truth = spine(3)
-    table = utils.vertebrae_to_table(12, truth)
-    assert list(table.columns) == utils.VERTEBRA_TABLE_COLUMNS
+    table = vertebrae_to_table(12, truth)
+    assert list(table.columns) == VERTEBRA_TABLE_COLUMNS
     back = utils.vertebrae_from_table(table, 12)
     for a, b in zip(truth, back):
         np.testing.assert_allclose(a.corners_lps_mm, b.corners_lps_mm)
@@ -574,12 +602,12 @@ def test_tables_keep_what_they_are_given():
 
 def test_scores_tell_shifted_from_misnamed():
     truth = spine(3)
-    table = utils.vertebrae_to_table(12, truth)
+    table = vertebrae_to_table(12, truth)
     moved = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 0, 3.0], source="t2") for v in truth]
 
     def score(vertebrae):
-        levels = utils.boxes_to_table(12, utils.level_boxes(vertebrae))
-        return utils.locating_scores(levels, utils.vertebrae_to_table(12, vertebrae), table)
+        levels = boxes_to_table(12, level_boxes(vertebrae))
+        return utils.locating_scores(levels, vertebrae_to_table(12, vertebrae), table)
 
     scores = score(moved)
     assert scores["right"] == scores["named"] == scores["vertebrae_found"] == scores["vertebrae_named"] == 1
@@ -593,7 +621,7 @@ def test_scores_tell_shifted_from_misnamed():
 
 
 def test_phantom_truth_becomes_a_vertebra_table(tmp_path):
-    table = utils.vertebrae_to_table(12, spine(3)).drop(columns=["width_mm", "confidence", "source"])
+    table = vertebrae_to_table(12, spine(3)).drop(columns=["width_mm", "confidence", "source"])
     table = table.assign(split=["train"] * 6 + ["test"] * 4, half_width_mm=21.5, normal_x=0.0)
     table.to_csv(tmp_path / "phantom_vertebrae.csv", index=False)
     truth = utils.read_vertebra_truth(tmp_path / "phantom_vertebrae.csv", "train")
@@ -608,19 +636,19 @@ def test_phantom_truth_becomes_a_vertebra_table(tmp_path):
 def test_merging_joins_what_both_series_saw():
     first, second = anonymous(spine(6), looks=0.9), anonymous(spine(6), looks=0.5)
     second = [replace(v, corners_lps_mm=v.corners_lps_mm + [2, 3, 4], source="t1") for v in second]
-    merged = utils.merge_vertebrae(first[2:6], second[4:])
+    merged = merge_vertebrae(first[2:6], second[4:])
     assert [v.source for v in merged] == ["t2"] * 4 + ["t1"] * 4
     both = np.exp(merged[3].appearance)
     assert both.sum() == pytest.approx(1) and 0.5 < both.max() < 0.9
     assert np.exp(merged[0].appearance).max() == pytest.approx(0.9)
     sure = replace(second[4], confidence=1.0)
-    assert utils.merge_vertebrae([replace(first[4], confidence=0.2)], [sure])[0].source == "t1"
+    assert merge_vertebrae([replace(first[4], confidence=0.2)], [sure])[0].source == "t1"
 
 
 def test_label_points_in_the_frame_of_their_box():
     truth = spine(3)
     volume = empty_volume()
-    boxes = utils.level_boxes(truth)
+    boxes = level_boxes(truth)
     rows = []
     for box in boxes:
         slice_, row, column = volume.lps_to_voxel(box.center_lps_mm)
@@ -636,7 +664,7 @@ def test_label_points_in_the_frame_of_their_box():
         )
     rows.append(rows[0] | {"instance_number": 999})  # no such file
     rows.append(rows[0] | {"level": "l2_l3"})  # labelled one too low
-    table = utils.compare_with_labels(boxes, pd.DataFrame(rows), utils.Study(7, [volume]))
+    table = compare_with_labels(boxes, pd.DataFrame(rows), Study(7, [volume]))
     assert len(table) == 6
     assert table["head_mm"][:5].abs().max() < 1e-6 and table["left_mm"].abs().max() <= 2.3
     assert list(table["nearest"]) == ["l1_l2", "l2_l3", "l3_l4", "l4_l5", "l5_s1", "l1_l2"]
@@ -645,7 +673,7 @@ def test_label_points_in_the_frame_of_their_box():
 
 def test_slices_beside_a_body_do_not_show_it():
     truth = spine(20)
-    records = utils.spinenet_records(utils.Study(1, [empty_volume(slices=21)]), truth, 2.0)
+    records = spinenet_records(Study(1, [empty_volume(slices=21)]), truth, 2.0)
     assert len(records) == 21
     shown = [len(record["corners_px"]) for record in records]
     assert shown[0] == shown[-1] == 0 and 9 <= np.count_nonzero(shown) <= 13
@@ -653,7 +681,7 @@ def test_slices_beside_a_body_do_not_show_it():
 
 def test_crops_stay_on_the_image():
     nobody = {"corners_px": torch.zeros(0, 4, 2), "classes": torch.zeros(0).long(), "certain": torch.zeros(0).bool()}
-    data = utils.SpineSlices([{"image": torch.ones(150, 110).half(), **nobody}], 60, (96, 64), 1.5)
+    data = SpineSlices([{"image": torch.ones(150, 110).half(), **nobody}], 60, (96, 64), 1.5)
     data._contrast = lambda image, rng: image
     assert min(float((data[k]["image"] > 0.5).float().mean()) for k in range(60)) > 0.6
 
@@ -663,7 +691,7 @@ def small_records(count=3):
     for seed in range(count):
         truth = spine(20 + seed)
         volume = draw(empty_volume(), truth)
-        records += utils.spinenet_records(utils.Study(seed, [volume]), truth, 2.0)
+        records += spinenet_records(Study(seed, [volume]), truth, 2.0)
     return records
 
 
@@ -680,7 +708,7 @@ def test_records_hold_bodies_where_the_image_shows_them():
 
 
 def test_crops_move_image_and_corners_alike():
-    data = utils.SpineSlices(small_records(1)[5:8], 40, (96, 64), 1.5, seed=3)
+    data = SpineSlices(small_records(1)[5:8], 40, (96, 64), 1.5, seed=3)
     data._contrast = lambda image, rng: image
     inside = []
     for k in range(len(data)):
@@ -689,7 +717,7 @@ def test_crops_move_image_and_corners_alike():
         peaks = torch.nonzero(item["heat"][4] > 0.98)
         inside += [float(item["image"][0, r, c]) for r, c in peaks]
     assert len(inside) > 60 and np.mean(np.array(inside) > 0.7) > 0.97
-    again, first = data[7], utils.SpineSlices(small_records(1)[5:8], 40, (96, 64), 1.5, seed=3)
+    again, first = data[7], SpineSlices(small_records(1)[5:8], 40, (96, 64), 1.5, seed=3)
     first._contrast = data._contrast
     torch.testing.assert_close(again["image"], first[7]["image"], rtol=0, atol=0)
 
@@ -712,7 +740,7 @@ def test_training_learns_and_continues_after_a_kill(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return loss_function(*args, **kwargs)
 
-    loss_function = utils.spinenet_loss
+    loss_function = spinenet_loss
     monkeypatch.setattr("lumbar.spinenet.spinenet_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         utils.train_spinenet(records, tmp_path / "cut", save_every_s=0, **SMALL)
@@ -729,7 +757,7 @@ def test_training_needs_images(tmp_path):
 
 
 def test_weights_survive_the_file(tmp_path):
-    model = utils.SpineNet((8, 16), 2, 1.5).eval()
+    model = SpineNet((8, 16), 2, 1.5).eval()
     model.about = {"prior": PRIOR}
     utils.save_spinenet(model, tmp_path / "spinenet.safetensors")
     loaded = utils.load_spinenet(tmp_path / "spinenet.safetensors")
@@ -739,7 +767,7 @@ def test_weights_survive_the_file(tmp_path):
     assert output.shape == (2, 13 + CLASSES, 37, 50)
     torch.testing.assert_close(output, model(images))
     # Whatever an untrained network answers, every level gets a box.
-    study = utils.Study(7, [draw(empty_volume(), spine(2))])
+    study = Study(7, [draw(empty_volume(), spine(2))])
     boxes, _ = utils.locate_levels(study, loaded)
     assert [box.level for box in boxes] == list(utils.LEVELS)
     with pytest.raises(FileNotFoundError, match="02_train_spinenet"):
@@ -759,12 +787,12 @@ def test_plot_returns_its_axes():
 
     truth = spine(3)
     figure, ax = plt.subplots()
-    assert utils.plot_vertebrae(ax, draw(empty_volume(), truth), 6, truth, utils.level_boxes(truth)) is ax
+    assert utils.plot_vertebrae(ax, draw(empty_volume(), truth), 6, truth, level_boxes(truth)) is ax
     assert {text.get_text() for text in ax.texts} >= {"L1", "S1"}
-    assert utils.plot_spinenet_target(ax, utils.SpineSlices(small_records(1), 2, (96, 64), 1.5)[0]) is ax
+    assert utils.plot_spinenet_target(ax, SpineSlices(small_records(1), 2, (96, 64), 1.5)[0]) is ax
     history = pd.DataFrame({"step": [1, 2, 2], "loss": [2.0, 1.0, 1.5], "split": ["train", "train", "validation"]})
     assert utils.plot_spinenet_history(ax, history) is ax
-    table = utils.level_errors(utils.boxes_to_table(7, utils.level_boxes(truth)), utils.vertebrae_to_table(7, truth))
+    table = utils.level_errors(boxes_to_table(7, level_boxes(truth)), vertebrae_to_table(7, truth))
     assert utils.plot_level_errors(ax, table, [7]) is ax
     plt.close(figure)
 
@@ -781,7 +809,7 @@ def test_boxes_follow_a_scoliosis(lean_deg):
         corners = v.corners_lps_mm.copy()
         corners[:, 0] = v.center_lps_mm[0]
         seen.append(replace(v, corners_lps_mm=corners, source="t2"))
-    for straight, true, found in zip(utils.level_boxes(upright), utils.level_boxes(leaning), utils.level_boxes(seen)):
+    for straight, true, found in zip(level_boxes(upright), level_boxes(leaning), level_boxes(seen)):
         np.testing.assert_allclose(true.axes, straight.axes @ turn.T, atol=1e-9)
         assert np.degrees(np.arccos(np.clip(true.axes[0] @ found.axes[0], -1, 1))) < 2.5
         np.testing.assert_allclose(found.axes @ found.axes.T, np.eye(3), atol=1e-9)
@@ -806,7 +834,7 @@ def test_pieces_of_a_series_are_looked_at_as_one():
 
     pieces = [piece(slices, k) for k, slices in enumerate(([0, 1], [3, 4], [6, 7, 8], [11, 12]))]
     seen = []
-    study = utils.Study(7, pieces[::-1] + [replace(pieces[0], series_id=99)])
+    study = Study(7, pieces[::-1] + [replace(pieces[0], series_id=99)])
     utils.locate_levels(study, None, PRIOR, detector=lambda volume: seen.append(volume) or [])
     one, other = sorted(seen, key=lambda volume: -len(volume.array))
     assert other.series_id == 99 and other.array is pieces[0].array

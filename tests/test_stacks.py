@@ -10,8 +10,8 @@ from pydicom.dataelem import RawDataElement
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 
-import utils
-from lumbar import stacks
+from lumbar.data import stacks
+from lumbar.data.dicom import read_study
 
 T2 = {103: "Sagittal T2/STIR"}
 STEP_MM = 7.021  # of the tiny study's T2 slices
@@ -26,7 +26,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def right(base):
-    (volume,) = utils.read_study(base, T2).volumes
+    (volume,) = read_study(base, T2).volumes
     return volume
 
 
@@ -65,7 +65,7 @@ def moved(dataset, mm):
 
 
 def read(study):
-    found = utils.read_study(study, T2)
+    found = read_study(study, T2)
     return found.volumes, [problem for problem in found.problems if "series 103" in problem]
 
 
@@ -346,7 +346,7 @@ def test_a_slice_of_another_series_is_left_out_and_said(study, right):
 def test_a_series_of_another_examination_is_said(base, tmp_path):
     shutil.copytree(base, tmp_path / "1")
     each(tmp_path / "1", lambda dataset, k: setattr(dataset, "StudyInstanceUID", "1.2.3.4"))
-    study = utils.read_study(tmp_path / "1", tiny.SERIES)
+    study = read_study(tmp_path / "1", tiny.SERIES)
     assert len(study.volumes) == 3
     assert study.problems == ["study 1, series 103: is of another examination than the others"]
 
@@ -381,7 +381,7 @@ def test_what_systems_leave_is_passed_over_in_one_sentence(study, right):
     (volume,), problems = read(study)
     assert_like(volume, right)
     assert len(problems) == 1 and "15 files that are no images were passed over" in problems[0]
-    assert not any("__MACOSX" in problem for problem in utils.read_study(study, T2).problems)
+    assert not any("__MACOSX" in problem for problem in read_study(study, T2).problems)
 
 
 def without_preamble(path, implicit):

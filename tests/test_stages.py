@@ -11,26 +11,28 @@ import nbformat
 import pytest
 
 import utils
+from lumbar.run.parameters import assigned_literals, check_notebook_parameters, check_values
+from lumbar.run.pipeline import run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_parameters_cell_must_hold_literals():
-    assert utils.assigned_literals('A = 1  # mm\nB = [1.0, "x"]\n') == {"A": 1, "B": [1.0, "x"]}
+    assert assigned_literals('A = 1  # mm\nB = [1.0, "x"]\n') == {"A": 1, "B": [1.0, "x"]}
     with pytest.raises(ValueError, match="must be a literal"):
-        utils.assigned_literals("A = 1\nB = A / 2\n")
+        assigned_literals("A = 1\nB = A / 2\n")
     with pytest.raises(ValueError, match="one `NAME = literal` a line"):
-        utils.assigned_literals("A, B = 1, 2\n")
+        assigned_literals("A, B = 1, 2\n")
 
 
 def test_mistyped_and_mistaken_parameters_are_refused():
     defaults = {"EPOCHS": 40, "RATE": 0.1, "FOLDS": [0]}
-    assert utils.check_values(defaults, {"RATE": 1})["RATE"] == 1.0
+    assert check_values(defaults, {"RATE": 1})["RATE"] == 1.0
     with pytest.raises(ValueError, match="Did you mean EPOCHS"):
-        utils.check_values(defaults, {"EPOCH": 3})
+        check_values(defaults, {"EPOCH": 3})
     for wrong in ({"EPOCHS": "40"}, {"EPOCHS": 4.0}, {"FOLDS": 1}, {"EPOCHS": True}):
         with pytest.raises(TypeError, match="must be"):
-            utils.check_values(defaults, wrong)
+            check_values(defaults, wrong)
 
 
 def test_notebook_parameters_reads_the_running_cells():
@@ -115,7 +117,7 @@ def test_parameters_arrive_as_they_were_given(tmp_path):
     notebook = write_notebook(
         tmp_path / "n.ipynb", "import json\nopen(OUT, 'w').write(json.dumps([WAIT, type(WAIT).__name__]))"
     )
-    utils.run_notebook(notebook, tmp_path / "runs" / "n.ipynb", {"OUT": str(tmp_path / "0012"), "WAIT": 1e-5})
+    run_notebook(notebook, tmp_path / "runs" / "n.ipynb", {"OUT": str(tmp_path / "0012"), "WAIT": 1e-5})
     assert json.loads((tmp_path / "0012").read_text()) == [1e-5, "float"]
 
 
@@ -137,9 +139,9 @@ def test_pipeline_table(tmp_path):
     names = [stage["name"] for stage in stages]
     for position, stage in enumerate(stages):
         assert set(stage["after"]) <= set(names[:position])
-        utils.check_notebook_parameters(stage["notebook"], stage["parameters"])
+        check_notebook_parameters(stage["notebook"], stage["parameters"])
     for stage in utils.pipeline_stages(ROOT / "notebooks", tmp_path, tmp_path / "out", "full", [0, 1]):
-        utils.check_notebook_parameters(stage["notebook"], stage["parameters"])
+        check_notebook_parameters(stage["notebook"], stage["parameters"])
     folds = utils.pipeline_stages(ROOT / "notebooks", tmp_path, tmp_path / "out", "full", [0, 3])
     job = utils.choose_stages(folds, ["04_train_vit_level_3"])
     assert [(s["name"], s["parameters"]["FOLDS"]) for s in job] == [("04_train_vit_level_3", [3])]
@@ -223,7 +225,7 @@ def test_messages_say_what_to_do_next(tmp_path):
     with pytest.raises(ValueError, match="no stage '04_train_vit_level_3'. FOLDS leaves fold 3 out: add it there"):
         utils.choose_stages(stages, ["04_train_vit_level_3"])
     with pytest.raises(TypeError, match=r"papermill takes it as -y '\{FOLDS: \[0\]\}'"):
-        utils.check_values({"FOLDS": [0, 1]}, {"FOLDS": "[0]"})
+        check_values({"FOLDS": [0, 1]}, {"FOLDS": "[0]"})
     (tmp_path / "unpacked").mkdir()
     (tmp_path / "unpacked" / "train.csv").write_text("study_id\n")
     with pytest.raises(FileNotFoundError, match="did you mean .*unpacked?"):

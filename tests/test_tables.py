@@ -10,7 +10,14 @@ import pytest
 import small_study
 
 import utils
-from lumbar import ensemble, preprocess
+from lumbar.data import preprocess
+from lumbar.data.competition import row_ids
+from lumbar.data.geometry import coordinates_to_lps, on_image, place_points
+from lumbar.data.tables import described_series, read_descriptions, sample_studies
+from lumbar.grade import tables as tables_module
+from lumbar.look.slices import points_on_slice
+from lumbar.names import LABEL_COLUMNS
+from lumbar.spine.level_scores import compare_with_labels
 
 DESCRIPTIONS = "study_id,series_id,series_description\n7,71,Sagittal T1\n7,72,Axial T2\n4003253,81,Sagittal T2/STIR\n"
 POINTS = (
@@ -20,18 +27,18 @@ POINTS = (
     "4003253,81,1,Spinal Canal Stenosis,L4/L5,-0.4,9\n"
 )
 FOLDS = "study_id,fold\n7,0\n4003253,1\n9,0\n"
-SAMPLE = "row_id,normal_mild,moderate,severe\n" + "".join(f"{row},1,0,0\n" for i in (7, 9) for row in utils.row_ids(i))
-LABELS = f"study_id,{','.join(utils.LABEL_COLUMNS)}\n" + "".join(
+SAMPLE = "row_id,normal_mild,moderate,severe\n" + "".join(f"{row},1,0,0\n" for i in (7, 9) for row in row_ids(i))
+LABELS = f"study_id,{','.join(LABEL_COLUMNS)}\n" + "".join(
     f"{study_id},{','.join(grades)}\n"
     for study_id, grades in ((7, ["Severe", *["Normal/Mild"] * 23, ""]), (4003253, ["Moderate"] * 25))
 )
 TABLES = {  # file -> (clean text, reader of a folder)
-    "train_series_descriptions.csv": (DESCRIPTIONS, lambda folder: utils.read_descriptions(folder, "train")),
+    "train_series_descriptions.csv": (DESCRIPTIONS, lambda folder: read_descriptions(folder, "train")),
     "train_label_coordinates.csv": (POINTS, utils.read_coordinates),
     "folds.csv": (FOLDS, utils.read_folds),
     "sample_submission.csv": (
         SAMPLE,
-        lambda folder: pd.DataFrame({"study_id": utils.sample_studies(folder / "sample_submission.csv")}),
+        lambda folder: pd.DataFrame({"study_id": sample_studies(folder / "sample_submission.csv")}),
     ),
     "train.csv": (LABELS, lambda folder: utils.read_labels(folder / "train.csv")),
 }
@@ -193,7 +200,7 @@ def test_labels_cost_a_cell(tmp_path, capsys):
     found = read(tmp_path, "train.csv", LABELS.replace("Moderate", "Moderat", 1) + "9,Severe,Moderate\n")
     said = capsys.readouterr().out
     assert "line 3: spinal_canal_stenosis_l1_l2 is 'Moderat'" in said and "end of lines 4" in said
-    clean.loc[1, utils.LABEL_COLUMNS[0]] = None
+    clean.loc[1, LABEL_COLUMNS[0]] = None
     pd.testing.assert_frame_equal(found.iloc[:2], clean)
     assert found.iloc[2].dropna().tolist() == [9, "Severe", "Moderate"]
     for change, message in (
@@ -205,12 +212,12 @@ def test_labels_cost_a_cell(tmp_path, capsys):
         with pytest.raises(ValueError, match=message):
             read(tmp_path, "train.csv", change(LABELS))
     fewer = read(tmp_path, "train.csv", "study_id,spinal_canal_stenosis_l1_l2\n7,Severe\n")
-    assert list(fewer) == ["study_id", *utils.LABEL_COLUMNS] and fewer.notna().sum().sum() == 2
+    assert list(fewer) == ["study_id", *LABEL_COLUMNS] and fewer.notna().sum().sum() == 2
 
 
 def test_a_study_with_bad_rows_only_is_still_a_study(tmp_path):
     read(tmp_path, "train_series_descriptions.csv", DESCRIPTIONS + "9,,Sagittal T1\n8,1,Localizer\nx,1,Axial T2\n")
-    studies = utils.described_series(tmp_path, "train")
+    studies = described_series(tmp_path, "train")
     assert studies == {7: {71: "Sagittal T1", 72: "Axial T2"}, 8: {}, 9: {}, 4003253: {81: "Sagittal T2/STIR"}}
     assert all(type(i) is int for study_id, series in studies.items() for i in (study_id, *series))
 
@@ -264,23 +271,23 @@ def test_volumes_of_other_series_are_not_taken_as_finished(tmp_path, capsys, mon
 def test_a_label_point_on_no_slice_is_left_out(change, reason):
     study, points = small_study.make_study(), small_study.make_points()
     bad = pd.concat([points.head(1).assign(**change), points])
-    placed = utils.place_points(bad, study)
+    placed = place_points(bad, study)
     assert reason in placed["problem"].iloc[0] and placed["problem"].tolist()[1:] == ["", ""]
     assert placed["slice"].tolist() == [-1, 4, 1]
-    lps = utils.coordinates_to_lps(bad, study)
+    lps = coordinates_to_lps(bad, study)
     assert np.isnan(lps[0]).all()
-    np.testing.assert_array_equal(lps[1:], utils.coordinates_to_lps(points, study))
-    compared = [utils.compare_with_labels(small_study.make_boxes(), table, study) for table in (bad, points)]
+    np.testing.assert_array_equal(lps[1:], coordinates_to_lps(points, study))
+    compared = [compare_with_labels(small_study.make_boxes(), table, study) for table in (bad, points)]
     pd.testing.assert_frame_equal(*compared)
     for volume in study.volumes:
-        shown = [[utils.points_on_slice(table, volume, i) for i in range(len(volume.array))] for table in (bad, points)]
+        shown = [[points_on_slice(table, volume, i) for i in range(len(volume.array))] for table in (bad, points)]
         pd.testing.assert_frame_equal(*map(pd.concat, shown))
 
 
 def test_the_last_pixel_is_on_the_image():
     volume = replace(small_study.make_study().volumes[0], array=np.zeros((2, 10, 20), np.float32))
     x_px, y_px = np.array([-0.5, 20, 19.5, 20, 22, 5]), np.array([-0.5, 10, 9.5, 12, 5, np.nan])
-    assert utils.on_image(volume, x_px, y_px).tolist() == [True, True, True, False, False, False]
+    assert on_image(volume, x_px, y_px).tolist() == [True, True, True, False, False, False]
 
 
 # ---- Tables of other types ----
@@ -291,7 +298,7 @@ TYPES = ("numpy_nullable", "pyarrow", "convert_dtypes", "text", "category", "obj
 
 
 def graded_labels():
-    labels = pd.DataFrame(np.array(utils.GRADES, object)[GRADED], columns=list(utils.LABEL_COLUMNS))
+    labels = pd.DataFrame(np.array(utils.GRADES, object)[GRADED], columns=list(LABEL_COLUMNS))
     labels.insert(0, "study_id", IDS)
     labels.iloc[3, 4] = labels.iloc[7, 20] = None
     return labels
@@ -352,7 +359,7 @@ def test_folds_of_any_type_are_the_same_folds(how, tmp_path):
     if how == "pyarrow" and importlib.util.find_spec("pyarrow") is None:
         pytest.skip("pyarrow is not installed")
     folds = pd.DataFrame({"study_id": IDS, "fold": np.arange(40) % 4})
-    found = ensemble._fold_of(converted(folds, how, tmp_path / "t.csv"), IDS, np.ones(40, bool))
+    found = tables_module._fold_of(converted(folds, how, tmp_path / "t.csv"), IDS, np.ones(40, bool))
     np.testing.assert_array_equal(found, folds["fold"])
 
 

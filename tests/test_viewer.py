@@ -19,6 +19,21 @@ from small_study import (
 )
 
 import utils
+from lumbar.data.geometry import boxes_to_table
+from lumbar.data.volume import Study, Volume, save_study
+from lumbar.grade.detector import yolo_views
+from lumbar.grade.detector_data import YOLO_VIEWS
+from lumbar.look import viewer as viewer_module
+from lumbar.look.slices import condition_point
+from lumbar.look.viewer import (
+    DETECTION_COLUMNS,
+    Inspection,
+    fallen_back,
+    study_detections,
+    tilt_caption,
+    vertebra_prism,
+)
+from lumbar.spine.vertebra import vertebrae_to_table
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +88,11 @@ def test_viewers_on_one_page_have_ids_of_their_own(study):
 
 
 def test_page_of_a_study_without_a_series(study):
-    page = utils.study_html(utils.Study(7, study.of("Axial T2")))
+    page = utils.study_html(Study(7, study.of("Axial T2")))
     assert page.count("no such series") == 2 and page.count("<figure data-panel=") == 1
-    empty = utils.study_html(utils.Study(7, []))
+    empty = utils.study_html(Study(7, []))
     assert empty.count("no such series") == 3
-    boxed = utils.study_html(utils.Study(7, []), make_boxes(), probabilities=make_probabilities()[0])
+    boxed = utils.study_html(Study(7, []), make_boxes(), probabilities=make_probabilities()[0])
     assert boxed.count("data-cell=") == 25 and data_of(boxed)["crops"] is None
 
 
@@ -85,7 +100,7 @@ def test_page_of_a_study_without_a_series(study):
 def test_fragment_of_a_large_study_stays_small(noise, kept):
     """150 noisy slices of 384 px become coarser to fit; only pure noise, the worst case for JPEG, loses slices."""
     array = (0.3 + noise * np.random.default_rng(0).random((150, 384, 384))).astype(np.float16)
-    study = utils.Study(7, [utils.Volume(array, np.eye(4), 7, 1, "Axial T2", 0, np.arange(150))])
+    study = Study(7, [Volume(array, np.eye(4), 7, 1, "Axial T2", 0, np.arange(150))])
     page = utils.study_html(study, max_bytes=2_400_000)
     assert len(page) < 3_000_000 and sum(map(len, data_of(page)["panels"])) == kept
 
@@ -112,7 +127,7 @@ def test_marks_lie_on_their_slices(full_page, study):
 
 def test_vertebra_prism_has_the_bodys_corners():
     vertebra = make_vertebrae()[1]
-    corners = utils.vertebra_prism(vertebra)
+    corners = vertebra_prism(vertebra)
     np.testing.assert_allclose(corners.min(0), [-20, -15, 40.5])
     np.testing.assert_allclose(corners.max(0), [20, 15, 64.5])
     for a in range(8):  # an edge joins two corners that differ in one bit
@@ -123,10 +138,10 @@ def test_crops_go_through_the_place_along_the_disc(study):
     tilt = np.radians(20)
     head = np.array([0, -np.sin(tilt), np.cos(tilt)])
     box = replace(make_boxes()[2], axes=np.stack([head, [1, 0, 0], np.cross(head, [1, 0, 0])]))
-    assert utils.tilt_caption(box) == "20° forward"
+    assert tilt_caption(box) == "20° forward"
     crops = data_of(utils.study_html(study, [*make_boxes()[:2], box, *make_boxes()[3:]]))["crops"]
     for condition in range(5):
-        place = utils.condition_point(box, condition)
+        place = condition_point(box, condition)
         for plane, axis in zip(crops["planes"][2][condition], (1, 2, 0)):
             normal, origin = np.array(plane["n"]), np.array(plane["o"])
             assert abs(normal @ box.axes[axis]) == pytest.approx(1, abs=1e-4)
@@ -174,10 +189,10 @@ def fake_detector(monkeypatch, at_lps, scores):
     """A detector that answers `scores` at the anchor nearest to a point, and little elsewhere."""
     from types import SimpleNamespace
 
-    from lumbar import viewer
+    pass
 
     about = {"condition": "scs", "mm_per_px": 1.0, "shape_px": (224, 128), "names": list(utils.SEVERITIES)}
-    detector = SimpleNamespace(condition="scs", original=False, view=utils.YOLO_VIEWS["scs"], about=about)
+    detector = SimpleNamespace(condition="scs", original=False, view=YOLO_VIEWS["scs"], about=about)
     centers = np.stack(np.meshgrid(np.arange(0, 128, 8.0), np.arange(0, 224, 8.0)), -1).reshape(-1, 2)
 
     def dense(_, patches):
@@ -185,7 +200,7 @@ def fake_detector(monkeypatch, at_lps, scores):
         result[:, np.abs(centers - at_lps).sum(1).argmin()] = scores
         return result, centers
 
-    monkeypatch.setattr(viewer, "dense_scores", dense)
+    monkeypatch.setattr(viewer_module, "dense_scores", dense)
     return detector
 
 
@@ -193,15 +208,15 @@ def test_detections_lie_where_the_anchor_is(study, monkeypatch):
     boxes = make_boxes()
     volume = study.of("Sagittal T2/STIR")[0]
     probe = fake_detector(monkeypatch, np.zeros(2), [0, 0, 0])
-    _, views = utils.yolo_views(probe, study, boxes)
+    _, views = yolo_views(probe, study, boxes)
     seen = next(view for view in views if view["slice"] == 4)
     # The canal's place at L3/L4 in the patch: 24 mm behind the disc's centre.
     voxel = volume.lps_to_voxel(boxes[2].to_lps([0, 0, 24]))
     xy = np.linalg.inv(seen["to_slice"]) @ [voxel[2], voxel[1], 1]
     # What the network sees lies 8 px of 1 mm farther back: nearer anchors say less.
     detector = fake_detector(monkeypatch, xy[:2] + [8, 0], [0.1, 0.2, 0.6])
-    found = utils.study_detections([detector], study, boxes)
-    assert list(found) == utils.DETECTION_COLUMNS
+    found = study_detections([detector], study, boxes)
+    assert list(found) == DETECTION_COLUMNS
     own = found[(found["level"] == "l3_l4") & (found["instance_number"] == 5)]
     assert len(own) == 1 and set(found["level"]) == {"l3_l4"}
     row = own.iloc[0]
@@ -209,12 +224,12 @@ def test_detections_lie_where_the_anchor_is(study, monkeypatch):
     assert np.hypot(row["x_px"] - voxel[2] - 4, row["y_px"] - voxel[1]) * 2 < 6  # mm; the anchors are 8 mm apart
     assert row[list(utils.SEVERITIES)].tolist() == pytest.approx([0.1, 0.2, 0.6])
     assert row["width_px"] == row["height_px"] == 10  # 20 mm in pixels of 2 mm
-    assert utils.study_detections([detector], study, boxes, threshold=0.7).empty
-    assert utils.study_detections([], study, boxes).empty
+    assert study_detections([detector], study, boxes, threshold=0.7).empty
+    assert study_detections([], study, boxes).empty
 
 
 def test_what_fell_back_is_named():
-    levels = pd.concat([utils.boxes_to_table(n, make_boxes()) for n in (1, 2, 3)], ignore_index=True)
+    levels = pd.concat([boxes_to_table(n, make_boxes()) for n in (1, 2, 3)], ignore_index=True)
     levels.loc[(levels["study_id"] == 2) & (levels["level"] == "l5_s1"), "source"] = "t2+extrapolated"
     log = pd.DataFrame(
         {
@@ -225,19 +240,19 @@ def test_what_fell_back_is_named():
             "problems": ["study 8: no Axial T2 series", None, None],
         }
     )
-    table = utils.fallen_back(levels, log)
+    table = fallen_back(levels, log)
     assert table["study_id"].tolist() == [9, 10, 8, 2]
     assert table["why"].tolist()[0] == "the whole-study network alone"
     assert "L5/S1 t2+extrapolated" in table["why"].iloc[-1] and "25 rows are the prior" in table["why"].iloc[1]
-    assert utils.fallen_back().empty
+    assert fallen_back().empty
 
 
 @pytest.fixture
 def inspection(tmp_path, study):
     """Studies 7 and 9 (alike), 8 without images, 10 that only a function reads; predictions of 7 and 9."""
-    utils.save_study(study, tmp_path / "7.safetensors")
-    utils.save_study(replace(study, study_id=9), tmp_path / "9.safetensors")
-    utils.save_study(utils.Study(8, [], ["study 8: nothing"]), tmp_path / "8.safetensors")
+    save_study(study, tmp_path / "7.safetensors")
+    save_study(replace(study, study_id=9), tmp_path / "9.safetensors")
+    save_study(Study(8, [], ["study 8: nothing"]), tmp_path / "8.safetensors")
     paths = {n: tmp_path / f"{n}.safetensors" for n in (7, 8, 9)}
     probabilities, truth = make_probabilities()
     wrong = probabilities.copy()
@@ -246,10 +261,10 @@ def inspection(tmp_path, study):
     truth = truth.copy()
     truth[1, 2] = 2
     sure[1, 2] = (0.98, 0.01, 0.01)
-    return utils.Inspection(
+    return Inspection(
         paths | {10: partial(replace, study, study_id=10)},
-        pd.concat([utils.boxes_to_table(n, make_boxes()) for n in (7, 9)], ignore_index=True),
-        pd.concat([utils.vertebrae_to_table(n, make_vertebrae()) for n in (7, 9)], ignore_index=True),
+        pd.concat([boxes_to_table(n, make_boxes()) for n in (7, 9)], ignore_index=True),
+        pd.concat([vertebrae_to_table(n, make_vertebrae()) for n in (7, 9)], ignore_index=True),
         make_points(),
         {7: np.where(truth == 2, 1, truth), 9: truth},
         {"member": {7: sure, 9: sure}},
@@ -310,17 +325,17 @@ def test_detectors_are_loaded_when_asked_for(inspection, monkeypatch):
 
 def test_nothing_to_look_at():
     with pytest.raises(ValueError, match="01_preprocess"):
-        utils.inspect_study(utils.Inspection({}))
+        utils.inspect_study(Inspection({}))
 
 
 def test_inspection_of_folders(tmp_path, study):
     for name in ("01/volumes", "02", "05", "data"):
         (tmp_path / name).mkdir(parents=True)
-    utils.save_study(study, tmp_path / "01/volumes/7.safetensors")
+    save_study(study, tmp_path / "01/volumes/7.safetensors")
     bare = utils.read_inspection(tmp_path / "data", tmp_path / "01")
     assert list(bare.paths) == [7] and bare.levels is None and not bare.predicted and not bare.truths
-    utils.boxes_to_table(7, make_boxes()).to_csv(tmp_path / "02/levels.csv", index=False)
-    utils.boxes_to_table(5, make_boxes()).to_csv(tmp_path / "05/levels.csv", index=False)
+    boxes_to_table(7, make_boxes()).to_csv(tmp_path / "02/levels.csv", index=False)
+    boxes_to_table(5, make_boxes()).to_csv(tmp_path / "05/levels.csv", index=False)
     utils.to_submission([5], make_probabilities()[0][None]).to_csv(tmp_path / "05/submission.csv", index=False)
     (tmp_path / "data/test_series_descriptions.csv").write_text("study_id,series_id,series_description\n5,1,Axial T2\n")
     found = utils.read_inspection(tmp_path / "data", tmp_path / "01", tmp_path / "02", [tmp_path], tmp_path / "05")

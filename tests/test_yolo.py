@@ -16,7 +16,37 @@ import pytest
 import torch
 
 import utils
-from lumbar import yolo
+from lumbar.data.geometry import LevelBox
+from lumbar.data.volume import Study, Volume, save_study
+from lumbar.grade import detector_weights
+from lumbar.grade.calibration import (
+    cross_fitted_probabilities,
+    fit_yolo_calibration,
+    mean_scores,
+    original_probabilities,
+    severity_prior,
+    yolo_probabilities,
+)
+from lumbar.grade.detector import (
+    YoloDetector,
+    choose_detector_views,
+    store_yolo_calibration,
+    yolo_scores,
+    yolo_studies,
+    yolo_views,
+)
+from lumbar.grade.detector_data import (
+    SAGITTAL_FIELD_MM,
+    YOLO_VIEWS,
+    YoloView,
+    letterbox_slice,
+    original_names,
+    slice_patch,
+    yolo_shape_px,
+)
+from lumbar.grade.detector_training import yolo_device
+from lumbar.grade.tta import deal_parts
+from lumbar.names import SEVERITY_WEIGHTS
 
 SIZE = 96
 LEVEL_Z_MM = np.array([36.0, 18.0, 0.0, -18.0, -36.0])
@@ -26,7 +56,7 @@ def boxes():
     """Five level boxes along patient z; label points lie 20 mm behind them, +-12 mm to the side."""
     axes = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
     return [
-        utils.LevelBox(level, np.array([0.0, -20.0, z]), axes, np.array([20.0, 40, 30]), 1.0, "labels")
+        LevelBox(level, np.array([0.0, -20.0, z]), axes, np.array([20.0, 40, 30]), 1.0, "labels")
         for level, z in zip(utils.LEVELS, LEVEL_Z_MM)
     ]
 
@@ -44,7 +74,7 @@ def sagittal_volume(marks=(), description="Sagittal T1", flip_rows=False, flip_c
             last[axis], last[3] = array.shape[axis] - 1, 1
             affine[:3, 3] = (affine @ last)[:3]
             affine[:3, axis] *= -1
-    volume = utils.Volume(array, affine, 1, 11, description, 0, np.arange(13) * 3 + 5)
+    volume = Volume(array, affine, 1, 11, description, 0, np.arange(13) * 3 + 5)
     for mark in marks:
         k, row, column = np.round(volume.lps_to_voxel(np.asarray(mark, float))).astype(int)
         volume.array[k, row - 1 : row + 2, column - 1 : column + 2] = 1.0
@@ -56,7 +86,7 @@ def axial_volume(z_mm):
     affine = np.eye(4)
     affine[:3, :3] = np.array([[0, 0, 0.8], [0, 0.8, 0], [4.0, 0, 0]])
     affine[:3, 3] = [-0.8 * (SIZE - 1) / 2, -0.8 * (SIZE - 1) / 2, z_mm]
-    return utils.Volume(np.zeros((1, SIZE, SIZE), np.float32), affine, 1, 12, "Axial T2", 0, np.array([7]))
+    return Volume(np.zeros((1, SIZE, SIZE), np.float32), affine, 1, 12, "Axial T2", 0, np.array([7]))
 
 
 class BrightNet(torch.nn.Module):
@@ -83,12 +113,12 @@ def bright_detector(condition, point_mm=(0.0, 12.0, 20.0)):
         "names": list(utils.SEVERITIES),
         "point_offsets": {"point_mm": list(point_mm), "spread_mm": [1, 1, 1], "n": 50},
     }
-    return utils.YoloDetector(BrightNet().eval(), meta)
+    return YoloDetector(BrightNet().eval(), meta)
 
 
 def raw_scores(detector, study, view=None):
     """(5, sides, 3) of one study under one view."""
-    (found,) = utils.yolo_scores(detector, [study], [boxes()], [view or {}])
+    (found,) = yolo_scores(detector, [study], [boxes()], [view or {}])
     if isinstance(found, Exception):
         raise found
     return found[0]
@@ -99,7 +129,7 @@ def test_patch_shows_the_marked_point_where_the_transform_says(flips):
     mark = np.array([8.0, 11.0, -13.5])
     volume = sagittal_volume([mark], **flips)
     k = int(round(volume.lps_to_voxel(mark)[0]))
-    patch, to_slice = utils.slice_patch(volume, k, [0.0, 5.0, 0.0], (96, 64), 1.0)
+    patch, to_slice = slice_patch(volume, k, [0.0, 5.0, 0.0], (96, 64), 1.0)
     row, column = (np.indices(patch.shape) * patch).sum((1, 2)) / patch.sum()
     slice_column, slice_row, _ = to_slice @ [column, row, 1]
     found = volume.voxel_to_lps([k, slice_row, slice_column])
@@ -113,7 +143,7 @@ def test_patch_shows_the_marked_point_where_the_transform_says(flips):
 def test_coarse_patches_are_not_shifted(flips):
     volume = sagittal_volume(**flips)
     volume.array[6, 40:52, 30:42] = 1.0
-    patch, to_slice = utils.slice_patch(volume, 6, [0, 0, 0], (32, 32), 3.3)
+    patch, to_slice = slice_patch(volume, 6, [0, 0, 0], (32, 32), 3.3)
     row, column = (np.indices(patch.shape) * patch).sum((1, 2)) / patch.sum()
     np.testing.assert_allclose((to_slice @ [column, row, 1])[:2], [35.5, 45.5], atol=0.3)
 
@@ -121,27 +151,27 @@ def test_coarse_patches_are_not_shifted(flips):
 def test_patch_has_square_pixels_and_zeros_outside():
     volume = sagittal_volume()
     volume.array[:] = 1.0
-    patch, _ = utils.slice_patch(volume, 0, [0, 0, 0], (128, 128), 1.0)
+    patch, _ = slice_patch(volume, 0, [0, 0, 0], (128, 128), 1.0)
     rows, columns = (patch > 0).any(1).sum(), (patch > 0).any(0).sum()
     assert abs(rows - 0.9 * SIZE) <= 1 and abs(columns - 1.1 * SIZE) <= 1
     assert patch[0, 0] == 0 and patch[64, 64] == 255
 
 
 def test_shapes_are_multiples_of_32_that_hold_the_field():
-    for condition, view in utils.YOLO_VIEWS.items():
+    for condition, view in YOLO_VIEWS.items():
         for imgsz in (128, 192, 256, 384):
-            shape, mm_per_px = utils.yolo_shape_px(view, imgsz)
+            shape, mm_per_px = yolo_shape_px(view, imgsz)
             assert all(px % 32 == 0 and px * mm_per_px >= mm - 0.01 for px, mm in zip(shape, view.field_mm))
-    assert utils.yolo_shape_px(utils.YOLO_VIEWS["scs"], 256) == ((256, 128), 0.8125)
+    assert yolo_shape_px(YOLO_VIEWS["scs"], 256) == ((256, 128), 0.8125)
     with pytest.raises(ValueError, match="multiple of 32"):
-        utils.yolo_shape_px(utils.YOLO_VIEWS["scs"], 250)
+        yolo_shape_px(YOLO_VIEWS["scs"], 250)
 
 
 @pytest.mark.parametrize("flips", [{}, {"left_first": True, "flip_columns": True}])
 def test_side_and_level_come_from_patient_coordinates(flips):
     # A finding on the patient's left at L3/L4 and one on the right at L1/L2, nothing else.
     points = [(12.0, 0.0, LEVEL_Z_MM[2]), (-12.0, 0.0, LEVEL_Z_MM[0])]
-    study = utils.Study(1, [sagittal_volume(points, **flips)])
+    study = Study(1, [sagittal_volume(points, **flips)])
     scores = raw_scores(bright_detector("nfn"), study)
     assert scores.shape == (5, 2, 3)
     severe = scores[..., 2] > 0.1
@@ -154,22 +184,22 @@ def test_axial_sides_and_levels_without_slices():
     volume = axial_volume(LEVEL_Z_MM[3])
     k, row, column = np.round(volume.lps_to_voxel([12.0, 0.0, LEVEL_Z_MM[3]])).astype(int)
     volume.array[k, row - 1 : row + 2, column - 1 : column + 2] = 1
-    scores = raw_scores(bright_detector("ss"), utils.Study(1, [volume]))
+    scores = raw_scores(bright_detector("ss"), Study(1, [volume]))
     assert np.isnan(scores[[0, 1, 2, 4]]).all() and np.isfinite(scores[3]).all()
     assert scores[3, 0, 2] > 10 * scores[3, 1, 2]
 
 
 def test_study_without_the_series_gives_nan_rows_only():
-    scores = raw_scores(bright_detector("scs", (0.0, 0.0, 20.0)), utils.Study(1, [axial_volume(0.0)]))
+    scores = raw_scores(bright_detector("scs", (0.0, 0.0, 20.0)), Study(1, [axial_volume(0.0)]))
     assert scores.shape == (5, 1, 3) and np.isnan(scores).all()
-    assert np.isnan(utils.yolo_probabilities(scores)).all()
+    assert np.isnan(yolo_probabilities(scores)).all()
 
 
 def noisy_study(study_id=1, description="Axial T2", seed=0):
     """Five axial slices at the levels, or a sagittal series, of nothing but noise, dark on the patient's right."""
     rng = np.random.default_rng(seed)
     volumes = [sagittal_volume(description=description)] if description != "Axial T2" else map(axial_volume, LEVEL_Z_MM)
-    study = utils.Study(study_id, list(volumes))
+    study = Study(study_id, list(volumes))
     for volume in study.volumes:
         volume.array = rng.random(volume.array.shape, np.float32) ** 8
         (volume.array[:6] if volume.plane == "sagittal" else volume.array[:, :, : SIZE // 2])[:] *= 0.03
@@ -180,7 +210,7 @@ def mirrored(study):
     """The same patient with left and right exchanged; the volumes are symmetric about x = 0, so only pixels move."""
     axis = 0 if study.volumes[0].plane == "sagittal" else 2
     volumes = [replace(v, array=np.ascontiguousarray(np.flip(v.array, axis))) for v in study.volumes]
-    return utils.Study(study.study_id, volumes)
+    return Study(study.study_id, volumes)
 
 
 def pixel_wise(condition):
@@ -195,7 +225,7 @@ def pixel_wise(condition):
 )
 def test_a_mirrored_patient_has_left_and_right_exchanged(condition, description):
     study, detector = noisy_study(description=description), pixel_wise(condition)
-    p, q = utils.yolo_studies(detector, [study, mirrored(study)], [boxes(), boxes()])
+    p, q = yolo_studies(detector, [study, mirrored(study)], [boxes(), boxes()])
     np.testing.assert_allclose(q, p[::-1], atol=1e-6)
     if condition != "scs":
         assert (np.abs(p - p[::-1]).max(-1) > 0.02).all()  # so the line above means something
@@ -204,7 +234,7 @@ def test_a_mirrored_patient_has_left_and_right_exchanged(condition, description)
 def test_a_mirrored_view_names_the_sides_as_they_are():
     study, detector = noisy_study(), pixel_wise("ss")
     plain, turned = raw_scores(detector, study), raw_scores(detector, study, {"mirror": True})
-    patch, other = (utils.yolo_views(detector, study, boxes(), view)[0][0] for view in ({}, {"mirror": True}))
+    patch, other = (yolo_views(detector, study, boxes(), view)[0][0] for view in ({}, {"mirror": True}))
     np.testing.assert_array_equal(patch, other[:, ::-1])
     assert np.abs(plain[:, 0] - plain[:, 1]).max() > 0.05
     np.testing.assert_allclose(turned, plain, atol=1e-6)
@@ -212,16 +242,16 @@ def test_a_mirrored_view_names_the_sides_as_they_are():
 
 def test_every_view_finds_the_sides_and_levels():
     points = [(12.0, 0.0, LEVEL_Z_MM[2]), (-12.0, 0.0, LEVEL_Z_MM[0])]
-    axial = utils.Study(1, [axial_volume(z) for z in LEVEL_Z_MM])
+    axial = Study(1, [axial_volume(z) for z in LEVEL_Z_MM])
     for number, point in ((2, points[0]), (0, points[1])):
         _, row, column = np.round(axial.volumes[number].lps_to_voxel(point)).astype(int)
         axial.volumes[number].array[0, row - 1 : row + 2, column - 1 : column + 2] = 1.0
     expected = np.zeros((5, 2), bool)
     expected[2, 0] = expected[0, 1] = True
-    for condition, study in (("nfn", utils.Study(1, [sagittal_volume(points)])), ("ss", axial)):
+    for condition, study in (("nfn", Study(1, [sagittal_volume(points)])), ("ss", axial)):
         views = utils.DETECTOR_VIEWS[condition]
         assert views[0] == {} and json.loads(json.dumps(views)) == list(views)
-        (found,) = utils.yolo_scores(bright_detector(condition), [study], [boxes()], views)
+        (found,) = yolo_scores(bright_detector(condition), [study], [boxes()], views)
         for view, scores in zip(views, found, strict=True):
             np.testing.assert_array_equal(scores[..., 2] > 0.1, expected, err_msg=f"{condition} {view}")
     with pytest.raises(ValueError, match="no turn"):
@@ -231,18 +261,17 @@ def test_every_view_finds_the_sides_and_levels():
 def test_a_wider_reach_sees_neighbouring_slices():
     study, detector = noisy_study(description="Sagittal T1"), bright_detector("nfn")
     slices = [
-        {view["slice"] for view in utils.yolo_views(detector, study, boxes(), change)[1]}
-        for change in ({}, {"reach": 1.7})
+        {view["slice"] for view in yolo_views(detector, study, boxes(), change)[1]} for change in ({}, {"reach": 1.7})
     ]
     assert slices[0] < slices[1]
 
 
 def test_studies_share_batches_and_only_the_broken_one_fails():
     studies, detector = [noisy_study(number, seed=number) for number in range(3)], bright_detector("ss")
-    alone = [utils.yolo_studies(detector, [study], [boxes()])[0] for study in studies]
+    alone = [yolo_studies(detector, [study], [boxes()])[0] for study in studies]
     sizes, forward = [], detector.net.forward
     detector.net.forward = lambda x: sizes.append(len(x)) or forward(x)
-    found = utils.yolo_studies(detector, studies, [boxes(), None, boxes()], batch=7)
+    found = yolo_studies(detector, studies, [boxes(), None, boxes()], batch=7)
     assert sizes == [7, 3]
     assert isinstance(found[1], TypeError)
     for n in (0, 2):
@@ -259,9 +288,9 @@ def test_studies_share_batches_and_only_the_broken_one_fails():
             volume.array *= 0.9
     studies[1].volumes[0].array[0] = 1.0
     detector.net.forward = refuse
-    found = utils.yolo_studies(detector, studies, [boxes()] * 3, batch=64)
+    found = yolo_studies(detector, studies, [boxes()] * 3, batch=64)
     assert [type(entry) for entry in found] == [np.ndarray, RuntimeError, np.ndarray]
-    assert utils.yolo_studies(detector, [], []) == []
+    assert yolo_studies(detector, [], []) == []
 
 
 def test_views_are_averaged_as_log_probabilities():
@@ -275,19 +304,19 @@ def test_views_are_averaged_as_log_probabilities():
         "bias": [0.1, -0.3],
     }
     views = [{}, {"shift_px": [4, 4]}, {"zoom": 1.1}]
-    logs = np.log([utils.yolo_studies(detector, [study], [boxes()], [view])[0] for view in views])
+    logs = np.log([yolo_studies(detector, [study], [boxes()], [view])[0] for view in views])
     mean = np.exp(logs.mean(0))
-    (p,) = utils.yolo_studies(detector, [study], [boxes()], views)
+    (p,) = yolo_studies(detector, [study], [boxes()], views)
     np.testing.assert_allclose(p, mean / mean.sum(-1, keepdims=True), atol=1e-9)
     assert np.abs(p - np.exp(logs[0])).max() > 1e-3
     detector.about["views"] = views  # what the weights carry is the default
-    np.testing.assert_allclose(utils.yolo_studies(detector, [study], [boxes()])[0], p, atol=1e-9)
+    np.testing.assert_allclose(yolo_studies(detector, [study], [boxes()])[0], p, atol=1e-9)
 
 
 def test_a_view_without_a_word_leaves_it_to_the_others():
     scores = np.array([[[0.2, 0.1, 0.4]] * 2, [[0.05, 0.1, 0.1]] * 2, [[np.nan] * 3] * 2])
     scores[:, 1] = np.nan
-    mean = utils.mean_scores(scores)
+    mean = mean_scores(scores)
     np.testing.assert_allclose(mean[0], [0.1, 0.1, 0.2])
     assert np.isnan(mean[1]).all()
 
@@ -301,7 +330,7 @@ def test_detector_views_that_pay_are_chosen():
     # The second view errs on its own, the third repeats the first's errors.
     scores = 0.01 * np.exp(np.stack([truth + noise[0], truth + noise[1], truth + noise[0] + 0.01 * noise[2]], axis=1))
     scores[60:] = np.nan  # of other folds
-    kept, table, used = utils.choose_detector_views(grades, scores, "nfn", [{}, {"reach": 2.0}, {"zoom": 1.01}])
+    kept, table, used = choose_detector_views(grades, scores, "nfn", [{}, {"reach": 2.0}, {"zoom": 1.01}])
     assert kept == [{}, {"reach": 2.0}] and list(table["kept"]) == [True, True, False]
     assert (used[:60] == [True, True, False]).all() and (used[60:] == [True, False, False]).all()
 
@@ -312,7 +341,7 @@ def test_views_and_calibration_are_stored_and_no_study_has_its_own(tmp_path):
     grades[:, 1:3] = rng.choice(3, size=(110, 2, 5), p=[0.7, 0.2, 0.1])
     own = grades[:, 1:3].transpose(0, 2, 1)
     held_out = np.arange(110) % 11 != 3
-    part = utils.deal_parts(held_out)
+    part = deal_parts(held_out)
     # A second view that pays, by what it does to the first part alone.
     first = part == 0
     sight = np.where(first[:, None], [-1.0, 3.0], [3.0, 1.0])[..., None, None, None]  # (studies, views)
@@ -322,32 +351,32 @@ def test_views_and_calibration_are_stored_and_no_study_has_its_own(tmp_path):
     weights, views = [tmp_path / f"yolo_nfn_{fold}.safetensors" for fold in (0, 1)], [{}, {"zoom": 1.06}]
     for path in weights:
         about = {"condition": "nfn", "scheme": "severity", "calibration": None, "views": [{}]}
-        yolo._write_yolo(path, {"x": torch.zeros(1)}, about)
+        detector_weights._write_yolo(path, {"x": torch.zeros(1)}, about)
     p, table = utils.settle_detectors(weights, grades, scores, views)
     assert table["kept"].all()
-    mean = utils.mean_scores(np.moveaxis(scores, 1, 0))
+    mean = mean_scores(np.moveaxis(scores, 1, 0))
     for path in weights:
-        about = yolo._read_yolo_metadata(path)
+        about = detector_weights._read_yolo_metadata(path)
         assert about["views"] == views
-        assert about["calibration"] == utils.fit_yolo_calibration(mean, own, utils.severity_prior(own))
+        assert about["calibration"] == fit_yolo_calibration(mean, own, severity_prior(own))
     # The first part is predicted without that view, the others with it, each calibrated on the rest.
     assert np.isnan(p[~held_out]).all() and np.isfinite(p[held_out]).all()
     for number in range(5):
         inside, rest = part == number, part != number
         given = scores[:, 0] if number == 0 else mean
-        calibration = utils.fit_yolo_calibration(given[rest], own[rest], utils.severity_prior(own[rest]))
-        np.testing.assert_allclose(p[inside], utils.yolo_probabilities(given[inside], calibration), atol=1e-9)
+        calibration = fit_yolo_calibration(given[rest], own[rest], severity_prior(own[rest]))
+        np.testing.assert_allclose(p[inside], yolo_probabilities(given[inside], calibration), atol=1e-9)
     changed = np.where(first[:, None, None] & (grades >= 0), (grades + 1) % 3, grades)
     assert np.abs(utils.settle_detectors(weights, changed, scores, views)[0] - p)[first].max() < 1e-12
     # The original scheme: one view, no calibration, a word on every study.
-    yolo._write_yolo(weights[0], {"x": torch.zeros(1)}, about | {"scheme": "original"})
+    detector_weights._write_yolo(weights[0], {"x": torch.zeros(1)}, about | {"scheme": "original"})
     p, _ = utils.settle_detectors(weights[:1], grades, scores[:, :1], [{}])
-    np.testing.assert_allclose(p, utils.original_probabilities(scores[:, 0]), atol=1e-6)
-    assert yolo._read_yolo_metadata(weights[0])["calibration"] is None
+    np.testing.assert_allclose(p, original_probabilities(scores[:, 0]), atol=1e-6)
+    assert detector_weights._read_yolo_metadata(weights[0])["calibration"] is None
 
 
 def weighted_loss(p, grades):
-    w = np.array(utils.SEVERITY_WEIGHTS)[grades]
+    w = np.array(SEVERITY_WEIGHTS)[grades]
     return (w * -np.log(np.take_along_axis(p, grades[..., None], -1)[..., 0])).sum() / w.sum()
 
 
@@ -359,13 +388,13 @@ def draw_grades(rng, studies):
 
 
 def prior_probabilities(grades):
-    p = utils.severity_prior(grades) * np.array(utils.SEVERITY_WEIGHTS)
+    p = severity_prior(grades) * np.array(SEVERITY_WEIGHTS)
     return np.broadcast_to((p / p.sum(-1, keepdims=True))[:, None], (*grades.shape, 3))
 
 
 def cross_fitted(scores, grades):
     """Of a single view."""
-    return utils.cross_fitted_probabilities(scores[:, None], grades, np.ones((len(scores), 1), bool))
+    return cross_fitted_probabilities(scores[:, None], grades, np.ones((len(scores), 1), bool))
 
 
 def test_calibration_corrects_a_class_that_scores_low():
@@ -375,7 +404,7 @@ def test_calibration_corrects_a_class_that_scores_low():
     scores[..., 2] *= 0.1
     fitted = weighted_loss(cross_fitted(scores, grades), grades)
     assert fitted < 0.6 * weighted_loss(prior_probabilities(grades), grades)
-    assert fitted < 0.9 * weighted_loss(utils.yolo_probabilities(scores), grades)
+    assert fitted < 0.9 * weighted_loss(yolo_probabilities(scores), grades)
 
 
 def test_useless_scores_lose_nothing_against_the_class_prior():
@@ -384,7 +413,7 @@ def test_useless_scores_lose_nothing_against_the_class_prior():
     scores = 0.1 + rng.random((*grades.shape, 3))
     base = weighted_loss(prior_probabilities(grades), grades)
     assert weighted_loss(cross_fitted(scores, grades), grades) < 1.05 * base
-    assert weighted_loss(utils.yolo_probabilities(scores), grades) > 1.2 * base  # so the line above means something
+    assert weighted_loss(yolo_probabilities(scores), grades) > 1.2 * base  # so the line above means something
 
 
 def test_few_rows_do_not_spoil_good_scores():
@@ -393,10 +422,10 @@ def test_few_rows_do_not_spoil_good_scores():
     # Exactly calibrated: the likelihood ratio of x ~ N(2 onehot, 1) is exp(2 x).
     scores = np.array([0.7, 0.2, 0.1]) * np.exp(2 * (2 * np.eye(3)[grades] + rng.normal(size=(*grades.shape, 3))))
     scores /= scores.sum(-1, keepdims=True)
-    prior, plain = utils.severity_prior(grades), weighted_loss(utils.yolo_probabilities(scores), grades)
+    prior, plain = severity_prior(grades), weighted_loss(yolo_probabilities(scores), grades)
     fitted = [
         weighted_loss(
-            utils.yolo_probabilities(scores, utils.fit_yolo_calibration(scores[i : i + 8], grades[i : i + 8], prior)),
+            yolo_probabilities(scores, fit_yolo_calibration(scores[i : i + 8], grades[i : i + 8], prior)),
             grades,
         )
         for i in range(0, 240, 8)
@@ -409,14 +438,14 @@ def test_calibration_survives_json_missing_labels_and_few_rows():
     scores[0, 1] = np.nan
     scores[1, 2] = 0.0
     grades = np.full((2, 5, 1), -1)
-    calibration = json.loads(json.dumps(utils.fit_yolo_calibration(scores, grades, utils.severity_prior(grades))))
-    p = utils.yolo_probabilities(scores, calibration)
+    calibration = json.loads(json.dumps(fit_yolo_calibration(scores, grades, severity_prior(grades))))
+    p = yolo_probabilities(scores, calibration)
     assert np.isnan(p[0, 1]).all() and np.isfinite(np.delete(p.reshape(10, 3), 1, 0)).all()
     np.testing.assert_allclose(np.delete(p.reshape(10, 3), 1, 0).sum(-1), 1)
 
 
 def test_default_probabilities_carry_the_weights():
-    p = utils.yolo_probabilities(np.full((5, 1, 3), 0.3))
+    p = yolo_probabilities(np.full((5, 1, 3), 0.3))
     np.testing.assert_allclose(p, np.broadcast_to(np.array([1, 2, 4]) / 7, (5, 1, 3)))
 
 
@@ -432,7 +461,7 @@ def dataset(tmp_path_factory):
         points = [(side * 12.0, 0.0, z) for z in LEVEL_Z_MM for side in (1, -1)]
         volume = sagittal_volume(points)
         volume.study_id = int(study_id)
-        utils.save_study(utils.Study(int(study_id), [volume]), root / "volumes" / f"{study_id}.safetensors")
+        save_study(Study(int(study_id), [volume]), root / "volumes" / f"{study_id}.safetensors")
         for level in range(5):
             for condition, side in ((1, 1), (2, -1)):
                 grades[n, condition, level] = rng.integers(0, 3)
@@ -454,7 +483,7 @@ def dataset(tmp_path_factory):
     coordinates = pd.DataFrame(rows, columns=names)
     folds = pd.DataFrame({"study_id": ids, "fold": [0, 1, 1, 1]})
     # The volumes are 86 mm high: a patch of 96 x 64 px at 1 mm.
-    view = utils.YoloView((96.0, 64.0), utils.SAGITTAL_FIELD_MM / 96, 16.0, 3.0, (0.0, 12.0, 20.0), 6.0, 12.0)
+    view = YoloView((96.0, 64.0), SAGITTAL_FIELD_MM / 96, 16.0, 3.0, (0.0, 12.0, 20.0), 6.0, 12.0)
     arguments = ("nfn", root / "volumes", coordinates, ids, grades, folds)
     info = utils.write_yolo_dataset(root / "nfn", *arguments, imgsz=96, view=view)
     return {"root": root, "dir": root / "nfn", "info": info, "grades": grades, "arguments": arguments, "view": view}
@@ -530,7 +559,7 @@ def test_a_letterboxed_slice_is_whole_and_its_pixels_are_where_the_transform_say
     at = np.array([shape[0] * 3 // 4, shape[1] // 4])
     half = max(shape) // 32
     volume.array[1, at[0] - half : at[0] + half + 1, at[1] - half : at[1] + half + 1] = 1.0
-    image, to_slice = utils.letterbox_slice(volume, 1, 128)
+    image, to_slice = letterbox_slice(volume, 1, 128)
     assert image.shape == (128, 128)
     short = 128 * min(shape) / max(shape)
     rows, columns = (image != 114).any(1).sum(), (image != 114).any(0).sum()
@@ -550,8 +579,8 @@ def original_dataset(dataset):
 def test_original_scheme_names_condition_level_and_severity(dataset, original_dataset):
     from PIL import Image
 
-    info, names = original_dataset["info"], utils.original_names("nfn")
-    assert info["names"] == names and len(names) == 30 and len(utils.original_names("scs")) == 15
+    info, names = original_dataset["info"], original_names("nfn")
+    assert info["names"] == names and len(names) == 30 and len(original_names("scs")) == 15
     assert info["shape_px"] == [96, 96] and info["box_px"] == 5.0
     files = sorted((original_dataset["dir"] / "images").iterdir())
     assert len(files) == 8  # the labelled slices and no others
@@ -591,15 +620,15 @@ class ClassNet(BrightNet):
 
 
 def test_original_scheme_takes_the_best_confidence_over_all_slices():
-    names = utils.original_names("nfn")
+    names = original_names("nfn")
     meta = {"condition": "nfn", "scheme": "original", "imgsz": 96, "shape_px": [96, 96], "names": names}
-    detector = utils.YoloDetector(ClassNet().eval(), meta | {"calibration": None, "views": [{}]})
-    study = utils.Study(1, [sagittal_volume(), sagittal_volume(description="Sagittal T2/STIR")])
+    detector = YoloDetector(ClassNet().eval(), meta | {"calibration": None, "views": [{}]})
+    study = Study(1, [sagittal_volume(), sagittal_volume(description="Sagittal T2/STIR")])
     found = names.index("right_neural_foraminal_narrowing_l4_l5_severe")
     study.volumes[0].array[:] = 0.0
     study.volumes[0].array[3] = found / 100
     study.volumes[1].array[:] = names.index("left_neural_foraminal_narrowing_l2_l3_severe") / 100  # another series
-    p, nothing = utils.yolo_studies(detector, [study, utils.Study(2, [axial_volume(0.0)])], [None, None])
+    p, nothing = yolo_studies(detector, [study, Study(2, [axial_volume(0.0)])], [None, None])
     assert p.shape == (2, 5, 3)
     expected = np.full((2, 5, 3), 1 / 3)
     expected[0, 0] = np.array([0.5, 0.01, 0.01]) / 0.52  # class 0: all dark slices
@@ -721,7 +750,7 @@ def test_calibration_is_kept_with_the_weights(trained, tmp_path):
     copy = tmp_path / trained[0].name
     shutil.copy(trained[0], copy)
     before = utils.load_yolo(copy).net.state_dict()
-    utils.store_yolo_calibration(copy, {"ridge": 3.0})
+    store_yolo_calibration(copy, {"ridge": 3.0})
     detector = utils.load_yolo(copy)
     assert detector.about["calibration"] == {"ridge": 3.0}
     assert all(torch.equal(v, before[k]) for k, v in detector.net.state_dict().items())
@@ -734,11 +763,11 @@ def test_original_scheme_trains_and_predicts(dataset, original_dataset, tmp_path
     assert detector.original and detector.about["arguments"]["settings"]["fliplr"] == 0.5
     paths = utils.study_paths(dataset["root"])
     studies = [utils.load_study(paths[n]) for n in (101, 102)]
-    found = utils.yolo_studies(detector, studies, [None, None], batch=5)
+    found = yolo_studies(detector, studies, [None, None], batch=5)
     assert all(p.shape == (2, 5, 3) for p in found) and np.abs(found[0] - 1 / 3).max() > 1e-4
     np.testing.assert_allclose(np.sum(found, axis=-1), 1)
     scores = utils.score_studies(detector, paths, None, [101, 102, 999])
-    np.testing.assert_allclose(utils.original_probabilities(scores[0, 0]).transpose(1, 0, 2), found[0], atol=1e-5)
+    np.testing.assert_allclose(original_probabilities(scores[0, 0]).transpose(1, 0, 2), found[0], atol=1e-5)
     assert np.isnan(scores[2]).all()
 
 
@@ -781,7 +810,7 @@ def test_processes_for_several_gpus_find_the_trainer(tmp_path):
         [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout.split()[-2:] == ["lumbar.yolo_trainer", "DetectionTrainer"]
+    assert ran.stdout.split()[-2:] == ["lumbar.grade.detector_trainer", "DetectionTrainer"]
 
 
 ORPHAN = """
@@ -826,10 +855,10 @@ def _runs(pid):
 
 def test_all_gpus_are_used_as_far_as_each_gets_an_image(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert utils.yolo_device("auto", 16) == utils.yolo_device(None, 16) == "0,1,2,3"
-    assert utils.yolo_device("auto", 2) == "0,1" and utils.yolo_device("1", 16) == "1"
+    assert yolo_device("auto", 16) == yolo_device(None, 16) == "0,1,2,3"
+    assert yolo_device("auto", 2) == "0,1" and yolo_device("1", 16) == "1"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert utils.yolo_device("auto", 16) == utils.yolo_device("cpu", 16) == "cpu"
+    assert yolo_device("auto", 16) == yolo_device("cpu", 16) == "cpu"
 
 
 def test_table_leaves_rows_without_prediction_out():

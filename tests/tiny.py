@@ -8,6 +8,10 @@ import torch
 
 import phantom
 import utils
+from lumbar.grade import detector_weights
+from lumbar.grade.classifier import OrdinalClassifier, save_classifier
+from lumbar.grade.detector_data import YOLO_VIEWS, yolo_shape_px
+from lumbar.spine.spinenet import SpineNet
 
 SERIES = dict(zip((101, 102, 103), utils.DESCRIPTIONS, strict=True))  # series_id -> description
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +59,7 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
     shape: voxels along each side of both crops; imgsz: of the detectors; fold: in the files' names, other numbers are
     other weights; the detectors of fold 1 and on have a second view.
     """
-    from lumbar import yolo
+    pass
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,7 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
     prior = utils.class_prior(np.random.default_rng(0).choice(3, (40, 5, 5), p=(0.7, 0.2, 0.1)))
     spinenet = utils.load_spinenet(ROOT / "weights" / "spinenet_phantom.safetensors")
     if random_spinenet:
-        tiny = utils.SpineNet(widths=(8, 8, 8), resolution_mm=4.0).eval()
+        tiny = SpineNet(widths=(8, 8, 8), resolution_mm=4.0).eval()
         tiny.about = spinenet.about
         with torch.no_grad():  # sees something in every image, if no vertebrae
             tiny.head[0].weight.normal_(std=0.3)
@@ -74,17 +78,17 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
         ("level", "study"), backbones, ((56.0, 96.0, 96.0), (256.0, 128.0, 160.0)), strict=True
     ):
         crop = {"scope": scope, "shape": [shape] * 3, "extent_mm": extent_mm, "shift_mm": (0.0, 0.0, 14.0)}
-        model = utils.OrdinalClassifier(scope, backbone, crop["shape"], prior).eval()
+        model = OrdinalClassifier(scope, backbone, crop["shape"], prior).eval()
         torch.nn.init.normal_(model.score.weight, std=0.3)  # so that answers differ between studies
         about = {"crop": crop, "prior": prior.tolist(), "views": [{}, {"mirror": True}]}
-        utils.save_classifier(folder / f"{scope}_{fold}.safetensors", model, about)
-    yolo.prepare_ultralytics(folder / "ultralytics")
+        save_classifier(folder / f"{scope}_{fold}.safetensors", model, about)
+    detector_weights.prepare_ultralytics(folder / "ultralytics")
     from ultralytics.nn.tasks import DetectionModel
 
     # Scores times the metric's weights, which is what stands without a calibration; without one they were unfinished.
     unfitted = {"mean": [0.0, 0.0], "scale": [1.0, 1.0], "matrix": [[0.0, 0.0]] * 2, "bias": [0.0, 0.0]}
     calibration = {"trust": 1.0, "prior": [[1 / 3] * 3] * 5, **unfitted}
-    description = yolo._yolo_model_yaml("yolov10n.yaml", 0.125, folder)
+    description = detector_weights._yolo_model_yaml("yolov10n.yaml", 0.125, folder)
     for condition in utils.DETECTORS:
         net = DetectionModel(description, ch=1, nc=3, verbose=False)
         with torch.no_grad():
@@ -93,7 +97,7 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
                     value.copy_(torch.tensor([-2.0, -3.0, -4.0]))
                 elif "cv3" in name and name.endswith("2.weight"):
                     value.normal_(std=0.5)
-        shape_px, mm_per_px = utils.yolo_shape_px(utils.YOLO_VIEWS[condition], imgsz)
+        shape_px, mm_per_px = yolo_shape_px(YOLO_VIEWS[condition], imgsz)
         about = {
             "kind": "yolo",
             "condition": condition,
@@ -106,5 +110,5 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
             "calibration": calibration,
             "views": [{}, {"reach": 1.7}] if fold else [{}],
         }
-        yolo._write_yolo(folder / f"yolo_{condition}_{fold}.safetensors", net.state_dict(), about)
+        detector_weights._write_yolo(folder / f"yolo_{condition}_{fold}.safetensors", net.state_dict(), about)
     return folder

@@ -487,7 +487,10 @@ def content(folder):
 
 def as_read(utils, study, described):
     """Digest of what a study's folder is read to: its volumes on the networks' scale, and its problems."""
-    read = utils.normalise_study(utils.read_study(study, described))
+    from lumbar.data.dicom import read_study
+    from lumbar.data.greys import normalise_study
+
+    read = normalise_study(read_study(study, described))
     found = hashlib.sha256(json.dumps(read.problems).encode())
     for volume in read.volumes:
         about = volume.series_id, volume.description, volume.block, volume.array.shape, volume.thickness_mm
@@ -499,16 +502,18 @@ def as_read(utils, study, described):
 def worker(run, names, count, threads, folder, whole=False):
     """Do these kinds; beside each result, `current` names what is being done."""
     import pandas as pd
+    import torch
 
     import utils
+    from lumbar.serve.members import weight_folders
 
-    utils.torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     data = run / "data"
     table = pd.read_csv(data / "test_series_descriptions.csv")
     labels = utils.read_labels(data / "phantom_test_labels.csv")
     ids = [int(i) for i in labels["study_id"] if i in set(table["study_id"])][:count]
     labels, table = labels[labels["study_id"].isin(ids)], table[table["study_id"].isin(ids)]
-    members = utils.load_members(utils.weight_folders([run]), device="cpu")
+    members = utils.load_members(weight_folders([run]), device="cpu")
     ensemble = json.loads((run / "05_inference" / "ensemble.json").read_text())
     clean = None
     if (folder / "clean.json").is_file():
@@ -555,6 +560,8 @@ def outcome(utils, data, members, ensemble, labels, table, clean):
     """What infer_studies makes of the studies in a folder, and the clean row of the others: part of a kind's row."""
     import pandas as pd
 
+    from lumbar.data.competition import row_ids
+
     ids = [int(study_id) for study_id in labels["study_id"]]
     own = [i for i in ids if (data / "test_images" / str(i)).is_dir()]
     submission, problems, probabilities = None, {}, {}
@@ -574,7 +581,7 @@ def outcome(utils, data, members, ensemble, labels, table, clean):
         submission = pd.concat([submission, kept], ignore_index=True) if own else kept
     row = {
         "score": utils.competition_score(labels, submission)["total"],
-        "rows": int(submission["row_id"].isin([row for i in ids for row in utils.row_ids(i)]).sum()),
+        "rows": int(submission["row_id"].isin([row for i in ids for row in row_ids(i)]).sum()),
         "as_clean": len(others),
         "problems": problems,
         "probabilities": probabilities,
@@ -728,7 +735,7 @@ def report(rows, names):
 def identity(run, count):
     """What a kept row depends on: the kit's code, the run, the number of studies."""
     found = hashlib.sha256(f"{count}".encode())
-    for path in sorted([*(ROOT / "lumbar").glob("*.py"), *run.glob("0*/manifest.json")]):
+    for path in sorted([*(ROOT / "lumbar").rglob("*.py"), *run.glob("0*/manifest.json")]):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

@@ -32,8 +32,8 @@ import pandas as pd  # noqa: E402
 from scipy.special import ndtr  # noqa: E402
 
 import phantom  # noqa: E402
-from lumbar import ensemble  # noqa: E402
-from lumbar.files import make_folds, to_submission  # noqa: E402
+from lumbar.data.competition import make_folds, to_submission  # noqa: E402
+from lumbar.grade import ensemble  # noqa: E402
 from lumbar.names import GRADES, LABEL_COLUMNS, SEVERITY_WEIGHTS  # noqa: E402
 
 RELIABILITY = 0.93  # correlation of the graded severity with the latent one

@@ -26,8 +26,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 import phantom  # noqa: E402
-from lumbar import dicom, geometry  # noqa: E402
-from lumbar.greys import normalise_study  # noqa: E402
+from lumbar.data import dicom, geometry, resample  # noqa: E402
+from lumbar.data.greys import normalise_study  # noqa: E402
+from lumbar.look import point_cloud  # noqa: E402
 from lumbar.names import DESCRIPTIONS, LEVELS  # noqa: E402
 
 DESCRIPTION_OF = dict(zip((1, 2, 3), DESCRIPTIONS, strict=True))  # series number in the folder -> description
@@ -92,21 +93,21 @@ def load(folder):
 
 def ours_levels(study, boxes):
     shape, extent_mm, shift_mm = LEVEL_MM
-    return [geometry.crop_level(study, box, shape, extent_mm, shift_mm)[0] for box in boxes]
+    return [resample.crop_level(study, box, shape, extent_mm, shift_mm)[0] for box in boxes]
 
 
 def ours_study(study, boxes):
-    return [geometry.crop_study(study, *STUDY_MM)[0]]
+    return [resample.crop_study(study, *STUDY_MM)[0]]
 
 
 def cloud_levels(study, boxes):
     shape, extent_mm, shift_mm = LEVEL_MM
-    cloud = geometry.smeared_cloud(study)
-    return [geometry.voxelise_point_cloud(study, box, shape, extent_mm, shift_mm, cloud=cloud)[0] for box in boxes]
+    cloud = point_cloud.smeared_cloud(study)
+    return [point_cloud.voxelise_point_cloud(study, box, shape, extent_mm, shift_mm, cloud=cloud)[0] for box in boxes]
 
 
 def cloud_study(study, boxes):
-    return [geometry.voxelise_point_cloud(study, None, *STUDY_MM)[0]]
+    return [point_cloud.voxelise_point_cloud(study, None, *STUDY_MM)[0]]
 
 
 def sitk_images(study):
@@ -127,7 +128,7 @@ def sitk_images(study):
 def sitk_box(images, center, axes, extent_mm, shape):
     import SimpleITK as sitk
 
-    affine = geometry.crop_affine(center, axes, extent_mm, shape)
+    affine = resample.crop_affine(center, axes, extent_mm, shape)
     steps = np.linalg.norm(affine[:3, :3], axis=0)
     resampler = sitk.ResampleImageFilter()
     resampler.SetInterpolator(sitk.sitkLinear)
@@ -149,7 +150,7 @@ def sitk_levels(study, boxes):
 
 def sitk_study(study, boxes):
     shape, extent_mm = STUDY_MM
-    return [sitk_box(sitk_images(study), *geometry.study_box(study), extent_mm, shape)]
+    return [sitk_box(sitk_images(study), *resample.study_box(study), extent_mm, shape)]
 
 
 METHODS = {
@@ -257,11 +258,11 @@ def accuracy(study, boxes):
         values = (volume.voxel_to_lps(index) - center) @ slope + 0.5
         volumes.append(replace(volume, array=values.astype(np.float32)))
     study = replace(study, volumes=volumes)
-    affine = geometry.crop_affine(center, box.axes, extent_mm, shape)
+    affine = resample.crop_affine(center, box.axes, extent_mm, shape)
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
     truth = (index @ affine[:3, :3].T + affine[:3, 3] - center) @ slope + 0.5
-    crop, covered = geometry.crop_level(study, box, *LEVEL_MM)
-    cloud, occupied = geometry.voxelise_point_cloud(study, box, *LEVEL_MM)
+    crop, covered = resample.crop_level(study, box, *LEVEL_MM)
+    cloud, occupied = point_cloud.voxelise_point_cloud(study, box, *LEVEL_MM)
     rows = {}
     for name, values, filled in (("this kit", crop, covered), ("point cloud", cloud, occupied)):
         error = np.abs(values - truth)[covered] / np.ptp(truth)
@@ -308,10 +309,10 @@ def measure(folder, repeats, device=None):
             shape, extent_mm, shift_mm = LEVEL_MM
             if "five" in task:
                 methods[f"this kit, {device}"] = lambda study, boxes: [
-                    geometry.crop_level(study, box, shape, extent_mm, shift_mm, device) for box in boxes
+                    resample.crop_level(study, box, shape, extent_mm, shift_mm, device) for box in boxes
                 ]
             else:
-                methods[f"this kit, {device}"] = lambda study, boxes: geometry.crop_study(study, *STUDY_MM, device)
+                methods[f"this kit, {device}"] = lambda study, boxes: resample.crop_study(study, *STUDY_MM, device)
         seconds = medians(methods, (study, boxes), repeats)
         results["tasks"][task] = {
             name: {"seconds": seconds[name], "peak_mb": peak_mb(folder, task, name) if name in METHODS[task] else None}

@@ -27,8 +27,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
+import torch  # noqa: E402
 
 import utils  # noqa: E402
+from lumbar.data.dicom import read_study  # noqa: E402
+from lumbar.data.greys import normalise_study  # noqa: E402
+from lumbar.grade.classifier import predict_crops  # noqa: E402
+from lumbar.grade.crops import cut_crops  # noqa: E402
+from lumbar.grade.detector import yolo_studies  # noqa: E402
+from lumbar.grade.ensemble import combine_members, default_ensemble  # noqa: E402
+from lumbar.serve.inference import studies_to_predict  # noqa: E402
+from lumbar.serve.members import weight_folders  # noqa: E402
+from lumbar.spine.levels import locate_levels_surely  # noqa: E402
+from lumbar.spine.spinenet import detect_vertebrae  # noqa: E402
 
 STEPS = ("reading", "locating", "cropping", "yolo", "level", "study")
 
@@ -73,7 +84,7 @@ def stream(data, split, members, out, views, batch, readers):
     """The kit's way: (submission, dict step -> seconds summed over studies, wall seconds)."""
     started = time.perf_counter()
     submission, log, _, _ = utils.infer_studies(
-        data, split, members, utils.default_ensemble(), out, views, batch_studies=batch, readers=readers
+        data, split, members, default_ensemble(), out, views, batch_studies=batch, readers=readers
     )
     wall_s = time.perf_counter() - started
     return submission, {step: float(log[f"{step}_s"].sum()) for step in STEPS}, wall_s
@@ -89,10 +100,10 @@ def mean_of_folds(said):
 
 def plainly(data, split, members, views):
     """One study, slice, patch and level at a time: as stream."""
-    from lumbar.inference import _views
+    from lumbar.serve.members import _views
 
     started, seconds = time.perf_counter(), dict.fromkeys(STEPS, 0.0)
-    jobs = utils.studies_to_predict(data, split)
+    jobs = studies_to_predict(data, split)
     answers = {m: np.full((len(jobs), 5, 5, 3), np.nan) for m in utils.MEMBERS}
 
     def timed(step, work):
@@ -102,17 +113,15 @@ def plainly(data, split, members, views):
         return result
 
     def crops_of(scope, about, study, boxes):
-        return timed("cropping", lambda: utils.cut_crops(study, boxes, about["crop"], members.device))
+        return timed("cropping", lambda: cut_crops(study, boxes, about["crop"], members.device))
 
     for number, (study_id, series) in enumerate(jobs.items()):
         folder = data / f"{split}_images" / str(study_id)
-        study = timed(
-            "reading", lambda folder=folder, series=series: utils.normalise_study(utils.read_study(folder, series))
-        )
+        study = timed("reading", lambda folder=folder, series=series: normalise_study(read_study(folder, series)))
         boxes = timed(
             "locating",
-            lambda study=study: utils.locate_levels_surely(
-                study, members.spinenet, detector=lambda volume: utils.detect_vertebrae(members.spinenet, volume, 1)
+            lambda study=study: locate_levels_surely(
+                study, members.spinenet, detector=lambda volume: detect_vertebrae(members.spinenet, volume, 1)
             )[0],
         )
         for condition, models in members.yolo.items():
@@ -120,7 +129,7 @@ def plainly(data, split, members, views):
             for model in models:
                 (found,) = timed(
                     "yolo",
-                    lambda model=model, study=study, boxes=boxes: utils.yolo_studies(
+                    lambda model=model, study=study, boxes=boxes: yolo_studies(
                         model, [study], [boxes], _views(model.about, views), batch=1
                     ),
                 )
@@ -135,7 +144,7 @@ def plainly(data, split, members, views):
                 said.append(
                     timed(
                         "level",
-                        lambda crops=crops, level=level, model=model, about=about: utils.predict_crops(
+                        lambda crops=crops, level=level, model=model, about=about: predict_crops(
                             [model], crops, about["crop"], np.array([level]), _views(about, views), 1
                         ),
                     )[0]
@@ -148,7 +157,7 @@ def plainly(data, split, members, views):
             crops = crops_of("study", about, study, boxes)
             (found,) = timed(
                 "study",
-                lambda crops=crops, model=model, about=about: utils.predict_crops(
+                lambda crops=crops, model=model, about=about: predict_crops(
                     [model], crops, about["crop"], None, _views(about, views), 1
                 ),
             )
@@ -156,14 +165,14 @@ def plainly(data, split, members, views):
         if folds:
             answers["study"][number] = mean_of_folds(folds)
     answers = {m: p for m, p in answers.items() if np.isfinite(p).any()}
-    probabilities, _ = utils.combine_members(answers, utils.default_ensemble(), members.prior)
+    probabilities, _ = combine_members(answers, default_ensemble(), members.prior)
     return utils.to_submission(list(jobs), probabilities), seconds, time.perf_counter() - started
 
 
 def measure(arguments):
     """One way in this process: prints a JSON line, writes its submission."""
-    utils.torch.set_num_threads(arguments.threads)
-    members = utils.load_members(utils.weight_folders([arguments.weights]), device=arguments.device)
+    torch.set_num_threads(arguments.threads)
+    members = utils.load_members(weight_folders([arguments.weights]), device=arguments.device)
     Path("/proc/self/clear_refs").write_text(
         "5"
     )  # the peak so far, which a child even has from its parent, is forgotten

@@ -72,17 +72,19 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import phantom  # noqa: E402
-from lumbar import classifiers, ensemble, yolo  # noqa: E402
-from lumbar.files import class_prior, labels_to_array  # noqa: E402
-from lumbar.levels import locate_studies  # noqa: E402
-from lumbar.looking import TERM_NAMES, resampled_scores, score_table  # noqa: E402
+from lumbar.data.competition import class_prior, labels_to_array  # noqa: E402
+from lumbar.data.preprocess import preprocess_studies  # noqa: E402
+from lumbar.data.tables import read_coordinates, read_folds, read_labels  # noqa: E402
+from lumbar.data.volume import load_study, study_paths  # noqa: E402
+from lumbar.grade import classifier, crops, detector_data, detector_training, trainer  # noqa: E402
+from lumbar.grade import detector as detector_module  # noqa: E402
+from lumbar.grade import tables as tables_module  # noqa: E402
+from lumbar.look.report import TERM_NAMES, resampled_scores, score_table  # noqa: E402
 from lumbar.names import DESCRIPTIONS, DETECTORS, LEVELS, device_for, progress  # noqa: E402
-from lumbar.preprocess import preprocess_studies  # noqa: E402
-from lumbar.spinenet import detect_vertebrae, load_spinenet  # noqa: E402
-from lumbar.stages import open_stage  # noqa: E402
+from lumbar.run.stages import open_stage  # noqa: E402
+from lumbar.spine.levels import locate_studies  # noqa: E402
+from lumbar.spine.spinenet import detect_vertebrae, load_spinenet  # noqa: E402
 from lumbar.storage import write_csv, write_json  # noqa: E402
-from lumbar.tables import read_coordinates, read_folds, read_labels  # noqa: E402
-from lumbar.volume import load_study, study_paths  # noqa: E402
 
 VERSION = 1  # goes up when the same settings give other results from this file
 SIX = ("L1", "L2", "L3", "L4", "L5", "S1")
@@ -321,7 +323,7 @@ def member(run, name):
 def classifier_settings(run, scope):
     """What the run's 3D network of this scope was trained with: dict for JSON."""
     folder, parameters, fold = member(run, f"04_train_vit_{scope}")
-    _, about = classifiers.load_classifier(folder / f"{scope}_{fold}.safetensors")
+    _, about = classifier.load_classifier(folder / f"{scope}_{fold}.safetensors")
     config = {key.lower(): parameters[key] for key in ("EPOCHS", "BATCH", "LEARNING_RATE", "WEIGHT_DECAY", "DROPOUT")}
     config |= {"accumulate": parameters.get("ACCUMULATE", 1)}
     config |= {"ema": parameters["EMA"], "backbone": about["backbone"], "strength": 0.0, "pooling": "global"}
@@ -359,7 +361,7 @@ def read_settings(run, longer=1):
 
 def _stages(backbone):
     """Number of stages of a backbone: its stride is 2 to the power of one more."""
-    small = classifiers.SMALL_BACKBONES.get(backbone)
+    small = classifier.SMALL_BACKBONES.get(backbone)
     return len(small["depths"]) if small else 4
 
 
@@ -456,7 +458,7 @@ class Grids(torch.utils.data.Dataset):
 
     def _padded(self, study_id, which):
         grids = np.load(self.folder / f"{study_id}.npy", mmap_mode="r")[which]
-        sides = [(full - n) // 2 for full, n in zip(classifiers.margin_shape(grids.shape[2:]), grids.shape[2:])]
+        sides = [(full - n) // 2 for full, n in zip(crops.margin_shape(grids.shape[2:]), grids.shape[2:])]
         return np.pad(grids, [(0, 0), (0, 0), *((side, side) for side in sides)])
 
     def crops_of(self, study_id):
@@ -484,9 +486,9 @@ def train_network(job):
     settings = job["settings"]
     train, valid, test = (Grids(job["grids"], *job[part], job["crop"]) for part in ("train", "valid", "test"))
     config = {**settings["config"], "about": {"fold": settings["fold"]}}
-    classifiers.train_classifier(job["out"], job["name"], train, valid, config, settings["seed"])
-    model, _ = classifiers.load_classifier(job["out"] / f"{job['name']}.safetensors", device_for())
-    p = classifiers.predict_dataset([model], test) if len(test) else np.zeros((0, 5, 5, 3))
+    trainer.train_classifier(job["out"], job["name"], train, valid, config, settings["seed"])
+    model, _ = classifier.load_classifier(job["out"] / f"{job['name']}.safetensors", device_for())
+    p = classifier.predict_dataset([model], test) if len(test) else np.zeros((0, 5, 5, 3))
     _save(target, study_ids=np.array(test.study_ids, np.int64), p=p)
 
 
@@ -501,7 +503,7 @@ def train_detector(job):
     if target.is_file():
         return
     dataset = job["out"] / "yolo" / condition
-    yolo.write_yolo_dataset(
+    detector_data.write_yolo_dataset(
         dataset,
         condition,
         job["run"] / "01_preprocess" / "volumes",
@@ -519,7 +521,7 @@ def train_detector(job):
         "degrees": settings["rotate"],
         "fliplr": 0.5,
     }
-    weights = yolo.train_yolo(
+    weights = detector_training.train_yolo(
         dataset,
         condition,
         settings["fold"],
@@ -532,12 +534,12 @@ def train_detector(job):
         workers=0,
         settings=changes,
     )
-    detector = yolo.load_yolo(weights, device_for())
+    detector = detector_module.load_yolo(weights, device_for())
     description, conditions = DETECTORS[condition]
     p = []
     for study_id in progress(list(job["test"]), f"yolo {condition} on the test studies"):
         study = load_study(job["test"][study_id], [description])
-        (found,) = yolo.yolo_studies(detector, [study], [None])
+        (found,) = detector_module.yolo_studies(detector, [study], [None])
         p.append(np.full((len(conditions), len(LEVELS), 3), np.nan) if isinstance(found, Exception) else found)
     _save(target, study_ids=np.array(list(job["test"]), np.int64), p=np.array(p))
 
@@ -672,7 +674,7 @@ def all_predictions(run, out):
     }
     tables[OURS] = pd.read_csv(run / "05_inference" / "submission.csv")
     tables["perfect reader"] = phantom.perfect_submission(run / "data", "test")
-    return ids, grades, found | ensemble.align_members(ids, tables)
+    return ids, grades, found | tables_module.align_members(ids, tables)
 
 
 # ---- Scores ----

@@ -38,14 +38,18 @@ from scipy import ndimage  # noqa: E402
 from scipy.optimize import linear_sum_assignment  # noqa: E402
 
 import phantom  # noqa: E402
-from lumbar import levels as lumbar_levels  # noqa: E402
-from lumbar import spinenet  # noqa: E402
-from lumbar.dicom import stack_slices  # noqa: E402
-from lumbar.geometry import boxes_to_table  # noqa: E402
-from lumbar.greys import normalise_study  # noqa: E402
+
+# noqa: E402
+from lumbar.data.dicom import stack_slices  # noqa: E402
+from lumbar.data.geometry import boxes_to_table  # noqa: E402
+from lumbar.data.greys import normalise_study  # noqa: E402
+from lumbar.data.volume import Study, load_study, save_study  # noqa: E402
+from lumbar.look import plots  # noqa: E402
 from lumbar.names import VERTEBRAE, progress  # noqa: E402
+from lumbar.spine import fallbacks, level_scores, spinenet  # noqa: E402
+from lumbar.spine import levels as levels_module  # noqa: E402
+from lumbar.spine import vertebra as vertebra_module  # noqa: E402
 from lumbar.storage import write_csv, write_json  # noqa: E402
-from lumbar.volume import Study, load_study, save_study  # noqa: E402
 
 CACHE_VERSION = 1  # goes up when the same study gets other pixels from this file
 # Training anatomies count up from 1_000_000 (paint_anatomies), each set here from a number of its own.
@@ -177,8 +181,8 @@ def simulate_sagittal(seed, kind, transitional=0.0):
         images = [phantom.render(grid, table) for grid in grids]
         stack = phantom.acquire(rng, grids, plan, images, phantom.back_of(anatomy), front)
         volumes += plan_volumes(plan, spoil_contrast(kind, stack, rng), seed)
-    bodies = [spinenet.Vertebra(v.corners_mm(), v.width_mm, 1.0, v.name, "truth") for v in anatomy.vertebrae]
-    return normalise_study(Study(seed, volumes)), spinenet.vertebrae_to_table(seed, bodies), anatomy
+    bodies = [vertebra_module.Vertebra(v.corners_mm(), v.width_mm, 1.0, v.name, "truth") for v in anatomy.vertebrae]
+    return normalise_study(Study(seed, volumes)), vertebra_module.vertebrae_to_table(seed, bodies), anatomy
 
 
 def _make(job):
@@ -467,7 +471,7 @@ def corrupted_study(about, truth, corruption):
     study = load_study(about["path"])
     if corruption not in _CORRUPT:  # none; and scoliosis, which is in the anatomy
         return study, study.volumes
-    bodies = {v.name: v for v in spinenet.vertebrae_from_table(truth, about["study_id"])}
+    bodies = {v.name: v for v in vertebra_module.vertebrae_from_table(truth, about["study_id"])}
     rng = np.random.default_rng((about["study_id"], CORRUPTIONS.index(corruption)))
     made = _CORRUPT[corruption](study, bodies, rng)
     return made if isinstance(made, tuple) else (made, made.volumes)
@@ -517,13 +521,13 @@ def score_study(boxes, bodies, truth, view):
     is within RIGHT_MM.
     """
     study_id = int(truth["study_id"].iloc[0])
-    true_bodies = spinenet.vertebrae_from_table(truth, study_id)
+    true_bodies = vertebra_module.vertebrae_from_table(truth, study_id)
     true_mm = np.array([body.center_lps_mm for body in true_bodies])
     asked = in_view(view, true_mm) & np.array([body.name in VERTEBRAE for body in true_bodies])
     where = np.flatnonzero(asked)
     raw = [v for v in bodies if not re.search(UNSEEN, v.source)]
     counts = {}
-    for prefix, seen in (("raw_", raw), ("", [v for v in raw if v.name != spinenet.UNCERTAIN])):
+    for prefix, seen in (("raw_", raw), ("", [v for v in raw if v.name != vertebra_module.UNCERTAIN])):
         seen_mm = np.array([v.center_lps_mm for v in seen]).reshape(-1, 3)
         pairs = match_bodies(seen_mm, true_mm[asked])
         left_over = sorted(set(range(len(seen))) - {i for i, _, _ in pairs})
@@ -532,9 +536,9 @@ def score_study(boxes, bodies, truth, view):
         counts |= {f"{prefix}false": len(false)}
     lumbar = [(seen[i].name, true_bodies[where[j]].name) for i, j, _ in pairs]  # of the loop's last round: with a name
     lumbar = [(name, true) for name, true in lumbar if true in LUMBAR]
-    true_boxes = {box.level: box for box in lumbar_levels.level_boxes(true_bodies)}
+    true_boxes = {box.level: box for box in fallbacks.level_boxes(true_bodies)}
     shown = in_view(view, np.array([box.center_lps_mm for box in true_boxes.values()]))
-    levels = lumbar_levels.level_errors(boxes_to_table(study_id, boxes), truth)
+    levels = level_scores.level_errors(boxes_to_table(study_id, boxes), truth)
     levels = levels[levels["level"].map(dict(zip(true_boxes, shown, strict=True)))]
     levels = levels.assign(right=levels["named"] & (levels["error_mm"] < RIGHT_MM))
     score = {
@@ -604,7 +608,7 @@ def locate_cases(cases, truth, model):
         own = truth[about["study_id"]]
         study, view = corrupted_study(about, own, case["corruption"])
         started = time.perf_counter()
-        boxes, bodies = lumbar_levels.locate_levels(study, model)
+        boxes, bodies = levels_module.locate_levels(study, model)
         seconds = time.perf_counter() - started
         case["bodies"] = bodies
         score, errors = score_study(boxes, bodies, own, view)
@@ -635,7 +639,7 @@ def draw_case(ax, case, truth, score):
 
     study_id = case["about"]["study_id"]
     study, view = corrupted_study(case["about"], truth, case["corruption"])
-    true_bodies = spinenet.vertebrae_from_table(truth, study_id)
+    true_bodies = vertebra_module.vertebrae_from_table(truth, study_id)
     shown = in_view(view, np.array([body.center_lps_mm for body in true_bodies]), 0.0)
     middle = np.mean([body.center_lps_mm for body in true_bodies if body.name in LUMBAR], 0)
     volumes = study.of("Sagittal T2/STIR") or study.volumes
@@ -650,9 +654,9 @@ def draw_case(ax, case, truth, score):
             front = corners[[0, 3]].mean(0)
             beside = front - 4 * (center - front) / np.linalg.norm((center - front) * volume.spacing_mm[1:])
             ax.text(beside[1], beside[0], body.name, color="lime", fontsize=7, ha="right", va="center")
-    lumbar_levels.plot_vertebrae(ax, volume, index, [v for v in case["bodies"] if v.name != spinenet.UNCERTAIN])
+    plots.plot_vertebrae(ax, volume, index, [v for v in case["bodies"] if v.name != vertebra_module.UNCERTAIN])
     for body in case["bodies"]:
-        if body.name == spinenet.UNCERTAIN:
+        if body.name == vertebra_module.UNCERTAIN:
             corners = volume.lps_to_voxel(body.corners_lps_mm)[[0, 1, 2, 3, 0]]
             ax.plot(corners[:, 2], corners[:, 1], color="tab:red", linewidth=0.7)
     for text in ax.texts:

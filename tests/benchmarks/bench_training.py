@@ -29,7 +29,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from lumbar import classifiers, names, stages  # noqa: E402
+from lumbar import names  # noqa: E402
+from lumbar.grade import classifier, detector_weights, trainer  # noqa: E402
+from lumbar.grade import crops as crops_module  # noqa: E402
+from lumbar.run import stages  # noqa: E402
 
 # name -> (backbone or description, batch, extent in mm of the crop)
 NETWORKS = {
@@ -59,7 +62,7 @@ class RandomCrops(torch.utils.data.Dataset):
         self.crop, self.per_study = crop, len(names.LEVELS) if crop["scope"] == "level" else 1
         self.study_ids = list(range(-(-count // self.per_study)))
         self.grades = rng.integers(0, 3, (len(self.study_ids), len(names.CONDITIONS), len(names.LEVELS)))
-        self.values = torch.from_numpy(rng.random((3, *classifiers.margin_shape(crop["shape"])), np.float32)).half()
+        self.values = torch.from_numpy(rng.random((3, *crops_module.margin_shape(crop["shape"])), np.float32)).half()
         self.count = count
 
     def __len__(self):
@@ -107,7 +110,7 @@ def classifier_actions(scope, options, device):
         "recompute": not options.keep,
     }
     data = RandomCrops(crop, batch)
-    training = classifiers._Training(data, config, 0, device)
+    training = trainer._Training(data, config, 0, device)
     crops = data.values[None].expand(batch, -1, -1, -1, -1)
     levels = np.arange(batch) % len(names.LEVELS) if scope == "level" else None
 
@@ -116,22 +119,22 @@ def classifier_actions(scope, options, device):
         assert np.isfinite(loss), "the loss is not finite"
 
     def infer():
-        classifiers.predict_crops([training.model.eval()], crops, crop, levels, batch=batch)
+        classifier.predict_crops([training.model.eval()], crops, crop, levels, batch=batch)
 
     return training.model, step, infer, batch, "x".join(map(str, shape)), str(training.precision).split(".")[1]
 
 
 def detector_actions(options, device):
     """The same of ultralytics' YOLOv10x on one-channel patches with one box each."""
-    from lumbar import yolo
+    pass
 
-    yolo.prepare_ultralytics(Path(tempfile.gettempdir()) / "ultralytics_config")
+    detector_weights.prepare_ultralytics(Path(tempfile.gettempdir()) / "ultralytics_config")
     from ultralytics.cfg import get_cfg
     from ultralytics.nn.tasks import DetectionModel
 
     description, batch, _ = NETWORKS["yolo"]
     batch, edge = options.batch or batch, options.yolo
-    precision = classifiers.precision_for(options.precision, device)
+    precision = trainer.precision_for(options.precision, device)
     torch.manual_seed(0)
     net = DetectionModel(description, ch=1, nc=len(names.SEVERITIES), verbose=False).to(device)
     net.args = get_cfg()

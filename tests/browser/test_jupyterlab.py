@@ -16,6 +16,10 @@ import pytest
 from small_study import make_boxes, make_points, make_probabilities, make_study, make_vertebrae
 
 import utils
+from lumbar.data.geometry import boxes_to_table
+from lumbar.data.volume import Study, save_study
+from lumbar.names import LABEL_COLUMNS
+from lumbar.spine.vertebra import vertebrae_to_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,13 +35,13 @@ def run(tmp_path_factory):
     levels, vertebrae = [], []
     for study_id in (7, 9, 11):
         volumes = [replace(v, study_id=study_id, array=v.array * (0.5 + study_id / 20)) for v in study.volumes]
-        utils.save_study(utils.Study(study_id, volumes), out / f"01_preprocess/volumes/{study_id}.safetensors")
+        save_study(Study(study_id, volumes), out / f"01_preprocess/volumes/{study_id}.safetensors")
         boxes = [replace(box, source="prior") if study_id == 11 else box for box in make_boxes()]
-        levels.append(utils.boxes_to_table(study_id, boxes))
-        vertebrae.append(utils.vertebrae_to_table(study_id, make_vertebrae()))
+        levels.append(boxes_to_table(study_id, boxes))
+        vertebrae.append(vertebrae_to_table(study_id, make_vertebrae()))
     pd.concat(levels).to_csv(out / "02_train_spinenet/levels.csv", index=False)
     pd.concat(vertebrae).to_csv(out / "02_train_spinenet/vertebrae.csv", index=False)
-    labels = pd.DataFrame([dict(zip(utils.LABEL_COLUMNS, np.array(utils.GRADES)[truth.ravel()]))] * 3)
+    labels = pd.DataFrame([dict(zip(LABEL_COLUMNS, np.array(utils.GRADES)[truth.ravel()]))] * 3)
     labels.assign(study_id=[7, 9, 11]).to_csv(out / "data/train.csv", index=False)
     points = make_points()
     points["condition"] = points["condition"].str.replace("_", " ").str.title()

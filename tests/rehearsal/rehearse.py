@@ -32,6 +32,9 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 import utils  # noqa: E402
+from lumbar.run import pipeline  # noqa: E402
+from lumbar.run.pipeline import kaggle_kernels  # noqa: E402
+from lumbar.serve.members import weight_folders  # noqa: E402
 
 # Of Kaggle's image of August 2026; without a version: it has the package, in whichever is newest.
 IMAGE = (
@@ -290,7 +293,7 @@ def check_submission(submission, data):
 
 def predict_here(data, inputs, out):
     """The same studies and weights in this environment, for comparison."""
-    folders = utils.weight_folders([inputs])
+    folders = weight_folders([inputs])
     members = utils.load_members(folders, utils.MEMBERS, "cpu")
     ensemble = utils.ensemble_for(folders, data)
     return utils.infer_studies(data, "test", members, ensemble, out)[0]
@@ -335,14 +338,14 @@ def rehearse_scoring(python, folder, build, layout, alone):
 
 def smoke_settings():
     """Parameters for the chain, by kernel: as short as the kit's own smoke test."""
-    from lumbar import stages
+    pass
 
     settings = {}
-    for name, kernel in utils.kaggle_kernels().items():
+    for name, kernel in kaggle_kernels().items():
         notebook = kernel["notebook"]
         own = kernel["parameters"].get("CONDITION") or kernel["parameters"].get("SCOPE")
         settings[name] = {}
-        for preset in (stages.DEMO, stages.SMOKE):
+        for preset in (pipeline.DEMO, pipeline.SMOKE):
             settings[name] |= preset.get(notebook, {}) | preset.get(f"{notebook}_{own}", {})
         if notebook in ("02_train_spinenet", "03_train_yolo", "04_train_vit"):
             settings[name] |= {"WORKERS": 0}
@@ -357,7 +360,7 @@ def rehearse_chain(python, folder, build, layout, alone):
     folder.mkdir()
     phantom.make_dataset(folder / "data", train=10, test=2, seed=5, workers=1, prevalence=3.0, progress=False)
     seconds, working = {}, {}
-    for name in utils.kaggle_kernels():
+    for name in kaggle_kernels():
         about = json.loads((build / "kernels" / name / "kernel-metadata.json").read_text())
         inputs = folder / f"input_{name}"
         data = inputs / ("" if layout == "old" else "competitions") / COMPETITION

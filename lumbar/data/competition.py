@@ -1,0 +1,125 @@
+"""Labels and submissions as arrays, the class prior, folds.
+
+May use: tables, names.
+"""
+
+import numpy as np
+import pandas as pd
+
+from ..names import CONDITIONS, GRADES, LABEL_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS
+from .tables import whole_number
+
+
+def id_array(ids, name="study_id"):
+    """Whole numbers of whatever type a table has them in -> (n,) int64. Raises ValueError naming the first other."""
+    values = [whole_number(value) for value in ids]
+    if None in values:
+        raise ValueError(f"{name} {list(ids)[values.index(None)]!r} is no whole number")
+    return np.array(values, np.int64)
+
+
+def labels_to_array(labels):
+    """Wide labels -> (study_ids (n,) int64, grades (n, 5 conditions, 5 levels) int64, -1 where missing).
+
+    Raises ValueError on an unknown grade, a study that is listed twice or one whose id is no whole number.
+    """
+    study_ids = id_array(labels["study_id"])
+    twice = pd.Index(study_ids).duplicated()
+    if twice.any():
+        raise ValueError(f"study {study_ids[twice][0]} has two rows of labels")
+    columns = labels.reindex(columns=list(LABEL_COLUMNS))
+    values, missing = columns.astype(object).to_numpy(copy=True), columns.isna().to_numpy(bool)
+    values[missing] = None
+    grades = np.full(values.shape, -1, np.int64)
+    for number, grade in enumerate(GRADES):
+        grades[values == grade] = number
+    unknown = ~missing & (grades < 0)
+    if unknown.any():
+        row, column = np.argwhere(unknown)[0]
+        raise ValueError(
+            f"study {study_ids[row]}: {LABEL_COLUMNS[column]} is {values[row, column]!r}, "
+            f"not one of {', '.join(GRADES)}"
+        )
+    return study_ids, grades.reshape(-1, len(CONDITIONS), len(LEVELS))
+
+
+def row_ids(study_id):
+    """The 25 row ids of a study, in the order of an array (5 conditions, 5 levels)."""
+    return [f"{study_id}_{column}" for column in LABEL_COLUMNS]
+
+
+def to_submission(study_ids, probabilities):
+    """(n,) ids and (n, 5, 5, 3) probabilities -> a submission sorted by row_id, each row normalised in float64.
+
+    Raises ValueError on a value that is not finite or is negative, or a row of zeros.
+    """
+    values = np.asarray(probabilities, np.float64).reshape(-1, len(SEVERITIES))
+    if not np.isfinite(values).all() or (values < 0).any() or (values.sum(1) <= 0).any():
+        raise ValueError("probabilities must be finite, not negative, and not all zero in a row")
+    values = values / values.sum(1, keepdims=True)
+    table = pd.DataFrame(values, columns=list(SEVERITIES))
+    table.insert(0, "row_id", [row for study_id in id_array(study_ids) for row in row_ids(study_id)])
+    return table.sort_values("row_id", ignore_index=True)
+
+
+def severity_values(table):
+    """The three severities of a submission-like table: (n, 3) float64, NaN where a cell is empty or no number."""
+    columns = [pd.to_numeric(table[name].astype(object), errors="coerce") for name in SEVERITIES]
+    return np.stack([column.to_numpy(np.float64, na_value=np.nan) for column in columns], 1)
+
+
+def from_submission(table):
+    """A submission -> (study_ids (n,) ascending, probabilities (n, 5, 5, 3) float64, NaN where a row is absent).
+
+    Raises ValueError on a row_id that is no `{study_id}_{condition}_{level}` or that appears twice, and on a value
+    that is no number.
+    """
+    names = table["row_id"].astype(object).astype(str)
+    parts = names.str.extract(r"^([0-9]{1,18})_(.+)$")
+    position = {column: number for number, column in enumerate(LABEL_COLUMNS)}
+    column = parts[1].map(position)
+    if column.isna().any():
+        raise ValueError(f"row_id {names[column.isna()].iloc[0]!r} names no study, condition and level")
+    if names.duplicated().any():
+        raise ValueError(f"row_id {names[names.duplicated()].iloc[0]!r} appears twice")
+    severities = severity_values(table)
+    odd = np.isnan(severities) & table[list(SEVERITIES)].notna().to_numpy(bool)
+    if odd.any():
+        row, severity = np.argwhere(odd)[0]
+        raise ValueError(f"row {names.iloc[row]}: {table[SEVERITIES[severity]].iloc[row]!r} is no number")
+    study_ids, row = np.unique(parts[0].to_numpy(object).astype(np.int64), return_inverse=True)
+    values = np.full((len(study_ids), len(LABEL_COLUMNS), len(SEVERITIES)), np.nan)
+    values[row, column.to_numpy(np.int64)] = severities
+    return study_ids, values.reshape(-1, len(CONDITIONS), len(LEVELS), len(SEVERITIES))
+
+
+def class_prior(grades, weighted=True, smoothing=1.0):
+    """Frequencies of the grades per condition and level: (5, 5, 3), rows sum to 1.
+
+    grades: (n, 5, 5), -1 missing. weighted: multiplied by the metric's weights, which is the constant prediction
+    with the lowest expected weighted log loss. smoothing: a count added to each class.
+    """
+    counts = np.stack([(grades == k).sum(0) for k in range(len(SEVERITIES))], -1) + smoothing
+    if weighted:
+        counts = counts * np.asarray(SEVERITY_WEIGHTS, np.float64)
+    return counts / counts.sum(-1, keepdims=True)
+
+
+def make_folds(labels, folds, seed=0):
+    """Study-wise folds of equal size with alike severities: DataFrame study_id, fold.
+
+    Studies are sorted by how much disease they carry, per group of conditions first, and dealt out to the folds in
+    shuffled rounds; so each fold has a like share of every degree, whatever their number.
+    """
+    study_ids, grades = labels_to_array(labels)
+    if not 2 <= folds <= len(study_ids):
+        raise ValueError(f"{len(study_ids)} studies cannot be dealt into {folds} folds")
+    rng = np.random.default_rng(seed)
+    weight = np.where(grades > 0, np.asarray(SEVERITY_WEIGHTS)[np.clip(grades, 0, 2)], 0)
+    any_severe = (grades[:, 0] == 2).any(1)
+    order = np.lexsort((rng.random(len(study_ids)), weight.sum((1, 2)), any_severe))
+    fold = np.empty(len(study_ids), np.int64)
+    for start in range(0, len(order), folds):
+        block = order[start : start + folds]
+        fold[block] = rng.permutation(folds)[: len(block)]
+    return pd.DataFrame({"study_id": study_ids, "fold": fold})

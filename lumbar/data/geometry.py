@@ -1,0 +1,202 @@
+"""Level boxes and label points in patient space, and where they lie in slices.
+
+May use: tables, names.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ..names import LEVEL_TABLE_COLUMNS, LEVELS
+from .tables import whole_number
+
+
+def _open3d():
+    try:
+        import open3d
+    except ImportError as error:
+        raise ImportError(f"Open3D cannot be loaded ({error}); on Debian: apt-get install libusb-1.0-0") from None
+    return open3d
+
+
+@dataclass
+class LevelBox:
+    """The oriented box of one disc level.
+
+    center_lps_mm: (3,) the disc's centre; axes: (3, 3), rows are unit vectors in LPS, a right-handed frame: towards
+    the head along the disc's normal, to the patient's left, to the back; extent_mm: (3,) full edge lengths along them.
+    """
+
+    level: str
+    center_lps_mm: np.ndarray
+    axes: np.ndarray
+    extent_mm: np.ndarray
+    confidence: float = 1.0
+    source: str = ""
+
+    def to_lps(self, head_left_back_mm):
+        """(..., 3) offsets from the centre along head, left, back -> (..., 3) LPS millimetres."""
+        return np.asarray(head_left_back_mm, np.float64) @ self.axes + self.center_lps_mm
+
+    def from_lps(self, xyz_mm):
+        """(..., 3) LPS millimetres -> (..., 3) offsets from the centre along head, left, back."""
+        return (np.asarray(xyz_mm, np.float64) - self.center_lps_mm) @ self.axes.T
+
+    def corners_lps(self):
+        """(8, 3) corners in LPS millimetres."""
+        return self.to_lps(_unit_corners((-0.5, -0.5, -0.5), (0.5, 0.5, 0.5)) * self.extent_mm)
+
+    def as_open3d(self):
+        """The box as open3d.geometry.OrientedBoundingBox; its axes are the columns of R."""
+        o3d = _open3d()
+        return o3d.geometry.OrientedBoundingBox(
+            np.asarray(self.center_lps_mm), np.asarray(self.axes).T, np.asarray(self.extent_mm)
+        )
+
+    def as_open3d_lines(self):
+        """The box's edges as open3d.geometry.LineSet."""
+        box = self.as_open3d()
+        box.color = (0.0, 0.0, 0.0)  # it is made without one, which Open3D warns of
+        return _open3d().geometry.LineSet.create_from_oriented_bounding_box(box)
+
+
+def boxes_to_table(study_id, boxes):
+    """LevelBoxes of one study -> rows of levels.csv."""
+    rows = []
+    for box in boxes:
+        values = [
+            study_id,
+            box.level,
+            *box.center_lps_mm,
+            *np.ravel(box.axes),
+            *box.extent_mm,
+            box.confidence,
+            box.source,
+        ]
+        rows.append(dict(zip(LEVEL_TABLE_COLUMNS, values)))
+    return pd.DataFrame(rows, columns=LEVEL_TABLE_COLUMNS)
+
+
+def boxes_from_table(table, study_id):
+    """The five LevelBoxes of a study, head to foot. Raises KeyError when a level is absent."""
+    rows = table[table["study_id"] == study_id].set_index("level")
+    boxes = []
+    for level in LEVELS:
+        if level not in rows.index:
+            raise KeyError(f"levels table: no {level} for study {study_id}; run 02_train_spinenet on this data")
+        row = rows.loc[level]
+        boxes.append(
+            LevelBox(
+                level,
+                row[["x_mm", "y_mm", "z_mm"]].to_numpy(np.float64),
+                row[[f"r{i}{j}" for i in range(3) for j in range(3)]].to_numpy(np.float64).reshape(3, 3),
+                row[["extent_head_mm", "extent_left_mm", "extent_back_mm"]].to_numpy(np.float64),
+                float(row["confidence"]),
+                str(row["source"]),
+            )
+        )
+    return boxes
+
+
+def _unit_corners(low, high):
+    """(8, 3) corners of the box from low (3,) to high (3,)."""
+    return np.array(list(itertools.product(*zip(low, high, strict=True))), np.float64)
+
+
+def nearest_slice(volume, xyz_mm):
+    """(slice index, distance in mm along the normal, row, column) of an LPS point; the index is clipped."""
+    ijk = volume.lps_to_voxel(xyz_mm)
+    index = int(np.clip(np.round(ijk[0]), 0, volume.array.shape[0] - 1))
+    normal = np.cross(volume.affine[:3, 1], volume.affine[:3, 2])
+    normal = normal / np.linalg.norm(normal)
+    distance = abs((ijk[0] - index) * volume.affine[:3, 0] @ normal)
+    return index, float(distance), float(ijk[1]), float(ijk[2])
+
+
+def axial_slices_near(study, points_lps_mm, reach_mm=5.0):
+    """The axial slices that cover points and lie near them, e.g. to find on axial slices what was seen on a sagittal.
+
+    points_lps_mm: (n, 3) LPS millimetres (NaN: found nowhere); reach_mm: largest distance along the slice normal.
+    Returns a DataFrame, a row for each point and slice: point (index into points), series_id, block, slice (index
+    into the Volume), instance_number, distance_mm (along the normal, positive), row_px, column_px (where the point's
+    foot on that slice lies, pixel centres at whole numbers; inside the image). Nearest first for each point. Slices
+    of all axial series and blocks count, so that a point between two stacks finds slices of both.
+    """
+    points = np.asarray(points_lps_mm, np.float64).reshape(-1, 3)
+    tables = []
+    for volume in study.volumes:
+        if volume.plane != "axial":
+            continue
+        count, rows, columns = volume.array.shape
+        down, along = volume.affine[:3, 1], volume.affine[:3, 2]
+        normal = np.cross(along, down)
+        normal /= np.linalg.norm(normal)
+        origin = volume.affine[:3, 3] + np.arange(count)[:, None] * volume.affine[:3, 0]
+        offset = points[:, None] - origin  # (n, slices, 3): stacks may step aside, so each slice has its own origin
+        distance = np.abs(offset @ normal)
+        row, column = offset @ down / (down @ down), offset @ along / (along @ along)
+        near = (distance <= reach_mm) & (np.abs(row - (rows - 1) / 2) <= rows / 2)
+        near &= np.abs(column - (columns - 1) / 2) <= columns / 2
+        point, index = np.nonzero(near)
+        tables.append(
+            pd.DataFrame(
+                {
+                    "point": point,
+                    "series_id": volume.series_id,
+                    "block": volume.block,
+                    "slice": index,
+                    "instance_number": volume.instance_numbers[index],
+                    "distance_mm": distance[near],
+                    "row_px": row[near],
+                    "column_px": column[near],
+                }
+            )
+        )
+    if not tables:
+        names = ("point", "series_id", "block", "slice", "instance_number", "distance_mm", "row_px", "column_px")
+        return pd.DataFrame({name: np.zeros(0, float if name[-2:] in ("mm", "px") else int) for name in names})
+    return pd.concat(tables).sort_values(["point", "distance_mm"], kind="stable", ignore_index=True)
+
+
+def on_image(volume, x_px, y_px):
+    """Whether pixel coordinates (numbers or arrays) lie on a volume's slices; a pixel beyond the edge still does, for
+    tools that count from a corner. False for NaN."""
+    _, height, width = volume.array.shape
+    return (x_px >= -1) & (x_px <= width) & (y_px >= -1) & (y_px <= height)
+
+
+def place_points(coordinates, study):
+    """Where the label points of one study lie: DataFrame volume (index in study.volumes), slice (index), x_mm, y_mm,
+    z_mm (LPS) and problem, in the order of the points.
+
+    coordinates: rows of read_coordinates. A point on no slice of the study has -1, -1, NaN and says why in `problem`,
+    which is "" for the others.
+    """
+    where = {}
+    for v, volume in enumerate(study.volumes):
+        slices = where.setdefault(int(volume.series_id), {})
+        slices.update({int(instance): (v, k) for k, instance in enumerate(volume.instance_numbers)})
+    rows = []
+    for row in coordinates.itertuples():
+        name = f"study {study.study_id}, series {row.series_id}, slice {row.instance_number}"
+        slices = where.get(whole_number(row.series_id))
+        v, k = (slices or {}).get(whole_number(row.instance_number), (-1, -1))
+        if slices is None:
+            problem = f"{name}: no such series was read"
+        elif v < 0:
+            problem = f"{name}: no such slice was read"
+        elif not on_image(study.volumes[v], row.x_px, row.y_px):
+            problem = f"{name}: ({row.x_px:.0f}, {row.y_px:.0f}) is outside the image"
+        else:
+            xyz = study.volumes[v].voxel_to_lps([k, row.y_px, row.x_px])
+            rows.append((v, k, *xyz, ""))
+            continue
+        rows.append((-1, -1, np.nan, np.nan, np.nan, problem))
+    return pd.DataFrame(rows, columns=["volume", "slice", "x_mm", "y_mm", "z_mm", "problem"])
+
+
+def coordinates_to_lps(coordinates, study):
+    """Label points of one study -> (n, 3) LPS millimetres, NaN where place_points has a problem."""
+    return place_points(coordinates, study)[["x_mm", "y_mm", "z_mm"]].to_numpy(np.float64)

@@ -1,0 +1,92 @@
+"""The competition's metric, and how much one prediction gains over another.
+
+May use: competition, names.
+"""
+
+import numpy as np
+
+from ..names import CONDITIONS, GROUPS, LEVELS, SEVERITY_WEIGHTS
+from .competition import from_submission, labels_to_array, severity_values
+
+EPS = np.finfo(np.float64).eps  # the metric's clip of probabilities, as scikit-learn has it
+
+
+def score_arrays(grades, probabilities):
+    """The competition's metric on arrays. See competition_score.
+
+    grades: (n, 5, 5) int, -1 missing; probabilities: (n, 5, 5, 3), rows are normalised here in float64.
+    """
+    grades = np.asarray(grades)
+    probabilities = np.asarray(probabilities, np.float64)
+    probabilities = probabilities / probabilities.sum(-1, keepdims=True)
+    if not np.isfinite(probabilities[grades >= 0]).all():
+        raise ValueError("a graded row has no finite prediction")
+    losses, weights = (sums.sum(0) for sums in term_sums(grades, probabilities))
+    scores = {
+        term: float(loss / weight) if weight > 0 else float("nan")
+        for term, loss, weight in zip((*GROUPS, "any_severe"), losses, weights, strict=True)
+    }
+    scores["total"] = float(np.mean([scores[term] for term in (*GROUPS, "any_severe")]))
+    return scores
+
+
+def term_sums(grades, probabilities):
+    """Each study's share in the four terms: (loss (n, 4), weight (n, 4)); a term is loss.sum() / weight.sum().
+
+    grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3). The terms are those of GROUPS, then any severe.
+    """
+    graded, safe = grades >= 0, np.clip(grades, 0, 2)
+    weight = np.where(graded, np.asarray(SEVERITY_WEIGHTS, np.float64)[safe], 0.0)
+    true = np.take_along_axis(probabilities, safe[..., None], -1)[..., 0]
+    loss = -weight * np.log(np.clip(np.where(graded, true, 1), EPS, 1 - EPS))
+    severe = np.where(graded[:, 0], probabilities[:, 0, :, 2], 0.0).max(1)
+    any_weight, any_true = weight[:, 0].max(1), (grades[:, 0] == 2).any(1)
+    any_loss = -any_weight * np.log(np.clip(np.where(any_true, severe, 1 - severe), EPS, 1 - EPS))
+    losses = [loss[:, list(members)].sum((1, 2)) for members in GROUPS.values()]
+    weights = [weight[:, list(members)].sum((1, 2)) for members in GROUPS.values()]
+    return np.stack([*losses, any_loss], 1), np.stack([*weights, any_weight], 1)
+
+
+def paired_gain(grades, before, after, terms=(0, 1, 2, 3)):
+    """How much lower `after` scores than `before`, summed over the terms, and the standard error of that.
+
+    grades: (n, 5, 5) int, -1 left out; before, after: (n, 5, 5, 3); terms: which of term_sums' four.
+    The error is that of a ratio of sums over independent studies (the delta method), of the paired difference.
+    """
+    loss_before, weight = term_sums(grades, before)
+    loss_after, _ = term_sums(grades, after)
+    total = np.maximum(weight.sum(0), 1e-12)
+    saved = loss_before - loss_after
+    gain = saved.sum(0) / total
+    influence = ((saved - gain * weight) / total)[:, list(terms)].sum(1)
+    return float(gain[list(terms)].sum()), float(np.sqrt(np.square(influence).sum()))
+
+
+def competition_score(labels, submission):
+    """The competition's score: weighted log loss per condition group, and for any severe canal stenosis.
+
+    labels: train.csv's wide form; submission: the competition's form, rows in any order. Rows whose label is
+    missing are dropped; predictions of studies without labels are ignored. Returns a dict of floats: spinal,
+    foraminal, subarticular, any_severe and their plain mean, total; a term without a single label is NaN.
+    Raises ValueError where a graded row has no prediction, or one that is negative, not finite or all zero.
+
+    The any-severe row takes the maximum over the levels that are graded, as the official code does after it has
+    dropped the rows without a label.
+    """
+    study_ids, grades = labels_to_array(labels)
+    predicted_ids, probabilities = from_submission(submission)
+    values = severity_values(submission)
+    bad = ~np.isfinite(values).all(1) | (values < 0).any(1) | (values.sum(1) <= 0)
+    if bad.any():
+        raise ValueError(f"{submission['row_id'][bad].iloc[0]}: needs three finite values >= 0, not all zero")
+    aligned = np.full((len(study_ids), *probabilities.shape[1:]), np.nan)
+    where = {study_id: number for number, study_id in enumerate(predicted_ids)}
+    for number, study_id in enumerate(study_ids):
+        if study_id in where:
+            aligned[number] = probabilities[where[study_id]]
+    absent = (grades >= 0) & np.isnan(aligned[..., 0])
+    if absent.any():
+        study, condition, level = np.argwhere(absent)[0]
+        name = f"{study_ids[study]}_{CONDITIONS[condition]}_{LEVELS[level]}"
+        raise ValueError(f"{int(absent.sum())} graded rows have no prediction, the first is {name}")
+    return score_arrays(grades, aligned)

@@ -1,0 +1,144 @@
+"""Every study of a split, read once and stored.
+
+May use: dicom, greys, volume, tables, in_flight, storage, names.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+from ..in_flight import DIED, ChildDied, InFlight, can_run_in_child, images_digest, run_in_child
+from ..names import progress
+from ..storage import DamagedFile
+from .dicom import read_study
+from .greys import normalise_study
+from .tables import described_series, some_of
+from .volume import Study, load_study, save_study, study_about
+
+
+def preprocess_study(data, split, study_id, descriptions, out, bits=16, journal=None):
+    """Read one study of the competition folder, write its volumes to `out`. Returns rows for series.csv.
+
+    A study whose file is already there is not read again, unless it was passed over, or its files or descriptions have
+    changed since. journal: InFlight that is told when the study is read.
+    """
+    path = Path(out) / f"{study_id}.safetensors"
+    images = Path(data) / f"{split}_images" / str(study_id)
+    made_of = {"described": {str(s): d for s, d in descriptions.items()}, "files": images_digest(images)}
+    study = _finished(path, made_of)
+    if study is None:
+        if journal is not None:
+            journal.begin(study_id)
+        study = normalise_study(read_study(images, descriptions))
+        save_study(study, path, bits, made_of)
+        if journal is not None:
+            journal.end(study_id)
+    return _series_rows(study)
+
+
+def _finished(path, made_of):
+    """The study in a file of an earlier run; None where there is none, it is damaged, which is printed, it was passed
+    over, or was made of other series or files: a table or a file may have been mended since."""
+    if not path.is_file():
+        return None
+    try:
+        study = load_study(path) if study_about(path).get("made_of") == made_of else None
+    except DamagedFile as error:
+        print(f"{error}; it is read anew now")
+        return None
+    return None if study is None or _was_passed_over(study) else study
+
+
+def _was_passed_over(study):
+    return any(problem.startswith(f"study {study.study_id}: {DIED}") for problem in study.problems)
+
+
+def _pass_over(study_id, why, out, bits):
+    """Keep a study that the process died of as one of which nothing could be read. Returns rows for series.csv."""
+    study = Study(study_id, [], [f"study {study_id}: {why}"])
+    save_study(study, Path(out) / f"{study_id}.safetensors", bits)
+    print(study.problems[0])
+    return _series_rows(study)
+
+
+def _series_rows(study):
+    study_id, rows = study.study_id, []
+    for volume in study.volumes:
+        row = {
+            "study_id": study_id,
+            "series_id": volume.series_id,
+            "block": volume.block,
+            "description": volume.description,
+            "plane": volume.plane,
+            "slices": volume.array.shape[0],
+            "rows": volume.array.shape[1],
+            "columns": volume.array.shape[2],
+            "thickness_mm": volume.thickness_mm,
+            "problem": "",
+        }
+        row |= {f"a{i}{j}": volume.affine[i, j] for i in range(3) for j in range(4)}
+        rows.append(row)
+    rows += [{"study_id": study_id, "problem": problem} for problem in study.problems]
+    return rows
+
+
+def preprocess_studies(data, split, out, workers=2, bits=16, labelled=()):
+    """Read every study of a split into out/<study_id>.safetensors. Returns series.csv: one row a volume or problem.
+
+    bits: of a stored grey value, see save_study. labelled: ids of studies that have labels; those that the descriptions
+    table lacks cannot be read and are among the problems.
+
+    Works in threads (decoding and percentiles run outside Python's lock, and nothing has to be imported anew), shows
+    progress, and finds the studies that an earlier, killed run has finished. Those that it may have been killed by come
+    last; one that kills the process is passed over, which is among the problems (see InFlight).
+    """
+    Path(out).mkdir(parents=True, exist_ok=True)
+    studies, table = described_series(data, split), f"{split}_series_descriptions.csv"
+    if not studies:
+        raise ValueError(f"{Path(data) / table} has no rows below its header: copy the competition's file anew")
+    jobs = {study_id: (data, split, study_id, series, out, bits) for study_id, series in studies.items()}
+    images = Path(data) / f"{split}_images"
+    journal = InFlight(
+        Path(out) / "in_flight",
+        "study",
+        key_of=lambda study_id: images_digest(images / str(study_id)),
+        is_done=lambda study_id: (Path(out) / f"{study_id}.safetensors").is_file(),
+    )
+    with journal, progress(desc=f"reading {split} studies", total=len(jobs)) as bar:
+        passed_over = {i: why for i, why in journal.passed_over.items() if i in jobs}
+        suspects = [study_id for study_id in journal.suspects if study_id in jobs]
+        usual = [study_id for study_id in jobs if study_id not in {*passed_over, *suspects}]
+        found = {study_id: _pass_over(study_id, why, out, bits) for study_id, why in passed_over.items()}
+        bar.update(len(found))
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            results = pool.map(lambda study_id: preprocess_study(*jobs[study_id], journal), usual)
+            for study_id, rows in zip(usual, results, strict=True):
+                found[study_id] = rows
+                bar.update()
+        for study_id in suspects:
+            found[study_id] = _preprocess_suspect(jobs[study_id], journal)
+            bar.update()
+    rows = [row for study_id in jobs for row in found[study_id]]
+    unread = sorted(set(labelled) - set(studies))
+    if unread:
+        print(f"{len(unread)} labelled studies are not in {table} and take no part: {some_of(unread)}")
+    rows += [{"study_id": i, "problem": f"study {i}: labelled, but not in {table}"} for i in unread]
+    return pd.DataFrame(rows)
+
+
+_PATIENCE_S = 900.0  # for a suspect to be read
+
+
+def _preprocess_suspect(job, journal):
+    """preprocess_study of a study that an earlier process may have died of; job: its arguments."""
+    study_id, out, bits = job[2], job[4], job[5]
+    if not can_run_in_child():
+        return preprocess_study(*job, journal)
+    journal.begin(study_id, child=True)
+    try:
+        rows = run_in_child(lambda: preprocess_study(*job), _PATIENCE_S)
+    except (ChildDied, TimeoutError) as died:
+        return _pass_over(study_id, journal.condemn(study_id, str(died)), out, bits)
+    journal.end(study_id)
+    return rows

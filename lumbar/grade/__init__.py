@@ -1,0 +1,1 @@
+"""Stage 2: networks that grade, and their ensemble."""

@@ -1,0 +1,383 @@
+"""3D networks that grade level crops and whole studies: backbones, heads, weights, prediction.
+
+May use: ordinal, crops, tta, weights, data, storage, names.
+"""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import nn
+
+from ..data.geometry import boxes_from_table
+from ..data.resample import study_box
+from ..data.volume import load_study
+from ..names import CONDITIONS, DESCRIPTIONS, LEVELS, SEVERITIES, device_for, progress
+from ..storage import write_tensors
+from ..weights import Stated, check_network, read_weights
+from .crops import expand_view, mirror_conditions, view_crops
+from .ordinal import CumulativeHeads, cumulative_log_probabilities
+from .tta import TTA_VIEWS, choose_views, cross_fitted_views, deal_parts
+
+# The demo's backbones, small enough for minutes on a CPU: a CoAtNet of three stages for crops, and one of two stages
+# for whole studies, whose smaller stride still tells neighbouring levels apart.
+SMALL_BACKBONES = {
+    "tiny": dict(embed_dim=(24, 48, 96), depths=(1, 1, 1), block_type=("C", "C", "T"), stem_width=(12, 24)),
+    "tiny_stride8": dict(embed_dim=(24, 64), depths=(1, 1), block_type=("C", "T"), stem_width=(12, 24)),
+}
+
+
+def backbone_config(name, img_size):
+    """timm_3d's configuration of a MaxxVit.
+
+    name: a key of SMALL_BACKBONES or of timm_3d's MaxxVit configurations (coatnet_rmlp_3_rw, maxvit_rmlp_tiny_rw, ...);
+    img_size: (d, h, w), each divisible by the stride (32; `tiny`: 16, `tiny_stride8`: 8). Raises ValueError otherwise.
+    """
+    with warnings.catch_warnings():
+        # timm_3d decorates with torch.jit.script, which newer versions of torch announce to leave.
+        warnings.simplefilter("ignore", FutureWarning)
+        from timm_3d.models import maxxvit
+
+    if name in SMALL_BACKBONES:
+        config = maxxvit.MaxxVitCfg(
+            **SMALL_BACKBONES[name],
+            conv_cfg=maxxvit.MaxxVitConvCfg(stride_mode="pool"),
+            transformer_cfg=maxxvit.MaxxVitTransformerCfg(rel_pos_type="bias"),
+        )
+    else:
+        known = {key.removesuffix("_256").removesuffix("_224"): value for key, value in maxxvit.model_cfgs.items()}
+        if name not in known:
+            names = ", ".join([*SMALL_BACKBONES, *sorted(known)])
+            raise ValueError(f"unknown backbone, BACKBONE {name!r}; there are {names}")
+        config = known[name]
+    stride = 2 ** (1 + len(config.embed_dim))
+    if len(img_size) != 3 or any(n < stride or n % stride for n in img_size):
+        raise ValueError(
+            f"backbone {name} needs a SHAPE of three sizes, each divisible by {stride}, not {list(img_size)}"
+        )
+    return config
+
+
+def make_backbone(name, img_size):
+    """A timm_3d MaxxVit without its head: (B, 3, d, h, w) -> (B, features, d', h', w'). Arguments and errors are those
+    of backbone_config."""
+    config = backbone_config(name, img_size)
+    from timm_3d.models.maxxvit import MaxxVit
+
+    # The pretrained weights are for 2D images and another number of channels; and nothing is downloaded.
+    net = MaxxVit(config, img_size=tuple(img_size), in_chans=len(DESCRIPTIONS), num_classes=0, global_pool="")
+    # Some have a hidden layer there, which is not used and for whose gradients several GPUs would wait.
+    net.head.requires_grad_(False)
+    return net
+
+
+class LevelAttention(nn.Module):
+    """Five weighted means along the head-foot axis, one a level: where to look is part position, part content.
+
+    centers: (5,) where the levels lie on average, as fractions of the grid from its upper end: the start of the
+    position's part, a Gaussian of about half the distance between levels.
+    """
+
+    def __init__(self, channels, length, centers):
+        super().__init__()
+        place = (torch.arange(length) + 0.5) / length
+        distance = place[None] - torch.as_tensor(centers, dtype=torch.float32)[:, None]
+        self.position = nn.Parameter(-0.5 * (distance / 0.08) ** 2)
+        self.content = nn.Conv1d(channels, len(LEVELS), 1)
+        nn.init.zeros_(self.content.weight)
+        nn.init.zeros_(self.content.bias)
+
+    def forward(self, x):
+        """x: (B, channels, length) -> (B, 5, channels)."""
+        weight = F.softmax(self.position + self.content(x), -1)
+        return weight @ x.transpose(1, 2)
+
+
+# Discs from L1/2 to L5/S1 in a grid of some 25 cm around the lumbar spine, as fractions from its upper end.
+USUAL_LEVEL_CENTERS = (0.22, 0.37, 0.52, 0.66, 0.78)
+
+
+class OrdinalClassifier(nn.Module):
+    """A 3D backbone and cumulative-logit heads.
+
+    scope `level`: 5 heads (conditions) on the crop of one level; scope `study`: the same 5 on each of five weighted
+    means along the head-foot axis (LevelAttention), so that a level learns from all others. In both the cut points
+    differ by level: a crop does not tell how common a grade is at its level.
+
+    pooling `grid`: features are pooled to a coarse grid across the body and not to one vector: convolutions and
+    relative attention alone hardly know left from right, and which side a narrowing is on is half of the question.
+    `global` is the plain way, to compare with: one mean over the whole volume; for scope `level` 5 heads whose cut
+    points all levels share, for scope `study` 25 outputs of the one vector, each with its own cut points.
+    """
+
+    def __init__(
+        self,
+        scope,
+        backbone,
+        img_size,
+        prior,
+        dropout=0.2,
+        level_centers=USUAL_LEVEL_CENTERS,
+        pooling="grid",
+    ):
+        super().__init__()
+        if scope not in ("level", "study"):
+            raise ValueError(f"SCOPE must be level or study, not {scope!r}")
+        if pooling not in ("grid", "global"):
+            raise ValueError(f"POOLING must be grid or global, not {pooling!r}")
+        self.config = {
+            "scope": scope,
+            "backbone": backbone,
+            "img_size": list(img_size),
+            "prior": np.asarray(prior).tolist(),
+            "dropout": dropout,
+            "level_centers": list(level_centers),
+            "pooling": pooling,
+        }
+        self.scope, self.pooling = scope, pooling
+        self.recompute = False  # in training: a block's activations are not kept but computed again for its gradients
+        self.backbone = make_backbone(backbone, img_size)
+        channels, stride = self.backbone.num_features, 2 ** (1 + len(self.backbone.stages))
+        outputs = len(CONDITIONS)
+        if pooling == "global":
+            self.pool, cells = (1, 1, 1), 1
+            outputs *= len(LEVELS) if scope == "study" else 1
+        elif scope == "level":
+            self.pool, cells = (1, 2, 4), 8
+        else:
+            self.pool, cells = (img_size[0] // stride, 1, 4), 4
+            self.attention = LevelAttention(channels * cells, self.pool[0], level_centers)
+        self.dropout = nn.Dropout(dropout)
+        self.score = nn.Linear(channels * cells, outputs)
+        nn.init.normal_(self.score.weight, std=0.03)  # a score near 0: about the prior
+        nn.init.zeros_(self.score.bias)
+        shared = pooling == "global" and scope == "level"
+        self.heads = CumulativeHeads(np.mean(prior, 1) if shared else prior)
+
+    def forward(self, x, level=None):
+        """x: (B, 3, d, h, w) float; level: (B,) int64, index into LEVELS, for scope `level` only.
+
+        Returns float32 log probabilities: (B, 5 conditions, 3), or (B, 5 conditions, 5 levels, 3) for `study`.
+        level may be (B, m): the same scores seen as m levels each, -> (B, m, 5 conditions, 3).
+        """
+        features = self._features(x)
+        # Under mixed precision only the backbone is: scores and cut points keep all their digits.
+        with torch.autocast(x.device.type, enabled=False):
+            features = F.adaptive_avg_pool3d(features.float(), self.pool)
+            if self.scope == "study" and self.pooling == "grid":
+                # (B, channels x right-left, head-foot) -> (B, 5 levels, channels x right-left)
+                features = self.attention(features.transpose(2, 4).flatten(1, 3))
+                score = self.score(self.dropout(features)).transpose(1, 2)
+            else:
+                score = self.score(self.dropout(features.flatten(1)))
+            cutpoints = self.heads.cutpoints
+            if self.scope == "study":
+                return cumulative_log_probabilities(score.view(len(x), *cutpoints.shape[:2]), cutpoints)
+            if level.ndim == 2:
+                score = score[:, None].expand(-1, level.shape[1], -1)
+            if self.pooling == "grid":
+                cutpoints = cutpoints[:, level].movedim(0, -2)
+            return cumulative_log_probabilities(score, cutpoints)
+
+    def _features(self, x):
+        if not (self.recompute and self.training):
+            return self.backbone.forward_features(x)
+        x = self.backbone.stem(x)
+        for stage in self.backbone.stages:
+            for block in stage.blocks:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return self.backbone.norm(x)
+
+
+def save_classifier(path, model, about):
+    """Write a classifier's state and everything needed to rebuild and feed it, as safetensors."""
+    write_tensors(path, model.state_dict(), "classifier", {**model.config, **about})
+
+
+# What to do about weights that cannot be used, after the file's name and what is wrong with it.
+_REMEDY = "give a classifier's file as 04_train_vit wrote it (attach its output again, or train again)"
+
+
+def load_classifier(path, device="cpu"):
+    """(model in evaluation mode, about): what save_classifier wrote.
+
+    Raises FileNotFoundError, or DamagedFile (a ValueError) for a file with other contents: numbers out of range, a
+    network that its tensors do not fit, values that are not finite.
+    """
+    state, about = read_weights(path, "classifier", _REMEDY, "a classifier's")
+    _check_classifier(Stated(path, about, _REMEDY))
+    names = ("scope", "backbone", "img_size", "prior", "dropout", "level_centers")
+    arguments = (*(about[name] for name in names), about.get("pooling", "grid"))
+    check_network(path, lambda: OrdinalClassifier(*arguments), state, _REMEDY)
+    model = OrdinalClassifier(*arguments)
+    model.load_state_dict(state)
+    return model.to(device).eval(), about
+
+
+def _check_classifier(stated):
+    """Refuse a file of which OrdinalClassifier, cut_crops or view_crops would make something else than was trained."""
+    scope = stated.choice("scope", ("level", "study"))
+    stated.choice("pooling", ("grid", "global"), optional=True)
+    sizes = stated.numbers("img_size", (3,), 1, 512, whole=True)
+    if math.prod(sizes) > 320**3:
+        stated.refuse("img_size", "less than 320 x 320 x 320 voxels")
+    try:
+        backbone_config(stated.about.get("backbone"), sizes)
+    except (ValueError, TypeError, AttributeError) as error:
+        stated.refuse("backbone", f"one that this kit knows ({error})")
+    stated.numbers("prior", (len(CONDITIONS), len(LEVELS), len(SEVERITIES)), 0, 1)
+    stated.number("dropout", 0, 1)
+    stated.numbers("level_centers", (len(LEVELS),), 0, 1)
+    crop = stated.part("crop", optional=True)
+    if crop is not None:
+        crop.choice("scope", (scope,))
+        crop.choice("shape", (sizes,))
+        crop.numbers("extent_mm", (3,), 1, 2000)
+        crop.numbers("shift_mm", (3,), -1000, 1000)
+    for view in stated.parts("views", 100, optional=True):
+        view.keys(("rotation_deg", "shift_mm", "scale", "mirror"))
+        view.numbers("rotation_deg", (3,), -180, 180, optional=True)
+        view.numbers("shift_mm", (3,), -100, 100, optional=True)
+        view.number("scale", 0.2, 5, optional=True)
+        view.choice("mirror", (True, False), optional=True)
+
+
+def store_views(path, views):
+    """Put the views that pay (of choose_views) into a weights file, as about["views"]."""
+    state, about = read_weights(path, "classifier", _REMEDY, "a classifier's")
+    changed = json.loads(json.dumps(about | {"views": views}))
+    if changed != about:
+        write_tensors(path, state, "classifier", changed)
+
+
+def level_centers(paths, levels_table, crop):
+    """(5,) mean places of the levels in the whole-study grid, as fractions from its upper end. See LevelAttention.
+
+    paths: dict study_id -> volumes; levels_table: levels.csv; crop: dict with extent_mm.
+    """
+    found = []
+    for study_id, path in paths.items():
+        center_lps, _ = study_box(load_study(path))
+        z_mm = np.array([box.center_lps_mm[2] for box in boxes_from_table(levels_table, study_id)])
+        found.append(0.5 - (z_mm - center_lps[2]) / crop["extent_mm"][0])
+    return np.mean(found, 0).tolist()
+
+
+@torch.no_grad()
+def predict_views(models, crops, crop, levels=None, views=({},), batch=16):
+    """Log probabilities of each view, the mean over models: (views, N, 5, [5,] 3) float64, left and right in place.
+
+    models: OrdinalClassifiers; crops: (N, 3, D, H, W) with margin; levels: (N,) for scope `level`; views: dicts of
+    view_crops' arguments as plain numbers, see TTA_VIEWS. A mean of several models is not normalised.
+    """
+    results = []
+    device = next(models[0].parameters()).device
+    for start in range(0, len(crops), batch):
+        part = torch.from_numpy(np.array(crops[start : start + batch])).to(device)
+        level = None if levels is None else torch.as_tensor(levels[start : start + batch], device=device)
+        means = []
+        for view in views:
+            inputs = view_crops(part, crop, **expand_view(view, len(part)))
+            total = sum(_log_p(model, inputs, level).double() for model in models) / len(models)
+            means.append((mirror_conditions(total) if view.get("mirror") else total).cpu())
+        results.append(torch.stack(means))
+    return torch.cat(results, 1).numpy()
+
+
+def _log_p(model, inputs, level):
+    """A model's log probabilities, on a GPU in half precision; in full where that overflows."""
+    arguments = (inputs, level) if model.scope == "level" else (inputs,)
+    half = inputs.device.type == "cuda"
+    with torch.autocast(inputs.device.type, enabled=half):
+        log_p = model(*arguments)
+    return model(*arguments) if half and not torch.isfinite(log_p).all() else log_p
+
+
+def predict_crops(models, crops, crop, levels=None, views=({},), batch=16):
+    """Mean log probabilities of models over views, renormalised: (N, 5, [5,] 3) float64 probabilities.
+
+    The arguments are predict_views'.
+    """
+    return _softmax(predict_views(models, crops, crop, levels, views, batch).mean(0))
+
+
+def _softmax(logits):
+    return F.softmax(torch.from_numpy(logits), -1).numpy()
+
+
+def crops_to_studies(predicted, scope):
+    """predict_crops' output -> (n studies, 5 conditions, 5 levels, 3)."""
+    if scope == "study":
+        return predicted
+    return predicted.reshape(-1, len(LEVELS), len(CONDITIONS), len(SEVERITIES)).transpose(0, 2, 1, 3)
+
+
+class _Studies(torch.utils.data.Dataset):
+    """All crops of a study as one item, for those of a CropDataset's studies with these numbers."""
+
+    def __init__(self, dataset, numbers):
+        self.dataset, self.numbers = dataset, [int(number) for number in numbers]
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, place):
+        return torch.from_numpy(np.array(self.dataset.crops_of(self.dataset.study_ids[self.numbers[place]])))
+
+
+def measure_views(models, dataset, views=TTA_VIEWS, numbers=None, workers=0):
+    """Log probabilities of each view for a CropDataset: (views, n studies, 5, 5, 3), as choose_views takes them.
+
+    A study at a time, so that memory stays small; its crops are cut once for all views, by `workers` other processes
+    while the models see the studies before (0: by this one), which does not change the result. numbers: which studies,
+    by their place in dataset.study_ids (all, if None); the rows of the others are 0.
+    """
+    result = np.zeros((len(views), len(dataset.study_ids), len(CONDITIONS), len(LEVELS), len(SEVERITIES)))
+    numbers = range(len(dataset.study_ids)) if numbers is None else numbers
+    loader = torch.utils.data.DataLoader(
+        _Studies(dataset, numbers),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=1 if workers else None,  # a whole study of full size has 175 MB
+        generator=torch.Generator(),  # the caller's random numbers stay as they are
+    )
+    for number, crops in zip(numbers, loader, strict=True):
+        levels = np.arange(len(crops)) if dataset.per_study > 1 else None
+        for view, log_p in enumerate(predict_views(models, crops.numpy(), dataset.crop, levels, views)):
+            result[view, number] = crops_to_studies(log_p, dataset.crop["scope"])[0]
+    return result
+
+
+def predict_dataset(models, dataset, views=({},), numbers=None, workers=0):
+    """(n studies, 5, 5, 3) probabilities for a CropDataset; rows of studies not among `numbers` are uniform.
+
+    The arguments are measure_views'.
+    """
+    return _softmax(measure_views(models, dataset, views, numbers, workers).mean(0))
+
+
+def settle_views(out, held_out, device="auto", views=TTA_VIEWS, workers=0):
+    """Choose the test-time views on held-out studies, store them in the weights, predict these studies.
+
+    out: folder with <name>.safetensors; held_out: dict name -> CropDataset of the studies that these weights were not
+    trained on; workers: processes that cut crops. What is stored is chosen on all of the studies together, see
+    choose_views. The predictions are cross-fitted: each fifth of the studies is predicted with the views that pay on
+    the other four fifths, see cross_fitted_views. Returns (dict name -> (n, 5, 5, 3) probabilities, choose_views'
+    table). Done again after a kill it ends the same.
+    """
+    device, measured = device_for(device), []
+    for name, dataset in progress(held_out.items(), desc="views"):
+        model, _ = load_classifier(Path(out) / f"{name}.safetensors", device)
+        measured.append(measure_views([model], dataset, views, workers=workers))
+    grades, log_p = np.concatenate([dataset.grades for dataset in held_out.values()]), np.concatenate(measured, 1)
+    chosen, table = choose_views(grades, log_p, views)
+    for name in held_out:
+        store_views(Path(out) / f"{name}.safetensors", chosen)
+    used = cross_fitted_views(grades, log_p, views, deal_parts(np.ones(len(grades), bool)))
+    share = (used / used.sum(1, keepdims=True)).T[..., None, None, None]
+    ends = np.cumsum([len(dataset.study_ids) for dataset in held_out.values()])
+    return dict(zip(held_out, np.split(_softmax((log_p * share).sum(0)), ends[:-1]), strict=True)), table

@@ -1,0 +1,447 @@
+"""A detector of severities: its weights, its dense class scores in every slice, and a study's probabilities.
+
+May use: detector_weights, detector_data, calibration, tta, data, names.
+"""
+
+import json
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..data.geometry import boxes_from_table
+from ..data.volume import load_study
+from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, progress
+from ..storage import DamagedFile
+from ..weights import Stated, check_network, read_weights
+from .calibration import (
+    _has_scores,
+    cross_fitted_probabilities,
+    fit_yolo_calibration,
+    mean_scores,
+    original_probabilities,
+    severity_prior,
+    yolo_probabilities,
+)
+from .detector_data import SCHEMES, YOLO_VIEWS, _side_sign, letterbox_slice, original_names, slice_patch
+from .detector_weights import (
+    _REMEDY,
+    _read_yolo_metadata,
+    _shipped_cfg,
+    _shipped_descriptions,
+    _write_yolo,
+    find_yolo_description,
+    prepare_ultralytics,
+)
+from .tta import choose_views, cross_fitted_views, deal_parts
+
+
+def store_yolo_calibration(path, calibration, views=({},)):
+    """Put a calibration (of fit_yolo_calibration), and the views whose mean scores it is for, into a weights file of
+    train_yolo."""
+    state, metadata = read_weights(path, "metadata", _REMEDY, "a detector's")
+    changed = json.loads(json.dumps(metadata | {"calibration": calibration, "views": list(views)}))
+    if changed != metadata:
+        _write_yolo(path, state, changed)
+
+
+@dataclass
+class YoloDetector:
+    """A loaded detector: net (ultralytics DetectionModel in eval mode), about (the file's metadata)."""
+
+    net: torch.nn.Module
+    about: dict
+
+    @property
+    def condition(self):
+        return self.about["condition"]
+
+    @property
+    def original(self):
+        """True of a detector that was trained in the original scheme."""
+        return self.about.get("scheme") == "original"
+
+    @property
+    def view(self):
+        """Its YoloView, with point_mm from the training labels where they were fitted."""
+        offsets = self.about.get("point_offsets")
+        default = YOLO_VIEWS[self.condition]
+        return replace(default, point_mm=tuple(offsets["point_mm"])) if offsets else default
+
+
+def load_yolo(path, device="cpu", config_dir=None):
+    """Rebuild a detector from a file of train_yolo. Returns YoloDetector.
+
+    The network is one that ultralytics ships: of the file only its name and numbers count, and nothing is evaluated.
+    config_dir: writable folder for ultralytics' settings, by default one in the system's temporary folder.
+    Raises FileNotFoundError when there is no file, DamagedFile (a ValueError) when it is no detector, describes another
+    network than ultralytics does, states numbers out of range, or has values that are not finite.
+    """
+    import tempfile
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such weights file; run 03_train_yolo or name the weights folder")
+    state, meta = read_weights(path, "metadata", _REMEDY, "a detector's")
+    _check_yolo(Stated(path, meta, _REMEDY))
+    cfg = _known_cfg(path, meta)
+    prepare_ultralytics(config_dir or Path(tempfile.gettempdir()) / "ultralytics_config")
+    from ultralytics.nn.tasks import DetectionModel, parse_model
+
+    def layers():
+        return torch.nn.ModuleDict({"model": parse_model(deepcopy(cfg), 1, verbose=False)[0]})
+
+    check_network(path, layers, state, _REMEDY)
+    net = DetectionModel(deepcopy(cfg), ch=1, nc=len(meta["names"]), verbose=False)
+    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    net.names = dict(enumerate(meta["names"]))
+    return YoloDetector(net.to(device).eval(), meta)
+
+
+def _check_yolo(stated):
+    """Refuse a file of which yolo_views or yolo_scores would make something else than was trained."""
+    stated.choice("kind", ("yolo",))
+    condition = stated.choice("condition", tuple(DETECTORS))
+    scheme = stated.choice("scheme", SCHEMES, optional=True)
+    stated.choice("names", (original_names(condition) if scheme == "original" else list(SEVERITIES),))
+    stated.choice("channels", (1,))
+    for side in stated.numbers("shape_px", (2,), 32, 2048, whole=True):
+        if side % 32:
+            stated.refuse("shape_px", "multiples of 32")
+    stated.number("mm_per_px", 0.01, 100, optional=scheme == "original")
+    stated.number("imgsz", 32, 2048, whole=True, optional=scheme != "original")
+    stated.numbers("prior", (len(CONDITIONS), len(LEVELS), len(SEVERITIES)), 0, 1, optional=True)
+    offsets = stated.part("point_offsets", optional=True)
+    if offsets is not None:
+        offsets.numbers("point_mm", (3,), -1000, 1000)
+    for view in stated.parts("views", 100, optional=True):
+        view.keys(("shift_px", "zoom", "mirror", "reach"))
+        view.numbers("shift_px", (2,), -512, 512, optional=True)
+        view.number("zoom", 0.2, 5, optional=True)
+        view.number("reach", 0, 20, optional=True)
+        view.choice("mirror", (True, False), optional=True)
+    calibration = stated.part("calibration", optional=True)
+    if calibration is not None:
+        calibration.number("trust", 0, 1, optional=True)
+        calibration.numbers("prior", (len(LEVELS), len(SEVERITIES)), 1e-12, 1, optional=True)
+        calibration.numbers("scale", (2,), 1e-12, 1e6, optional=True)
+        for name, shape in (("mean", (2,)), ("matrix", (2, 2)), ("bias", (2,))):
+            calibration.numbers(name, shape, -1e6, 1e6, optional=True)
+
+
+def _known_cfg(path, meta):
+    """ultralytics' own description of the network that a weights file states, with the file's width and classes.
+
+    By the name that the file gives; among all that ultralytics ships where it gives none. Every other word of the
+    file's description has to be the same: parse_model evaluates some of them. Raises DamagedFile.
+    """
+    stated, arguments = Stated(path, meta, _REMEDY).part("cfg").about, meta.get("arguments")
+    name = arguments.get("model") if isinstance(arguments, dict) else stated.get("yaml_file")
+    own = {key: value for key, value in stated.items() if key != "yaml_file"}
+    try:
+        known = [find_yolo_description(Path(name).name)]
+    except (ValueError, TypeError):
+        known = _shipped_descriptions()
+    different = []
+    for cfg in filter(None, map(_shipped_cfg, known)):
+        scales, letter = cfg.get("scales"), own.get("scale")
+        cfg = cfg | {"nc": len(meta["names"]), "channels": 1}
+        if isinstance(letter, str) and letter in {"", *(scales or ())}:
+            cfg["scale"] = letter
+        if scales and own.get("scales") != scales and isinstance(own.get("scales"), dict) and len(own["scales"]) == 1:
+            letter, numbers = next(iter(own["scales"].items()))  # of a training with WIDTH
+            if letter in scales and isinstance(numbers, list) and len(numbers) == 3:
+                depth, _, channels = scales[letter]
+                Stated(path, {"width": numbers[1]}, _REMEDY).number("width", 0.01, 4)
+                cfg["scales"] = {letter: [depth, numbers[1], channels]}
+        keys = sorted(key for key in cfg.keys() | own.keys() if not _same(cfg.get(key), own.get(key)))
+        if not keys:
+            return cfg
+        different = different or keys
+    what = f": {', '.join(different)} in it is not as in {known[0].name}" if len(known) == 1 else ""
+    raise DamagedFile(
+        f"{path} describes a network (cfg) that ultralytics does not ship{what}. Nothing of it was built: {_REMEDY}"
+    )
+
+
+def _same(one, other):
+    """Whether two values are alike as JSON, 1 and true not being so."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def _anchor_centers(detector, rows, columns):
+    """Centres (anchors, 2) x, y in px of the cells of an image's anchors, in the network's order."""
+    centers = []
+    for stride in detector.net.stride.int().tolist():
+        x = (np.arange(columns // stride) + 0.5) * stride - 0.5
+        y = (np.arange(rows // stride) + 0.5) * stride - 0.5
+        centers.append(np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2))
+    return np.concatenate(centers)
+
+
+def _network_scores(detector, patches):
+    """Class scores (n, anchors, classes) float32 of patches (n, rows, columns) uint8, in one batch."""
+    with torch.inference_mode():
+        x = torch.from_numpy(patches).to(next(detector.net.parameters()).device)[:, None].float() / 255
+        _, raw = detector.net(x)
+        heads = [raw[name]["scores"] for name in ("one2one", "one2many") if name in raw] or [raw["scores"]]
+        return torch.stack([h.sigmoid() for h in heads]).mean(0).permute(0, 2, 1).float().cpu().numpy()
+
+
+def dense_scores(detector, patches, batch=16):
+    """Class scores of every anchor, without threshold or NMS.
+
+    patches: (n, rows, columns) uint8. Returns (scores (n, anchors, classes) float32 in 0..1, centers_px (anchors, 2):
+    x, y of the anchors' cells in patch px). The mean of the one-to-one and the one-to-many head: they are trained
+    differently and their errors differ. Runs in chunks of `batch`.
+    """
+    centers = _anchor_centers(detector, *patches.shape[1:])
+    found = [_network_scores(detector, patches[start : start + batch]) for start in range(0, len(patches), batch)]
+    empty = np.zeros((0, len(centers), len(detector.about["names"])), np.float32)
+    return (np.concatenate(found) if found else empty), centers
+
+
+def yolo_views(detector, study, boxes, change=None):
+    """The patches a detector needs to judge a study, and what each is for.
+
+    boxes: five LevelBox in the order of LEVELS; change: a dict as in DETECTOR_VIEWS, by default none. Returns
+    (patches (n, rows, columns) uint8, views): views is a list of dicts volume (index in study.volumes), slice,
+    to_slice (3, 3), reach_mm, targets: list of (level, side, expected point LPS (3,), distance of the slice from it in
+    mm). One patch serves all targets of a sagittal slice; an axial slice is cut once for every level it may show.
+    """
+    view, change = detector.view, change or {}
+    unknown = set(change) - {"shift_px", "zoom", "mirror", "reach"}
+    if unknown:
+        raise ValueError(f"a detector's view has no {', '.join(sorted(unknown))}")
+    mm_per_px = detector.about["mm_per_px"] / change.get("zoom", 1.0)
+    shift_px = np.asarray(change.get("shift_px", (0, 0)))
+    description, conditions = DETECTORS[detector.condition]
+    expected = np.zeros((len(LEVELS), len(conditions), 3))
+    for level, box in enumerate(boxes):
+        for side, condition in enumerate(conditions):
+            head, lateral, back = view.point_mm
+            local = np.array([head, lateral * _side_sign(condition), back])
+            expected[level, side] = box.to_lps(local)
+    patches, views = [], []
+    shape_px = tuple(detector.about["shape_px"])
+    for v, volume in enumerate(study.volumes):
+        if volume.description != description:
+            continue
+        n, height, width = volume.array.shape
+        wanted = {}
+        for level in range(len(LEVELS)):
+            for side in range(len(conditions)):
+                slice_, row, column = volume.lps_to_voxel(expected[level, side])
+                away = np.abs(np.arange(n) - slice_) * volume.spacing_mm[0]
+                # A stack with gaps wider than the reach still shows the level in its nearest slice.
+                reach = max(view.reach_mm * change.get("reach", 1.0), 0.51 * volume.spacing_mm[0])
+                if not (0 <= row < height and 0 <= column < width):
+                    continue
+                for k in np.flatnonzero(away <= reach):
+                    key = (int(k), level if volume.plane == "axial" else -1)
+                    wanted.setdefault(key, []).append((level, side, expected[level, side], float(away[k])))
+        for (k, level), targets in sorted(wanted.items()):
+            center = expected.mean(axis=(0, 1)) if level < 0 else expected[level].mean(axis=0)
+            patch, to_slice = slice_patch(volume, k, center, shape_px, mm_per_px, shift_px)
+            if change.get("mirror"):
+                patch = patch[:, ::-1]
+                to_slice = to_slice @ np.array([[-1.0, 0, shape_px[1] - 1], [0, 1, 0], [0, 0, 1]])
+            patches.append(patch)
+            reach_mm = view.reach_mm * change.get("reach", 1.0)
+            views.append({"volume": v, "slice": k, "to_slice": to_slice, "targets": targets, "reach_mm": reach_mm})
+    return (np.stack(patches) if patches else np.zeros((0, *shape_px), np.uint8)), views
+
+
+def _study_patches(detector, study, boxes, views):
+    """One study's patches under each view: list of (number of the view, patch (rows, columns) uint8, its use)."""
+    if not detector.original:
+        return [
+            (number, patch, seen)
+            for number, change in enumerate(views)
+            for patch, seen in zip(*yolo_views(detector, study, boxes, change), strict=True)
+        ]
+    description, imgsz = DETECTORS[detector.condition][0], detector.about["imgsz"]
+    own = [volume for volume in study.volumes if volume.description == description]
+    return [(0, letterbox_slice(volume, k, imgsz)[0], None) for volume in own for k in range(len(volume.array))]
+
+
+def _add_severity_scores(detector, study, seen, scores, centers, total, weight):
+    """Add what one patch says of its targets to total (5, sides, 3) and weight (5, sides, 1)."""
+    view, volume = detector.view, study.volumes[seen["volume"]]
+    columns_rows = (seen["to_slice"] @ np.c_[centers, np.ones(len(centers))].T).T
+    at_lps = volume.voxel_to_lps(np.c_[np.full(len(centers), seen["slice"]), columns_rows[:, 1], columns_rows[:, 0]])
+    normal = volume.affine[:3, 0] / np.linalg.norm(volume.affine[:3, 0])
+    for level, side, point, away in seen["targets"]:
+        offset = at_lps - point
+        offset -= (offset @ normal)[:, None] * normal
+        distance = np.linalg.norm(offset, axis=1)
+        gate = np.where(distance <= view.gate_mm, np.exp(-0.5 * (2 * distance / view.gate_mm) ** 2), 0)
+        near = np.exp(-0.5 * (away / max(seen["reach_mm"] / 2, 1e-6)) ** 2)
+        total[level, side] += near * (gate[:, None] * scores).sum(axis=0)
+        weight[level, side] += near
+
+
+def _pooled_scores(detector, studies, patches, views, batch):
+    """Raw scores of studies from their patches (of _study_patches), all in common batches: list of arrays as in
+    yolo_scores."""
+    shape = (len(views), len(LEVELS), len(DETECTORS[detector.condition][1]), len(SEVERITIES))
+    total, weight = np.zeros((len(studies), *shape)), np.zeros((len(studies), *shape[:3], 1))
+    queue = [(n, *item) for n, own in enumerate(patches) for item in own]
+    centers = _anchor_centers(detector, *detector.about["shape_px"])
+    for start in range(0, len(queue), batch):
+        chunk = queue[start : start + batch]
+        for (n, view, _, seen), scores in zip(chunk, _network_scores(detector, np.stack([item[2] for item in chunk]))):
+            if detector.original:
+                best = scores.max(axis=0).reshape(shape[2], shape[1], shape[3]).transpose(1, 0, 2)
+                total[n, view], weight[n, view] = np.maximum(total[n, view], best), 1
+            else:
+                _add_severity_scores(detector, studies[n], seen, scores, centers, total[n, view], weight[n, view])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return list(np.where(weight > 0, total / weight, np.nan))
+
+
+def without_frames(error):
+    """The exception without the frames it came through, and those of what it came of: they keep tensors alive."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def yolo_scores(detector, studies, boxes, views=({},), batch=16):
+    """Raw severity scores of studies under each view: list of (views, 5 levels, sides, 3 severities) float64, NaN where
+    no slice shows a level. An entry is the Exception instead where that study failed; the others are not harmed.
+
+    Every anchor of every slice within reach of a level counts, weighted by a Gaussian of its in-slice distance from
+    the place where the condition's points lie at that level (patient mm, so side and level follow from geometry).
+    Per slice and class the weighted scores are summed; slices are averaged with a Gaussian weight of their distance.
+    A detector of the original scheme gives the best score of each class over all anchors and slices: no geometry.
+    Sides are in the order of DETECTORS[condition]: canal one, else left and right. boxes: five LevelBox a study (the
+    original scheme needs none: None). The network sees the patches of all studies in common batches of `batch`.
+    """
+    views = [{}] if detector.original else list(views)
+    result = []
+    for study, own in zip(studies, boxes, strict=True):
+        try:
+            result.append(_study_patches(detector, study, own, views))
+        except Exception as error:
+            result.append(without_frames(error))
+    good = [n for n, patches in enumerate(result) if not isinstance(patches, Exception)]
+
+    def pooled(numbers):
+        return _pooled_scores(detector, [studies[n] for n in numbers], [result[n] for n in numbers], views, batch)
+
+    try:
+        found = pooled(good)
+    except Exception:  # whose fault it was shows one by one, and not in here, where its tensors are still held
+        found = None
+    if found is None:
+        found = []
+        for n in good:
+            try:
+                found += pooled([n])
+            except Exception as error:
+                found.append(without_frames(error))
+    for n, scores in zip(good, found):
+        result[n] = scores
+    return result
+
+
+def choose_detector_views(grades, scores, condition, views):
+    """Which of a detector's test-time views pay on held-out studies. See choose_views and cross_fitted_views.
+
+    grades: (n, 5 conditions, 5 levels), -1 missing; scores: (n, views, 5 levels, sides, 3) out of fold, NaN where there
+    are none. Each view has a cross-fitted calibration of its own here: what it is worth, not how it is calibrated,
+    decides. Returns (list of views that pay on all of them, table, (n, views) bool: which views pay for a study on the
+    parts of cross_fitted_probabilities other than its own).
+    """
+    conditions = list(DETECTORS[condition][1])
+    own = grades[:, conditions].transpose(0, 2, 1)
+    log_p = np.full((len(views), *grades.shape, len(SEVERITIES)), np.nan)
+    for number, alone in enumerate(np.eye(len(views), dtype=bool)):
+        p = cross_fitted_probabilities(scores, own, np.broadcast_to(alone, scores.shape[:2]))
+        log_p[number, :, conditions] = np.log(p).transpose(2, 0, 1, 3)
+    kept, table = choose_views(grades, log_p, views)
+    return kept, table, cross_fitted_views(grades, log_p, views, deal_parts(_has_scores(scores)))
+
+
+def settle_detectors(weights, grades, scores, views):
+    """Choose the test-time views and the calibration of a condition's detectors on their held-out studies, store both
+    in the weights, predict these studies.
+
+    weights: files of train_yolo, a fold each; grades: (n, 5 conditions, 5 levels), -1 missing; scores: (n, views, 5
+    levels, sides, 3) of score_studies by the detector that held the study out, NaN where there are none; views: dicts,
+    the plain one first. Stored is what all of these studies say. The predictions are cross-fitted in both: a study's
+    own label chose none of its views and calibrated nothing of it. Returns ((n, 5 levels, sides, 3) probabilities, NaN
+    where the scores are; table of choose_views). Done again after a kill it ends the same.
+    A detector of the original scheme has one view, no calibration, and 1/3 where the scores are NaN.
+    """
+    about = _read_yolo_metadata(weights[0])
+    own = grades[:, list(DETECTORS[about["condition"]][1])].transpose(0, 2, 1)
+    kept, table, used = choose_detector_views(grades, scores, about["condition"], views)
+    mean = mean_scores(np.moveaxis(scores[:, table["kept"].to_numpy()], 1, 0))
+    if about["scheme"] == "original":
+        p, calibration = original_probabilities(mean), None
+    else:
+        p = cross_fitted_probabilities(scores, own, used)
+        calibration = fit_yolo_calibration(mean, own, severity_prior(own))
+    for path in weights:
+        store_yolo_calibration(path, calibration, kept)
+    return p, table
+
+
+def score_studies(detector, paths, levels, study_ids, views=({},), batch=16):
+    """Raw scores of cached studies: (n, views, 5 levels, sides, 3), see yolo_scores.
+
+    paths: dict study_id -> file, of study_paths; levels: table of levels.csv (the original scheme needs none: None). A
+    study that is not cached, or fails, gives NaN; the latter is printed.
+    """
+    description, conditions = DETECTORS[detector.condition]
+    scores = np.full((len(study_ids), len(views), len(LEVELS), len(conditions), len(SEVERITIES)), np.nan)
+    cached = [n for n, study_id in enumerate(study_ids) if int(study_id) in paths]
+    parts = [cached[start : start + 8] for start in range(0, len(cached), 8)]  # in memory at a time
+    for part in progress(parts, f"scores {detector.condition}", len(parts)):
+        ids = [int(study_ids[n]) for n in part]
+        studies = [load_study(paths[study_id], [description]) for study_id in ids]
+        boxes = [None if levels is None else boxes_from_table(levels, study_id) for study_id in ids]
+        for n, found in zip(part, yolo_scores(detector, studies, boxes, views, batch)):
+            if isinstance(found, Exception):
+                print(f"study {study_ids[n]}: no scores of {detector.condition} ({type(found).__name__}: {found})")
+            else:
+                scores[n] = found
+    return scores
+
+
+def yolo_studies(detector, studies, boxes, views=None, batch=16):
+    """One detector's word on studies: list with an entry a study, (conditions, 5 levels, 3) probabilities or the
+    Exception that this study raised, which harms no other.
+
+    Conditions are in the order of DETECTORS; rows are NaN where no slice shows a level. The calibration is the one that
+    the weights carry, and so are the views by default (a list of dicts, see DETECTOR_VIEWS). studies, boxes, batch: see
+    yolo_scores. A detector of the original scheme knows no calibration, views or boxes, and no NaN.
+    """
+    views = detector.about.get("views") or [{}] if views is None else views
+    result = []
+    for scores in yolo_scores(detector, studies, boxes, views, batch):
+        if not isinstance(scores, Exception):
+            mean = mean_scores(scores)
+            calibration = detector.about.get("calibration")
+            p = original_probabilities(mean) if detector.original else yolo_probabilities(mean, calibration)
+            scores = p.transpose(1, 0, 2)
+        result.append(scores)
+    return result
+
+
+def yolo_table(study_ids, probabilities, condition):
+    """Rows of a detector's conditions: table study_id, row_id, normal_mild, moderate, severe, sorted by row_id.
+
+    probabilities: (n, 5 levels, sides, 3); rows that are NaN are left out.
+    """
+    rows = [
+        (int(study_id), f"{study_id}_{CONDITIONS[index]}_{level}", *probabilities[n, at, side])
+        for n, study_id in enumerate(study_ids)
+        for side, index in enumerate(DETECTORS[condition][1])
+        for at, level in enumerate(LEVELS)
+        if np.isfinite(probabilities[n, at, side]).all()
+    ]
+    return pd.DataFrame(rows, columns=["study_id", "row_id", *SEVERITIES]).sort_values("row_id", ignore_index=True)

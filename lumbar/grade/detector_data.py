@@ -1,0 +1,398 @@
+"""Images and labels for the detectors, in the layout that ultralytics reads.
+
+May use: data, storage, names.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from ..data.geometry import place_points
+from ..data.tables import some_of
+from ..data.volume import load_study, study_about
+from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, progress
+from ..storage import write_json
+
+# A detector's classes are the three severities and nothing else. One sagittal slice cannot show its side and one
+# axial slice barely shows its level, so both come from patient coordinates. It also makes a horizontal flip of an
+# axial slice harmless: no class name carries a side.
+#
+# SCHEMES' second is there for comparison: whole slices, and a class for each condition, level and severity.
+SCHEMES = ("severity", "original")
+
+
+@dataclass(frozen=True)
+class YoloView:
+    """What one detector looks at. All lengths in millimetres.
+
+    field_mm: (rows, columns) of the patch cut from a slice, at least; detail: its pixels per millimetre relative to
+    the sagittal detectors'; box_mm: side of the square around a label point; label_reach_mm: slices this close to a
+    labelled one carry its label too; point_mm: where the condition's points lie in the frame of a LevelBox, (head,
+    lateral, back) from its centre, lateral counted towards the point's own side; reach_mm: slices at most this far
+    from that point are looked at; gate_mm: anchors at most this far from it within the slice are counted, with a
+    Gaussian of sigma gate_mm / 2.
+
+    label_reach_mm matters most of all settings. Each level is labelled on one slice, and these differ: without it
+    most discs that a patch shows would be unlabelled, and the detector would learn that they are background.
+    """
+
+    field_mm: tuple
+    detail: float
+    box_mm: float
+    label_reach_mm: float
+    point_mm: tuple
+    reach_mm: float
+    gate_mm: float
+
+
+SAGITTAL_FIELD_MM = 208.0  # holds the five discs with a vertebra's margin
+
+# Test-time views that may pay, the plain one first; what each is worth is measured on held-out studies
+# (choose_detector_views). shift_px (down, right) moves the patch against the network's grid of cells, which is 8 px
+# fine; zoom enlarges; mirror turns left and right round, which only axial patches look alike under, and the anchors'
+# places with them; reach multiplies YoloView.reach_mm, so that slices next to the nearest ones have a say.
+DETECTOR_VIEWS = {
+    "scs": ({}, {"reach": 1.7}, {"shift_px": [4, 4]}, {"shift_px": [-3, 3]}, {"zoom": 1.06}, {"zoom": 0.94}),
+    "nfn": ({}, {"reach": 1.7}, {"shift_px": [4, 4]}, {"shift_px": [-3, 3]}, {"zoom": 1.06}, {"zoom": 0.94}),
+    "ss": (
+        {},
+        {"mirror": True},
+        {"reach": 1.7},
+        {"shift_px": [4, 4]},
+        {"shift_px": [-3, 3], "mirror": True},
+        {"zoom": 1.06},
+        {"zoom": 0.94, "mirror": True},
+    ),
+}
+
+# fit_point_offsets replaces point_mm by what the training labels say.
+YOLO_VIEWS = {
+    "scs": YoloView((SAGITTAL_FIELD_MM, 104.0), 1.0, 20.0, 5.5, (0.0, 0.0, 24.0), 6.0, 14.0),
+    "nfn": YoloView((SAGITTAL_FIELD_MM, 104.0), 1.0, 20.0, 4.5, (5.0, 18.0, 22.0), 9.0, 14.0),
+    "ss": YoloView((62.0, 62.0), 1.25, 16.0, 5.0, (0.0, 10.0, 22.0), 6.0, 10.0),
+}
+
+ORIGINAL_BOX_PX = 20.0  # side of the original scheme's boxes on images of ORIGINAL_IMGSZ px
+ORIGINAL_IMGSZ = 384
+
+
+def yolo_shape_px(view, imgsz):
+    """Shape of a detector's patches: ((rows, columns) in px, multiples of 32; mm per px).
+
+    imgsz: rows of a sagittal patch in px; the other detectors follow from their view's field and detail.
+    Raises ValueError when imgsz is no positive multiple of 32 (the largest stride).
+    """
+    if imgsz <= 0 or imgsz % 32:
+        raise ValueError(f"image size {imgsz}: must be a positive multiple of 32, the detectors' largest stride")
+    mm_per_px = SAGITTAL_FIELD_MM / imgsz / view.detail
+    return tuple(int(32 * np.ceil(side / mm_per_px / 32 - 1e-6)) for side in view.field_mm), mm_per_px
+
+
+def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px, shift_px=(0, 0)):
+    """Cut an 8-bit patch with square pixels from one slice, turned so that rows run to the feet (sagittal) or to the
+    back (axial) and columns to the back (sagittal) or to the patient's left (axial), however the series is stored.
+
+    volume: Volume in the normalised scale (0 = 0.5th, 1 = 99.5th percentile). center_lps_mm: (3,), the point put in
+    the middle of the patch; shift_px: (down, right), by which the patch is cut aside of it.
+    Returns (patch (rows, columns) uint8, to_slice (3, 3)): to_slice maps homogeneous patch px (x, y, 1) to (column,
+    row, 1) of the slice. Outside the slice the patch is 0.
+    """
+    step_row, step_column = volume.affine[:3, 1], volume.affine[:3, 2]
+    down, right = (
+        (np.array([0, 0, -1.0]), np.array([0, 1.0, 0]))
+        if volume.plane == "sagittal"
+        else (np.array([0, 1.0, 0]), np.array([1.0, 0, 0]))
+    )
+    height, width = volume.array.shape[1:]
+    spacing_row, spacing_column = volume.spacing_mm[1:]
+    new = max(1, round(height * spacing_row / mm_per_px)), max(1, round(width * spacing_column / mm_per_px))
+    image = torch.from_numpy(np.asarray(volume.array[index], dtype=np.float32))[None, None]
+    # Antialiasing matters: real matrices are up to three times finer than the patch.
+    image = F.interpolate(image, size=new, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
+    scale_x, scale_y = width / new[1], height / new[0]
+    to_slice = np.array([[scale_x, 0, 0.5 * scale_x - 0.5], [0, scale_y, 0.5 * scale_y - 0.5], [0, 0, 1.0]])
+    if step_row @ down < 0:
+        image = image[::-1]
+        to_slice = to_slice @ np.array([[1.0, 0, 0], [0, -1, new[0] - 1], [0, 0, 1]])
+    if step_column @ right < 0:
+        image = image[:, ::-1]
+        to_slice = to_slice @ np.array([[-1.0, 0, new[1] - 1], [0, 1, 0], [0, 0, 1]])
+    _, row, column = volume.lps_to_voxel(np.asarray(center_lps_mm, dtype=np.float64))
+    middle = np.linalg.inv(to_slice) @ np.array([column, row, 1.0])
+    x0 = int(round(middle[0] - (shape_px[1] - 1) / 2)) + int(shift_px[1])
+    y0 = int(round(middle[1] - (shape_px[0] - 1) / 2)) + int(shift_px[0])
+    patch = np.zeros(shape_px, dtype=np.float32)
+    top, bottom = max(y0, 0), min(y0 + shape_px[0], new[0])
+    left, right_end = max(x0, 0), min(x0 + shape_px[1], new[1])
+    if top < bottom and left < right_end:
+        patch[top - y0 : bottom - y0, left - x0 : right_end - x0] = image[top:bottom, left:right_end]
+    to_slice = to_slice @ np.array([[1.0, 0, x0], [0, 1, y0], [0, 0, 1]])
+    return (np.clip(patch, 0, 1) * 255 + 0.5).astype(np.uint8), to_slice
+
+
+def letterbox_slice(volume, index, imgsz):
+    """A whole slice as stored, in 8 bits, its longer side imgsz px, padded with ultralytics' grey to a square.
+
+    volume: Volume in the normalised scale. Returns (image (imgsz, imgsz) uint8, to_slice (3, 3)), see slice_patch.
+    """
+    height, width = volume.array.shape[1:]
+    new = [max(1, round(side * imgsz / max(height, width))) for side in (height, width)]
+    slice_ = torch.from_numpy(np.asarray(volume.array[index], dtype=np.float32))[None, None]
+    slice_ = F.interpolate(slice_, size=new, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
+    image = np.full((imgsz, imgsz), 114, np.uint8)
+    top, left = (imgsz - new[0]) // 2, (imgsz - new[1]) // 2
+    image[top : top + new[0], left : left + new[1]] = (np.clip(slice_, 0, 1) * 255 + 0.5).astype(np.uint8)
+    scale_x, scale_y = width / new[1], height / new[0]
+    to_slice = [[scale_x, 0, (0.5 - left) * scale_x - 0.5], [0, scale_y, (0.5 - top) * scale_y - 0.5], [0, 0, 1]]
+    return image, np.array(to_slice)
+
+
+def original_names(condition):
+    """The original scheme's classes of a detector: a name for each condition, level and severity, in this order."""
+    return [
+        f"{CONDITIONS[c]}_{level}_{grade}" for c in DETECTORS[condition][1] for level in LEVELS for grade in SEVERITIES
+    ]
+
+
+def yolo_examples(coordinates, study_ids, grades, condition):
+    """Label points of one detector that have a grade.
+
+    coordinates: table of read_coordinates; study_ids, grades: result of labels_to_array (grades (n, 5, 5), -1
+    missing); condition: a key of DETECTORS. Returns a table study_id, series_id, instance_number, condition (index),
+    level (index), x_px, y_px, grade (0..2). Points without a grade and grades without a point fall away.
+    """
+    conditions = DETECTORS[condition][1]
+    points = coordinates[coordinates["condition"].isin([CONDITIONS[i] for i in conditions])].copy()
+    points["condition"] = points["condition"].map({name: i for i, name in enumerate(CONDITIONS)}).astype(int)
+    points["level"] = points["level"].map({name: i for i, name in enumerate(LEVELS)}).astype(int)
+    rows = {int(s): i for i, s in enumerate(study_ids)}
+    points = points[points["study_id"].isin(rows)]
+    index = points["study_id"].map(rows).to_numpy(dtype=int)
+    points["grade"] = np.asarray(grades)[index, points["condition"].to_numpy(), points["level"].to_numpy()]
+    points = points[points["grade"] >= 0]
+    columns = ["study_id", "series_id", "instance_number", "condition", "level", "x_px", "y_px", "grade"]
+    return points[columns].sort_values(columns[:5], ignore_index=True)
+
+
+def _locate_examples(study, points):
+    """One study's label points that lie on a slice, with volume, slice and x_mm, y_mm, z_mm of place_points; and for
+    each of the others why it does not."""
+    placed = place_points(points, study)
+    found = pd.concat([points.reset_index(drop=True), placed], axis=1)[placed["problem"] == ""]
+    return found.drop(columns="problem"), placed.loc[placed["problem"] != "", "problem"].tolist()
+
+
+def _near_slices(volume, index, reach_mm):
+    """Indices of the slices of `volume` at most reach_mm from slice `index`, itself included."""
+    n = volume.array.shape[0]
+    away = np.abs(np.arange(n) - index) * volume.spacing_mm[0]
+    return np.flatnonzero((away <= reach_mm) | (np.arange(n) == index))
+
+
+def _severity_images(study, here, view, shape_px, mm_per_px):
+    """Patches of one study's labelled slices, and of those within the labels' reach.
+
+    here: of _locate_examples. Yields (volume, slice, patch, rows of `here` that it shows, class of each, (n, 2) px).
+    """
+    xyz = here[["x_mm", "y_mm", "z_mm"]].to_numpy()
+    # Middle of the canal: left and right points of a level averaged, so that one-sided slices stay centred.
+    midline = here.groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().to_numpy()
+    shown = {}
+    for row, (v, k) in enumerate(zip(here["volume"], here["slice"])):
+        for near in _near_slices(study.volumes[v], k, view.label_reach_mm):
+            shown.setdefault((v, near), []).append(row)
+    for (v, k), rows in shown.items():
+        volume = study.volumes[v]
+        center = midline.mean(axis=0)
+        if volume.plane == "axial":
+            own = np.unique(here["level"].to_numpy()[rows])
+            center = here[here["level"].isin(own)].groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().mean()
+        patch, to_slice = slice_patch(volume, k, center, shape_px, mm_per_px)
+        voxels = volume.lps_to_voxel(xyz[rows])
+        xy = (np.linalg.inv(to_slice) @ np.c_[voxels[:, 2], voxels[:, 1], np.ones(len(rows))].T).T[:, :2]
+        yield volume, k, patch, here["grade"].to_numpy()[rows], xy
+
+
+def _original_images(study, here, condition, imgsz):
+    """The labelled slices themselves, whole. Yields as _severity_images does."""
+    first = DETECTORS[condition][1][0]
+    for (v, k), rows in here.groupby(["volume", "slice"]):
+        image, to_slice = letterbox_slice(study.volumes[v], k, imgsz)
+        xy = (np.linalg.inv(to_slice) @ np.c_[rows[["x_px", "y_px"]], np.ones(len(rows))].T).T[:, :2]
+        cell = (rows["condition"].to_numpy() - first) * len(LEVELS) + rows["level"].to_numpy()
+        yield study.volumes[v], k, image, cell * len(SEVERITIES) + rows["grade"].to_numpy(), xy
+
+
+def write_yolo_dataset(
+    out_dir,
+    condition,
+    volumes_dir,
+    coordinates,
+    study_ids,
+    grades,
+    folds,
+    imgsz=384,
+    view=None,
+    scheme="severity",
+):
+    """Write one detector's data set in YOLO's folder layout.
+
+    out_dir gets images/*.png (8-bit grey, all of one shape), labels/*.txt (class xc yc w h, relative), points.csv
+    (every label point in LPS mm), train_<fold>.txt and val_<fold>.txt (paths relative to the list: the folder can be
+    moved), and dataset.json, written last.
+
+    condition: a key of DETECTORS. volumes_dir: folder of <study_id>.safetensors (save_study). coordinates: table of
+    read_coordinates. study_ids, grades: of labels_to_array. folds: table study_id, fold.
+    scheme: "severity": patches with square millimetres of the labelled slices and their neighbours, class = severity,
+    see YoloView; imgsz as in yolo_shape_px; view: a YoloView, by default YOLO_VIEWS[condition]. "original": the
+    labelled slices alone, whole, imgsz px square, classes of original_names, boxes of ORIGINAL_BOX_PX at 384 px.
+    A point that lies on no slice of its study (see place_points), and a study without a volume file, costs only itself:
+    it is left out, counted (without_slice) and printed.
+    A finished folder of the same settings, points and volumes is left alone. Returns the content of dataset.json.
+    Raises FileNotFoundError when no study has a volume file, ValueError when nothing could be labelled.
+    """
+    from PIL import Image
+
+    if scheme not in SCHEMES:
+        raise ValueError(f"SCHEME must be one of {', '.join(SCHEMES)}, not {scheme!r}")
+    out_dir, volumes_dir = Path(out_dir), Path(volumes_dir)
+    points = yolo_examples(coordinates, study_ids, grades, condition)
+    fold_of = dict(zip(folds["study_id"].astype(int), folds["fold"].astype(int)))
+    points = points[points["study_id"].isin(fold_of)]
+    paths = {study_id: volumes_dir / f"{study_id}.safetensors" for study_id in sorted(points["study_id"].unique())}
+    without_volumes = [study_id for study_id, path in paths.items() if not path.is_file()]
+    if paths and len(without_volumes) == len(paths):
+        raise FileNotFoundError(
+            f"{paths[without_volumes[0]]}: no volumes for a labelled study; run 01_preprocess for it first"
+        )
+    view = view or YOLO_VIEWS[condition]
+    if scheme == "original":
+        shape_px, mm_per_px, side_px = (imgsz, imgsz), None, ORIGINAL_BOX_PX * imgsz / ORIGINAL_IMGSZ
+        own = {"names": original_names(condition), "box_px": side_px}
+    else:
+        shape_px, mm_per_px = yolo_shape_px(view, imgsz)
+        side_px = view.box_mm / mm_per_px
+        own = {"names": list(SEVERITIES), "box_mm": view.box_mm, "label_reach_mm": view.label_reach_mm}
+    settings = own | {
+        "condition": condition,
+        "scheme": scheme,
+        "imgsz": max(shape_px),
+        "shape_px": list(shape_px),
+        "mm_per_px": mm_per_px,
+        "points": len(points),
+        "folds": sorted(set(fold_of.values())),
+        "studies": len(fold_of),
+        "content": _content(points, fold_of, [path for path in paths.values() if path.is_file()]),
+    }
+    done = out_dir / "dataset.json"
+    if done.exists():
+        old = {"scheme": "severity"} | json.loads(done.read_text())
+        if all(old.get(key) == value for key, value in settings.items()):
+            return old
+    for name in ("images", "labels"):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+        (out_dir / name).mkdir(parents=True)
+    done.unlink(missing_ok=True)
+    lists = {fold: {"train": [], "val": []} for fold in settings["folds"]}
+    located, outside, unplaced = [], 0, []
+    for study_id, of_study in progress(points.groupby("study_id"), f"yolo {condition}", points["study_id"].nunique()):
+        if study_id in without_volumes:
+            unplaced += [f"study {study_id}: no volumes"] * len(of_study)
+            continue
+        study = load_study(paths[study_id], [DETECTORS[condition][0]])
+        here, problems = _locate_examples(study, of_study)
+        unplaced += problems
+        if here.empty:
+            continue
+        located.append(here)
+        images = (
+            _original_images(study, here, condition, imgsz)
+            if scheme == "original"
+            else _severity_images(study, here, view, shape_px, mm_per_px)
+        )
+        for volume, k, image, classes, xy in images:
+            inside = ((xy >= 0) & (xy <= np.array(shape_px[::-1]) - 1)).all(axis=1)
+            outside += int((~inside).sum())
+            if not inside.any():
+                continue
+            name = f"{study_id}_{volume.series_id}_{volume.block}_{int(volume.instance_numbers[k])}"
+            Image.fromarray(image).save(out_dir / "images" / f"{name}.png")
+            lines = _label_lines(classes[inside], xy[inside], side_px, shape_px)
+            (out_dir / "labels" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+            for fold in lists:
+                lists[fold]["val" if fold_of[int(study_id)] == fold else "train"].append(f"./images/{name}.png")
+    which = some_of(dict.fromkeys(unplaced), between="; ")
+    if not located:
+        raise ValueError(
+            f"no label point of '{condition}' lies in a cached series of {volumes_dir} ({which or 'none graded'}): "
+            "check that series and instance numbers of the coordinates match the volumes"
+        )
+    if unplaced:
+        print(f"yolo {condition}: {len(unplaced)} of {len(points)} label points are left out: {which}")
+    pd.concat(located).drop(columns=["volume", "slice"]).to_csv(out_dir / "points.csv", index=False)
+    for fold, parts in lists.items():
+        for part, names in parts.items():
+            (out_dir / f"{part}_{fold}.txt").write_text("\n".join(sorted(names)) + "\n")
+    result = settings | {
+        "images": sum(len(p["val"]) for p in lists.values()),
+        "outside_field": outside,
+        "without_slice": len(unplaced),
+    }
+    write_json(done, result)
+    return result
+
+
+def _content(points, fold_of, paths):
+    """A hash of what a data set is made of besides its settings: it changes when a table or a study is mended."""
+    digest = hashlib.sha256(points.to_csv(index=False).encode())
+    digest.update(json.dumps(sorted(fold_of.items())).encode())
+    for path in paths:
+        digest.update(json.dumps(study_about(path), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _label_lines(classes, xy, side_px, shape_px):
+    """Lines of YOLO's label file: squares of side_px around the points xy (n, 2), cut at the image's border."""
+    lines = []
+    for cls, (x, y) in zip(classes, xy):
+        low = np.maximum([x + 0.5 - side_px / 2, y + 0.5 - side_px / 2], 0)
+        high = np.minimum([x + 0.5 + side_px / 2, y + 0.5 + side_px / 2], shape_px[::-1])
+        box = np.r_[(low + high) / 2, high - low] / np.r_[shape_px[::-1], shape_px[::-1]]
+        lines.append(f"{cls} " + " ".join(f"{value:.6f}" for value in box))
+    return list(dict.fromkeys(lines))
+
+
+def fit_point_offsets(points, boxes):
+    """Where a detector's label points lie relative to the located levels.
+
+    points: points.csv of write_yolo_dataset; boxes: dict study_id -> list of five LevelBox. Returns
+    {"point_mm": (head, lateral, back) medians in mm, "spread_mm": 1.4826 x median absolute deviation, "n": rows},
+    lateral counted towards the point's own side. Points more than 40 mm from their box are left out (wrong level
+    names exist). Returns None with fewer than 10 usable points.
+    """
+    offsets = []
+    for row in points.itertuples():
+        if int(row.study_id) not in boxes:
+            continue
+        box = boxes[int(row.study_id)][int(row.level)]
+        head, left, back = box.from_lps([row.x_mm, row.y_mm, row.z_mm])
+        offsets.append((head, left * _side_sign(int(row.condition)), back))
+    offsets = np.array(offsets).reshape(-1, 3)
+    offsets = offsets[np.linalg.norm(offsets, axis=1) < 40]
+    if len(offsets) < 10:
+        return None
+    middle = np.median(offsets, axis=0)
+    spread = 1.4826 * np.median(np.abs(offsets - middle), axis=0)
+    return {"point_mm": middle.tolist(), "spread_mm": spread.tolist(), "n": len(offsets)}
+
+
+def _side_sign(condition):
+    """+1 for a left condition, -1 for a right one, 0 in the midline (condition: index in CONDITIONS)."""
+    return {"left": 1.0, "right": -1.0}.get(CONDITIONS[condition].split("_")[0], 0.0)

@@ -1,0 +1,369 @@
+"""Members combined: shares by condition, scaling, what each step gains on studies that it was not fitted on.
+
+Members are combined in three steps, each fitted on out-of-fold predictions under the competition's own terms and each
+pulled to doing nothing: weights per group of conditions; temperature, class bias and a share of the prior per group;
+and a correction of each cell's log odds by those of its neighbours. cross_validate_ensemble says what each step gains.
+
+May use: stacker, tables, member, data, storage, names.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..data.competition import class_prior, to_submission
+from ..data.metric import paired_gain, score_arrays
+from ..data.tables import read_labels
+from ..names import GROUPS
+from .member import MEMBERS, member_weights
+from .stacker import (
+    FLOOR_UNIT,
+    STRENGTH,
+    WEIGHT_SHARE,
+    _deal,
+    _log_probabilities,
+    _softmax,
+    _Target,
+    apply_stacker,
+    fit_stacker,
+)
+from .tables import (
+    _align_to_labels,
+    _fold_of,
+    _partial_submission,
+    _sorted_grades,
+    align_members,
+    check_predictions,
+    read_out_of_fold,
+)
+
+# Solution B's weights, .65 for the detectors and .35 for the 3D networks, which are two here.
+DEFAULT_WEIGHTS = {"yolo": 0.65, "level": 0.25, "study": 0.10}
+# On fewer studies than these a temperature that flatters them can cost others more than it brings: scaling then has to
+# gain so many standard errors in cross-validation, a group at a time.
+SCALING_STUDIES = 200
+SCALING_ERRORS = 2.0
+VARIANTS = ("equal weights", "default weights", "fitted weights", "+ scaling", "+ stacker")
+
+
+def default_ensemble(members=MEMBERS):
+    """The ensemble without out-of-fold predictions: default weights, no calibration."""
+    return {
+        "weights": {group: {m: DEFAULT_WEIGHTS.get(m, 0.1) for m in members} for group in GROUPS},
+        "temperature": {group: 1.0 for group in GROUPS},
+        "bias": {group: [0.0, 0.0, 0.0] for group in GROUPS},
+        "floor": {group: 0.0 for group in GROUPS},
+        "found": "defaults",
+    }
+
+
+def equal_ensemble(members):
+    """The ensemble that trusts all members alike: no weights, no calibration."""
+    return default_ensemble(members) | {
+        "weights": {group: {m: 1 / len(members) for m in members} for group in GROUPS},
+        "found": "equal",
+    }
+
+
+def combine_members(predictions, ensemble, prior):
+    """Weighted mean of log probabilities, calibrated per group of conditions; then the stacker, if there is one.
+
+    Per group p = (1 - floor) softmax(sum of w_m log p_m / temperature + bias) + floor prior: the share of the prior is
+    for what no member can see coming, a level named wrongly or a slip of the reader, where log p has a price without
+    bound. 0 in an ensemble without the key "floor".
+
+    predictions: dict member -> (n, 5, 5, 3), NaN where a member has nothing to say: its weight goes to the others.
+    ensemble: as fit_ensemble or default_ensemble make it; its key "stacker" is optional, see apply_stacker.
+    prior: (5, 5, 3), for the floor and where no member has anything. Returns (probabilities (n, 5, 5, 3) float64 with
+    rows that sum to 1, n_members (n, 5, 5) int: how many members each row rests on). Raises ValueError for a member
+    that the ensemble has no weight for: most likely its name is spelt in two ways.
+    """
+    members = list(predictions)
+    known = {m for weights in ensemble["weights"].values() for m in weights}
+    if set(members) - known:
+        unknown = ", ".join(map(repr, sorted(set(members) - known)))
+        raise ValueError(f"the ensemble has no weight for {unknown}, but for {', '.join(sorted(known))}")
+    log_p, there = _log_probabilities([predictions[m] for m in members])
+    prior = np.asarray(prior, np.float64) / np.sum(prior, -1, keepdims=True)
+    result = np.empty(log_p.shape[1:])
+    for group, conditions in GROUPS.items():
+        conditions = list(conditions)
+        weight = np.array([ensemble["weights"][group].get(m, 0.0) for m in members])
+        weight = weight[:, None, None, None] * there[:, :, conditions]
+        # Members of weight 0 still help where they are all there is.
+        weight = np.where(weight.sum(0) > 0, weight, there[:, :, conditions].astype(np.float64))
+        mean = (weight[..., None] * log_p[:, :, conditions]).sum(0) / np.maximum(weight.sum(0), 1e-12)[..., None]
+        logits = mean / ensemble["temperature"][group] + np.asarray(ensemble["bias"][group])
+        result[:, conditions] = _softmax(logits)
+        floor = ensemble.get("floor", {}).get(group, 0.0)
+        if floor:
+            result[:, conditions] = (1 - floor) * result[:, conditions] + floor * prior[conditions]
+    count = there.sum(0)
+    result = np.where((count > 0)[..., None], result, prior)
+    if ensemble.get("stacker"):
+        result = np.where((count > 0)[..., None], apply_stacker(ensemble["stacker"], result), result)
+    return result, count
+
+
+def member_alone(predictions, prior):
+    """A member's own probabilities, rows that sum to 1, and the prior where it has nothing to say: as it would be
+    submitted by itself, its zeros included. predictions: (n, 5, 5, 3), NaN where absent; prior: (5, 5, 3)."""
+    _, (there,) = _log_probabilities([predictions])
+    p = np.where(there[..., None], predictions, prior)
+    return p / p.sum(-1, keepdims=True)
+
+
+# ---- Weights, temperature, bias, floor ----
+
+
+def fit_ensemble(labels, tables, strength=STRENGTH, members=MEMBERS, towards="defaults", scaling=True, stacker=True):
+    """Weights, temperature, class bias and floor per group from out-of-fold predictions; then a stacker.
+
+    labels: train.csv's wide form; tables: dict member -> submission-like DataFrame (any rows may be missing).
+    The competition's own terms are minimised (canal together with any-severe), plus a penalty of `strength` over the
+    number of studies that pulls toward the start: a few dozen studies must not decide alone.
+    members: the order of the names; others follow. towards: "defaults" (DEFAULT_WEIGHTS) or "equal", the weights that
+    the penalty pulls to. scaling: whether temperature, bias and floor are tried, stacker: whether fit_stacker is: both
+    are kept only in groups where cross-validation within these studies says that they gain (scaling: with
+    SCALING_STUDIES or more always).
+    Returns a dict like default_ensemble's, with the scores before and after in `found`, and `stacker` where it gains.
+    Deterministic, whatever the order of the rows. Raises ValueError on tables that check_predictions refuses, and on
+    one that predicts none of the labelled studies.
+    """
+    if towards not in ("defaults", "equal"):
+        raise ValueError(f"towards is 'defaults' or 'equal', not {towards!r}")
+    study_ids, grades = _sorted_grades(labels)
+    return _fit_arrays(grades, _align_to_labels(study_ids, tables), strength, members, towards, scaling, stacker)
+
+
+def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, stacker=True, judged=True):
+    """fit_ensemble on arrays: grades (n, 5, 5), predictions dict member -> (n, 5, 5, 3), NaN where absent.
+
+    judged: whether scaling has to gain in cross-validation to be kept.
+    """
+    names = [m for m in members if m in predictions] + [m for m in predictions if m not in members]
+    ensemble = default_ensemble(names) if towards == "defaults" else equal_ensemble(names)
+    log_p, there = _log_probabilities([predictions[m] for m in names])
+    prior, grades = class_prior(grades), np.where(there.any(0), grades, -1)
+    scaled = dict.fromkeys(GROUPS, scaling)
+    if scaling and judged:
+        scaled = _scaling_gains(grades, predictions, strength=strength, members=members, towards=towards)
+    before, after = {}, {}
+    for group, conditions in GROUPS.items():
+        conditions = list(conditions)
+        studies = (grades[:, conditions] >= 0).any((1, 2))
+        if studies.sum() < 2:
+            continue
+        target = _Target(grades[studies][:, conditions], group == "spinal")
+        start = np.array([ensemble["weights"][group][m] for m in names])
+        part = (log_p[:, studies][:, :, conditions], there[:, studies][:, :, conditions], prior[conditions])
+        fitted, before[group], after[group] = _fit_group(*part, target, start, strength, scaled[group])
+        ensemble["weights"][group] = dict(zip(names, fitted.pop("weights")))
+        for key, value in fitted.items():
+            ensemble[key][group] = value
+    if after:
+        ensemble["found"] = {"rows": int(there.any(0).sum()), "before": before, "after": after}
+    if after and stacker:
+        found = fit_stacker(grades, combine_members(predictions, ensemble, prior)[0])
+        if found["coefficients"]:
+            ensemble["stacker"] = found
+    return ensemble
+
+
+def _scaling_gains(grades, predictions, parts=4, errors=SCALING_ERRORS, **options):
+    """Whether scaling gains in each group on studies that it was not fitted on: dict group -> bool.
+
+    options: strength, members and towards of fit_ensemble. From SCALING_STUDIES on it is taken for granted; with fewer
+    than two studies a part nothing gains.
+    """
+    studies = (grades >= 0).any((1, 2))
+    if studies.sum() >= SCALING_STUDIES or studies.sum() < 2 * parts:
+        return dict.fromkeys(GROUPS, studies.sum() >= SCALING_STUDIES)
+    grades = grades[studies]
+    predictions = {name: p[studies] for name, p in predictions.items()}
+    part = _deal(grades, parts)
+    without, scaled = np.full((2, *grades.shape, 3), 1 / 3)
+    for fold in range(part.max() + 1):
+        inside = part == fold
+        rest = {name: p[~inside] for name, p in predictions.items()}
+        own = {name: p[inside] for name, p in predictions.items()}
+        for found, scaling in ((without, False), (scaled, True)):
+            ensemble = _fit_arrays(grades[~inside], rest, scaling=scaling, stacker=False, judged=False, **options)
+            found[inside] = combine_members(own, ensemble, class_prior(grades[~inside]))[0]
+    gains = {}
+    for number, group in enumerate(GROUPS):
+        gain, error = paired_gain(grades, without, scaled, (0, 3) if group == "spinal" else (number,))
+        gains[group] = gain > errors * error
+    return gains
+
+
+def _fit_group(log_p, there, prior, target, start, strength, scaling):
+    """(dict of weights (list), temperature, bias (list of 3), floor; loss at the start; loss found) of one group.
+
+    log_p: (members, n, conditions, 5, 3); there: the same without the last axis; prior: (conditions, 5, 3); start:
+    (members,) weights. The unknowns are how much the log of each weight, the log of the temperature and the two
+    biases move, and the share of the prior, in FLOOR_UNIT.
+    """
+    from scipy.optimize import minimize
+
+    count = len(start)
+    # Weights trade one fair member for another; a wrong bias or temperature spoils every row, so it pays more.
+    penalty = 0.1 * strength / target.studies * np.repeat([WEIGHT_SHARE, 1.0], [count, 4])
+
+    def loss(values):
+        share = np.exp(np.log(start) + values[:count])[:, None, None, None] * there
+        share /= np.maximum(share.sum(0), 1e-12)
+        mean = np.einsum("mncl,mnclk->nclk", share, log_p)
+        cold, floor = np.exp(-values[count]), FLOOR_UNIT * values[-1]
+        p = _softmax(mean * cold + np.array([0.0, *values[count + 1 : -1]]))
+        mixed = (1 - floor) * p + floor * prior
+        value, by_log = target.loss(np.log(mixed))
+        by_floor = (by_log * (prior - p) / mixed).sum()
+        slope = by_log * (1 - floor) * p / mixed
+        slope -= p * slope.sum(-1, keepdims=True)
+        by_mean = slope * cold
+        by_weight = np.einsum("nclk,mnclk->mncl", by_mean, log_p) - (by_mean * mean).sum(-1)
+        by_scale = [-(by_mean * mean).sum(), *slope.sum((0, 1, 2))[1:], FLOOR_UNIT * by_floor]
+        return value, np.array([*(share * by_weight).sum((1, 2, 3)), *by_scale])
+
+    def penalised(values):
+        value, gradient = loss(values)
+        return value + (penalty * np.square(values)).sum(), gradient + 2 * penalty * values
+
+    zero = np.zeros(count + 4)
+    bounds = [(-3, 3)] * (count + 3) + [(0, 0.2 / FLOOR_UNIT)] if scaling else [(-3, 3)] * count + [(0, 0)] * 4
+    found = minimize(penalised, zero, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-8}).x
+    weight = start * np.exp(found[:count])
+    fitted = {
+        "weights": (weight / weight.sum()).tolist(),
+        "temperature": float(np.exp(found[count])),
+        "bias": [0.0, *found[count + 1 : -1].tolist()],
+        "floor": float(FLOOR_UNIT * found[-1]),
+    }
+    return fitted, float(loss(zero)[0]), float(loss(found)[0])
+
+
+# ---- What the search really gains ----
+
+
+def cross_validate_ensemble(labels, tables, folds, strength=STRENGTH, members=MEMBERS, towards="defaults"):
+    """Nested cross-validation of the whole search: everything is fitted on the other folds, scored on this one.
+
+    labels: train.csv's wide form; tables: dict member -> out-of-fold submission (any rows may be missing, as may
+    studies); folds: DataFrame study_id, fold, the folds the members were trained in (what a fold's own models have
+    seen must not choose its weights). strength, members, towards: see fit_ensemble.
+    Returns (scores, submissions). scores: a DataFrame with a row for each member alone, then "equal weights",
+    "default weights", "fitted weights", "+ scaling", "+ stacker"; the columns are the metric's terms pooled over all
+    folds, `gain` over the default weights, its standard error `gain_se`, and `rows`, the graded rows that rest on a
+    member. All are scored on the rows that any member has; where a member alone lacks one, the prior of the other
+    folds stands. submissions: dict of those names -> the nested predictions in the competition's form, without the
+    rows that no member has. Raises ValueError on bad tables, a study without a fold, or fewer than two folds.
+    """
+    if not tables:
+        raise ValueError("no member's predictions to combine")
+    study_ids, grades = _sorted_grades(labels)
+    aligned = _align_to_labels(study_ids, tables)
+    there = np.any([np.isfinite(p).all(-1) for p in aligned.values()], axis=0)
+    fold_of = _fold_of(folds, study_ids, there.any((1, 2)))
+    names = [*aligned, *VARIANTS]
+    nested = {name: np.full((*grades.shape, 3), np.nan) for name in names}
+    for fold in np.unique(fold_of[fold_of >= 0]):
+        inside, rest = fold_of == fold, (fold_of != fold) & (fold_of >= 0)
+        prior = class_prior(grades[rest])
+        part, others = ({m: p[where] for m, p in aligned.items()} for where in (inside, rest))
+        for name, (used, ensemble) in _variants(grades[rest], others, strength, members, towards).items():
+            nested[name][inside] = combine_members({m: part[m] for m in used}, ensemble, prior)[0]
+        for name, p in part.items():
+            nested[name][inside] = member_alone(p, prior)
+    grades = np.where(there, grades, -1)
+    scores = {}
+    for name, p in nested.items():
+        own = np.isfinite(aligned[name]).all(-1) if name in aligned else there
+        safe = np.where(there[..., None], p, 1 / 3)
+        gain = paired_gain(grades, np.where(there[..., None], nested["default weights"], 1 / 3), safe)
+        scores[name] = {
+            **score_arrays(grades, safe),
+            "gain": gain[0] / 4,
+            "gain_se": gain[1] / 4,
+            "rows": int((own & (grades >= 0)).sum()),
+        }
+    submissions = {name: _partial_submission(study_ids, p, there) for name, p in nested.items()}
+    return pd.DataFrame.from_dict(scores, orient="index"), submissions
+
+
+def _variants(grades, predictions, *options):
+    """Everything cross_validate_ensemble compares, fitted on these studies: dict name -> (members, ensemble)."""
+    names = list(predictions)
+    stacked = _fit_arrays(grades, predictions, *options)
+    fitted = (
+        equal_ensemble(names),
+        default_ensemble(names),
+        _fit_arrays(grades, predictions, *options, scaling=False, stacker=False),
+        {key: value for key, value in stacked.items() if key != "stacker"},
+        stacked,
+    )
+    return {name: (names, ensemble) for name, ensemble in zip(VARIANTS, fitted, strict=True)}
+
+
+def combine_tables(tables, ensemble, prior, study_ids=None):
+    """Members' predictions of the same split -> the ensemble's, a complete submission.
+
+    tables: dict member -> submission-like DataFrame, as of align_members; any rows may be missing in some. prior:
+    (5, 5, 3) as of class_prior, for what is missing in all. study_ids: which studies to predict, for instance those of
+    sample_submission.csv; None: all that any table has. Raises ValueError as align_members and combine_members do.
+    """
+    if study_ids is None:
+        study_ids = sorted(
+            {study_id for name, table in tables.items() for study_id in check_predictions(table, name)[0]}
+        )
+    return to_submission(study_ids, combine_members(align_members(study_ids, tables), ensemble, prior)[0])
+
+
+def ensemble_for(folders, data, members=MEMBERS):
+    """The ensemble's weights: an ensemble.json that lies with the weights (05_inference writes one, keep it there);
+    else fitted on the oof.csv files that lie there and data/train.csv; else the defaults. See fit_ensemble.
+
+    A member with weights in the folders of which neither knows anything gets the share that DEFAULT_WEIGHTS give it
+    among the attached ones, and the others' weights share the rest as before.
+    folders: as weight_folders finds them. Prints which of the three it was, and who got a default share.
+    """
+    members = [m for m in MEMBERS if m in members]
+    attached = {name.split("_")[0] for name in member_weights(folders)[0]}
+    attached = [m for m in members if m in attached]
+    for folder in folders:
+        if (Path(folder) / "ensemble.json").is_file():
+            print(f"the ensemble's weights are those of {Path(folder) / 'ensemble.json'}")
+            return _with_default_shares(json.loads((Path(folder) / "ensemble.json").read_text()), attached)
+    tables = {m: t for m, t in read_out_of_fold(folders, verbose=False).items() if m in members}
+    labels = Path(data) / "train.csv"
+    if not tables or not labels.is_file():
+        print("no out-of-fold predictions or no train.csv: the ensemble's default weights stand")
+        return default_ensemble(members)
+    labels = read_labels(labels)
+    # Weights of other data, a phantom's for instance, come with predictions that nothing here can judge.
+    foreign = [m for m, p in align_members(labels["study_id"], tables).items() if not np.isfinite(p).any()]
+    tables = {m: table for m, table in tables.items() if m not in foreign}
+    if foreign:
+        print(f"the out-of-fold predictions of {', '.join(foreign)} are of other studies than train.csv: left out")
+    if not tables:
+        print("the ensemble's default weights stand")
+        return default_ensemble(members)
+    print(f"the ensemble's weights are fitted on out-of-fold predictions of {', '.join(tables)}")
+    return _with_default_shares(fit_ensemble(labels, tables, members=members), attached)
+
+
+def _with_default_shares(ensemble, attached):
+    """The ensemble with a default share of the weights for each attached member that it does not know."""
+    defaults, weights = DEFAULT_WEIGHTS, {}
+    for group, known in ensemble["weights"].items():
+        unknown = [m for m in attached if m not in known]
+        every = sum(defaults.get(m, 0.1) for m in {*known, *unknown})
+        shares = {m: defaults.get(m, 0.1) / every for m in unknown}
+        scale = (1 - sum(shares.values())) / (sum(known.values()) or 1.0)
+        weights[group] = {m: weight * scale for m, weight in known.items()} | shares if unknown else known
+        if unknown and group == next(iter(GROUPS)):
+            text = ", ".join(f"{m} {share:.2f}" for m, share in shares.items())
+            print(f"nothing is known of what these members are worth, their default shares stand: {text}")
+    return {**ensemble, "weights": weights}

@@ -1,0 +1,138 @@
+"""Tables of predictions, out of fold and of members: read, checked, brought into one order.
+
+May use: member, data, storage, names.
+"""
+
+import numpy as np
+import pandas as pd
+
+from ..data.competition import from_submission, id_array, labels_to_array, row_ids, severity_values, to_submission
+from ..names import LABEL_COLUMNS, SEVERITIES, SUBMISSION_COLUMNS
+from .member import MEMBERS, member_weights
+
+
+def _fold_of(folds, study_ids, needed):
+    """The fold number (n,) int of each study, -1 for those that no member predicted."""
+    missing = [column for column in ("study_id", "fold") if column not in folds.columns]
+    if missing:
+        raise ValueError(f"the folds have no column {', '.join(missing)}")
+    folds = folds[["study_id", "fold"]].astype(object)
+    # One row a label, ids read as text and folds both as 0 and "0" or 0.0 are the same folds.
+    known = pd.DataFrame(
+        {
+            "study_id": pd.to_numeric(folds["study_id"], errors="coerce"),
+            "fold": folds["fold"].astype(str).str.removesuffix(".0").where(folds["fold"].notna()),
+        }
+    )
+    known = known.dropna().drop_duplicates()
+    if known["study_id"].duplicated().any():
+        raise ValueError(f"study {int(known.study_id[known.study_id.duplicated()].iloc[0])} has two folds")
+    found = pd.Series(study_ids).map(known.set_index("study_id")["fold"])
+    if (found.isna() & needed).any():
+        raise ValueError(f"study {study_ids[found.isna() & needed][0]} has no fold")
+    result = np.where(needed, pd.factorize(found, sort=True)[0], -1)
+    if len(np.unique(result[needed])) < 2:
+        raise ValueError(
+            "nested cross-validation wants predicted studies in two folds or more; "
+            "utils.nested_folds deals those of a single one into parts"
+        )
+    return result
+
+
+def _partial_submission(study_ids, probabilities, there):
+    """Submission of the rows that are there: (n,), (n, 5, 5, 3), (n, 5, 5) bool."""
+    table = to_submission(study_ids, np.where(there[..., None], probabilities, 1.0))
+    kept = [row for row, known in zip((r for s in study_ids for r in row_ids(s)), there.ravel()) if known]
+    return table[table["row_id"].isin(kept)].reset_index(drop=True)
+
+
+# ---- Tables of members ----
+
+
+def check_predictions(table, name="predictions"):
+    """A submission-like table -> from_submission's (study_ids, (n, 5, 5, 3)), NaN where a row is absent.
+
+    Rows in any order, any of them may be absent or empty (three NaN, as a join leaves them), further columns (fold) are
+    fine. Raises ValueError, with the table and the row named, on a missing column, an unknown or double row_id, values
+    that are not numbers, not finite, negative, or whose sum is off 1 by more than .002 (a member that is not normalised
+    is no probability; three values rounded to three digits are off by .0015 at most).
+    """
+    missing = [column for column in SUBMISSION_COLUMNS if column not in table.columns]
+    if missing:
+        raise ValueError(f"{name}: no column {', '.join(missing)}")
+    table = table[~table[list(SEVERITIES)].isna().all(axis=1)]
+    values = severity_values(table)
+    for bad, what in (
+        (~np.isfinite(values).all(1), "is not three finite numbers"),
+        ((values < 0).any(1), "is negative"),
+        (np.abs(values.sum(1) - 1) > 2e-3, "does not sum to 1"),
+    ):
+        if bad.any():
+            row = table.iloc[int(bad.argmax())]
+            raise ValueError(f"{name}: row {row['row_id']} {what}: {[row[column] for column in SEVERITIES]}")
+    try:
+        return from_submission(table)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _sorted_grades(labels):
+    """labels_to_array in the order of study_id; ValueError where these are no labels at all."""
+    if "study_id" not in labels.columns or not set(LABEL_COLUMNS) & set(labels.columns):
+        raise ValueError("labels need the column study_id and train.csv's label columns")
+    study_ids, grades = labels_to_array(labels)
+    order = np.argsort(study_ids)
+    return study_ids[order], grades[order]
+
+
+def align_members(study_ids, tables):
+    """dict member -> submission-like table -> dict member -> (n, 5, 5, 3), NaN where a row is missing.
+
+    Studies that are not asked for are ignored. Raises ValueError as check_predictions does.
+    """
+    place = {study_id: number for number, study_id in enumerate(id_array(study_ids))}
+    aligned = {}
+    for member, table in tables.items():
+        ids, values = check_predictions(table, member)
+        result = np.full((len(study_ids), *values.shape[1:]), np.nan)
+        for study_id, value in zip(ids, values):
+            if study_id in place:
+                result[place[study_id]] = value
+        aligned[member] = result
+    return aligned
+
+
+def _align_to_labels(study_ids, tables):
+    """align_members; ValueError for a table that predicts none of these studies."""
+    aligned = align_members(study_ids, tables)
+    for member, values in aligned.items():
+        if not np.isfinite(values).any():
+            raise ValueError(f"{member}: its table predicts none of the {len(study_ids)} labelled studies")
+    return aligned
+
+
+def read_out_of_fold(folders, verbose=True):
+    """dict member -> out-of-fold table, from the stage folders of 03 and 04; the three detectors are one member.
+
+    Only of weights that stand (see member_weights, whose sentences `verbose` prints): of the oof.csv beside them the
+    rows of their folds; without a column `fold` all rows.
+    """
+    chosen, sentences = member_weights(folders)
+    if verbose and sentences:
+        print(*sentences, sep="\n")
+    places = {}
+    for name, path in chosen.items():
+        part, _, fold = name.rpartition("_")
+        places.setdefault(part.split("_")[0], {}).setdefault(path.parent, set()).add(fold)
+    tables = {}
+    for member in [m for m in MEMBERS if m in places]:
+        for folder, folds in places[member].items():
+            if (folder / "oof.csv").is_file():
+                table = pd.read_csv(folder / "oof.csv")
+                if "fold" in table.columns:
+                    table = table[table["fold"].astype(str).str.removesuffix(".0").isin(folds)]
+                tables.setdefault(member, []).append(table)
+    return {
+        member: pd.concat(found, ignore_index=True).drop_duplicates("row_id", ignore_index=True)
+        for member, found in tables.items()
+    }

@@ -1,0 +1,400 @@
+"""Tables of scores and the report as a page.
+
+May use: slices, grade, spine, data, run.stages, storage.
+"""
+
+import html
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..data.competition import class_prior, make_folds
+from ..data.geometry import boxes_from_table
+from ..data.metric import score_arrays, term_sums
+from ..data.volume import load_study
+from ..grade.tables import align_members
+from ..names import GRADES, LEVELS, SEVERITY_WEIGHTS
+from ..run.fingerprint import read_manifest
+from ..spine.level_scores import compare_with_labels
+from ..storage import write_text
+from .slices import level_name
+
+TERM_NAMES = {
+    "spinal": "Spinal canal",
+    "foraminal": "Foraminal",
+    "subarticular": "Subarticular",
+    "any_severe": "Any severe canal",
+    "total": "Score",
+}
+
+
+# -- numbers for tables and plots
+
+
+def cell_losses(grades, probabilities):
+    """Weighted log loss of each condition and level: (5, 5), NaN where nothing is graded.
+
+    grades: (n, 5, 5), -1 missing; probabilities: (n, 5, 5, 3), NaN (left out) or rows that sum to 1.
+    """
+    weight, loss = row_losses(grades, probabilities)
+    total = weight.sum(0)
+    return np.where(total > 0, (weight * loss).sum(0) / np.where(total > 0, total, 1), np.nan)
+
+
+def row_losses(grades, probabilities):
+    """(weight, -log p of the true grade), both (n, 5, 5); both 0 where there is no grade or no prediction."""
+    grades, probabilities = np.asarray(grades), np.asarray(probabilities, np.float64)
+    safe = np.clip(grades, 0, 2)
+    true = np.take_along_axis(probabilities, safe[..., None], -1)[..., 0]
+    known = (grades >= 0) & np.isfinite(true)
+    weight = np.where(known, np.asarray(SEVERITY_WEIGHTS, np.float64)[safe], 0)
+    return weight, np.where(known, -np.log(np.clip(np.where(known, true, 1), np.finfo(np.float64).eps, 1)), 0)
+
+
+def worst_rows(study_ids, grades, probabilities, count=6):
+    """The most wrong predictions, at most one a study: DataFrame study_id, condition, level (indices), grade, loss.
+
+    Ordered by weight times log loss, what a row costs in the metric.
+    """
+    weight, loss = row_losses(grades, probabilities)
+    cost = weight * loss
+    order = np.dstack(np.unravel_index(np.argsort(-cost, axis=None), cost.shape))[0]
+    rows, seen = [], set()
+    for n, condition, level in order:
+        if len(rows) == count or cost[n, condition, level] == 0:
+            break
+        if n not in seen:
+            seen.add(n)
+            rows.append([study_ids[n], condition, level, grades[n, condition, level], loss[n, condition, level]])
+    return pd.DataFrame(rows, columns=["study_id", "condition", "level", "grade", "loss"])
+
+
+def score_table(grades, predictions, draws=0):
+    """The metric's terms of several predictions: DataFrame, one row a name, columns of TERM_NAMES and rows.
+
+    predictions: dict name -> (n, 5, 5, 3), NaN where there is none. A member that grades only some conditions or
+    studies is scored on those (`rows` counts them); its terms without a row are NaN, and so is its total.
+    With a `Class prior` and a `Perfect reader` among them, `closed` is how much of the distance between the two each
+    prediction closes: 0 is no better than the prior, 1 is perfect. draws: above 0, `low` and `high` are the total's
+    95% interval over so many draws of resampled_scores.
+    """
+    table = {}
+    for name, probabilities in predictions.items():
+        there, known = _graded_rows(grades, probabilities)
+        scores = score_arrays(there, known) if (there >= 0).any() else dict.fromkeys(TERM_NAMES, np.nan)
+        table[name] = {**scores, "rows": int((there >= 0).sum())}
+    table = pd.DataFrame.from_dict(table, orient="index")
+    if draws:
+        totals = np.stack([drawn[:, -1] for drawn in resampled_scores(grades, predictions, draws).values()], 1)
+        for place, (end, percent) in enumerate((("low", 2.5), ("high", 97.5))):
+            table.insert(len(TERM_NAMES) + place, end, percentiles(totals, percent))
+    if {"Class prior", "Perfect reader"} <= set(table.index):
+        prior, perfect = table.loc["Class prior", "total"], table.loc["Perfect reader", "total"]
+        table.insert(table.columns.get_loc("rows"), "closed", (prior - table["total"]) / (prior - perfect))
+    return table
+
+
+def _graded_rows(grades, probabilities):
+    """(grades, probabilities) with -1 and 1/3 where a prediction is missing."""
+    there = (np.asarray(grades) >= 0) & np.isfinite(probabilities).all(-1)
+    return np.where(there, grades, -1), np.where(there[..., None], probabilities, 1 / 3)
+
+
+def resampled_scores(grades, predictions, draws=1000, seed=0):
+    """The score on studies drawn anew with replacement, the bootstrap: dict name -> (draws, 5), TERM_NAMES' terms.
+
+    predictions as in score_table. All of them meet the same draws, so that differences between two of them can be
+    taken draw by draw. A term that has nothing to weigh in a draw is NaN there, and so is the total.
+    """
+    count = len(grades)
+    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), draws).astype(np.float64)
+    scores = {}
+    for name, probabilities in predictions.items():
+        there, known = _graded_rows(grades, probabilities)
+        loss, weight = term_sums(there, known / known.sum(-1, keepdims=True))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            terms = (times @ loss) / (times @ weight)
+        scores[name] = np.concatenate([terms, terms.mean(1, keepdims=True)], 1)
+    return scores
+
+
+def percentiles(values, percent):
+    """Percentile(s) of each column of values (n, k), NaN left out: ([p,] k), NaN for a column that has nothing else."""
+    known = np.isfinite(values).any(0)
+    return np.where(known, np.nanpercentile(np.where(known, values, 0), percent, axis=0), np.nan)
+
+
+def interval_text(low, high, digits=3):
+    """`0.31 to 0.38`, or a dash."""
+    return f"{low:.{digits}f} to {high:.{digits}f}" if np.isfinite(low) and np.isfinite(high) else "\N{EN DASH}"
+
+
+def term_table(grades, predictions, name, reference, draws=1000):
+    """One prediction's terms beside a reference's: DataFrame by term with 95% intervals over resampled studies.
+
+    predictions as in score_table; name, reference: keys of it. Columns: the reference's and the prediction's score,
+    its interval, how much lower it is than the reference, and that difference's interval (text).
+    """
+    table = score_table(grades, {key: predictions[key] for key in (reference, name)})
+    drawn = resampled_scores(grades, {key: predictions[key] for key in (reference, name)}, draws)
+    rows = {}
+    for place, (term, title) in enumerate(TERM_NAMES.items()):
+        own, gain = drawn[name][:, place], drawn[reference][:, place] - drawn[name][:, place]
+        ends = [interval_text(*percentiles(x[:, None], [2.5, 97.5])[:, 0]) for x in (own, gain)]
+        rows[title] = {
+            reference: table.loc[reference, term],
+            name: table.loc[name, term],
+            "95% interval": ends[0],
+            "Lower by": table.loc[reference, term] - table.loc[name, term],
+            "its 95% interval": ends[1],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("Term")
+
+
+def problem_table(sentences):
+    """What was left out or doubtful, counted: DataFrame what, times, example, the most frequent first.
+
+    sentences: problems of read_study, as series.csv and inference_log.csv have them. Those that differ only in
+    studies, series, files and numbers count as one.
+    """
+    rows = {}
+    for sentence in sentences:
+        what = re.sub(r"^study \d+(, series \d+)?: ", "", sentence)
+        what = re.sub(r"\S+\.dcm\b", "a file", what)
+        what = re.sub(r"\d+(\.\d+)?", "\N{HORIZONTAL ELLIPSIS}", what)
+        times, example = rows.get(what, (0, sentence))
+        rows[what] = (times + 1, example)
+    table = [(what, times, example) for what, (times, example) in rows.items()]
+    table.sort(key=lambda row: (-row[1], row[0]))
+    return pd.DataFrame(table, columns=["what", "times", "example"])
+
+
+def out_of_fold_prior(grades, folds):
+    """For each study the weighted class prior of the studies in other folds: (n, 5, 5, 3). folds: (n,) int."""
+    return np.stack([class_prior(grades[folds != fold]) for fold in folds])
+
+
+def nested_folds(labels, folds, tables, parts=5):
+    """The folds in which the ensemble is judged: DataFrame study_id, fold of the predicted studies.
+
+    labels: train.csv's wide form; folds: (n,) fold of each of its rows; tables: dict member -> out-of-fold table.
+    They are the members' own folds: an ensemble for a fold's studies is found on the other folds, as the members
+    were. Where the members predicted one fold only, its studies are dealt into `parts` instead.
+    """
+    aligned = align_members(labels["study_id"].to_numpy(), tables)
+    predicted = np.any([np.isfinite(p).any((1, 2, 3)) for p in aligned.values()], axis=0)
+    found = pd.DataFrame({"study_id": labels["study_id"], "fold": folds})[predicted].reset_index(drop=True)
+    if found["fold"].nunique() == 1 and len(found) > 1:
+        found = make_folds(labels[predicted], min(parts, len(found)))
+    return found
+
+
+def read_views(run):
+    """The views.csv of the members' stages below `run`, one below the other: DataFrame stage, view, alone, gain, ..."""
+    paths = [p for p in sorted(Path(run).glob("*/views.csv")) if ".old-" not in p.parent.name]
+    tables = [pd.read_csv(path) for path in paths]
+    for path, table in zip(paths, tables, strict=True):
+        table.insert(0, "stage", path.parent.name)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def ensemble_table(ensemble):
+    """What ensemble.json holds, for people: DataFrame, one row a group of conditions."""
+    groups = list(ensemble["weights"])
+    table = pd.DataFrame(ensemble["weights"]).T
+    table["Temperature"] = [ensemble["temperature"][group] for group in groups]
+    for k, grade in enumerate(GRADES[1:], 1):
+        table[f"Bias, {grade.lower()}"] = [ensemble["bias"][group][k] for group in groups]
+    table["Floor"] = [ensemble.get("floor", {}).get(group, 0.0) for group in groups]
+    table["Stacker"] = [group in ensemble.get("stacker", {}).get("coefficients", {}) for group in groups]
+    table.index = pd.Index([TERM_NAMES[group] for group in groups], name="Condition")
+    return table
+
+
+def level_label_table(paths, levels, coordinates, limit=200):
+    """How well the level boxes meet the label points: one row a point, see compare_with_labels, with study_id.
+
+    paths: dict study_id -> volume file; levels: levels.csv as a table; limit: studies looked at, spread evenly.
+    """
+    study_ids = sorted(set(paths) & set(levels["study_id"]) & set(coordinates["study_id"]))
+    rows = []
+    for study_id in study_ids[:: max(1, -(-len(study_ids) // limit))]:
+        points = coordinates[coordinates["study_id"] == study_id]
+        compared = compare_with_labels(boxes_from_table(levels, study_id), points, load_study(paths[study_id]))
+        rows.append(compared.assign(study_id=study_id))
+    return (
+        pd.concat(rows, ignore_index=True)
+        if rows
+        else pd.DataFrame(columns=["study_id", "condition", "level", "nearest"])
+    )
+
+
+def summarise_levels(compared, levels):
+    """Per level: label points, those at the right level, how far the disc plane is from the canal and subarticular
+    points (which lie at the disc's height; foraminal ones lie above it), and where the boxes came from."""
+    rows = []
+    for level in LEVELS:
+        part = compared[compared["level"] == level]
+        flat = (
+            part.loc[~part["condition"].str.contains("foraminal"), "head_mm"].abs()
+            if len(part)
+            else pd.Series(dtype=float)
+        )
+        found = levels[levels["level"] == level]
+        sources = found["source"].value_counts()
+        rows.append(
+            {
+                "Level": level_name(level),
+                "Points": len(part),
+                "Right level, %": 100 * (part["nearest"] == level).mean() if len(part) else np.nan,
+                "Median distance, mm": flat.median(),
+                "Within 5 mm, %": 100 * (flat <= 5).mean() if len(flat) else np.nan,
+                "Median confidence": found["confidence"].median(),
+                "Found on": ", ".join(f"{name} {count}" for name, count in sources.items()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def read_manifests(out):
+    """dict stage -> manifest of every complete stage in a folder, in the order of their names; see read_manifest."""
+    folders = [path.parent for path in sorted(Path(out).glob("*/manifest.json")) if ".old-" not in path.parent.name]
+    return {folder.name: manifest for folder in folders if (manifest := read_manifest(folder)) is not None}
+
+
+def read_histories(out):
+    """dict stage -> dict run -> training history: *history*.csv of our own training, results.csv of ultralytics."""
+    found = {}
+    for path in sorted({*Path(out).glob("*/*history*.csv"), *Path(out).glob("*/**/results.csv")}):
+        stage = path.relative_to(out).parts[0]
+        if ".old-" not in stage:
+            try:
+                table = pd.read_csv(path)
+            except ValueError as error:  # empty, cut, or no table
+                print(f"{path} cannot be read ({error}): its curves are left out")
+                continue
+            name = path.parent.name if path.name == "results.csv" else path.stem.replace("_history", "")
+            table = table.rename(columns=str.strip)
+            if path.name == "results.csv":  # an epoch without validation is written as zeros
+                measured = [column for column in table if column.startswith(("metrics/", "val/"))]
+                table[measured] = table[measured].where((table[measured] != 0).any(axis=1))
+            parts = table.groupby("split", sort=False) if "split" in table else [("", table)]
+            for split, part in parts:
+                found.setdefault(stage, {})[f"{name} {split}".strip()] = part
+    return found
+
+
+# -- pages and viewers
+
+
+def short(value, digits=3):
+    """A value of a parameters or counts table as short text: rounded numbers, lists in brackets."""
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(short(item, digits) for item in value)}]"
+    return str(value)
+
+
+def paragraph_html(text):
+    """Any text as a paragraph of a page that shows just this text: for all that comes from files, such as names,
+    versions and problems. In Markdown it would be obeyed: HTML, links, images, formulas."""
+    return f"<p>{html.escape(str(text))}</p>"
+
+
+def table_html(table, caption="", decimals=3, names=None):
+    """A DataFrame as a clean HTML table: numbers to the right and rounded, missing ones as a dash, text escaped.
+
+    caption: a sentence above the table; names: dict column -> heading. The index is shown if it has a name.
+    """
+    shown = table.reset_index() if table.index.name else table
+
+    def side(value):
+        return "right" if isinstance(value, (int, float, np.number)) else "left"
+
+    def cell(value):
+        if isinstance(value, (bool, np.bool_)):
+            return "yes" if value else "no"
+        if isinstance(value, (int, np.integer)):
+            return f"{value:d}" if abs(value) > 9999999 else f"{value:,}"
+        if isinstance(value, (float, np.floating)):
+            return f"{value:.{decimals}f}" if np.isfinite(value) else "&ndash;"
+        return html.escape(str(value))
+
+    head = "".join(
+        f"<th>{html.escape(str((names or {}).get(column, column)).replace('_', ' '))}</th>" for column in shown
+    )
+    body = "".join(
+        "<tr>" + "".join(f"<td style='text-align:{side(value)}'>{cell(value)}</td>" for value in row) + "</tr>"
+        for row in shown.itertuples(index=False, name=None)
+    )
+    title = f"<caption style='text-align:left;caption-side:top'>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table class=kit>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+_PAGE_STYLE = """
+:root{color-scheme:light dark;--ink:#1b1b1b;--soft:#555;--paper:#fff;--rule:#ccc;--stripe:#f4f6f8}
+@media (prefers-color-scheme:dark){:root{--ink:#eaeaea;--soft:#b5b5b5;--paper:#161616;--rule:#444;--stripe:#202326}}
+body{margin:0 auto;padding:24px 20px 80px;max-width:1060px;background:var(--paper);
+ color:var(--ink);font:16px/1.55 system-ui,sans-serif}
+h1{font-size:1.9em;line-height:1.2}h2{margin-top:2.2em;border-bottom:1px solid var(--rule);padding-bottom:.2em}
+img{max-width:100%;height:auto}img,.output_png img{background:#fff;border-radius:4px}
+table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
+table.kit{margin:10px 0}caption{color:var(--soft);padding:4px 0}
+th,td{padding:4px 10px;border-bottom:1px solid var(--rule);text-align:left}
+table.kit tbody tr:nth-child(even){background:var(--stripe)}
+pre{white-space:pre-wrap;font-size:13px;color:var(--soft)}code{font-size:.92em}
+.anchor-link,.jp-InputPrompt,.jp-OutputPrompt,.prompt{display:none}
+.jp-OutputArea-output,.output_html,.jp-RenderedHTMLCommon{overflow-x:auto}
+"""
+
+
+def export_html(notebook, page, title=None, printed=False):
+    """An executed notebook as one HTML page without its code that needs no network: for readers, not for editing.
+
+    notebook: .ipynb; page: the .html to write; title: of the browser's tab (default: the notebook's first heading);
+    printed: keep what cells print, too. Keeps text, figures and HTML outputs; leaves out code, progress bars (stderr)
+    and widgets, which need a kernel.
+    Returns the path. Raises FileNotFoundError without the notebook.
+    """
+    import nbformat
+    from bs4 import BeautifulSoup  # nbconvert's
+    from bs4.formatter import HTMLFormatter
+    from nbconvert import HTMLExporter
+
+    if not Path(notebook).is_file():
+        raise FileNotFoundError(f"{notebook} does not exist: run it with papermill first")
+    content = nbformat.read(notebook, as_version=4)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if (output.output_type != "stream" or (printed and output.name == "stdout"))
+                and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+            ]
+    if title is None:
+        headings = [
+            line.lstrip("# ")
+            for cell in content.cells
+            if cell.cell_type == "markdown"
+            for line in cell.source.splitlines()
+            if line.startswith("# ")
+        ]
+        title = headings[0] if headings else Path(notebook).stem
+    # nbconvert's "basic" template is the bare body: none of the libraries that the others load from the network.
+    exporter = HTMLExporter(
+        template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_input_prompt=True
+    )
+    body, _ = exporter.from_notebook_node(content)
+    # nbconvert parses the page and writes quotes in texts as they are. Nothing in a text shall look like an attribute.
+    body = BeautifulSoup(body, "html.parser").decode(formatter=HTMLFormatter(entity_substitution=html.escape))
+    return write_text(
+        page,
+        (
+            "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>{html.escape(title)}</title><style>{_PAGE_STYLE}</style></head><body>{body}</body></html>\n"
+        ),
+    )

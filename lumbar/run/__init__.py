@@ -1,0 +1,1 @@
+"""Stages, parameters, pipelines, Kaggle."""

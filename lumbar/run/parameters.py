@@ -1,0 +1,240 @@
+"""A notebook's parameters, checked before anything runs.
+
+May use: names.
+"""
+
+import ast
+import difflib
+import math
+import re
+from pathlib import Path
+
+from ..names import device_for
+
+# What a stage reads, by the parameter that says where it lies. A stage knows these by what is in them, not by where
+# they are; see stages.stage_inputs.
+READ_PATHS = ("DATA", "PREPROCESSED", "LEVELS_DIR", "WEIGHTS", "RUN", "PREDICTIONS", "INFERENCE")
+WRITTEN_PATHS = ("OUT", "BUILD")  # where results go, which says nothing about them
+PATH_PARAMETERS = (*READ_PATHS, *WRITTEN_PATHS)
+
+# Parameter -> the least and the most that can be meant; of a list, of each of its items. A default is always allowed:
+# it may stand for "choose yourself".
+RANGES = {
+    "ACCUMULATE": (1, 4096),
+    "ANATOMIES": (1, 1_000_000),
+    "BATCH": (1, 65_536),
+    "BATCH_STUDIES": (1, 4096),
+    "BITS": (8, 16),
+    "BLOCKS": (1, 100),
+    "CROP_PX": (16, 4096),
+    "DRAWS": (1, 10_000_000),
+    "DROPOUT": (0.0, 0.99),
+    "EMA": (0.0, 0.999999),
+    "EPOCHS": (1, 100_000),
+    "EXAMPLES": (0, 10_000),
+    "EXTENT_MM": (1.0, 2000.0),
+    "FINE_TUNE_RATE": (1e-9, 10.0),
+    "FINE_TUNE_STEPS": (0, 100_000_000),
+    "FINE_TUNE_STUDIES": (1, 1_000_000),
+    "FLIP": (0.0, 1.0),
+    "FOLDS": (0, 1000),
+    "HOLD_OUT": (0.0, 0.9),
+    "HOURS": (0.0, 100.0),
+    "HTML_STUDIES": (0, 10**12),
+    "IMGSZ": (32, 4096),
+    "LEARNING_RATE": (1e-9, 10.0),
+    "LEVEL_STUDIES": (1, 1_000_000),
+    "MIX": (0.0, 1.0),
+    "N_FOLDS": (2, 100),
+    "PREVALENCE": (1e-3, 1e3),
+    "PROCESSES": (0, 4096),
+    "READERS": (0, 1024),
+    "RESERVE": (0.0, 100.0),
+    "RESOLUTION_MM": (0.1, 20.0),
+    "ROTATE": (0.0, 180.0),
+    "SCALE": (0.0, 1.0),
+    "SEED": (0, 2**32 - 1),
+    "SHAPE": (4, 4096),
+    "SHIFT_MM": (-500.0, 500.0),
+    "STEPS": (0, 100_000_000),
+    "STRENGTH": (0.0, 100.0),
+    "STUDY": (0, 10**12),
+    "TEST_STUDIES": (1, 1_000_000),
+    "THREADS": (0, 4096),
+    "TRAIN_STUDIES": (1, 1_000_000),
+    "TRANSLATE": (0.0, 1.0),
+    "VIEWS": (1, 1000),
+    "WEIGHT_DECAY": (0.0, 10.0),
+    "WIDTH": (0.0, 100.0),
+    "WIDTHS": (1, 65_536),
+    "WORKERS": (0, 1024),
+    "YOLO_IMGSZ": (32, 4096),
+}
+LENGTHS = {"CROP_PX": 2, "EXTENT_MM": 3, "SHAPE": 3, "SHIFT_MM": 3}  # of lists, unless they are empty as their default
+ITEM_TYPES = {  # of lists that are empty by default
+    "CONTINUE": str,
+    "EXTENT_MM": float,
+    "FOLDS": int,
+    "HTML_STUDIES": int,
+    "PUSH": str,
+    "SHAPE": int,
+    "STAGES": str,
+    "WEIGHTS": str,
+}
+
+
+def assigned_literals(source):
+    """The names a parameters cell assigns, with their literal values.
+
+    source: the text of the cell. Returns a dict name -> value, in order.
+    Raises ValueError where a value is not a literal: papermill can only inject literals, and values that depend on
+    others must be derived in a later cell, after the injection.
+    """
+    values = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+            raise ValueError(f"parameters cell, line {node.lineno}: write one `NAME = literal` a line")
+        try:
+            values[targets[0].id] = _literal(node.value)
+        except ValueError:
+            raise ValueError(f"parameters cell: {targets[0].id} must be a literal") from None
+    return values
+
+
+def _literal(node):
+    """ast.literal_eval, and what papermill writes for numbers that are not finite: float('nan')."""
+    if isinstance(node, ast.Call) and ast.unparse(node) in ("float('nan')", "float('inf')", "float('-inf')"):
+        return float(node.args[0].value)
+    return ast.literal_eval(node)
+
+
+def check_values(defaults, given, where="parameters"):
+    """Refuse names that do not exist, values of another type than the default's, and values that cannot be meant.
+
+    defaults, given: dicts name -> value. Returns `defaults` updated with `given` (an int is welcome where a float
+    is expected). Raises ValueError naming the closest parameter or the RANGES, TypeError naming both types.
+    """
+    merged = dict(defaults)
+    for name, value in given.items():
+        if name not in defaults:
+            close = difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{where}: there is no parameter {name!r}.{hint} There are: {', '.join(defaults)}")
+        default = defaults[name]
+        is_number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+        if default is not None and not is_number and type(value) is not type(default):
+            raise TypeError(
+                f"{where}: {name} must be {type(default).__name__} (as in {name} = {default!r}), "
+                f"not {type(value).__name__} {value!r}{_way_to_write(name, default, value)}"
+            )
+        if name == "HOURS" and is_number and 60 <= value <= 6000:
+            meant = f", or {value}.0 if you do mean {value} hours" if value <= RANGES["HOURS"][1] else ""
+            raise ValueError(
+                f"{where}: HOURS = {value} cannot be meant: YAML reads {value // 60}:{value % 60:02d} as {value}. "
+                f"Write {value / 60:.4g}{meant}"
+            )
+        if value != default:
+            _check_range(name, default, value, where)
+        merged[name] = float(value) if is_number else value
+    return merged
+
+
+def _way_to_write(name, default, value):
+    """How papermill takes a value of the right type, as the end of a sentence; empty where there is nothing to say."""
+    if isinstance(default, (list, dict)):
+        opening, closing = "[]" if isinstance(default, list) else "{}"
+        text = str(value).strip()
+        if not (isinstance(value, str) and text.startswith(opening)):
+            text = f"{opening}{text}{closing}"
+        return f"; papermill takes it as -y '{{{name}: {text}}}'"
+    if isinstance(value, list) and len(value) == 1:
+        return f"; write {value[0]!r}, without brackets"
+    if isinstance(default, str) and isinstance(value, (int, float)):
+        return f"; papermill takes a text as -r {name} {value}"
+    if isinstance(default, (int, float)) and isinstance(value, str):
+        if re.fullmatch(r"\d+:[0-5]\d", value):
+            hours, minutes = map(int, value.split(":"))
+            return f"; write {hours + minutes / 60:.4g}"
+        if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):  # YAML takes 1e-4 for a text, 1.0e-4 for a number
+            mantissa, exponent = value.lower().split("e")
+            return f"; write {float(mantissa)}e{int(exponent):+d}"
+    return ""
+
+
+def _check_range(name, default, value, where):
+    """Raise ValueError where a value of the right type cannot be meant."""
+    if isinstance(value, list):
+        items = value
+        kind = ITEM_TYPES.get(name) or (type(default[0]) if default else None)
+        for item in items:
+            fits = type(item) is kind or (kind is float and type(item) is int)
+            if kind is not None and not fits:
+                raise TypeError(f"{where}: {name} holds {kind.__name__}, not {type(item).__name__} {item!r}")
+        if name in LENGTHS and len(items) != LENGTHS[name]:
+            raise ValueError(f"{where}: {name} holds {LENGTHS[name]} numbers, not {len(items)}")
+        if name == "FOLDS" and len(set(items)) < len(items):
+            raise ValueError(f"{where}: FOLDS {items} names a fold twice")
+    else:
+        items = [value]
+    least, most = RANGES.get(name, (-math.inf, math.inf))
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, (int, float)):
+            continue
+        if not math.isfinite(item) or not least <= item <= most:
+            own = f" (or {default!r}, its default)" if default == [] or not _within(default, least, most) else ""
+            bounds = f"from {least:,} to {most:,}{own}" if math.isfinite(least) else "a finite number"
+            raise ValueError(f"{where}: {name} must be {bounds}, not {item!r}")
+    if name == "DEVICE":
+        check_device_name(value, where)
+
+
+def _within(default, least, most):
+    return all(least <= item <= most for item in (default if isinstance(default, list) else [default]))
+
+
+def check_device_name(name, where="parameters"):
+    """Refuse a DEVICE that names none on any machine: a misspelt one. Whether it is here: see names.device_for."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|\d+(,\d+)*", name):
+        close = difflib.get_close_matches(name.lower(), ("auto", "cpu", "cuda", "mps"), n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{where}: DEVICE is auto, cpu, cuda or the number of a GPU (0), not {name!r}.{hint}")
+
+
+def check_device_here(name):
+    """Refuse a DEVICE that this machine does not have; several GPUs are written as 0,1."""
+    for part in name.split(","):
+        if part not in ("auto", "cpu"):  # torch is not loaded for these
+            device_for(part)
+
+
+def notebook_parameters(history, namespace):
+    """The parameters in force in the running notebook, checked.
+
+    history: IPython's `In`; namespace: `globals()`. papermill warns of a mistyped parameter and runs on with the
+    default: here it is an error. Found by their first lines: our parameters cell starts with `# Parameters:` and
+    papermill's injected one is `# Parameters` alone.
+    """
+    cells = [cell for cell in history if cell.startswith("# Parameters:")]
+    if not cells:
+        raise ValueError("run the parameters cell (its first line starts with '# Parameters:') before this one")
+    defaults = assigned_literals(cells[-1])
+    injected = [cell for cell in history if cell.startswith("# Parameters\n")]
+    if injected:
+        check_values(defaults, assigned_literals(injected[-1]))
+    parameters = check_values(defaults, {name: namespace[name] for name in defaults})
+    check_device_here(parameters.get("DEVICE", "auto"))
+    return parameters
+
+
+def check_notebook_parameters(notebook, given):
+    """Refuse parameters that a notebook does not have, before it starts. See check_values."""
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4).cells
+    source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), None)
+    if source is None:
+        raise ValueError(f"{notebook} has no cell tagged `parameters`")
+    return check_values(assigned_literals(source), given, Path(notebook).name)

@@ -1,0 +1,410 @@
+"""Staging and pushing kernels and data sets to Kaggle.
+
+May use: pipeline, parameters, serve.members, storage.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ..storage import write_json
+from .mounts import KAGGLE_HAS, KAGGLE_INPUT, KAGGLE_WORKING, NEEDED
+from .parameters import check_notebook_parameters
+from .pipeline import kaggle_kernels
+
+KAGGLE_OWNER_PLACEHOLDER = "your-kaggle-user"
+
+
+def staged_notebook(notebook, parameters):
+    """A notebook's JSON text with the parameters injected as papermill does it, without outputs or traces of a run.
+
+    Raises ValueError or TypeError for a parameter that the notebook does not have, see check_notebook_parameters.
+    """
+    import nbformat
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    check_notebook_parameters(notebook, parameters)
+    staged = parameterize_notebook(load_notebook_node(str(notebook)), parameters)
+    staged.metadata.pop("papermill")
+    for number, cell in enumerate(staged.cells):
+        cell.metadata.pop("papermill", None)
+        cell["id"] = f"cell-{number}"  # papermill's own are random: the same notebook shall give the same text
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    staged.nbformat_minor = max(staged.nbformat_minor, 5)
+    return nbformat.writes(staged)
+
+
+def _check_user(user):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{1,49}", str(user)) or user == KAGGLE_OWNER_PLACEHOLDER:
+        raise ValueError(
+            f"{user!r} is no Kaggle user name: give the one in the address of your profile, "
+            "https://www.kaggle.com/<user name> (letters, digits and hyphens)"
+        )
+
+
+def _check_title(title, slug):
+    """Kaggle makes the slug from the title; if it is not the one that other kernels name, they do not find it."""
+    made = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    if made != slug or not 6 <= len(slug) <= 50 or not 6 <= len(title) <= 50:
+        raise ValueError(f"title {title!r} and slug {slug!r} must say the same, in 6 to 50 characters")
+
+
+def _title(slug):
+    return slug.replace("-", " ").title()
+
+
+def stage_kaggle(user, build, repository=".", folds=(0,), weights=(), parameters=None, wheels=True, continued=()):
+    """Lay out everything that Kaggle needs in folders: kernels/<name> and datasets/<slug>. Returns the list of folders.
+
+    user: your Kaggle user name. build: folder, made new. repository: the kit's folder; its kernel-metadata.json, the
+    inference kernel's, is what the others are derived from: their competition, data sets, machine and privacy.
+    folds: to train on Kaggle, see kaggle_kernels. weights: folders of a run made elsewhere (its OUT, or stages in it):
+    its weights become a data set, and the only kernel is inference, which reads that. parameters: dict kernel -> dict
+    of notebook parameters, over the kernels' own. wheels: whether to download the packages that Kaggle's image lacks
+    (see stage_wheels). continued: names of trainings that ran out of time: their last version's output is attached to
+    the next version, which goes on with its last epoch.
+
+    Raises ValueError for a user name that cannot be one, a kernel or parameter that does not exist, a title that does
+    not make its slug, or a build folder with something else in it; FileNotFoundError where weights are asked for and
+    there are none.
+    """
+    _check_user(user)
+    repository, build, parameters = Path(repository), Path(build), parameters or {}
+    template = json.loads((repository / "kernel-metadata.json").read_text(encoding="utf-8"))
+    base = template["id"].rpartition("/")[2].removesuffix("-inference")
+    kernels = kaggle_kernels(base, folds)
+    if weights:
+        kernels = {"inference": {**kernels["inference"], "needs": []}}
+    if unknown := {*parameters, *continued} - set(kernels):
+        raise ValueError(f"there is no kernel {', '.join(sorted(unknown))}; there are {', '.join(kernels)}")
+    data = f"{KAGGLE_INPUT}/{template['competition_sources'][0]}"
+    sources = [source.rpartition("/")[2] for source in template["dataset_sources"]]
+    kinds = {source.rpartition("-")[2]: source for source in sources}
+    if missing := {"code", "weights", "wheels"} - set(kinds):
+        raise ValueError(
+            f"kernel-metadata.json: dataset_sources lacks one that ends with -{', -'.join(sorted(missing))}"
+        )
+    old = [build / folder for folder in ("kernels", "datasets") if (build / folder).exists()]
+    if old and not (build / "staged.json").is_file():
+        raise ValueError(f"{old[0]} was not made by publish, which would delete it: choose another BUILD")
+    for folder in old:
+        shutil.rmtree(folder)
+    build.mkdir(parents=True, exist_ok=True)
+    write_json(build / "staged.json", {"user": user, "folds": list(folds), "weights": list(map(str, weights))})
+    staged = [stage_code(build / "datasets" / kinds["code"], repository)]
+    if wheels:
+        staged.append(stage_wheels(build / "datasets" / kinds["wheels"]))
+    if weights:
+        staged.append(stage_weights(build / "datasets" / kinds["weights"], weights))
+    for folder in staged:
+        _check_title(_title(folder.name), folder.name)
+        about = {"title": _title(folder.name), "id": f"{user}/{folder.name}", "licenses": [{"name": "other"}]}
+        write_json(folder / "dataset-metadata.json", about)
+    for name, kernel in kernels.items():
+        folder, slug = build / "kernels" / name, f"{base}-{name}"
+        _check_title(_title(slug), slug)
+        metadata = {
+            **template,
+            "id": f"{user}/{slug}",
+            "title": _title(slug),
+            "code_file": f"{slug}.ipynb",
+            "enable_gpu": kernel["gpu"],
+            "dataset_sources": [f"{user}/{source}" for source in sources if source != kinds["weights"] or weights],
+            "kernel_sources": [f"{user}/{base}-{need}" for need in [*kernel["needs"], *({name} & set(continued))]],
+        }
+        if not kernel["gpu"]:
+            metadata.pop("machine_shape", None)
+        given = {"DATA": data, "OUT": KAGGLE_WORKING, **kernel["parameters"], **parameters.get(name, {})}
+        folder.mkdir(parents=True)
+        text = staged_notebook(repository / "notebooks" / f"{kernel['notebook']}.ipynb", given)
+        (folder / metadata["code_file"]).write_text(text, encoding="utf-8")
+        write_json(folder / "kernel-metadata.json", metadata)
+        staged.append(folder)
+    return staged
+
+
+def stage_code(folder, repository="."):
+    """Copy what the notebooks import, and the shipped weights, into the folder of a data set. Returns the folder."""
+    folder, repository = Path(folder), Path(repository)
+    folder.mkdir(parents=True)
+    for pattern in ("utils.py", "phantom.py", "lumbar/**/*.*", "weights/*.safetensors"):
+        for path in sorted(path for path in repository.glob(pattern) if path.is_file() and path.suffix != ".pyc"):
+            target = folder / path.relative_to(repository)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    return folder
+
+
+def stage_weights(folder, places):
+    """Copy what 05_inference reads of a run, stage by stage, into the folder of a data set. Returns the folder.
+
+    places: folders with a run's stages (its OUT), or such stages.
+    """
+    from ..serve.members import weight_folders
+
+    folder = Path(folder)
+    wanted = ("spinenet.safetensors", "yolo_*.safetensors", "level_*.safetensors", "study_*.safetensors", "oof.csv")
+    for source in weight_folders(places):
+        for path in sorted({path for pattern in wanted for path in source.glob(pattern)}):
+            target = folder / source.name / path.name
+            if target.exists():
+                raise ValueError(f"two folders called {source.name} have a {path.name}: one of them is {source}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    ensembles = [path for place in places for path in sorted(Path(place).glob("05_inference/ensemble.json"))]
+    beside = sorted(folder.glob("*/spinenet.safetensors"))  # ensemble.json counts where weights lie
+    if not beside:
+        raise FileNotFoundError(
+            f"no spinenet.safetensors in {', '.join(map(str, places))}: 02_train_spinenet writes it"
+        )
+    if ensembles:
+        shutil.copyfile(ensembles[0], beside[0].with_name("ensemble.json"))
+    return folder
+
+
+def kaggle_packages():
+    """The packages that Kaggle's image lacks, in the versions that are installed here: those that are tested."""
+    from importlib.metadata import version
+
+    return [f"{package}=={version(package)}" for module, package in NEEDED.items() if module not in KAGGLE_HAS]
+
+
+def stage_wheels(folder, packages=None, python="3.12"):
+    """Download wheels for Kaggle's Python into the folder of a data set. Returns the folder.
+
+    packages: default kaggle_packages(). Without their dependencies, which the image has: its torch, numpy and pandas
+    fit its GPU driver and each other. Raises RuntimeError with pip's words.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--python-version", python, "--implementation", "cp", "--abi", f"cp{python.replace('.', '')}"]
+    command += ["--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64", "--dest", str(folder)]
+    command += packages or kaggle_packages()
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode or not any(folder.glob("*.whl")):
+        raise RuntimeError(f"the wheels for Kaggle could not be downloaded: {done.stdout.strip()}")
+    return folder
+
+
+# ---- Pushing ----
+
+# The client reports most failures in words only and ends with status 0.
+_REFUSED = re.compile(r"\berror\b|are not valid|does not resolve|unsuccessful|Skipping", re.IGNORECASE)
+_NO_TOKEN = re.compile(r"authenticat|unauthorized|\b401\b|could not find kaggle.json", re.IGNORECASE)
+_FORBIDDEN = re.compile(r"forbidden|\b403\b|permission|don't have access", re.IGNORECASE)
+_NOT_FOUND = re.compile(r"\b404\b|not found", re.IGNORECASE)
+_CONFLICT = re.compile(r"\b409\b|conflict|already in use|already exists|already taken", re.IGNORECASE)
+# What passes: the service is down or busy (the client's own words, requests', and the server's), or the network is.
+_PASSES = re.compile(
+    r"\b(429|50[0234]) (-|\w+ Error)|problem on Kaggle's side|internal server error|bad gateway|gateway time-?out"
+    r"|service unavailable|too many requests|rate limit|max retries exceeded|connection (aborted|reset)|timed out",
+    re.IGNORECASE,
+)
+_PAUSES_S = (2.0, 6.0, 15.0)  # before it is tried again
+
+
+def _client(arguments, environment=None):
+    """Run Kaggle's client: (exit status, what it said on both outputs). What passes is tried again after pauses."""
+    if importlib.util.find_spec("kaggle") is None:
+        raise ModuleNotFoundError("Kaggle's client is not installed: `pip install kaggle six`")
+    for pause_s in (*_PAUSES_S, None):
+        done = subprocess.run(
+            [sys.executable, "-m", "kaggle", *map(str, arguments)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        # Bars rewrite their line; only what is left standing is of interest.
+        said = "\n".join(line.split("\r")[-1] for line in done.stdout.strip().splitlines())
+        failed = done.returncode or _REFUSED.search(said)
+        if pause_s is None or not failed or not _PASSES.search(said):
+            return done.returncode, said
+        time.sleep(pause_s)
+
+
+def _client_or_raise(what, arguments, environment, expected):
+    """Run Kaggle's client; RuntimeError, with what to do about it, unless it says what is expected and no trouble."""
+    status, said = _client(arguments, environment)
+    if not status and re.search(expected, said) and not _REFUSED.search(said):
+        return said
+    raise _refusal(what, status, said)
+
+
+def _refusal(what, status, said):
+    """The RuntimeError for what the client said, with what to do about it."""
+    advice = ""
+    if _PASSES.search(said):
+        advice = (
+            f" What to do: Kaggle did not answer properly, also not when asked {len(_PAUSES_S)} more times. Nothing is "
+            "wrong here; look at https://status.kaggle.com and start again later, with PUSH naming what is left."
+        )
+    elif _NO_TOKEN.search(said):
+        advice = (
+            " What to do: make a token at https://www.kaggle.com/settings/api and save it as ~/.kaggle/access_token "
+            "(or set KAGGLE_API_TOKEN), or run `kaggle auth login`."
+        )
+    elif _CONFLICT.search(said):
+        advice = (
+            " What to do: Kaggle has something of this title already, perhaps under another slug or still being made "
+            "or saved. Wait a few minutes and push again; if that does not help, delete or rename the other one at "
+            "https://www.kaggle.com/work."
+        )
+    elif _FORBIDDEN.search(said):
+        advice = (
+            " What to do: the user name that everything was staged for must be the token's, and the competition's "
+            "rules must be accepted on its page."
+        )
+    elif "not valid" in said:
+        advice = " What to do: push what it names first, and wait until Kaggle has finished with it."
+    return RuntimeError(f"{what} failed (exit status {status}): {said}{advice}")
+
+
+def kaggle_push(folder, owner=None, environment=None):
+    """Send the notebook that folder/kernel-metadata.json names to Kaggle, which runs it.
+
+    folder: folder of kernel-metadata.json; code_file is relative to it.
+    owner: your Kaggle user name; it replaces the placeholder `your-kaggle-user` in a temporary copy of the metadata.
+    environment: environment of the client (default: this process's), with a token as the client takes it.
+    Returns what the client printed. Raises RuntimeError when the push was refused or an input was not accepted: the
+    client says so on its output only and ends with status 0. Raises ValueError when the placeholder is still there.
+    """
+    folder = Path(folder)
+    text = (folder / "kernel-metadata.json").read_text(encoding="utf-8")
+    if owner:
+        text = text.replace(f'"{KAGGLE_OWNER_PLACEHOLDER}/', f'"{owner}/')
+    if f'"{KAGGLE_OWNER_PLACEHOLDER}/' in text:
+        raise ValueError(
+            f"{folder / 'kernel-metadata.json'}: put your Kaggle user name in place of "
+            f"{KAGGLE_OWNER_PLACEHOLDER}, or give owner="
+        )
+    code_file = json.loads(text)["code_file"]
+    with tempfile.TemporaryDirectory() as staged:
+        target = Path(staged) / code_file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / code_file, target)
+        (Path(staged) / "kernel-metadata.json").write_text(text, encoding="utf-8")
+        return _client_or_raise(
+            "kaggle kernels push", ["kernels", "push", "-p", staged], environment, "successfully pushed"
+        )
+
+
+def kaggle_upload(folder, environment=None):
+    """Send the folder of a data set to Kaggle: a new private data set, or a new version of the one that is there.
+
+    folder: with dataset-metadata.json; folders in it travel as archives, which Kaggle unpacks.
+    Returns what the client printed. Raises RuntimeError when it, or one of its files, was refused.
+    """
+    folder = Path(folder)
+    ref = json.loads((folder / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
+    arguments = ["-p", folder, "--dir-mode", "zip"]
+    state, status, said = _ask("datasets", ref, environment)
+    # Of a data set that is not there Kaggle says "forbidden" as well as "not found". Any other failure says nothing,
+    # and to create a data set that is there would be refused as a slug in use.
+    if status and not (_NOT_FOUND.search(said) or _FORBIDDEN.search(said)):
+        raise _refusal("kaggle datasets status", status, said)
+    if not state:
+        try:
+            return _client_or_raise(
+                "kaggle datasets create", ["datasets", "create", *arguments], environment, "is being created"
+            )
+        except RuntimeError as error:
+            # One try may have been lost on the way back after all was done; the next then finds the slug in use.
+            if not (_CONFLICT.search(str(error)) and kaggle_status("datasets", ref, environment)):
+                raise
+    arguments = ["datasets", "version", "-m", time.strftime("%Y-%m-%d %H:%M"), *arguments]
+    return _client_or_raise("kaggle datasets version", arguments, environment, "is being created")
+
+
+def kaggle_status(kind, ref, environment=None):
+    """What Kaggle says of a data set ("ready") or kernel ("complete", "error", "running", ...); "" where it knows none.
+
+    kind: "datasets" or "kernels"; ref: owner/slug.
+    """
+    return _ask(kind, ref, environment)[0]
+
+
+def _ask(kind, ref, environment):
+    """(state as kaggle_status gives it, the client's exit status, what it said)."""
+    status, said = _client([kind, "status", ref], environment)
+    found = re.search(r'has status "(?:\w+\.)?(\w+)"', said) if kind == "kernels" else re.search(r"^(\w+)$", said, re.M)
+    return (found[1].lower() if found and not status else ""), status, said
+
+
+def kaggle_publish(build, names, environment=None, at_once=2, pause_s=60.0):
+    """Upload staged data sets, then run staged kernels on Kaggle, each after those whose outputs it reads.
+
+    build: folder that stage_kaggle made; names: data sets (their slugs, or the part after the last hyphen) and kernels
+    (preprocess, train-spinenet, ...); what is not named is taken to be there already. at_once: kernels that run side
+    by side (Kaggle gives two GPU sessions); pause_s: seconds between two looks.
+    Returns dict name -> what the client said of it, with the address. Raises ValueError for a name that was not
+    staged, RuntimeError where something was refused or a kernel failed; name then only what is left to do.
+    """
+    build = Path(build)
+    datasets = {path.parent.name: path.parent for path in sorted(build.glob("datasets/*/dataset-metadata.json"))}
+    kernels = {path.parent.name: path.parent for path in build.glob("kernels/*/kernel-metadata.json")}
+    short = {slug.rpartition("-")[2]: slug for slug in datasets}
+    chosen = [short.get(name, name) for name in names]
+    if unknown := [name for name in chosen if name not in datasets and name not in kernels]:
+        there = ", ".join([*short, *kernels])
+        raise ValueError(f"{', '.join(unknown)}: not in {build}; there are {there or 'nothing: stage_kaggle fills it'}")
+    said = {}
+    for name in (name for name in chosen if name in datasets):
+        said[name] = kaggle_upload(datasets[name], environment)
+        print(f"{name}: {said[name].splitlines()[-1]}", flush=True)
+    for name in list(said):
+        ref = json.loads((datasets[name] / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
+        _wait({name: ref}, "datasets", environment, pause_s)
+
+    metadata = {
+        name: json.loads((kernels[name] / "kernel-metadata.json").read_text(encoding="utf-8"))
+        for name in chosen
+        if name in kernels
+    }
+    waiting, running = list(metadata), {}
+    while waiting or running:
+        unfinished = {metadata[name]["id"] for name in (*waiting, *running)}
+        for name in list(waiting):
+            if len(running) < at_once and not unfinished & set(metadata[name]["kernel_sources"]):
+                said[name] = kaggle_push(kernels[name], environment=environment)
+                print(f"{name}: {said[name].splitlines()[-1]}", flush=True)
+                waiting.remove(name)
+                running[name] = metadata[name]["id"]
+        finished = _wait(running, "kernels", environment, pause_s)
+        del running[finished]
+        print(f"{finished}: complete", flush=True)
+    return said
+
+
+_PATIENCE = 30  # looks in a row at which Kaggle says nothing, before that is taken for an answer
+
+
+def _wait(refs, kind, environment, pause_s):
+    """Wait until the first of several data sets or kernels is ready; returns its name. refs: dict name -> owner/slug.
+
+    The first look comes after a pause: right after an upload the state is still that of the version before.
+    """
+    silent = dict.fromkeys(refs, 0)
+    while True:
+        time.sleep(pause_s)
+        for name, ref in refs.items():
+            state = kaggle_status(kind, ref, environment)
+            silent[name] = 0 if state else silent[name] + 1
+            if state in ("complete", "ready"):
+                return name
+            if "error" in state or "cancel" in state or "fail" in state or silent[name] == _PATIENCE:
+                where = f"https://www.kaggle.com/{'code' if kind == 'kernels' else 'datasets'}/{ref}"
+                raise RuntimeError(
+                    f"{name}: {state or 'no answer from Kaggle'}. What to do: read its log at {where}; when it is "
+                    "mended, publish it again with what comes after it."
+                )

@@ -1,0 +1,395 @@
+"""One folder and one manifest a stage: finished work is found, unfinished work goes on.
+
+May use: fingerprint, parameters, mounts, storage.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..storage import dead_part, plain, remove_parts, write_json
+from .fingerprint import (
+    _OF_MANIFEST,
+    _PASSING,
+    PARAMETERS_WITHOUT_EFFECT,
+    _content,
+    _files_below,
+    _is_below,
+    _read_identity,
+    _work,
+    code_fingerprint,
+    fingerprint,
+    read_manifest,
+    versions,
+)
+from .parameters import READ_PATHS
+
+
+def stage_inputs(parameters, name=""):
+    """What a stage of these parameters reads: dict parameter -> path, or list of paths, in their order.
+
+    parameters: as notebook_parameters returns them; name: of the stage, which does not read itself. Of READ_PATHS those
+    that are not empty; relative paths count from the working directory, else from the kit's folder, and what an input
+    on Kaggle is called is found where it is mounted (kaggle.find_input). A list of WEIGHTS stands for the folders with
+    weights in and below them, RUN for the finished stages in it.
+    Raises FileNotFoundError, naming the parameter.
+    """
+    found = {}
+    for key in READ_PATHS:
+        value = parameters.get(key)
+        if not value or not isinstance(value, (str, Path, list)):
+            continue
+        places = [place for text in (value if isinstance(value, list) else [value]) for place in _located(key, text)]
+        if key == "WEIGHTS" and isinstance(value, list):
+            from ..serve.members import weight_folders
+
+            found[key] = weight_folders(places)
+        elif key == "RUN":
+            stages = [p.parent for place in places for p in sorted(place.glob("*/manifest.json"))]
+            extra = [place / "solutions" / "predictions.npz" for place in places]  # of tests/benchmarks
+            found[key] = [p for p in stages if p.name != name and ".old-" not in p.name and read_manifest(p)]
+            found[key] += [p for p in extra if p.is_file()]
+        else:
+            found[key] = places if isinstance(value, list) else places[0]
+    return found
+
+
+def _located(key, text):
+    """The paths that one text of a path parameter stands for."""
+    from .mounts import find_input, find_inputs
+
+    value = find_inputs({key: [str(text)]}).get(key, [str(text)])
+    places = []
+    for place in map(Path, value):
+        own = Path(__file__).resolve().parents[2] / place
+        if not place.exists() and own.exists():
+            place = own
+        elif not place.exists():
+            try:
+                place = find_input(str(text))
+            except FileNotFoundError as error:
+                message = f"{key}: {error} If an earlier stage writes it, run that first."
+                raise FileNotFoundError(message) from None
+        places.append(place)
+    return places
+
+
+def _is_same_work(known, identity, inputs):
+    """Whether begun.json or a manifest (`known`) is of the same work as `identity`.
+
+    inputs: dict parameter -> path or list of paths, for what was written when inputs were known by their paths.
+    """
+    if _work(known) == _work(identity):
+        return True
+    by_path = not any(key in READ_PATHS or key.startswith("input ") for key in known["inputs"])
+    return by_path and _was_same_work(known, identity, inputs)
+
+
+# Until inputs were known by what is in them, their paths were their names, and a stage's folder was known by the bytes
+# of its manifest. Runs of that time are still found, wherever they lie now, until one of their stages is done again.
+
+
+def _was_same_work(known, identity, inputs):
+    if _work(known)["parameters"] != _work(identity)["parameters"]:
+        return False
+    own = Path(__file__).resolve().parents[2]
+    read = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
+    # The weights that come with the kit are part of it, as its code is: what they were known by is when they were
+    # checked out.
+    shipped = [path for path in read.get("WEIGHTS", ()) if Path(path).resolve().is_relative_to(own / "weights")]
+    names = tuple(path.name for path in shipped)
+    old = Counter(value for place, value in known["inputs"].items() if not place.endswith(names))
+    now = Counter(_old_fingerprint(p) for paths in read.values() for p in paths if p not in shipped)
+    # The report knew the data by the stages that read it.
+    stages = Counter(_old_fingerprint(p) for key, paths in read.items() if key != "DATA" for p in paths)
+    return old == now or ("RUN" in read and old == stages)
+
+
+def _old_fingerprint(path):
+    path = Path(path)
+    digest = hashlib.sha256()
+    if (path / "manifest.json").is_file():
+        digest.update((path / "manifest.json").read_bytes())
+    elif path.is_dir():
+        for table in sorted(path.glob("*.csv")):
+            digest.update(table.name.encode() + table.read_bytes())
+        for folder in sorted(path.glob("*_images/*/*")):
+            digest.update(f"{folder.parent.name}/{folder.name}".encode())
+        for weights in sorted(path.glob("*.safetensors")):
+            digest.update(f"{weights.name} {weights.stat().st_size} {weights.stat().st_mtime_ns}".encode())
+    else:
+        digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+# ---- A stage's folder ----
+
+
+@dataclass
+class Stage:
+    """One stage's folder.
+
+    done: an earlier run finished the same work with the same parameters and inputs; inputs: what its parameters lead to
+    (stage_inputs); started: of time.monotonic, in seconds.
+    """
+
+    dir: Path
+    name: str
+    done: bool
+    identity: dict
+    started: float
+    inputs: dict = field(default_factory=dict)
+
+    def pause(self):
+        """End the notebook here, without a manifest and without a failure: time is up, the next start goes on.
+
+        Raises SystemExit(0), which papermill (and with it Kaggle) takes for a notebook that ended well.
+        """
+        print(
+            f"{self.name}: time is up. {self.dir} has what the next start continues from; on Kaggle push this kernel "
+            "again with its own output attached (CONTINUE in notebooks/publish.ipynb)."
+        )
+        sys.exit(0)
+
+    def close(self, outputs=(), scores=None, counts=None):
+        """Write manifest.json, the sign that the stage is complete. Returns the manifest.
+
+        outputs: files and folders (relative to this stage's, and below it); each must exist. Their contents are read
+        once more, to be known by. scores, counts: dicts of numbers for the report.
+        """
+        if self.done:
+            manifest = read_manifest(self.dir)
+            if manifest is not None:
+                return manifest
+        outputs = list(map(str, outputs))
+        outside = [name for name in outputs if not _is_below(name)]
+        if outside:
+            raise ValueError(f"{self.name}: outputs must lie in its own folder, not at {', '.join(outside)}")
+        missing = [name for name in outputs if not (self.dir / name).exists()]
+        if missing:
+            raise FileNotFoundError(f"{self.name} did not write {', '.join(missing)} in {self.dir}")
+        contents = {name: _content(self.dir / name) for name in outputs}
+        manifest = {
+            "stage": self.name,
+            **self.identity,
+            "outputs": {name: size for name, (size, _) in contents.items()},
+            "sha256": {name: digest for name, (_, digest) in contents.items()},
+            "seconds": round(time.monotonic() - self.started, 1),
+            "peak_memory_mb": round(peak_memory_mb()),
+            "versions": versions(),
+            "code": code_fingerprint(),
+            "scores": scores or {},
+            "counts": counts or {},
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }
+        write_json(self.dir / "manifest.json", manifest)
+        return manifest
+
+
+def peak_memory_mb():
+    """The largest resident memory of this process or one of its children so far, in MB (Linux: ru_maxrss is in KiB)."""
+    import resource
+
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+
+
+def _missing_output(folder, manifest):
+    """What is wrong with the first output of a manifest that is not as it was written, in words; otherwise ""."""
+    for name, size in manifest["outputs"].items():
+        path = Path(folder) / name
+        if not os.path.exists(path):
+            return f"{path} is missing"
+        if "sha256" in manifest:
+            there = path.stat().st_size if path.is_file() else sum(size for _, size in _files_below(path))
+            if there != size:
+                return f"{path} has {there:,} bytes in place of {size:,}"
+    return ""
+
+
+def _state(folder, identity, places):
+    """What a stage's folder holds: (None or "finished", "begun", "other", a sentence about what is wrong with it)."""
+    if not folder.is_dir() or not any(not _PASSING.search(path.name) for path in folder.iterdir()):
+        return None, ""
+    try:
+        begun = _read_identity(folder / "begun.json")
+    except ValueError as error:
+        return "other", f"{error}: what the folder is of is not known, and it is done again"
+    try:
+        manifest, problem = _read_identity(folder / "manifest.json", _OF_MANIFEST), ""
+    except ValueError as error:
+        manifest, problem = None, f"{error}: it is done again"
+    known = begun or manifest
+    if known is None:
+        return "other", f"{folder} has no begun.json that says what it is of"
+    if not _is_same_work(known, identity, places):
+        return "other", "other parameters or inputs than last time"
+    if manifest is None or not _is_same_work(manifest, identity, places):
+        return "begun", problem or (manifest and f"{folder / 'manifest.json'} is of other work: it is done again") or ""
+    problem = _missing_output(folder, manifest)
+    return ("begun", f"{problem}: it is done again") if problem else ("finished", "")
+
+
+_LOCKS = {}  # stage folder -> open file, kept for as long as this process lives
+
+
+def _lock(folder):
+    """Keep a second process from writing into the same stage; the system frees the lock when this process ends.
+
+    Returns whether it has been taken just now, so that nobody else can have been at work in the folder.
+    """
+    import fcntl
+
+    if folder in _LOCKS:
+        return False
+    file = open(folder.with_name(f".{folder.name}.lock"), "w")
+    locked = True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        locked = False
+        own = [os.fstat(held.fileno()) for held in _LOCKS.values()]  # of a folder that was moved meanwhile
+        if not any(os.path.samestat(os.fstat(file.fileno()), mine) for mine in own):
+            raise RuntimeError(f"another process is working in {folder}: wait until it ends, or stop it") from None
+    except OSError:
+        locked = False  # a file system without locks
+    _LOCKS[folder] = file
+    return locked
+
+
+def _remove_parts(folder):
+    """Remove what killed processes left half written in a stage's folder, which this process has just locked.
+
+    Not what bears the number of a living process: a worker of the killed one may live a moment longer.
+    """
+    remove_parts(folder)
+    shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)  # of _continue_attached
+    # OUT is not locked, and other machines may be writing in it, for as long as it takes to write a table.
+    for path in folder.parent.glob("*.[0-9]*.part"):
+        if path.is_file() and time.time() - path.stat().st_mtime > 3600 and dead_part(path):
+            path.unlink(missing_ok=True)
+
+
+def open_stage(out, name, parameters, inputs=()):
+    """Open the folder OUT/name of a stage: new, to be continued, or finished.
+
+    parameters: dict, as notebook_parameters returns it. What a stage reads is found by those of them that are paths
+    (see stage_inputs) and known by its content: where it lies, and where OUT is, makes no difference. inputs: files or
+    folders that the stage reads besides.
+    Finished work with the same parameters and inputs is found (`.done`); a killed run with the same ones continues,
+    with HOURS also in a new folder where an attached input (an earlier version of the Kaggle kernel) has some of it;
+    anything else, and what cannot be read, is moved aside to name.old-1, .old-2, ... so that results never mix and
+    nothing is lost. What killed processes left half written is removed.
+    """
+    started = time.monotonic()
+    folder = Path(out).resolve() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    places = stage_inputs(parameters, name)
+    identity, places = _identity(parameters, places, inputs)
+    state, reason = _state(folder, identity, places)
+    # Finished work needs no lock: jobs that share it run side by side.
+    if state != "finished":
+        fresh = _lock(folder)
+        state, reason = _state(folder, identity, places)  # another process may have been at work until now
+        if reason:
+            print(f"{name}: {reason}")
+        if state == "other":
+            number = 1
+            while (old := folder.with_name(f"{name}.old-{number}")).exists():
+                number += 1
+            folder.rename(old)
+            print(f"{name}: the old results are now in {old}")
+        elif state != "finished" and fresh:
+            _remove_parts(folder)
+        # Only trainings with an end are continued so, and publish attaches nobody else's: a detector's checkpoint is a
+        # pickle, which must not be read from whatever input happens to have one.
+        if not folder.exists() and parameters.get("HOURS"):
+            _continue_attached(folder, identity, places)
+        folder.mkdir(parents=True, exist_ok=True)
+        if state != "finished":
+            if (folder / "manifest.json").is_file():
+                os.replace(folder / "manifest.json", folder / "manifest.json.old")
+            write_json(folder / "begun.json", identity)
+    done = state == "finished"
+    print(f"{name}: " + ("already finished, found by its manifest" if done else f"working in {folder}"))
+    return Stage(folder, name, done, identity, started, places)
+
+
+def _identity(parameters, places, inputs=()):
+    """(identity, places): what begun.json holds, and dict name -> path or list of paths of all inputs.
+
+    places: of stage_inputs; inputs: further paths, or dict name -> path, which are named by their order.
+    """
+    known = {Path(p).resolve() for value in places.values() for p in (value if isinstance(value, list) else [value])}
+    more = inputs if isinstance(inputs, dict) else {}
+    further = [] if isinstance(inputs, dict) else [path for path in inputs if Path(path).resolve() not in known]
+    places = {**places, **more, **{f"input {number}": path for number, path in enumerate(further, 1)}}
+    identity = {
+        "parameters": {k: v for k, v in parameters.items() if k not in PARAMETERS_WITHOUT_EFFECT},
+        "inputs": {
+            key: [fingerprint(path) for path in value] if isinstance(value, list) else fingerprint(value)
+            for key, value in places.items()
+        },
+    }
+    return json.loads(json.dumps(identity, default=plain)), places
+
+
+def _continue_attached(folder, identity, places):
+    """Copy into a new stage's folder what an attached input has of the same work, unfinished, if one has."""
+    from .mounts import unfinished_stages
+
+    for source in unfinished_stages(folder.name):
+        try:
+            same = _is_same_work(_read_identity(source / "begun.json"), identity, places)
+            reason = "other parameters or inputs"
+        except ValueError as error:
+            same, reason = False, error
+        if not same:
+            print(f"{source} is not continued: {reason}")
+            continue
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        for path in sorted(path for path in source.rglob("*") if path.is_file()):
+            target = part / path.relative_to(source)
+            if dead_part(path) is None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)  # without its mode: inputs are read-only
+        os.replace(part, folder)
+        print(f"{folder.name}: continues what {source} has")
+        return
+
+
+class time_limit:
+    """Stops what runs in its block when the hours are over: `with time_limit(10.5) as limit: ...`, then limit.reached.
+
+    hours: from here on, 0 for no end. What runs is stopped as Ctrl-C would, wherever it is; so only work that a kill
+    does not harm belongs inside. In the main thread only, where notebooks run (signal.setitimer).
+    """
+
+    class TimeIsUp(BaseException):
+        """Not an Exception: libraries that catch those must let it through."""
+
+    def __init__(self, hours):
+        self.hours, self.reached = hours, False
+
+    def _ring(self, *_):
+        raise self.TimeIsUp
+
+    def __enter__(self):
+        if self.hours > 0:
+            self.before = signal.signal(signal.SIGALRM, self._ring)
+            signal.setitimer(signal.ITIMER_REAL, max(3600 * self.hours, 1e-3))
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.hours > 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self.before)
+        self.reached = kind is self.TimeIsUp
+        return self.reached

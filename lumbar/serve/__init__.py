@@ -1,0 +1,1 @@
+"""Inference: a study in, 25 rows out."""

@@ -1,0 +1,132 @@
+"""Folders of weights to loaded members.
+
+May use: grade, spine, names.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..grade.classifier import load_classifier
+from ..grade.detector import load_yolo
+from ..grade.member import MEMBERS, member_weights
+from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, device_for
+from ..spine.official import official_detector
+from ..spine.spinenet import load_spinenet
+
+
+@dataclass
+class Members:
+    """Everything that inference needs, loaded from folders of weights."""
+
+    spinenet: object
+    yolo: dict  # detector (scs, nfn, ss) -> list of loaded models, one a fold
+    level: list  # (model, about) of each fold
+    study: list
+    prior: np.ndarray  # (5, 5, 3), the training set's weighted class prior
+    detector: object = "own"  # as locate_levels takes it; "official" is loaded once
+    device: str = "cpu"  # where the networks are
+
+
+def find_weights(folders, pattern):
+    """Files of that name in the folders or one folder below, by name; of two with one name the first found."""
+    found = {}
+    for folder in folders:
+        for path in sorted({*Path(folder).glob(pattern), *Path(folder).glob("*/" + pattern)}):
+            if not any(".old-" in part for part in path.parts):
+                found.setdefault(path.name, path)
+    return [found[name] for name in sorted(found)]
+
+
+def load_members(folders, members=MEMBERS, device="auto"):
+    """Load every member's weights found in the folders, or one folder below. Returns Members.
+
+    Which file stands for a fold, and which are left out: see member_weights. Prints both.
+    Raises FileNotFoundError without a SpineNet or without any member: a submission made of nothing but a prior
+    would look like a result.
+    """
+    device = device_for(device)
+    places = ", ".join(map(str, folders))
+    spinenet = find_weights(folders, "spinenet.safetensors")
+    if not spinenet:
+        raise FileNotFoundError(f"no spinenet.safetensors in {places}: attach 02_train_spinenet's output")
+    chosen, sentences = member_weights(folders)
+    wanted = {name: path for name, path in chosen.items() if name.startswith(tuple(f"{member}_" for member in members))}
+    print(*sentences, *_where(wanted | {"spinenet": spinenet[0]}), sep="\n")
+    classifiers = {
+        scope: [load_classifier(path, device) for name, path in wanted.items() if name.startswith(f"{scope}_")]
+        for scope in ("level", "study")
+    }
+    yolo = {
+        condition: [load_yolo(path, device) for name, path in wanted.items() if name.startswith(f"yolo_{condition}_")]
+        for condition in DETECTORS
+    }
+    abouts = [about for models in classifiers.values() for _, about in models]
+    if not abouts and not any(yolo.values()):
+        raise FileNotFoundError(f"no finished member's weights in {places}: attach the outputs of 03 and 04")
+    priors = [about.get("prior") for about in abouts + [model.about for models in yolo.values() for model in models]]
+    priors = [np.asarray(prior, np.float64) for prior in priors if prior is not None]
+    model = load_spinenet(spinenet[0], device)
+    # Boxes at inference come from the detector that made those of the training.
+    official = model.about.get("detector") == "official"
+    return Members(
+        model,
+        yolo,
+        classifiers["level"],
+        classifiers["study"],
+        np.mean(priors, 0) if priors else np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan),
+        official_detector(device) if official else "own",
+        device,
+    )
+
+
+def _where(chosen):
+    """Lines that say which weights are from which folder."""
+    folders = {}
+    for name, path in chosen.items():
+        folders.setdefault(path.parent, []).append(name)
+    return [f"{', '.join(names)} from {folder}" for folder, names in folders.items()]
+
+
+def weight_folders(places):
+    """Folders with trained weights in or below the given ones, in the order found.
+
+    places: paths. Image folders and finished stages' caches are not searched: /kaggle/input may hold 150,000 files; nor
+    is `solutions`, where tests/benchmarks/bench_solutions.py keeps the members of others, unless it is a place itself.
+    Raises FileNotFoundError naming the places if there is none.
+    """
+    skipped = {"train_images", "test_images", "volumes", "crops", "yolo", "images", "labels", "studies", "solutions"}
+    found = []
+    for place in places:
+        for folder, below, files in os.walk(place):
+            depth = len(Path(folder).relative_to(place).parts)
+            below[:] = (
+                sorted(b for b in below if b not in skipped and ".old-" not in b and not b.startswith("."))
+                if depth < 6
+                else []
+            )
+            if any(name.endswith(".safetensors") for name in files):
+                found.append(Path(folder))
+    if not found:
+        raise FileNotFoundError(
+            f"no *.safetensors in or below {', '.join(map(str, places))}: attach the outputs of 02, 03 and 04"
+        )
+    return found
+
+
+def _views(about, limit=-1):
+    """The views of a member's model: those that paid in training, at most `limit` of them where that is not -1."""
+    views = about.get("views") or [{}]
+    return views if limit < 0 else views[:limit]
+
+
+def _abouts(members):
+    """dict member -> the metadata of its models, of those members that were loaded."""
+    found = {
+        "yolo": [model.about for models in members.yolo.values() for model in models],
+        "level": [about for _, about in members.level],
+        "study": [about for _, about in members.study],
+    }
+    return {member: abouts for member, abouts in found.items() if abouts}

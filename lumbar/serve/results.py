@@ -1,0 +1,147 @@
+"""What was predicted of a study, kept so that a second start finds it.
+
+May use: data, in_flight, storage.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ..data.geometry import boxes_to_table
+from ..grade.member import MEMBERS
+from ..in_flight import images_digest, read_left_json
+from ..names import CONDITIONS, LEVEL_TABLE_COLUMNS, LEVELS, SEVERITIES
+from ..spine.fallbacks import SOURCES
+from ..spine.levels import _locating_key
+from ..storage import plain, write_json
+from .members import _abouts
+
+# ---- Finished studies ----
+
+
+def mended_studies(data, split, log):
+    """Ids (list of int) of the studies that had problems when `log` was written, and whose files are others now.
+
+    log: infer_studies' log or its CSV; without its column `files` (of an earlier version) nothing can be told.
+    """
+    if "files" not in log.columns:
+        return []
+    rows = log[log["problems"].fillna("") != ""]
+    folder = Path(data) / f"{split}_images"
+    pairs = zip(rows["study_id"], rows["files"].fillna(""), strict=True)
+    return [int(study_id) for study_id, files in pairs if images_digest(folder / str(study_id)) != files]
+
+
+def _results_key(members, views):
+    """What a study's result depends on besides its images, as a hash: the members' metadata, what locates levels."""
+    detector = members.detector if isinstance(members.detector, str) else members.detector.__qualname__
+    spinenet = _locating_key(members.spinenet, getattr(members.spinenet, "about", None), detector)
+    known = [_RESULTS_VERSION, views, _abouts(members), spinenet]
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=plain).encode()).hexdigest()[:16]
+
+
+_RESULTS_VERSION = 3  # to be raised when the same weights give other predictions
+
+
+def _digest(result):
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def _save_result(path, result):
+    """Write a finished study (path None: do not) with a hash of its contents; returns it as it would be read.
+
+    A disk that is full costs the restart, not the run.
+    """
+    result = json.loads(json.dumps(result, default=plain))
+    try:
+        if path:
+            write_json(path, {"result": result, "sha256": _digest(result)})
+    except OSError as error:
+        print(f"{path} cannot be written ({error}): a restart will do this study again")
+    return result
+
+
+def _load_result(path, study_id, key_of, members):
+    """What _save_result wrote; None where there is none, it is damaged (which is printed), or other weights made it.
+
+    key_of: study_id -> what the result must have been made of; members: the names that it may have predictions of.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        saved = read_left_json(path)
+        result = saved.get("result")
+        if not isinstance(result, dict) or saved.get("sha256") != _digest(result):
+            raise ValueError("its contents are not what was written")
+        if result.get("key") != key_of(study_id):
+            return None
+        _check_result(result, study_id, members)
+        return result
+    except (ValueError, RecursionError) as error:
+        print(f"{path} is no result of study {study_id} ({error}): the study is done again")
+        return None
+
+
+def _check_result(result, study_id, members):
+    """Raise ValueError where a dict is not what _result makes: whatever it holds goes into the submission."""
+    kinds = {"predictions": dict, "levels": list, "problems": list, "dropped": list, "files": str}
+    for name, kind in kinds.items():
+        if not isinstance(result.get(name), kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    if not all(isinstance(text, str) for text in result["problems"] + result["dropped"]):
+        raise ValueError("problems or dropped are no texts")
+    if not all(_is_number(value) for name, value in result.items() if name.endswith("_s") or name == "seconds"):
+        raise ValueError("seconds are no numbers")
+    for member, values in result["predictions"].items():
+        if member not in members:
+            raise ValueError(f"predictions of {member}, which is no member here")
+        if not _are_probabilities(values):
+            raise ValueError(f"predictions of {member} are no probabilities of {len(CONDITIONS)} x {len(LEVELS)} rows")
+    if len(result["levels"]) > len(LEVELS):
+        raise ValueError(f"{len(result['levels'])} levels")
+    numbers = set(LEVEL_TABLE_COLUMNS) - {"study_id", "level", "source"}
+    for row in result["levels"]:
+        if not (
+            isinstance(row, dict)
+            and set(row) == set(LEVEL_TABLE_COLUMNS)
+            and row["study_id"] == study_id
+            and row["level"] in LEVELS
+            and isinstance(row["source"], str)
+            and set(row["source"].split("+")) <= {*SOURCES, ""}
+            and all(_is_number(row[name]) for name in numbers)
+        ):
+            raise ValueError("a level is no box")
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
+
+
+def _are_probabilities(values):
+    """Are nested lists an array (5, 5, 3) whose rows are probabilities, or -1 throughout?"""
+    try:
+        array = np.array(values)
+    except ValueError:  # of no one shape
+        return False
+    if array.shape != (len(CONDITIONS), len(LEVELS), len(SEVERITIES)) or array.dtype.kind not in "if":
+        return False
+    silent = (array == -1).all(-1)
+    sums_to_one = (array >= 0).all(-1) & (np.abs(array.sum(-1) - 1) < 1e-3)
+    return bool((silent | sums_to_one).all())
+
+
+def _result(prepared, predictions, problems, key, extra):
+    return {
+        "key": key,
+        "predictions": {m: np.where(np.isfinite(p), p, -1) for m, p in predictions.items()},
+        "levels": boxes_to_table(prepared.study.study_id, prepared.boxes or []).to_dict("records"),
+        "problems": problems,
+        **{f"{step}_s": round(seconds, 3) for step, seconds in prepared.seconds.items()},
+        **extra,
+    }
+
+
+STEPS = ("reading", "locating", "cropping", *MEMBERS)

@@ -1,0 +1,123 @@
+"""How good levels and vertebrae are, against the phantom's truth and the readers' points.
+
+May use: vertebra, fallbacks, data.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..data.geometry import boxes_from_table, coordinates_to_lps
+from .fallbacks import _NOT_SEEN, level_boxes
+from .vertebra import _LUMBAR, VERTEBRA_TABLE_COLUMNS, vertebrae_from_table
+
+# -- how good are they
+
+
+def read_vertebra_truth(path, split=None):
+    """The phantom's true vertebrae as a table with the columns of vertebrae.csv (source "truth").
+
+    path: phantom_vertebrae.csv; split: "train" or "test", default both.
+    Raises FileNotFoundError or ValueError, naming what is missing.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: only phantom data have true vertebrae")
+    table = pd.read_csv(path)
+    if split is not None and "split" in table:
+        table = table[table["split"] == split]
+    table = table.assign(width_mm=2 * table["half_width_mm"], confidence=1.0, source="truth")
+    missing = [column for column in VERTEBRA_TABLE_COLUMNS if column not in table]
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}")
+    return table[VERTEBRA_TABLE_COLUMNS].reset_index(drop=True)
+
+
+def level_errors(levels, truth):
+    """Boxes against true vertebrae.
+
+    levels: table of levels.csv; truth: vertebra table. Returns a DataFrame, one row for each level of each study that
+    is in both: study_id, level, error_mm (between centres), along_mm (of it along the true disc's normal), angle_deg
+    (between the normals), named (the nearest true disc has this name), confidence, source.
+    """
+    rows = []
+    for study_id in sorted(set(levels["study_id"]) & set(truth["study_id"])):
+        true_boxes = {box.level: box for box in level_boxes(vertebrae_from_table(truth, study_id))}
+        centers = np.stack([box.center_lps_mm for box in true_boxes.values()])
+        for box in boxes_from_table(levels, study_id):
+            if box.level not in true_boxes:
+                continue
+            true_box = true_boxes[box.level]
+            offset = true_box.from_lps(box.center_lps_mm)
+            nearest = list(true_boxes)[int(np.linalg.norm(centers - box.center_lps_mm, axis=1).argmin())]
+            angle = np.degrees(np.arccos(np.clip(box.axes[0] @ true_box.axes[0], -1, 1)))
+            rows.append(
+                [
+                    study_id,
+                    box.level,
+                    float(np.linalg.norm(offset)),
+                    float(abs(offset[0])),
+                    float(angle),
+                    nearest == box.level,
+                    box.confidence,
+                    box.source,
+                ]
+            )
+    return pd.DataFrame(
+        rows, columns=["study_id", "level", "error_mm", "along_mm", "angle_deg", "named", "confidence", "source"]
+    )
+
+
+def vertebra_errors(vertebrae, truth, reach_mm=12.0):
+    """Detected bodies against true ones, L1 to S1.
+
+    vertebrae, truth: vertebra tables. Returns a DataFrame, one row for each true body of each study that is in both:
+    study_id, vertebra, error_mm (to the nearest body that was seen, not extrapolated), found (within reach_mm),
+    named (found, and under its name).
+    """
+    seen = vertebrae[~vertebrae["source"].str.contains(_NOT_SEEN)]
+    rows = []
+    for study_id in sorted(set(vertebrae["study_id"]) & set(truth["study_id"])):
+        bodies = vertebrae_from_table(seen, study_id)
+        for true in vertebrae_from_table(truth, study_id):
+            if true.name not in _LUMBAR:
+                continue
+            distance = [np.linalg.norm(body.center_lps_mm - true.center_lps_mm) for body in bodies]
+            error_mm = float(min(distance, default=np.inf))
+            found = error_mm < reach_mm
+            rows.append(
+                [study_id, true.name, error_mm, found, found and bodies[int(np.argmin(distance))].name == true.name]
+            )
+    return pd.DataFrame(rows, columns=["study_id", "vertebra", "error_mm", "found", "named"])
+
+
+def locating_scores(levels, vertebrae, truth, right_mm=4.0):
+    """The figures of level_errors and vertebra_errors in one dict; `right`: named, and the centre within right_mm."""
+    boxes, bodies = level_errors(levels, truth), vertebra_errors(vertebrae, truth)
+    return {
+        "studies": int(boxes["study_id"].nunique()),
+        "levels": len(boxes),
+        "right": float((boxes["named"] & (boxes["error_mm"] < right_mm)).mean()),
+        "named": float(boxes["named"].mean()),
+        "median_mm": float(boxes["error_mm"].median()),
+        "p95_mm": float(boxes["error_mm"].quantile(0.95)),
+        "median_angle_deg": float(boxes["angle_deg"].median()),
+        "vertebrae_found": float(bodies["found"].mean()),
+        "vertebrae_named": float(bodies.loc[bodies["found"], "named"].mean()) if bodies["found"].any() else 0.0,
+    }
+
+
+def compare_with_labels(boxes, coordinates, study):
+    """Boxes of one study against the competition's label points, which real data have too.
+
+    coordinates: this study's rows of read_coordinates. Returns a DataFrame condition, level, head_mm, left_mm,
+    back_mm (the point in the frame of its level's box) and nearest (the level whose disc plane is nearest); points
+    that lie on no slice (see place_points) are left out.
+    """
+    by_level = {box.level: box for box in boxes}
+    rows = []
+    for row, point in zip(coordinates.itertuples(), coordinates_to_lps(coordinates, study)):
+        if np.isfinite(point).all() and row.level in by_level:
+            head_mm = {level: abs(box.from_lps(point)[0]) for level, box in by_level.items()}
+            rows.append([row.condition, row.level, *by_level[row.level].from_lps(point), min(head_mm, key=head_mm.get)])
+    return pd.DataFrame(rows, columns=["condition", "level", "head_mm", "left_mm", "back_mm", "nearest"])

@@ -1,0 +1,418 @@
+"""SpineNet after Windsor et al. (MICCAI 2020), trained here: its network and weights, and how it finds bodies.
+
+May use: vertebra, weights, storage, data.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..limits import check_limit
+from ..names import VERTEBRAE
+from ..storage import write_tensors
+from ..weights import Stated, check_network, read_weights
+from .vertebra import _LUMBAR, SPINE_CLASSES, Vertebra, polygon_iou, upright
+
+
+def sagittal_images(volume, resolution_mm):
+    """A sagittal volume's slices as the network sees them: rows towards the feet, columns towards the back.
+
+    Returns (images (n, 1, h, w) float32 tensor, affine (4, 4) from (slice, row, column, 1) of these images to LPS).
+    The pixel size is resolution_mm up to rounding to whole pixels, and the affine has the exact one. Values are the
+    volume's, which must be normalised, clipped to [-0.5, 2].
+    Raises ValueError for a volume that is not sagittal.
+    """
+    if volume.plane != "sagittal":
+        raise ValueError(f"study {volume.study_id}, series {volume.series_id}: {volume.plane}, not sagittal slices")
+    array, affine = upright(volume)
+    size = _resampled_px(array.shape, affine, resolution_mm)
+    images = torch.empty((len(array), 1, *size))
+    together = max(1, _CONVERTED_PX // math.prod(array.shape[1:]))
+    for start in range(0, len(array), together):
+        part = slice(start, start + together)
+        pixels = torch.from_numpy(np.ascontiguousarray(array[part])).float()[:, None].clamp_(-0.5, 2)
+        images[part] = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+    for axis in (1, 2):
+        ratio = array.shape[axis] / size[axis - 1]
+        affine[:3, 3] += affine[:3, axis] * (ratio - 1) / 2  # pixel edges coincide, not the first pixels' centres
+        affine[:3, axis] *= ratio
+    return images, affine
+
+
+_CONVERTED_PX = 1 << 24  # that are held in float32 at a time, before they are resampled
+
+
+def _resampled_px(shape, affine, resolution_mm):
+    """[rows, columns] of a volume's (shape, affine) slices once they are resampled."""
+    sides_mm = np.array(shape[1:]) * np.linalg.norm(affine[:3, 1:3], axis=0)
+    return [max(int(round(side)), 1) for side in sides_mm / resolution_mm]
+
+
+# -- network and training
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, inputs, outputs, stride=1):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class SpineNet(nn.Module):
+    """U-Net with a residual encoder for sagittal slices of a fixed pixel size.
+
+    widths: channels at strides 2, 4, 8, ...; blocks: residual blocks a stride in the encoder; resolution_mm: the
+    pixel size it is trained for. forward: (b, 1, h, w) -> (b, 13 + classes, h, w) of any h and w:
+      0-4    logits of the corner and centroid heat maps, in the order of spinenet_targets
+      5-12   vectors from the pixel to the centroid in pixels, (row, column) for each corner kind
+      13-    logits of SPINE_CLASSES, to be read at centroids
+    `about`: dict written as the weights' metadata; its "prior" is what fit_level_prior returns.
+
+    Full resolution is only touched by folding 2 x 2 pixels into channels and back (Shi et al., CVPR 2016): half the
+    rows and columns carry the same information at a quarter of the work.
+    """
+
+    def __init__(self, widths=(32, 48, 64, 96), blocks=1, resolution_mm=2.0):
+        super().__init__()
+        self.architecture = {"widths": list(widths), "blocks": blocks, "resolution_mm": float(resolution_mm)}
+        self.resolution_mm = float(resolution_mm)
+        self.about = {}
+        self.stem = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4, widths[0], 3, 1, 1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+        )
+        self.encoder, self.lateral, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for number, width in enumerate(widths):
+            before = widths[max(number - 1, 0)]
+            self.encoder.append(
+                nn.Sequential(
+                    _ResidualBlock(before, width, 2 if number else 1),
+                    *[_ResidualBlock(width, width) for _ in range(blocks - 1)],
+                )
+            )
+            if number:
+                self.lateral.append(nn.Conv2d(width, before, 1))
+                self.decoder.append(_ResidualBlock(2 * before, before))
+        self.head = nn.Sequential(nn.Conv2d(widths[0], 4 * (13 + len(SPINE_CLASSES)), 1), nn.PixelShuffle(2))
+        self.stride = 2 ** len(widths)
+        # Heat maps are nearly everywhere 0: starting there saves the steps that would only learn it.
+        with torch.no_grad():
+            self.head[0].bias[:20] = -4.0
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride))
+        x = self.stem(x)
+        skips = []
+        for block in self.encoder:
+            x = block(x)
+            skips.append(x)
+        for skip, lateral, block in zip(skips[-2::-1], reversed(self.lateral), reversed(self.decoder)):
+            x = F.interpolate(lateral(x), scale_factor=2, mode="bilinear", align_corners=False)
+            x = block(torch.cat([x, skip], 1))
+        x = self.head(x)[:, :, :height, :width]
+        # Bodies are some 30 mm high: in units of 16 mm the vectors are of order 1, as the rest.
+        vectors = x[:, 5:13] * (16.0 / self.resolution_mm)
+        return torch.cat([x[:, :5], vectors, x[:, 13:]], 1)
+
+
+def save_spinenet(model, path):
+    """Write the weights as safetensors; architecture and `about` (prior, training) as JSON in its metadata."""
+    about = {"architecture": model.architecture, "classes": list(SPINE_CLASSES), "about": model.about}
+    write_tensors(path, model.state_dict(), "spinenet", about)
+
+
+def load_spinenet(path, device="cpu"):
+    """Read what save_spinenet wrote: the model in eval mode on `device`.
+
+    Raises FileNotFoundError, or DamagedFile (a ValueError) for a file with other contents: numbers out of range, a
+    network that its tensors do not fit, values that are not finite.
+    """
+    remedy = "give the file that 02_train_spinenet wrote (attach its output, or correct WEIGHTS)"
+    state, about = read_weights(path, "spinenet", remedy, "SpineNet's")
+    stated = Stated(path, about, remedy)
+    if about.get("classes") != list(SPINE_CLASSES):
+        stated.refuse("classes", f"{list(SPINE_CLASSES)} for this version of the kit; train again")
+    architecture = stated.part("architecture")
+    architecture.keys(("widths", "blocks", "resolution_mm"))
+    widths = architecture.about.get("widths")
+    if not isinstance(widths, list) or not 1 <= len(widths) <= 8:
+        architecture.refuse("widths", "a list of one to eight numbers")
+    architecture.numbers("widths", (len(widths),), 1, 4096, whole=True)
+    architecture.number("blocks", 1, 32, whole=True)
+    architecture.number("resolution_mm", 0.1, 20)
+    _check_layouts(stated.part("about"))
+    check_network(path, lambda: SpineNet(**architecture.about), state, remedy)
+    model = SpineNet(**architecture.about)
+    model.load_state_dict(state)
+    model.about = about["about"]
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def _check_layouts(stated):
+    """Refuse a prior or layout (of fit_level_prior) that would place levels by something other than millimetres."""
+    for layout in (stated.part(name, optional=True) for name in ("prior", "layout")):
+        if layout is None:
+            continue
+        layout.numbers("axial_mm", (3,), -2000, 2000)
+        corners, widths = layout.part("layout_mm"), layout.part("width_mm")
+        for part in (corners, widths):
+            part.keys(VERTEBRAE)
+        for name in {*_LUMBAR, *corners.about}:
+            corners.numbers(name, (4, 3), -2000, 2000)
+            widths.number(name, 0, 500)
+
+
+# -- from maps to vertebrae
+
+
+@torch.no_grad()
+def spinenet_maps(model, images, batch_size=8):
+    """Run the network on images (n, 1, h, w). Returns (n, 13 + classes, h, w) float32 on the CPU; heat maps are
+    probabilities."""
+    device = next(model.parameters()).device
+    maps = []
+    for start in range(0, len(images), batch_size):
+        images_now = images[start : start + batch_size].to(device).contiguous(memory_format=torch.channels_last)
+        output = model(images_now).float()
+        output[:, :5] = output[:, :5].sigmoid()
+        maps.append(output.cpu())
+    return torch.cat(maps)
+
+
+_WINDOWS = 1 << 15  # surroundings of pixels that are looked at together
+
+
+def _highest(where, values, most):
+    """Of the peaks (p, 4) of each map and kind the `most` highest, in the same order."""
+    group = where[:, 0] * values.shape[1] + where[:, 1]
+    if not len(where) or np.bincount(group).max() <= most:
+        return where
+    order = np.lexsort((-values[tuple(where.T)], group))
+    rank = np.arange(len(order)) - np.searchsorted(group[order], group[order])
+    return where[np.sort(order[rank < most])]
+
+
+def _peaks(heat, radius_px, threshold, most):
+    """Local maxima of maps (n, k, h, w), of each map the `most` highest: array (p, 4) of map, kind, row, column, and
+    their (p, 3) value and sub-pixel (row, column) from the parabola through the logarithms, which is exact for a
+    Gaussian."""
+    values = heat.numpy()
+    where = np.argwhere(values > threshold)
+    # Few pixels pass the threshold: looking around each is much quicker than a maximum filter over the maps. Where
+    # many do (noise), they go through in parts.
+    around = np.arange(-radius_px, radius_px + 1)
+    padded = np.pad(values, ((0, 0), (0, 0), (radius_px, radius_px), (radius_px, radius_px)))
+    peaks = []
+    for part in np.array_split(where, range(_WINDOWS, len(where), _WINDOWS)):
+        number, kind, row, column = (index[:, None, None] for index in part.T)
+        window = padded[number, kind, row + radius_px + around[:, None], column + radius_px + around]
+        peaks.append(part[values[tuple(part.T)] >= window.max((1, 2))])
+    where = _highest(np.concatenate(peaks), values, most)
+    position = where[:, 2:].astype(np.float64)
+    for axis in (2, 3):
+        last = heat.shape[axis] - 1
+        before, after = where.copy(), where.copy()
+        before[:, axis] = np.maximum(where[:, axis] - 1, 0)
+        after[:, axis] = np.minimum(where[:, axis] + 1, last)
+        low, middle, high = (np.log(np.maximum(values[tuple(w.T)], 1e-6)) for w in (before, where, after))
+        curve = low - 2 * middle + high
+        shift = np.where(curve < -1e-6, 0.5 * (low - high) / np.minimum(curve, -1e-6), 0.0)
+        position[:, axis - 2] += np.clip(shift, -0.5, 0.5)
+    return where, np.column_stack([values[tuple(where.T)], position])
+
+
+def decode_slices(maps, resolution_mm, center_threshold=0.3, corner_threshold=0.1, reach_mm=12.0):
+    """Vertebrae in each slice, from the network's maps (n, 13 + classes, h, w).
+
+    Each peak of the centroid map takes of every corner kind the one whose position, displaced by its vector, comes
+    nearest, if within reach_mm. One missing corner is completed to a parallelogram, with two missing it is dropped.
+    (The paper takes one peak per thresholded component; local maxima also part bodies whose blobs touch.) Of more than
+    MAX_BODIES in a slice the highest peaks count.
+    Returns a list of n lists of dicts: corners_px (4, 2) as (row, column), score 0..1, logits (classes,).
+    """
+    slices = [[] for _ in range(len(maps))]
+    centers, center_values = _peaks(maps[:, 4:5], max(int(round(8 / resolution_mm)), 1), center_threshold, MAX_BODIES)
+    corners, corner_values = _peaks(
+        maps[:, :4], max(int(round(5 / resolution_mm)), 1), corner_threshold, 2 * MAX_BODIES
+    )
+    array = maps.numpy()
+    number, kind, row, column = corners.T
+    displaced = np.stack(
+        [row + array[number, 5 + 2 * kind, row, column], column + array[number, 6 + 2 * kind, row, column]], 1
+    )
+    for (index, _, row, column), (score, *center_px) in zip(centers, center_values):
+        corners_px, heights = np.full((4, 2), np.nan), np.zeros(4)
+        for which in range(4):
+            candidates = np.flatnonzero((number == index) & (kind == which))
+            if not len(candidates):
+                continue
+            distance = np.linalg.norm(displaced[candidates] - center_px, axis=1) * resolution_mm
+            if distance.min() < reach_mm:
+                best = candidates[distance.argmin()]
+                corners_px[which], heights[which] = corner_values[best, 1:], corner_values[best, 0]
+        missing = np.flatnonzero(np.isnan(corners_px[:, 0]))
+        if len(missing) > 1:
+            continue
+        if len(missing):
+            a = missing[0]
+            corners_px[a] = corners_px[(a + 1) % 4] + corners_px[(a - 1) % 4] - corners_px[(a + 2) % 4]
+        slices[index].append(
+            {
+                "corners_px": corners_px,
+                "score": float(score * heights.mean()) ** 0.5,
+                "logits": array[index, 13:, row, column],
+            }
+        )
+    return slices
+
+
+def link_slices(slices, min_iou=0.2, gap=1):
+    """Join the detections of neighbouring slices that overlap into vertebrae.
+
+    slices: from decode_slices; gap: slices in which a vertebra may be missed. A detection joins the vertebra whose
+    last polygon it overlaps most. Returns a list of lists of (slice index, detection).
+    """
+    tracks, recent = [], []
+    for index, detections in enumerate(slices):
+        check_limit()
+        recent = [number for number in recent if index - tracks[number][-1][0] <= gap + 1]
+        last = _polygons([tracks[number][-1][1] for number in recent])
+        now = _polygons(detections)
+        apart = (last.max(1)[:, None] <= now.min(1)).any(2) | (now.max(1) <= last.min(1)[:, None]).any(2)
+        pairs = []
+        for k, which in np.argwhere(~apart).tolist():
+            iou = polygon_iou(last[k], now[which])
+            if iou > min_iou:
+                pairs.append((iou, recent[k], which))
+        used_tracks, used = set(), set()
+        for _, number, which in sorted(pairs, reverse=True):
+            if number not in used_tracks and which not in used:
+                tracks[number].append((index, detections[which]))
+                used_tracks.add(number)
+                used.add(which)
+        new = [[(index, detection)] for which, detection in enumerate(detections) if which not in used]
+        recent += range(len(tracks), len(tracks) + len(new))
+        tracks += new
+    return tracks
+
+
+def _polygons(detections):
+    """(n, 4, 2) corners of a list of detections."""
+    return np.array([detection["corners_px"] for detection in detections], np.float64).reshape(-1, 4, 2)
+
+
+# What detection takes on, whatever a volume states. Real series are far below: 25 slices of 300 mm, up to 250 of a
+# 3D sequence; a composed image of a whole spine is some 900 mm long.
+MAX_FIELD_MM = 1000.0  # of a slice, along its rows or columns
+MAX_SEARCHED_SLICES = 256
+MAX_SEARCHED_PX = 1 << 23  # of a study, resampled: about 25 s of one core
+MAX_BODIES = 64  # a slice or a chain; a whole spine with its sacrum has 29
+_BATCH_PX = 1 << 19  # that go through the network together: 8 slices of 500 mm
+
+
+def searched_px(volume, resolution_mm):
+    """Pixels of one slice of a sagittal volume once it is resampled.
+
+    Raises ValueError where the slice would be larger than MAX_FIELD_MM: no spine is, and its pixel size must be wrong.
+    """
+    array, affine = upright(volume)
+    sides_mm = np.array(array.shape[1:]) * np.linalg.norm(affine[:3, 1:3], axis=0)
+    if not (sides_mm <= MAX_FIELD_MM).all():
+        high, wide = sides_mm
+        raise ValueError(f"slices of {high:.0f} x {wide:.0f} mm: larger than any image of a spine, {MAX_FIELD_MM:g} mm")
+    return math.prod(_resampled_px(array.shape, affine, resolution_mm))
+
+
+def every_nth_slice(volume, step):
+    """The volume with every step-th of its slices, the first included."""
+    if step == 1:
+        return volume
+    affine = volume.affine.copy()
+    affine[:3, 0] *= step
+    numbers = volume.instance_numbers[::step]
+    return replace(volume, array=volume.array[::step], affine=affine, instance_numbers=numbers)
+
+
+def detect_vertebrae(model, volume, batch_size=8):
+    """Find the vertebral bodies of one sagittal volume.
+
+    model: SpineNet in eval mode; volume: normalised. Returns Vertebrae without names, from head to foot; source is
+    t2 or t1. A body seen in one slice only is dropped, unless the volume has no more than two; one that the image's
+    border cuts has half the confidence.
+    Time and memory are bounded: of more than MAX_SEARCHED_SLICES slices, or MAX_SEARCHED_PX resampled pixels, every
+    second one is searched, or every third, ...; of more than MAX_BODIES bodies the surest are returned.
+    Raises ValueError for a volume that is not sagittal or has slices larger than MAX_FIELD_MM, and TookTooLong (see
+    check_limit).
+    """
+    slice_px, count = searched_px(volume, model.resolution_mm), len(volume.array)
+    volume = every_nth_slice(volume, math.ceil(max(count / MAX_SEARCHED_SLICES, count * slice_px / MAX_SEARCHED_PX, 1)))
+    images, affine = sagittal_images(volume, model.resolution_mm)
+    batch_size = max(1, min(batch_size, _BATCH_PX // slice_px))
+    slices = []
+    for start in range(0, len(images), batch_size):
+        check_limit()
+        maps = spinenet_maps(model, images[start : start + batch_size], batch_size)
+        slices += decode_slices(maps, model.resolution_mm)
+    tracks = link_slices(slices)
+    source = "t1" if volume.description == "Sagittal T1" else "t2"
+    step_mm = volume.spacing_mm[0]
+    vertebrae = []
+    for track in tracks:
+        # Beside a body the chain of overlaps may run on along a rib, a pedicle or the sacrum's wing, less surely.
+        highest = max(detection["score"] for _, detection in track)
+        track = [item for item in track if item[1]["score"] > 0.6 * highest]
+        if len(track) < min(2, (len(images) + 1) // 2):
+            continue
+        index = np.array([i for i, _ in track], float)
+        score = np.array([d["score"] for _, d in track])
+        corners_px = np.array([d["corners_px"] for _, d in track]).reshape(len(track), 8)
+        # Slices through the middle count more: towards its sides a body is shallower.
+        span = index - (index[0] + index[-1]) / 2
+        weight = score * (1 - 0.8 * (2 * span / (index[-1] - index[0] + 1)) ** 2)
+        middle = np.average(index, weights=weight)
+        rows_columns = np.average(corners_px, axis=0, weights=weight).reshape(4, 2)
+        ijk = np.column_stack([np.full(4, middle), rows_columns])
+        logits = np.array([d["logits"] for _, d in track], np.float64)
+        logits -= logits.max(1, keepdims=True)
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        log_p = np.average(log_p, axis=0, weights=weight)
+        best = np.sort(score)[::-1][:5]
+        # A body that the image's border cuts has corners that nobody saw: its shape and its centre count less.
+        last = np.array(images.shape[2:]) - 1
+        cut = ((rows_columns < 1) | (rows_columns > last - 1)).any()
+        vertebrae.append(
+            Vertebra(
+                ijk @ affine[:3, :3].T + affine[:3, 3],
+                float((index[-1] - index[0] + 1) * step_mm),
+                float(best.mean() * min(1.0, len(track) * step_mm / 25.0) * (0.5 if cut else 1.0)),
+                source=source,
+                appearance=log_p - np.log(np.exp(log_p).sum()),
+            )
+        )
+    return sorted(surest(vertebrae), key=lambda v: -v.center_lps_mm[2])
+
+
+def surest(vertebrae):
+    """At most MAX_BODIES of the Vertebrae, those of the highest confidence, in the same order."""
+    if len(vertebrae) <= MAX_BODIES:
+        return list(vertebrae)
+    ranked = sorted(range(len(vertebrae)), key=lambda k: -vertebrae[k].confidence)
+    return [vertebrae[k] for k in sorted(ranked[:MAX_BODIES])]
