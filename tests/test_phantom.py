@@ -13,7 +13,8 @@ import pytest
 
 import phantom
 import utils
-from lumbar.names import LABEL_COLUMNS
+from lumbar.names import GRADES, LABEL_COLUMNS
+from phantom import dataset
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +64,7 @@ def _amount(anatomy, grid, tissue, centre_mm, half_mm):
 
 def test_workers_need_no_torch():
     code = "import sys, phantom; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(phantom.__file__).parent).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(phantom.__file__).parents[1]).returncode == 0
 
 
 def test_grades_have_the_real_frequencies():
@@ -124,7 +125,7 @@ def test_layout_and_columns(made):
     train = pd.read_csv(out / "train.csv")
     assert list(train.columns) == ["study_id", *LABEL_COLUMNS] and len(train) == 1
     values = set(pd.unique(train.drop(columns="study_id").to_numpy().ravel()))
-    assert values - {np.nan} <= set(phantom.GRADES) | {v for v in values if v != v}
+    assert values - {np.nan} <= set(GRADES) | {v for v in values if v != v}
     points = pd.read_csv(out / "train_label_coordinates.csv")
     assert list(points.columns) == ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
     assert set(points["level"]) <= {"L1/L2", "L2/L3", "L3/L4", "L4/L5", "L5/S1"}
@@ -172,7 +173,7 @@ def test_refuses_another_data_set_and_keeps_a_finished_one(made, tmp_path):
 
 
 def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    real, calls = phantom._make_study, []
+    real, calls = dataset._make_study, []
 
     def fragile(job):
         calls.append(job["index"])
@@ -191,17 +192,17 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
             variant="none",
         )
 
-    monkeypatch.setattr(phantom, "_make_study", fragile)
+    monkeypatch.setattr(dataset, "_make_study", fragile)
     with pytest.raises(KeyboardInterrupt):
         phantom.make_dataset(tmp_path / "d", train=2, test=0, workers=1, progress=False)
     assert not (tmp_path / "d" / "train.csv").exists()
     floor = phantom.make_dataset(tmp_path / "d", train=2, test=0, workers=1, progress=False)
     assert calls == [1, 2, 1, 2] and "train" in floor
-    monkeypatch.setattr(phantom, "_make_study", real)
+    monkeypatch.setattr(dataset, "_make_study", real)
     job = dict(out=str(tmp_path / "e"), study_id=7)
     (tmp_path / "e" / ".studies").mkdir(parents=True)
     (tmp_path / "e" / ".studies" / "7.json").write_text('{"study_id": 7}')
-    assert phantom._make_study(job) == {"study_id": 7}
+    assert dataset._make_study(job) == {"study_id": 7}
 
 
 # ---- DICOM --------------------------------------------------------------------------

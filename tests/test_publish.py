@@ -268,7 +268,7 @@ def test_data_sets_travel_whole_and_a_second_time_as_a_version(stub, environment
     assert request["ownerSlug"] == USER and request["slug"] == "lumbar-spine-code" and request["isPrivate"] is True
     assert request["title"] == "Lumbar Spine Code" and request["licenseName"] == "other"
     sent = stub.datasets["lumbar-spine-code"]
-    assert set(sent) == {"utils.py", "phantom.py", "lumbar.zip", "weights.zip"}
+    assert set(sent) == {"utils.py", "phantom.zip", "lumbar.zip", "weights.zip"}
     assert sent["utils.py"] == (ROOT / "utils.py").read_bytes()
     with zipfile.ZipFile(io.BytesIO(sent["lumbar.zip"])) as archive:  # Kaggle unpacks it into a folder of its name
         assert set(archive.namelist()) == {

@@ -86,7 +86,7 @@ YAML_LOADERS = {"load", "load_all", "unsafe_load", "unsafe_load_all", "full_load
 
 def sources():
     """dict path -> Python text of all code that runs in a stage, a benchmark or the rehearsal."""
-    paths = [ROOT / "phantom.py", ROOT / "utils.py", *(ROOT / "lumbar").rglob("*.py")]
+    paths = [*(ROOT / "phantom").rglob("*.py"), ROOT / "utils.py", *(ROOT / "lumbar").rglob("*.py")]
     paths += [*(ROOT / "tests/benchmarks").glob("*.py"), *(ROOT / "tests/rehearsal").glob("*.py")]
     found = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(paths)}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):

@@ -188,7 +188,7 @@ def _lines(path, columns):
     if not path.is_file():
         near = [str(found.parent) for found in sorted(path.parent.glob(f"*/{path.name}"))[:1]]
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise FileNotFoundError(f"{path} is missing: the competition's folder has it, or one of phantom.py{hint}")
+        raise FileNotFoundError(f"{path} is missing: the competition's folder has it, or one of the phantom's{hint}")
     raw = path.read_bytes()
     lines = list(io.StringIO(raw.decode("utf-8-sig", errors="replace"), newline=None))
     if not any(line.strip() for line in lines):

@@ -135,7 +135,7 @@ def stage_code(folder, repository="."):
     """Copy what the notebooks import, and the shipped weights, into the folder of a data set. Returns the folder."""
     folder, repository = Path(folder), Path(repository)
     folder.mkdir(parents=True)
-    for pattern in ("utils.py", "phantom.py", "lumbar/**/*.*", "weights/*.safetensors"):
+    for pattern in ("utils.py", "phantom/*.py", "lumbar/**/*.*", "weights/*.safetensors"):
         for path in sorted(path for path in repository.glob(pattern) if path.is_file() and path.suffix != ".pyc"):
             target = folder / path.relative_to(repository)
             target.parent.mkdir(parents=True, exist_ok=True)

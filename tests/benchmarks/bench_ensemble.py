@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_ensemble.py                           # every bed, as a Markdown table
     python tests/benchmarks/bench_ensemble.py --beds half --studies 12 --folds 4 --repeat 20
 
-The latent severities have the competition's correlations and the grades its frequencies (phantom.py); the reader adds
+The latent severities have the competition's correlations and the grades its frequencies (phantom); the reader adds
 noise, a part of it his own style over the whole study. A member is the Bayesian posterior of a grade given evidence:
 the severity of its cell through noise that all members share, larger in poor images, and noise of its own with heavy
 tails; and, blurred once more, that of the cells it looks at: its own, its level's, or all. Then its calibration is
@@ -35,6 +35,7 @@ import phantom  # noqa: E402
 from lumbar.data.competition import make_folds, to_submission  # noqa: E402
 from lumbar.grade import ensemble  # noqa: E402
 from lumbar.names import GRADES, LABEL_COLUMNS, SEVERITY_WEIGHTS  # noqa: E402
+from phantom import severity  # noqa: E402
 
 RELIABILITY = 0.93  # correlation of the graded severity with the latent one
 STYLE = 0.3  # correlation of a reader's noise between cells of one study
@@ -100,8 +101,8 @@ def make_case(studies, seed, bed="half", folds=5):
 
 def _correlation():
     """(25, 25) correlations of the latent severities: what the grades show, less the reader's part."""
-    levels = phantom._LEVEL_CORRELATION[np.abs(np.subtract.outer(range(5), range(5)))]
-    shown = phantom.READER_RELIABILITY**2 * np.kron(phantom._CONDITION_CORRELATION, levels)
+    levels = severity._LEVEL_CORRELATION[np.abs(np.subtract.outer(range(5), range(5)))]
+    shown = phantom.READER_RELIABILITY**2 * np.kron(severity._CONDITION_CORRELATION, levels)
     latent = shown - (1 - RELIABILITY**2) * STYLE
     np.fill_diagonal(latent, RELIABILITY**2)
     value, vector = np.linalg.eigh(latent)

@@ -62,7 +62,7 @@ def notebook(run):
 
     folder = run / "notebooks"
     folder.mkdir()
-    for name in ("utils.py", "phantom.py", "lumbar"):
+    for name in ("utils.py", "phantom", "lumbar"):
         (run / name).symlink_to(ROOT / name)
     parameters = {
         "DATA": str(run / "data"),

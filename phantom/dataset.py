@@ -1,0 +1,384 @@
+"""Studies as DICOM files and tables, in the competition's layout: workers, resuming, truth.
+
+Pixel coordinates in tables are (x = column, y = row) of a pixel's centre.
+
+May use: the phantom's other modules, lumbar.names, lumbar.data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lumbar.names import CONDITIONS, GRADES, LABEL_COLUMNS, LEVELS
+
+from .anatomy import TRUTH_VERTEBRAE, sample_anatomy
+from .painting import paint
+from .scanner import SeriesPlan, acquire_study, sample_protocol
+from .severity import perfect_submission, sample_severity, submission_table, visible_severity
+
+VERSION = 2  # goes up when the same seed gives other pixels
+CORNERS = ("as", "ps", "pi", "ai")  # anterior-superior, posterior-superior, ...
+SERIES = ("Sagittal T1", "Sagittal T2/STIR", "Axial T2")
+
+
+def condition_title(condition: str) -> str:
+    """'left_subarticular_stenosis' -> 'Left Subarticular Stenosis', as in the coordinates file."""
+    return condition.replace("_", " ").title()
+
+
+def level_title(level: str) -> str:
+    """'l1_l2' -> 'L1/L2'."""
+    return level.upper().replace("_", "/")
+
+
+def _uid(*parts) -> str:
+    """A deterministic UID under the 2.25 root."""
+    return "2.25." + str(int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:15], "big"))
+
+
+def write_series(
+    folder: Path,
+    plan: SeriesPlan,
+    image: np.ndarray,
+    *,
+    study_id: int,
+    number: int,
+    patient: str,
+    rng: np.random.Generator,
+    compress: str = "none",
+    anomalies: str = "real",
+):
+    """Write a series as MR Image Storage, explicit VR little endian, 16 bit; one file a slice,
+    named after its instance number."""
+    import pydicom
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
+
+    folder.mkdir(parents=True, exist_ok=True)
+    odd = anomalies == "real"
+    signed = odd and rng.random() < 0.12
+    bits = 16 if signed or rng.random() < 0.5 else 12
+    slope = float(rng.choice([0.5, 2.0])) if odd and rng.random() < 0.08 else None
+    scale = rng.uniform(500, 1400)
+    stored = np.clip(np.round(image * scale / (slope or 1)), 0, 2**12 - 1)
+    stored = stored.astype(np.int16 if signed else np.uint16)
+    t1 = plan.contrast == "T1"
+    series_uid = _uid(study_id, plan.series_id)
+    frame_uid = _uid(study_id, "frame")
+
+    def text(v):
+        return [f"{x:.10g}"[:16] for x in v]
+
+    for k in range(len(stored)):
+        ds = Dataset()
+        ds.SpecificCharacterSet = "ISO_IR 100"
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "M", "SE"]
+        ds.SOPClassUID = MRImageStorage
+        ds.SOPInstanceUID = _uid(study_id, plan.series_id, int(plan.instances[k]))
+        ds.StudyDate, ds.StudyTime = "20240101", "120000"
+        ds.AccessionNumber = ""
+        ds.Modality = "MR"
+        ds.Manufacturer = "PHANTOM"
+        ds.ReferringPhysicianName = ""
+        ds.SeriesDescription = plan.description if plan.contrast != "STIR" else "Sagittal STIR"
+        ds.PatientName, ds.PatientID = patient, patient.replace("^", "")
+        ds.PatientBirthDate, ds.PatientSex = "", "O"
+        ds.BodyPartExamined = "LSPINE"
+        ds.ScanningSequence, ds.SequenceVariant, ds.ScanOptions = ("SE", "SK", "")
+        ds.MRAcquisitionType = "2D"
+        ds.SliceThickness = f"{plan.thickness_mm:g}"
+        ds.RepetitionTime, ds.EchoTime = ("600", "12") if t1 else ("3500", "100")
+        if plan.contrast == "STIR":
+            ds.ScanningSequence = ["SE", "IR"]
+            ds.InversionTime = "160"
+        ds.EchoTrainLength = "3" if t1 else "16"
+        ds.MagneticFieldStrength = "1.5"
+        ds.SpacingBetweenSlices = f"{plan.gap_mm:.6g}"
+        ds.PatientPosition = "HFS"
+        ds.StudyInstanceUID = _uid(study_id)
+        ds.SeriesInstanceUID = series_uid
+        ds.StudyID = "1"
+        ds.SeriesNumber, ds.InstanceNumber = str(number), str(int(plan.instances[k]))
+        ds.ImagePositionPatient = text(plan.position_mm[k])
+        ds.ImageOrientationPatient = text([*plan.row_cosine[k], *plan.column_cosine[k]])
+        ds.FrameOfReferenceUID = frame_uid
+        ds.PositionReferenceIndicator = ""
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.Rows, ds.Columns = plan.shape
+        ds.PixelSpacing = text(plan.spacing_mm)
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, bits, bits - 1
+        ds.PixelRepresentation = int(signed)
+        top = float(stored[k].max()) * (slope or 1)
+        ds.WindowCenter, ds.WindowWidth = f"{top * 0.4:.1f}", f"{top * 0.8 + 1:.1f}"
+        if slope:
+            ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = "0", f"{slope:g}", "US"
+        ds.PixelData = stored[k].tobytes()
+        ds["PixelData"].VR = "OW"
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.file_meta.MediaStorageSOPClassUID = MRImageStorage
+        ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+        if compress != "none":
+            ds.compress(
+                {"rle": pydicom.uid.RLELossless, "j2k": pydicom.uid.JPEG2000Lossless}[compress],
+                generate_instance_uid=False,
+            )
+        ds.save_as(folder / f"{int(plan.instances[k])}.dcm", enforce_file_format=True)
+
+
+def simulate(seed, prevalence=1.0, transitional=0.03, anomalies="real", severity=None, variety="standard"):
+    """One study in memory: (anatomy, latent, grade, grids, plans, rng). severity (condition,
+    level) in grade units replaces the sampled one; variety as in `sample_anatomy`."""
+    rng = np.random.default_rng(seed)
+    latent, grade = sample_severity(rng, 1, prevalence)
+    latent, grade = latent[0], grade[0]
+    visible = visible_severity(latent, prevalence) if severity is None else np.asarray(severity, float)
+    anatomy = sample_anatomy(rng, visible, transitional, variety)
+    grids = paint(anatomy)
+    plans = sample_protocol(rng, anatomy, anomalies)
+    return anatomy, latent, grade, grids, plans, rng
+
+
+def _missing(rng, anomalies):
+    """Which cells have no grade, no coordinates: two masks (condition, level)."""
+    rate = np.full((5, 5), 0.0015)
+    rate[3:, :2] = 0.055
+    rate[3:, 2:] = 0.009
+    no_grade = rng.random((5, 5)) < rate
+    no_point = no_grade & (rng.random((5, 5)) < 0.94)
+    no_point |= ~no_grade & (rng.random((5, 5)) < 0.003)
+    if anomalies != "real":
+        no_grade[:] = no_point[:] = False
+    return no_grade, no_point
+
+
+def _make_study(job: dict) -> dict:
+    """Worker: make one study and write its images; returns its table rows."""
+    done = Path(job["out"]) / ".studies" / f"{job['study_id']}.json"
+    if done.exists():
+        try:
+            return json.loads(done.read_text())
+        except ValueError:  # cut, when the power failed
+            done.unlink()
+    anatomy, latent, grade, grids, plans, rng = simulate(
+        job["seed"], job["prevalence"], job["transitional"], job["anomalies"], variety=job["variety"]
+    )
+    stacks = acquire_study(rng, anatomy, grids, plans)
+    base = Path(job["out"]) / f"{job['split']}_images" / str(job["study_id"])
+    used = set()
+    for number, (plan, stack) in enumerate(zip(plans, stacks), 1):
+        while plan.series_id == 0 or plan.series_id in used:
+            plan.series_id = int(rng.integers(1e6, 2**32))
+        used.add(plan.series_id)
+        write_series(
+            base / str(plan.series_id),
+            plan,
+            stack,
+            study_id=job["study_id"],
+            number=number,
+            patient=f"PHANTOM^{job['index']:04d}",
+            rng=rng,
+            compress=job["compress"],
+            anomalies=job["anomalies"],
+        )
+    no_grade, no_point = _missing(rng, job["anomalies"])
+    points = []
+    for (c, level), where in sorted(anatomy.points_mm().items()):
+        kind = "Sagittal T2/STIR" if c == 0 else "Sagittal T1" if c < 3 else "Axial T2"
+        jitter = rng.normal(0, 1.0, 2)  # mm: readers click
+        if no_point[c, level]:
+            continue
+        found = [(*p.project(where), p) for p in plans if p.description == kind]
+        found = [f for f in found if f[3] < 0.75 * f[4].gap_mm + 1]
+        if not found:
+            continue
+        k, x, y, _, plan = min(found, key=lambda f: f[3])
+        points.append(
+            [
+                plan.series_id,
+                int(plan.instances[k]),
+                condition_title(CONDITIONS[c]),
+                level_title(LEVELS[level]),
+                x + jitter[0] / plan.spacing_mm[1],
+                y + jitter[1] / plan.spacing_mm[0],
+            ]
+        )
+    vertebrae = []
+    for v in anatomy.vertebrae:
+        if v.name in TRUTH_VERTEBRAE:
+            vertebrae.append([v.name, *v.centre_mm, *v.corners_mm().ravel(), *v.frame[:, 2], v.width_mm / 2])
+    grade = np.where(no_grade, -1, grade)
+    row = dict(
+        study_id=job["study_id"],
+        split=job["split"],
+        index=job["index"],
+        series=[[p.series_id, p.description] for p in plans],
+        latent=latent.tolist(),
+        grade=grade.tolist(),
+        points=points,
+        vertebrae=[[v[0], *map(float, v[1:])] for v in vertebrae],
+        variant=anatomy.variant,
+        severity=anatomy.severity.tolist(),
+    )
+    temporary = done.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(row))
+    temporary.replace(done)
+    return row
+
+
+def make_dataset(
+    out,
+    train: int = 60,
+    test: int = 12,
+    seed: int = 0,
+    workers: int = 2,
+    prevalence: float = 1.0,
+    transitional: float = 0.03,
+    compress: str = "none",
+    anomalies: str = "real",
+    progress: bool = True,
+    variety: str = "standard",
+) -> dict:
+    """Write a data set and return its floor (the perfect reader's scores).
+
+    The same arguments give the same bytes for any number of workers. An interrupted run goes on
+    where it stopped; a folder that holds another data set is refused."""
+    out = Path(out)
+    settings = dict(
+        version=VERSION,
+        train=train,
+        test=test,
+        seed=seed,
+        prevalence=prevalence,
+        transitional=transitional,
+        compress=compress,
+        anomalies=anomalies,
+    )
+    if variety != "standard":  # the standard's marker stays as it was
+        settings["variety"] = variety
+    marker = out / "phantom.json"
+    if marker.exists():
+        try:
+            same = json.loads(marker.read_text()) == settings
+        except ValueError:
+            raise FileExistsError(f"{marker} is damaged: delete {out}, or choose another folder") from None
+        if not same:
+            raise FileExistsError(
+                f"{out} holds another data set ({marker.read_text().strip()}); choose another folder or delete it"
+            )
+        try:
+            return json.loads((out / "phantom_floor.json").read_text())
+        except (FileNotFoundError, ValueError):  # not finished, or cut
+            pass
+    elif out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty and was not made by the phantom: choose another folder")
+    (out / ".studies").mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps(settings) + "\n")
+
+    ids = np.random.default_rng([seed, 77]).choice(4_290_000_000, train + test, replace=False) + 1_000_000
+    seeds = np.random.SeedSequence(seed).spawn(train + test)
+    jobs = [
+        dict(
+            out=str(out),
+            study_id=int(ids[i]),
+            split="train" if i < train else "test",
+            index=i + 1,
+            seed=seeds[i],
+            prevalence=prevalence,
+            transitional=transitional,
+            compress=compress,
+            anomalies=anomalies,
+            variety=variety,
+        )
+        for i in range(train + test)
+    ]
+    rows = list(_run(jobs, workers, progress))
+    floor = _write_tables(out, rows, prevalence)
+    for file in (out / ".studies").iterdir():
+        file.unlink()
+    (out / ".studies").rmdir()
+    return floor
+
+
+def _run(jobs, workers, progress):
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(jobs), desc="phantom", unit="study", disable=not progress)
+    if workers <= 1:
+        for job in jobs:
+            yield _make_study(job)
+            bar.update()
+    else:
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            for row in pool.imap(_make_study, jobs):
+                yield row
+                bar.update()
+    bar.close()
+
+
+def _write_tables(out: Path, rows: list, prevalence: float) -> dict:
+    """All CSV files; phantom_floor.json last."""
+    from lumbar.data.metric import competition_score
+
+    def labels(rows):
+        values = [[r["study_id"], *[GRADES[g] if g >= 0 else np.nan for g in np.ravel(r["grade"])]] for r in rows]
+        return pd.DataFrame(values, columns=["study_id", *LABEL_COLUMNS]).sort_values("study_id")
+
+    def series(rows):
+        values = [[r["study_id"], *s] for r in rows for s in r["series"]]
+        return pd.DataFrame(values, columns=["study_id", "series_id", "series_description"])
+
+    by = {k: sorted([r for r in rows if r["split"] == k], key=lambda r: r["study_id"]) for k in ("train", "test")}
+    labels(by["train"]).to_csv(out / "train.csv", index=False)
+    labels(by["test"]).to_csv(out / "phantom_test_labels.csv", index=False)
+    for k in by:
+        series(by[k]).to_csv(out / f"{k}_series_descriptions.csv", index=False)
+    columns = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
+    pd.DataFrame([[r["study_id"], *p] for r in by["train"] for p in r["points"]], columns=columns).to_csv(
+        out / "train_label_coordinates.csv", index=False
+    )
+    test_ids = [r["study_id"] for r in by["test"]]
+    uniform = np.full((len(test_ids), 5, 5, 3), 1 / 3)
+    submission_table(test_ids, uniform).to_csv(out / "sample_submission.csv", index=False)
+    columns = [
+        "study_id",
+        "split",
+        "vertebra",
+        "x_mm",
+        "y_mm",
+        "z_mm",
+        *[f"{c}_{k}_mm" for c in CORNERS for k in "xyz"],
+        "normal_x",
+        "normal_y",
+        "normal_z",
+        "half_width_mm",
+        "variant",
+    ]
+    pd.DataFrame(
+        [[r["study_id"], k, *v, r["variant"]] for k in by for r in by[k] for v in r["vertebrae"]], columns=columns
+    ).round(4).to_csv(out / "phantom_vertebrae.csv", index=False)
+    pd.DataFrame(
+        [
+            [r["study_id"], k, CONDITIONS[c], LEVELS[v], r["latent"][c][v], r["severity"][c][v], r["grade"][c][v]]
+            for k in by
+            for r in by[k]
+            for c in range(5)
+            for v in range(5)
+        ],
+        columns=["study_id", "split", "condition", "level", "latent", "severity", "grade"],
+    ).round(6).to_csv(out / "phantom_severity.csv", index=False)
+    floor = {}
+    for k in by:
+        if by[k]:
+            floor[k] = competition_score(labels(by[k]), perfect_submission(out, k))["total"]
+    (out / "phantom_floor.json").write_text(json.dumps(floor) + "\n")
+    return floor

@@ -1,0 +1,194 @@
+"""Tissue grids: signed distances painted into soft labels. Grid arrays are indexed (x, y, z).
+
+May use: nothing of the kit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+TISSUES = (
+    "air",
+    "fat",
+    "muscle",
+    "csf",
+    "cord",
+    "root",
+    "cortex",
+    "marrow",
+    "annulus",
+    "nucleus",
+    "flavum",
+    "blood",
+    "vein",
+    "fluid",
+    "liver",
+    "kidney",
+    "bowel",
+    "skin",
+    "fatty_marrow",
+    "fascia",
+    # Only in anatomies of wide variety; appended, so that the indices above stay.
+    "red_marrow",
+    "oedema",
+    "sclerosis",
+    "haemangioma",
+    "lesion",
+    "extruded",
+    "slow_blood",
+    "vessel_wall",
+    "uterus",
+    "stool",
+    "scar",
+    "metal",
+    "metal_rim",
+)
+STANDARD_TISSUES = 20  # how many of them the standard variety uses
+TISSUE = {name: i for i, name in enumerate(TISSUES)}
+
+
+@dataclass
+class TissueGrid:
+    """Soft labels on a regular grid in LPS, arrays indexed (x, y, z).
+
+    A voxel holds two tissues: `under` with weight 1 - share/255 and `over` with share/255."""
+
+    origin_mm: np.ndarray
+    step_mm: np.ndarray
+    under: np.ndarray  # uint8
+    over: np.ndarray  # uint8
+    share: np.ndarray  # uint8
+    keep: np.ndarray | None = None  # bool: voxels that nothing may overwrite now
+
+    @classmethod
+    def empty(cls, low_mm, high_mm, step_mm, tissue="air"):
+        step = np.asarray(step_mm, float)
+        shape = tuple(int(k) for k in np.ceil((np.asarray(high_mm) - low_mm) / step) + 1)
+        t = TISSUE[tissue]
+        return cls(
+            np.asarray(low_mm, float),
+            step,
+            np.full(shape, t, np.uint8),
+            np.full(shape, t, np.uint8),
+            np.zeros(shape, np.uint8),
+        )
+
+    @property
+    def shape(self):
+        return self.under.shape
+
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4): index (i, j, k, 1) -> LPS mm."""
+        a = np.diag([*self.step_mm, 1.0])
+        a[:3, 3] = self.origin_mm
+        return a
+
+    def axis_mm(self, k: int) -> np.ndarray:
+        return (self.origin_mm[k] + self.step_mm[k] * np.arange(self.shape[k])).astype(np.float32)
+
+    def box(self, low_mm, high_mm):
+        """Index slices of the box (clipped to the grid), or None when it is outside."""
+        lo = np.floor((np.asarray(low_mm) - self.origin_mm) / self.step_mm).astype(int)
+        hi = np.ceil((np.asarray(high_mm) - self.origin_mm) / self.step_mm).astype(int) + 1
+        lo, hi = np.maximum(lo, 0), np.minimum(hi, self.shape)
+        if (hi <= lo).any():
+            return None
+        return tuple(slice(int(a), int(b)) for a, b in zip(lo, hi))
+
+    def coordinates(self, box):
+        """Open coordinate arrays (nx,1,1), (1,ny,1), (1,1,nz) of a box in LPS mm."""
+        x, y, z = (self.axis_mm(k)[box[k]] for k in range(3))
+        return x[:, None, None], y[None, :, None], z[None, None, :]
+
+    def fractions(self) -> np.ndarray:
+        """Dense (tissue, x, y, z) float32 fractions; large, meant for small boxes and tests."""
+        out = np.zeros((len(TISSUES), *self.shape), np.float32)
+        w = self.share.astype(np.float32) / 255
+        for t in range(len(TISSUES)):
+            out[t] = (self.under == t) * (1 - w) + (self.over == t) * w
+        return out
+
+    def lay(self, box, distance_mm, tissue: str, edge_mm: float | None = None, strength=1.0):
+        """Paint a tissue where the signed distance is negative, with an edge as wide as a voxel.
+
+        box: slices (or any index) into the arrays; distance_mm must have that index's shape."""
+        edge = np.float32(edge_mm or float(self.step_mm.mean()) * 1.15)
+        touched = distance_mm < edge / 2
+        near = distance_mm[touched]
+        if near.size:
+            near *= -1 / edge
+            near += 0.5
+            self._write(box, touched, np.minimum(near, 1) * np.float32(255 * strength), tissue)
+
+    def blend(self, box, alpha, tissue: str):
+        """Paint a tissue with weights alpha (0..1)."""
+        touched = alpha > 0.004
+        self._write(box, touched, alpha[touched] * np.float32(255), tissue)
+
+    def _write(self, box, touched, weight, tissue):
+        """Two tissues a voxel: the weaker of an edge's old pair is lost."""
+        if not weight.size:
+            return
+        t = TISSUE[tissue]
+        a = (weight + np.float32(0.5)).astype(np.uint8)
+        if isinstance(box[0], slice):
+            under, over, share = self.under[box], self.over[box], self.share[box]
+            where = touched
+        else:  # broadcast index arrays: pick the flat list
+            under, over, share = self.under, self.over, self.share
+            where = tuple(np.broadcast_to(b, touched.shape)[touched] for b in box)
+        if self.keep is not None:
+            free = ~(self.keep[box] if isinstance(box[0], slice) else self.keep)[where]
+            a = a[free]
+            where = tuple(k[free] for k in (np.nonzero(where) if isinstance(where, np.ndarray) else where))
+        u, o, w = under[where], over[where], share[where]
+        grow = (o == t) & (w > 0)  # a second piece of the same tissue: union
+        u = np.where((w > 127) & ~grow, o, u)
+        under[where], over[where] = u, t
+        share[where] = np.where(grow, np.maximum(w, a), a)
+
+
+def _local(grid, box, centre, frame):
+    """Coordinates of a box's voxels in a frame: three float32 arrays (nx, ny, nz)."""
+    x, y, z = grid.coordinates(box)
+    x, y, z = x - np.float32(centre[0]), y - np.float32(centre[1]), z - np.float32(centre[2])
+    f = frame.astype(np.float32)
+    return [x * f[0, k] + y * f[1, k] + z * f[2, k] for k in range(3)]
+
+
+def _smooth_min(a, b, k):
+    h = np.clip(0.5 + 0.5 * (b - a) / k, 0, 1)
+    return b + (a - b) * h - k * h * (1 - h)
+
+
+def _reach(centre, frame, half):
+    """Axis-aligned box around an oriented box with half-sizes `half`."""
+    r = np.abs(frame) @ np.asarray(half, float)
+    return centre - r, centre + r
+
+
+class _Noise:
+    """A periodic block of smooth noise that any grid can index: texture without memory."""
+
+    def __init__(self, seed: int, size: int = 80):
+        white = np.random.default_rng(seed).standard_normal((size,) * 3).astype(np.float32)
+        fine = ndimage.gaussian_filter(white, 1.0, mode="wrap")
+        self.fine = fine / fine.std()
+        coarse = ndimage.gaussian_filter(white, 2.2, mode="wrap")
+        self.coarse = coarse / coarse.std()
+        # Muscle: fine grains on longer strands.
+        self.fibre = 0.75 * self.fine + 0.7 * self.coarse
+        self.size = size
+
+    def __call__(self, grid, box, voxel_mm, which="fine"):
+        """Noise at a box's voxels; voxel_mm (3,) is the size of a noise voxel (stretch)."""
+        i, j = (np.round(grid.axis_mm(k)[box[k]] / voxel_mm[k]).astype(int) % self.size for k in (0, 1))
+        z = grid.axis_mm(2)[box[2]] / np.float32(voxel_mm[2])  # the stretched axis: interpolate
+        k = np.floor(z).astype(int)
+        block = getattr(self, which)
+        low, high = block[:, :, k % self.size], block[:, :, (k + 1) % self.size]
+        return (low + (high - low) * (z - k).astype(np.float32))[np.ix_(i, j)]
