@@ -810,7 +810,7 @@ def test_waiting_for_a_study_that_hangs_is_no_pace(timed, monkeypatch):
 
     def slowly(self, *limits):
         try:
-            return take(self, *limits_module)
+            return take(self, *limits)
         except queue.Empty:
             clock.now += 900
             raise
