@@ -741,7 +741,7 @@ def test_training_learns_and_continues_after_a_kill(tmp_path, monkeypatch):
         return loss_function(*args, **kwargs)
 
     loss_function = spinenet_loss
-    monkeypatch.setattr("lumbar.spinenet.spinenet_loss", killed)
+    monkeypatch.setattr("lumbar.spine.spinenet_training.spinenet_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         utils.train_spinenet(records, tmp_path / "cut", save_every_s=0, **SMALL)
     continued, history_cut = utils.train_spinenet(records, tmp_path / "cut", **SMALL)

@@ -815,9 +815,9 @@ def test_processes_for_several_gpus_find_the_trainer(tmp_path):
 
 ORPHAN = """
 import sys, time
-import utils, lumbar.yolo
+import utils, lumbar.grade.detector_weights as own
 from pathlib import Path
-lumbar.yolo.prepare_ultralytics(sys.argv[1])
+own.prepare_ultralytics(sys.argv[1])
 from lumbar.yolo_trainer import DetectionTrainer, PatchTrainer
 DetectionTrainer._setup_ddp = lambda self: None
 PatchTrainer._setup_ddp(PatchTrainer.__new__(PatchTrainer))

@@ -29,7 +29,7 @@ A's way
 - Without six vertebrae the whole-study network of B's way answers for all 25; without any image 1/3 stands.
 
 B's way
-- Detectors: lumbar.yolo's scheme "original" (a class for condition x level x severity, whole slices, best confidence)
+- Detectors: the detectors' scheme "original" (a class for condition x level x severity, whole slices, best confidence)
   at the run's YOLO_IMGSZ, with the members' epochs, batches and rates; flips are on at 0.5 for all three, as in B,
   though the class names a side: one of its faults. Where a detector says nothing: 1/3.
 - Network: the whole study as a cloud like A's, slices averaged to the grid's side first, stretched from corner to
