@@ -818,7 +818,7 @@ import sys, time
 import utils, lumbar.grade.detector_weights as own
 from pathlib import Path
 own.prepare_ultralytics(sys.argv[1])
-from lumbar.yolo_trainer import DetectionTrainer, PatchTrainer
+from lumbar.grade.detector_trainer import DetectionTrainer, PatchTrainer
 DetectionTrainer._setup_ddp = lambda self: None
 PatchTrainer._setup_ddp(PatchTrainer.__new__(PatchTrainer))
 Path(sys.argv[1], "ready").touch()
