@@ -648,7 +648,7 @@ torch.set_num_threads(1)
 import utils
 out = Path(sys.argv[2])
 utils.prepare_ultralytics(out / "ultralytics")
-from lumbar.yolo_trainer import PatchTrainer
+from lumbar.grade.detector_trainer import PatchTrainer
 if sys.argv[3] == "kill":
     run_callbacks = PatchTrainer.run_callbacks
     def die(self, event):
@@ -778,7 +778,7 @@ import utils
 utils.prepare_ultralytics(Path(sys.argv[1]) / "config")
 from types import SimpleNamespace
 from ultralytics.utils import callbacks, dist
-from lumbar.yolo_trainer import PatchTrainer
+from lumbar.grade.detector_trainer import PatchTrainer
 # A trainer for two GPUs cannot be made without them; what ultralytics writes down of one can.
 trainer = PatchTrainer.__new__(PatchTrainer)
 trainer.args, trainer.model = SimpleNamespace(model="yolov10n.yaml"), "yolov10n.yaml"
