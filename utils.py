@@ -27,7 +27,7 @@ from lumbar.grade.distributed import bytes_of, loader_memory, processes_for
 from lumbar.grade.ensemble import combine_tables, cross_validate_ensemble, ensemble_for, fit_ensemble
 from lumbar.grade.member import MEMBERS
 from lumbar.grade.tables import align_members, read_out_of_fold
-from lumbar.grade.trainer import train_classifier
+from lumbar.grade.trainer import TrainConfig, train_classifier
 
 # Looking
 from lumbar.look.plots import (
@@ -118,6 +118,7 @@ __all__ = [
     "SEVERITIES",
     "SMALL_BACKBONES",
     "TERM_NAMES",
+    "TrainConfig",
     "align_members",
     "backbone_config",
     "boxes_from_table",

@@ -3,6 +3,8 @@
 May use: ordinal, crops, tta, weights, data, storage, names.
 """
 
+import contextlib
+import functools
 import json
 import math
 import warnings
@@ -20,7 +22,7 @@ from ..names import CONDITIONS, DESCRIPTIONS, LEVELS, SEVERITIES, device_for, pr
 from ..storage import write_tensors
 from ..weights import Stated, check_network, read_weights
 from .crops import expand_view, mirror_conditions, view_crops
-from .ordinal import CumulativeHeads, cumulative_log_probabilities
+from .ordinal import CumulativeHeads, cumulative_log_probabilities, current_heads
 from .tta import TTA_VIEWS, choose_views, cross_fitted_views, deal_parts
 
 # The demo's backbones, small enough for minutes on a CPU: a CoAtNet of three stages for crops, and one of two stages
@@ -189,8 +191,27 @@ class OrdinalClassifier(nn.Module):
         x = self.backbone.stem(x)
         for stage in self.backbone.stages:
             for block in stage.blocks:
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+                contexts = functools.partial(_recompute_contexts, block)
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=contexts)
         return self.backbone.norm(x)
+
+
+def _recompute_contexts(block):
+    """For torch's checkpoint: (context of the forward pass, context of computing it again)."""
+    return contextlib.nullcontext(), _same_statistics(block)
+
+
+@contextlib.contextmanager
+def _same_statistics(block):
+    """Leave the running statistics of batch normalisation alone, so that a batch seen twice counts once."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def save_classifier(path, model, about):
@@ -212,6 +233,7 @@ def load_classifier(path, device="cpu"):
     _check_classifier(Stated(path, about, _REMEDY))
     names = ("scope", "backbone", "img_size", "prior", "dropout", "level_centers")
     arguments = (*(about[name] for name in names), about.get("pooling", "grid"))
+    state = current_heads(state)
     check_network(path, lambda: OrdinalClassifier(*arguments), state, _REMEDY)
     model = OrdinalClassifier(*arguments)
     model.load_state_dict(state)

@@ -132,6 +132,7 @@ PARAMETERS_WITHOUT_EFFECT = (
     "BATCH_STUDIES",
     "HOURS",
     "RESERVE",
+    "TRACKER",
 )
 
 
