@@ -52,7 +52,8 @@ class TrainConfig:
     seed: int = 0  # of initialisation, order and augmentation
 
     def __post_init__(self):
-        object.__setattr__(self, "level_centers", tuple(self.level_centers))  # a list, where it was JSON
+        centers = tuple(float(center) for center in self.level_centers)  # a list, where it was JSON
+        object.__setattr__(self, "level_centers", centers)
         for name in ("epochs", "batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.upper()} must be 1 or more, not {getattr(self, name)}")
@@ -136,7 +137,7 @@ def _train(out, name, train, valid, config, about, device, workers, processes, t
     history, best, first_epoch = [], math.inf, 0
     saved = read_checkpoint(checkpoint)
     if saved is not None and saved.get("config") != _plain(config):
-        print(f"{checkpoint} is of a training with other settings: the training starts over")
+        accelerator.print(f"{checkpoint} is of a training with other settings: the training starts over")
     elif saved is not None:
         training.load_state(saved["training"])
         history, best, first_epoch = saved["history"], saved["best"], saved["epoch"]
