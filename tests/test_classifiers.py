@@ -635,7 +635,8 @@ def test_recomputed_activations_train_to_the_same_weights(tmp_path):
         utils.train_classifier(tmp_path, name, train, valid, config)
     kept, again = (weights_of(tmp_path / f"{name}.safetensors")[0] for name in ("kept", "again"))
     for name, tensor in kept.items():
-        torch.testing.assert_close(again[name], tensor, atol=1e-5, rtol=1e-3)
+        if not name.endswith("num_batches_tracked"):  # which decides nothing
+            torch.testing.assert_close(again[name], tensor, atol=1e-5, rtol=1e-3)
     # And they are not kept: all that the forward pass holds on to is where each block began.
     model, held = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)), {}
     for model.recompute in (False, True):
