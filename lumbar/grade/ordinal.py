@@ -74,12 +74,12 @@ class CumulativeHeads(nn.Module):
         """(*shape, 2) tensor, ascending along the last axis."""
         return torch.stack([link.cutpoints for link in self.links]).view(*self.shape, 2)
 
+    @torch.no_grad()
     def keep_ascending(self):
-        """Keep each head's cut points MARGIN apart. Call after every step of the optimizer, which does not know that
-        they are ordered."""
-        from spacecutter.callbacks import AscensionCallback  # only in training: skorch and scikit-learn come with it
-
-        self.apply(AscensionCallback(MARGIN).clip)
+        """Keep each head's cut points MARGIN apart, as spacecutter's AscensionCallback for skorch does. Call it after
+        every step of the optimizer, which does not know that they are ordered."""
+        for link in self.links:
+            link.cutpoints[0].clamp_(max=link.cutpoints[1] - MARGIN)
 
 
 def current_heads(state):
