@@ -10,7 +10,9 @@ import signal
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -65,7 +67,7 @@ def loader_memory(workers, batch_bytes=0):
         raise
 
 
-def launch(function, arguments, processes):
+def launch(function: Callable[..., Any], arguments: tuple, processes: int) -> None:
     """Call function(*arguments) in several new processes of this machine, and return when all are done.
 
     Their output goes where this process' does. They end with this process, also when it is killed outright, and as soon
@@ -136,7 +138,7 @@ def _process(function, arguments):
     function(*arguments)
 
 
-def end_with_parent():
+def end_with_parent() -> None:
     """From here on this process is killed when the one that started it ends. A launcher that is killed outright leaves
     its processes at work. On Linux only (prctl's PR_SET_PDEATHSIG is 1)."""
     if sys.platform == "linux":

@@ -59,7 +59,7 @@ class CumulativeHeads(nn.Module):
         Class probabilities at score 0, so that training starts from the class prior. `shape` is that of the heads.
     """
 
-    def __init__(self, prior):
+    def __init__(self, prior: np.ndarray):
         super().__init__()
         prior = torch.as_tensor(np.asarray(prior), dtype=torch.float64)
         first, second = torch.logit(prior.cumsum(-1)[..., :-1].clamp(1e-4, 1 - 1e-4)).unbind(-1)
@@ -70,19 +70,19 @@ class CumulativeHeads(nn.Module):
             link.cutpoints = nn.Parameter(cut.clone())
 
     @property
-    def cutpoints(self):
+    def cutpoints(self) -> torch.Tensor:
         """(*shape, 2) tensor, ascending along the last axis."""
         return torch.stack([link.cutpoints for link in self.links]).view(*self.shape, 2)
 
     @torch.no_grad()
-    def keep_ascending(self):
+    def keep_ascending(self) -> None:
         """Keep each head's cut points MARGIN apart, as spacecutter's AscensionCallback for skorch does. Call it after
         every step of the optimizer, which does not know that they are ordered."""
         for link in self.links:
             link.cutpoints[0].clamp_(max=link.cutpoints[1] - MARGIN)
 
 
-def current_heads(state):
+def current_heads(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A classifier's state dict, its heads named as CumulativeHeads names them now.
 
     Earlier weights hold each head's first cut point (`heads.first`) and the gap to the second as the argument of a

@@ -204,10 +204,19 @@ class Training:
         self.schedule.step_update(self.step)
 
 
-def prepare_training(train, config, device, workers=0, processes=1, tracker="", tracking=None) -> Training:
-    """Make what train_epoch needs; train: CropDataset, whose grades give the class prior.
+def prepare_training(
+    train: CropDataset,
+    config: TrainConfig,
+    device: str | torch.device,
+    workers: int = 0,
+    processes: int = 1,
+    tracker: Any = "",
+    tracking: Path | None = None,
+) -> Training:
+    """Make what train_epoch needs: AdamW, 10% warm-up, cosine decay, averaged weights and statistics.
 
-    AdamW, 10% warm-up, cosine decay, an exponential moving average of weights and statistics.
+    The grades of `train` give the class prior; tracking: folder for trackers that write files. The other arguments are
+    train_classifier's.
     """
     from timm.optim import param_groups_weight_decay
     from timm.scheduler import CosineLRScheduler
@@ -333,7 +342,9 @@ def predict_held_out(training: Training, valid: CropDataset, workers: int = 0) -
 # -- batches and their loss
 
 
-def mix_crops(batch, before, generator):
+def mix_crops(
+    batch: tuple[torch.Tensor, ...], before: tuple[torch.Tensor, ...], generator: torch.Generator
+) -> tuple[torch.Tensor, ...]:
     """Mixup (Zhang et al. 2018): each input blended with the one before it, at a random share above a half.
 
     The whole crop is blended and not a patch of it put elsewhere: a grade is read at one small place, and a patch
@@ -368,13 +379,15 @@ def mix_crops(batch, before, generator):
     )
 
 
-def unmixed(batch):
+def unmixed(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """A batch in the form of mix_crops, with its own labels only: level (B, 1), grades (B, 1, ...), share (B, 1)."""
     inputs, level, grades = batch
     return inputs, level[:, None], grades[:, None], torch.ones(len(inputs), 1, device=inputs.device)
 
 
-def batch_losses(model, inputs, level, grades, share):
+def batch_losses(
+    model: nn.Module, inputs: torch.Tensor, level: torch.Tensor, grades: torch.Tensor, share: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """weighted_losses of a batch with m sets of labels for each input.
 
     inputs: (B, 3, d, h, w); level: (B, m); grades: (B, m, 5), or (B, m, 5, 5) for scope `study`; share: (B, m).
