@@ -257,6 +257,7 @@ CONFIG = {
 }
 
 
+@pytest.mark.slow
 def test_training_learns_sides_and_mirrored_views_agree(tmp_path):
     train, valid = Blobs(16, 0), Blobs(6, 1)
     history = utils.train_classifier(tmp_path, "level_0", train, valid, {**CONFIG, "epochs": 7}, seed=1)

@@ -46,6 +46,7 @@ def dataset(folder, first, count):
     return utils.CropDataset({}, range(first, first + count), grades, levels, CROP, folder)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_after_a_failure_too(tmp_path, monkeypatch, capfd):
     train, valid = dataset(tmp_path / "cache", 100, 6), dataset(tmp_path / "cache", 200, 3)
     for name in ("one", "two"):

@@ -1237,6 +1237,7 @@ def test_results_belong_to_what_located_the_levels():
 # ---- Notebook 05 ----
 
 
+@pytest.mark.slow
 def test_the_notebook_closes_when_nothing_is_late_and_only_reads_finished_work(tmp_path):
     study = tmp_path / "data" / "test_images" / "7"
     tiny.write_study(study)

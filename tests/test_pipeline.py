@@ -17,6 +17,8 @@ import utils
 from lumbar.run.parameters import check_notebook_parameters
 from lumbar.run.pipeline import is_finished, run_notebook
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Imported by every Python process at its start: connections that leave this machine fail, and are written down.

@@ -228,6 +228,7 @@ def test_wheels_are_of_kaggles_python_and_of_what_its_image_lacks(tmp_path, monk
 # ---- Pushing ----
 
 
+@pytest.mark.slow
 def test_everything_is_pushed_in_order_with_what_it_must_carry(stub, environment, build):
     stub.states["lumbar-spine-preprocess"] = ["QUEUED", "RUNNING"]
     said = utils.kaggle_publish(build, ["code", "wheels", *NAMES], environment, pause_s=0.0)
@@ -377,6 +378,7 @@ def test_without_a_token_it_says_where_to_get_one(environment, build):
         kaggle_push(build / "kernels" / "preprocess", environment=nobody)
 
 
+@pytest.mark.slow
 def test_the_notebook_stages_and_sends_what_it_is_told(stub, environment, tmp_path):
     stub.datasets["lumbar-spine-wheels"] = {}
     given = {"USER": USER, "BUILD": str(tmp_path / "build"), "WHEELS": False, "PUSH": ["code", "preprocess"]}
@@ -470,6 +472,7 @@ def test_wheels_and_code_are_found_in_every_layout(mounted, tmp_path, monkeypatc
     assert done.stdout.strip() == str(next(mounted.rglob("lumbar-spine-code"))), done.stderr
 
 
+@pytest.mark.slow
 def test_staged_inference_runs_from_mounted_inputs_only(build, tmp_path):
     """papermill in an empty folder, the kit nowhere but in the data set: as Kaggle scores, with random weights."""
     root, working = tmp_path / "input", tmp_path / "working"

@@ -335,6 +335,7 @@ def test_detector_views_that_pay_are_chosen():
     assert (used[:60] == [True, True, False]).all() and (used[60:] == [True, False, False]).all()
 
 
+@pytest.mark.slow
 def test_views_and_calibration_are_stored_and_no_study_has_its_own(tmp_path):
     rng = np.random.default_rng(5)
     grades = np.full((110, 5, 5), -1)
@@ -698,6 +699,7 @@ def trained(dataset):
     return out / "yolo_nfn_0.safetensors", out / "run_nfn_0", before, whole / "yolo_nfn_0.safetensors"
 
 
+@pytest.mark.slow
 def test_training_resumes_after_a_kill(trained):
     weights, run, before, _ = trained
     assert weights.exists()
@@ -707,6 +709,7 @@ def test_training_resumes_after_a_kill(trained):
     assert len(before.splitlines()) == 3 and (run / "results.csv").read_text().startswith(before)
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_as_one_that_was_not(trained):
     resumed, whole = utils.load_yolo(trained[0]), utils.load_yolo(trained[3])
     assert resumed.about == whole.about
@@ -718,6 +721,7 @@ def test_a_killed_training_ends_as_one_that_was_not(trained):
     pd.testing.assert_frame_equal(*losses)
 
 
+@pytest.mark.slow
 def test_loaded_weights_predict_what_ultralytics_does(trained):
     weights, run, *_ = trained
     detector = utils.load_yolo(weights)
@@ -736,6 +740,7 @@ def test_loaded_weights_predict_what_ultralytics_does(trained):
     assert whole.shape == (2, 12 * 8 + 6 * 4 + 3 * 2, 3) == (2, len(centers), 3)
 
 
+@pytest.mark.slow
 def test_anchor_centers_are_ultralytics_anchors(trained):
     detector = utils.load_yolo(trained[0])
     _, centers = utils.dense_scores(detector, np.zeros((1, 96, 64), np.uint8))
@@ -746,6 +751,7 @@ def test_anchor_centers_are_ultralytics_anchors(trained):
     np.testing.assert_allclose(centers, anchors - 0.5, atol=1e-4)  # ultralytics counts from the pixel's corner
 
 
+@pytest.mark.slow
 def test_calibration_is_kept_with_the_weights(trained, tmp_path):
     copy = tmp_path / trained[0].name
     shutil.copy(trained[0], copy)
@@ -756,6 +762,7 @@ def test_calibration_is_kept_with_the_weights(trained, tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in detector.net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_original_scheme_trains_and_predicts(dataset, original_dataset, tmp_path):
     done = train_in_child(original_dataset["dir"], tmp_path, "go", 1)
     assert done.returncode == 0, done.stderr[-2000:]
