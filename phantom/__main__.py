@@ -1,6 +1,6 @@
 """The command line: python -m phantom OUT, and the phantom's figure.
 
-May use: the phantom's other modules.
+May use: anatomy, dataset, scanner.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Canal coordinates (u, v, s): u = left of the canal's middle, v = behind it, s = distance along it from the head
 downwards, all in mm.
 
-May use: severity.
+May use: nothing of the kit.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Pixel coordinates in tables are (x = column, y = row) of a pixel's centre.
 
-May use: the phantom's other modules, lumbar.names, lumbar.data.
+May use: anatomy, painting, scanner, severity, lumbar.data, lumbar.names.
 """
 
 from __future__ import annotations

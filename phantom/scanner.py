@@ -2,7 +2,7 @@
 
 Images are indexed (slice, row, column).
 
-May use: grid, contrast, anatomy, painting.
+May use: contrast, anatomy.
 """
 
 from __future__ import annotations

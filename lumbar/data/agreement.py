@@ -2,7 +2,7 @@
 
 What does not fit is named with its reason: a wrong scale in one header leaves an image that looks sound by itself.
 
-May use: volume, resample.
+May use: resample.
 """
 
 from collections import Counter

@@ -1,6 +1,6 @@
 """The pixels of a DICOM data set: decoded as the standard says, with what pads them marked.
 
-May use: pydicom, numpy and scipy, nothing of the kit.
+May use: nothing of the kit.
 """
 
 import math

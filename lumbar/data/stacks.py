@@ -3,7 +3,7 @@
 Geometry does not hang on last digits: what counts as the same place, size or direction has a tolerance, and what lies
 between slices is compared with the other distances of the series.
 
-May use: volume, agreement, names.
+May use: volume, agreement.
 """
 
 import math

@@ -1,6 +1,6 @@
 """A box for every level, also where bodies were not found: the prior, the axial slices, the neighbours.
 
-May use: vertebra, data.
+May use: vertebra, naming, data, names.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """SpineNet trained further on the competition's own label points.
 
-May use: levels, level_scores, naming, fallbacks, spinenet_training, data.
+May use: levels, level_scores, naming, fallbacks, spinenet_training, spinenet, vertebra, data, names.
 """
 
 from dataclasses import replace

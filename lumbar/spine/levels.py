@@ -1,6 +1,6 @@
 """The levels of a study, and of every study of a split.
 
-May use: naming, fallbacks, spinenet, official, data, in_flight, limits.
+May use: naming, fallbacks, spinenet, official, vertebra, data, in_flight, storage, limits, names.
 """
 
 import hashlib

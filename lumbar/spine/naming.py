@@ -1,6 +1,6 @@
 """Bodies that were found, named in one chain.
 
-May use: vertebra, names.
+May use: vertebra.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """SpineNet after Windsor et al. (MICCAI 2020), trained here: its network and weights, and how it finds bodies.
 
-May use: vertebra, weights, storage, data.
+May use: vertebra, weights, storage, limits, names.
 """
 
 import math

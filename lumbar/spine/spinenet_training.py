@@ -1,6 +1,6 @@
 """SpineNet's targets, loss and training.
 
-May use: spinenet, vertebra, storage.
+May use: spinenet, vertebra, storage, names.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Training images for SpineNet: painted anatomies, random contrasts, artefacts.
 
-May use: phantom, spinenet_training, vertebra, fallbacks, storage.
+May use: spinenet_training, vertebra, fallbacks, phantom, storage, names.
 """
 
 import json

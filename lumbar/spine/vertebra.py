@@ -1,6 +1,6 @@
 """Vertebral bodies: their corners, names and tables.
 
-May use: data, storage, names.
+May use: names.
 """
 
 from dataclasses import dataclass
