@@ -4,6 +4,8 @@ May use: nothing of the kit.
 """
 
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 from tqdm import tqdm
 
@@ -43,7 +45,9 @@ LEVEL_TABLE_COLUMNS = (
 )
 
 
-def progress(iterable=None, desc=None, total=None, **kwargs):
+def progress(
+    iterable: Iterable | None = None, desc: str | None = None, total: int | None = None, **kwargs: Any
+) -> tqdm:
     """A plain text progress bar on stderr.
 
     `tqdm.auto` stays at 0% inside papermill, so this is always the text bar; it writes at most every two seconds,
@@ -52,7 +56,7 @@ def progress(iterable=None, desc=None, total=None, **kwargs):
     return tqdm(iterable, desc=desc, total=total, mininterval=2.0, ncols=88, file=sys.stderr, **kwargs)
 
 
-def device_for(name="auto"):
+def device_for(name: str | int = "auto") -> str:
     """Name a device as PyTorch does.
 
     `auto` -> cuda if there is one, else cpu; a GPU's number as text -> cuda:<number>; other names as they are. Raises

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 from scipy.interpolate import CubicSpline
 
@@ -71,7 +73,7 @@ class Anatomy:
     variant: str
     body: dict
     seed: int
-    wide: dict | None = None  # what only the wide variety has; None: standard
+    wide: dict = field(default_factory=dict)  # what only the wide variety has; empty in the standard one
 
     def vertebra(self, name: str) -> Vertebra:
         return next(v for v in self.vertebrae if v.name == name)
@@ -80,7 +82,7 @@ class Anatomy:
         """The graded disc of level index 0 (L1/L2) .. 4 (L5/S1)."""
         return next(d for d in self.discs if d.above == f"L{level + 1}")
 
-    def canal_to_lps(self, u_mm, v_mm, s_mm) -> np.ndarray:
+    def canal_to_lps(self, u_mm: ArrayLike, v_mm: ArrayLike, s_mm: ArrayLike) -> np.ndarray:
         """Canal coordinates -> LPS (..., 3)."""
         c, t = self._at(s_mm)
         back = np.stack([np.zeros_like(t[..., 0]), -t[..., 2], t[..., 1]], -1)
@@ -426,14 +428,17 @@ def sample_anatomy(
     # Stack from the top end plate of S1: upwards to T8, downwards to S5.
     s1 = VERTEBRAE.index("S1")
     slope = np.radians(38 * lordosis - 4.5 + rng.normal(0, 3)) + pose
-    slip, body_shapes, disc_shapes = np.zeros(n - 1), None, None
+    slip = np.zeros(n - 1)
+    body_shapes: list[dict] = [{}] * n
+    disc_shapes: list[dict] = [{}] * (n - 1)
     if w is not None:
         factor = np.clip(w.normal(1, 0.1), 0.8, 1.2) / size
         size *= factor
         slope, slip, body_shapes, disc_shapes = _vary_spine(
             w, n, factor, height, depth, width, wedge, disc_h, disc_w, water, coronal, axial, slope
         )
-    vertebrae, discs = [None] * n, [None] * (n - 1)
+    vertebrae: list[Any] = [None] * n
+    discs: list[Any] = [None] * (n - 1)
     point, tilt = np.zeros(3), slope
     for i in range(s1 - 1, -1, -1):
         f = _frame(tilt - disc_w[i] / 2, coronal[i], axial[i])
@@ -486,9 +491,10 @@ def sample_anatomy(
         for i in range(n - 1)
     ]
 
-    if w is not None:
-        for item, shape in zip(bodies + plates, body_shapes + disc_shapes):
-            item.shape.update(shape)
+    for vertebra, shape in zip(bodies, body_shapes, strict=True):
+        vertebra.shape.update(shape)
+    for plate, shape in zip(plates, disc_shapes, strict=True):
+        plate.shape.update(shape)
 
     # The canal runs behind the bodies at half its own depth.
     canal_ap = np.clip(rng.normal(17.0, 1.0), 15, 19) * size**0.5
@@ -502,10 +508,10 @@ def sample_anatomy(
             d = plates[i]
             rear = (bodies[i].depth_mm + bodies[i + 1].depth_mm) / 4
             knots.append(d.centre_mm + d.frame[:, 1] * (rear + gap))
-    knots = np.array(knots)
-    knots = np.concatenate([knots[:1] * 2 - knots[1:2], knots, knots[-1:] * 2 - knots[-2:-1]])
-    chord = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(knots, axis=0), axis=1))])
-    spline = CubicSpline(chord, ndimage.gaussian_filter1d(knots, 0.6, axis=0, mode="nearest"))
+    inner = np.array(knots)
+    path = np.concatenate([inner[:1] * 2 - inner[1:2], inner, inner[-1:] * 2 - inner[-2:-1]])
+    chord = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=1))])
+    spline = CubicSpline(chord, ndimage.gaussian_filter1d(path, 0.6, axis=0, mode="nearest"))
     fine = spline(np.arange(0, chord[-1], 0.5))
     s = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(fine, axis=0), axis=1))])
     disc_s = []
@@ -526,7 +532,7 @@ def sample_anatomy(
         marrow_fat=np.clip(age + rng.normal(0, 0.15), 0, 1),
         age=age,
     )
-    wide = None
+    wide = {}
     if w is not None:
         # The belly follows the canal at half its curve, as the back does (see `_paint_body`), and stays
         # in front of the fine grid, whose face lies before the foremost body.
@@ -563,7 +569,7 @@ def _bump(s_mm, centre_mm, sigma_mm):
     return np.exp(-0.5 * ((s_mm - centre_mm) / sigma_mm) ** 2)
 
 
-def sac_section(anatomy: Anatomy, s_mm) -> dict:
+def sac_section(anatomy: Anatomy, s_mm: ArrayLike) -> dict:
     """The thecal sac's section at s: front, rear (v of its walls), left, right (half-widths),
     crowding (0 free CSF .. 1 only roots) in mm; arrays like s_mm."""
     s = np.asarray(s_mm, float)

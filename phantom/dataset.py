@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ import pandas as pd
 
 from lumbar.names import CONDITIONS, GRADES, LABEL_COLUMNS, LEVELS
 
-from .anatomy import TRUTH_VERTEBRAE, sample_anatomy
+from .anatomy import TRUTH_VERTEBRAE, Anatomy, sample_anatomy
+from .grid import TissueGrid
 from .painting import paint
 from .scanner import SeriesPlan, acquire_study, sample_protocol
 from .severity import perfect_submission, sample_severity, submission_table, visible_severity
@@ -54,7 +56,7 @@ def write_series(
     rng: np.random.Generator,
     compress: str = "none",
     anomalies: str = "real",
-):
+) -> None:
     """Write a series as MR Image Storage, explicit VR little endian, 16 bit; one file a slice,
     named after its instance number."""
     import pydicom
@@ -133,7 +135,14 @@ def write_series(
         ds.save_as(folder / f"{int(plan.instances[k])}.dcm", enforce_file_format=True)
 
 
-def simulate(seed, prevalence=1.0, transitional=0.03, anomalies="real", severity=None, variety="standard"):
+def simulate(
+    seed: int | Sequence[int],
+    prevalence: float = 1.0,
+    transitional: float = 0.03,
+    anomalies: str = "real",
+    severity: np.ndarray | None = None,
+    variety: str = "standard",
+) -> tuple[Anatomy, np.ndarray, np.ndarray, tuple[TissueGrid, TissueGrid], list[SeriesPlan], np.random.Generator]:
     """One study in memory: (anatomy, latent, grade, grids, plans, rng). severity (condition,
     level) in grade units replaces the sampled one; variety as in `sample_anatomy`."""
     rng = np.random.default_rng(seed)
@@ -175,7 +184,7 @@ def _make_study(job: dict) -> dict:
     used = set()
     for number, (plan, stack) in enumerate(zip(plans, stacks), 1):
         while plan.series_id == 0 or plan.series_id in used:
-            plan.series_id = int(rng.integers(1e6, 2**32))
+            plan.series_id = int(rng.integers(1_000_000, 2**32))
         used.add(plan.series_id)
         write_series(
             base / str(plan.series_id),
@@ -234,7 +243,7 @@ def _make_study(job: dict) -> dict:
 
 
 def make_dataset(
-    out,
+    out: str | Path,
     train: int = 60,
     test: int = 12,
     seed: int = 0,

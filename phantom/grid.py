@@ -6,8 +6,10 @@ May use: nothing of the kit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 TISSUES = (
@@ -64,7 +66,7 @@ class TissueGrid:
     keep: np.ndarray | None = None  # bool: voxels that nothing may overwrite now
 
     @classmethod
-    def empty(cls, low_mm, high_mm, step_mm, tissue="air"):
+    def empty(cls, low_mm: ArrayLike, high_mm: ArrayLike, step_mm: ArrayLike, tissue: str = "air") -> TissueGrid:
         step = np.asarray(step_mm, float)
         shape = tuple(int(k) for k in np.ceil((np.asarray(high_mm) - low_mm) / step) + 1)
         t = TISSUE[tissue]
@@ -77,7 +79,7 @@ class TissueGrid:
         )
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.under.shape
 
     @property
@@ -90,7 +92,7 @@ class TissueGrid:
     def axis_mm(self, k: int) -> np.ndarray:
         return (self.origin_mm[k] + self.step_mm[k] * np.arange(self.shape[k])).astype(np.float32)
 
-    def box(self, low_mm, high_mm):
+    def box(self, low_mm: ArrayLike, high_mm: ArrayLike) -> tuple[slice, ...] | None:
         """Index slices of the box (clipped to the grid), or None when it is outside."""
         lo = np.floor((np.asarray(low_mm) - self.origin_mm) / self.step_mm).astype(int)
         hi = np.ceil((np.asarray(high_mm) - self.origin_mm) / self.step_mm).astype(int) + 1
@@ -99,7 +101,7 @@ class TissueGrid:
             return None
         return tuple(slice(int(a), int(b)) for a, b in zip(lo, hi))
 
-    def coordinates(self, box):
+    def coordinates(self, box: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Open coordinate arrays (nx,1,1), (1,ny,1), (1,1,nz) of a box in LPS mm."""
         x, y, z = (self.axis_mm(k)[box[k]] for k in range(3))
         return x[:, None, None], y[None, :, None], z[None, None, :]
@@ -112,7 +114,9 @@ class TissueGrid:
             out[t] = (self.under == t) * (1 - w) + (self.over == t) * w
         return out
 
-    def lay(self, box, distance_mm, tissue: str, edge_mm: float | None = None, strength=1.0):
+    def lay(
+        self, box: Any, distance_mm: np.ndarray, tissue: str, edge_mm: float | None = None, strength: Any = 1.0
+    ) -> None:
         """Paint a tissue where the signed distance is negative, with an edge as wide as a voxel.
 
         box: slices (or any index) into the arrays; distance_mm must have that index's shape."""
@@ -124,7 +128,7 @@ class TissueGrid:
             near += 0.5
             self._write(box, touched, np.minimum(near, 1) * np.float32(255 * strength), tissue)
 
-    def blend(self, box, alpha, tissue: str):
+    def blend(self, box: Any, alpha: np.ndarray, tissue: str) -> None:
         """Paint a tissue with weights alpha (0..1)."""
         touched = alpha > 0.004
         self._write(box, touched, alpha[touched] * np.float32(255), tissue)

@@ -5,6 +5,9 @@ May use: grid, anatomy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from scipy import ndimage
 from scipy.interpolate import PchipInterpolator
@@ -25,7 +28,11 @@ from .anatomy import (
 from .grid import TISSUE, TissueGrid, _local, _Noise, _reach, _smooth_min
 
 
-def paint(anatomy: Anatomy, spine_step_mm=(0.95, 0.8, 0.85), body_step_mm=(1.7, 1.7, 3.0)):
+def paint(
+    anatomy: Anatomy,
+    spine_step_mm: Sequence[float] = (0.95, 0.8, 0.85),
+    body_step_mm: Sequence[float] = (1.7, 1.7, 3.0),
+) -> tuple[TissueGrid, TissueGrid]:
     """Anatomy -> (spine, body): a fine TissueGrid around the spine and a coarse one around it."""
     a = anatomy
     tail, head = a.vertebra("S3").centre_mm[2], a.vertebra("T10").centre_mm[2] + 10
@@ -149,7 +156,7 @@ _VESSELS = (
 class _Section:
     """For a grid's z axis: where the canal is, and the level coordinate (T12 = 0 .. S2 = 7)."""
 
-    def __init__(self, grid, a: Anatomy):
+    def __init__(self, grid: TissueGrid, a: Anatomy) -> None:
         z = grid.axis_mm(2)
         order = np.argsort(a.path_mm[:, 2])
         self.x = np.interp(z, a.path_mm[order, 2], a.path_mm[order, 0]).astype(np.float32)
@@ -161,7 +168,7 @@ class _Section:
         self.level = ndimage.gaussian_filter1d(level, 8 / grid.step_mm[2], mode="nearest")
         self.z = z
 
-    def table(self, values):
+    def table(self, values: Any) -> np.ndarray:
         return PchipInterpolator(_AT, values)(np.clip(self.level, -2, 8)).astype(np.float32)
 
 
@@ -208,8 +215,8 @@ def _paint_body(grid, a: Anatomy, noise):
             outside = (y - middle_y) - np.float32(half_depth) * (1 - p) ** np.float32(1 / 2.4)
             grid.lay(back, -outside - 2.2, "skin")
             grid.lay(back, -outside, "air")
-    for name, (cx, cy, hu, hv) in _MUSCLES.items():
-        cx, cy, hu, hv = (c.table(k) for k in (cx, cy, hu, hv))
+    for name, knots in _MUSCLES.items():
+        cx, cy, hu, hv = (c.table(k) for k in knots)
         hu, hv = hu * b["muscle"], hv * b["muscle"]
         on = np.flatnonzero((hu > 1) & (hv > 1))
         if not len(on):
@@ -226,8 +233,8 @@ def _paint_body(grid, a: Anatomy, noise):
     if a.wide:
         _paint_wide_vessels(grid, a, c)
         _paint_haze(grid, a, noise)
-    for _, cx, cy, r, start, stop in () if a.wide else _VESSELS:
-        cx, cy, r = c.table(cx), c.table(cy), c.table(r)
+    for _, *course, start, stop in () if a.wide else _VESSELS:
+        cx, cy, r = (c.table(k) for k in course)
         r = np.where((c.level > start) & (c.level < stop), r, 0)
         on = np.flatnonzero(r > 1)
         if not len(on):
@@ -721,8 +728,9 @@ def _paint_wide_disc(grid, a: Anatomy, disc: Disc, noise):
         grid.lay(box, np.sqrt((x / 3) ** 2 + (y - depth / 2 + 3) ** 2 + z * z) - 1.5, "fluid", strength=0.8)
 
 
-def _paint_wide_body(grid, a: Anatomy, v: Vertebra, noise, box, x, y, z, kept):
-    """A body with dips, nodes and lips at its end plates and marrow of many looks."""
+def _paint_wide_body(grid, a: Anatomy, v: Vertebra, noise, box, local, kept):
+    """A body with dips, nodes and lips at its end plates and marrow of many looks. local: x, y, z in its frame."""
+    x, y, z = local
     s, h = v.shape, np.float32(v.height_mm / 2)
     # The rear wall's middle lies at half the depth, its sides a little further back.
     rho = _outline(x, np.where(y > 0, y / np.float32(1 + s["hollow"]), y), v.depth_mm, v.width_mm, s["hollow"])
@@ -777,14 +785,14 @@ def _paint_wide_body(grid, a: Anatomy, v: Vertebra, noise, box, x, y, z, kept):
 def _paint_vertebra(grid, a: Anatomy, v: Vertebra, noise, kept=None):
     """Body with end plates, waist, vein; then the arch with its processes. kept: mask (grid) that
     gets the body's voxels, wide variety only."""
-    half = (v.width_mm / 2 + 3, v.depth_mm / 2 + 3, v.height_mm / 2 + 5)
+    half: Any = (v.width_mm / 2 + 3, v.depth_mm / 2 + 3, v.height_mm / 2 + 5)
     if a.wide:
         lip = max([max(k) for k in v.shape["lips"].values()], default=0)
         half = np.add(half, (lip, lip, 0.4 * lip + v.depth_mm / 2 * abs(np.tan(v.wedge / 2)) - 3))
     box = grid.box(*_reach(v.centre_mm, v.frame, half))
     sacral = v.name[0] == "S"
     if a.wide and box is not None:
-        _paint_wide_body(grid, a, v, noise, box, *_local(grid, box, v.centre_mm, v.frame), kept)
+        _paint_wide_body(grid, a, v, noise, box, _local(grid, box, v.centre_mm, v.frame), kept)
     elif box is not None:
         x, y, z = _local(grid, box, v.centre_mm, v.frame)
         h = v.height_mm / 2
@@ -825,7 +833,9 @@ def _paint_arch(grid, a: Anatomy, v: Vertebra):
     lamina = back + canal + 2.5
     level_below = int(v.name[1]) - 1 if lumbar else -1  # index of the disc below
     long = 26 * v.shape.get("process", 1)
-    pieces = [((0, lamina + 4, -h * 0.55), (0, lamina + long, -h * 0.85), 3.6, (0.85, 1, 2.3 if lumbar else 1.3))]
+    pieces: list[tuple] = [
+        ((0, lamina + 4, -h * 0.55), (0, lamina + long, -h * 0.85), 3.6, (0.85, 1, 2.3 if lumbar else 1.3))
+    ]
     for side in (1, -1):
 
         def grow(level):
@@ -881,7 +891,7 @@ def _paint_sacral_arch(grid, a: Anatomy, v: Vertebra):
     wide = a.canal_lr_mm / 2 * (1.1 - 0.2 * i)
     canal = a.canal_ap_mm * (1.0 - 0.22 * i)
     h = v.height_mm / 2
-    pieces = [((0, back + canal + 3, h * 0.5), (0, back + canal + 9 - 2 * i, -h * 0.5), 3.2, (1, 1, 1.4))]
+    pieces: list[tuple] = [((0, back + canal + 3, h * 0.5), (0, back + canal + 9 - 2 * i, -h * 0.5), 3.2, (1, 1, 1.4))]
     for side in (1, -1):
         pieces += [
             ((side * (wide + 5), back - 4, 0), (side * (wide + 5), back + canal * 0.7, 0), 4.5, (1, 1, 1.9)),
@@ -895,7 +905,7 @@ def _paint_sacral_arch(grid, a: Anatomy, v: Vertebra):
     _paint_bone(grid, v.centre_mm, v.frame, pieces)
 
 
-def canal_coordinates(anatomy: Anatomy, y_mm, z_mm):
+def canal_coordinates(anatomy: Anatomy, y_mm: np.ndarray, z_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """LPS y, z (arrays of one shape) -> (s, v) in mm: the nearest point of the canal's path."""
     a = anatomy
     path, s_tab = a.path_mm, a.path_s_mm

@@ -7,13 +7,16 @@ May use: contrast, anatomy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from .anatomy import Anatomy, _frame
 from .contrast import contrast_table, render
+from .grid import TissueGrid
 
 
 @dataclass
@@ -36,7 +39,7 @@ class SeriesPlan:
     def normal(self) -> np.ndarray:
         return np.cross(self.row_cosine, self.column_cosine)
 
-    def project(self, point_mm):
+    def project(self, point_mm: ArrayLike) -> tuple[int, float, float, float]:
         """LPS point -> (slice index, x px, y px, distance to that slice in mm)."""
         away = np.einsum("nk,nk->n", point_mm - self.position_mm, self.normal)
         x = np.einsum("nk,nk->n", point_mm - self.position_mm, self.row_cosine) / self.spacing_mm[1]
@@ -166,7 +169,12 @@ def _axial(rng, a, group, tilted, odd):
 
 
 def acquire(
-    rng: np.random.Generator, grids, plan: SeriesPlan, images, back_mm: float, spine_front_mm: np.ndarray
+    rng: np.random.Generator,
+    grids: Sequence[TissueGrid],
+    plan: SeriesPlan,
+    images: Sequence[np.ndarray],
+    back_mm: float,
+    spine_front_mm: np.ndarray,
 ) -> np.ndarray:
     """Slices (n, rows, columns) float32, brightest anatomy near 1.
 
@@ -326,7 +334,9 @@ def back_of(anatomy: Anatomy) -> float:
     return float(anatomy.canal_to_lps(0.0, 0.0, anatomy.disc_s_mm[2])[1] + 50 + anatomy.body["fat_back_mm"])
 
 
-def acquire_study(rng, anatomy, grids, plans) -> list:
+def acquire_study(
+    rng: np.random.Generator, anatomy: Anatomy, grids: Sequence[TissueGrid], plans: Sequence[SeriesPlan]
+) -> list:
     """Image stacks of all plans; renderings are shared by series of one contrast table."""
     stacks, rendered = [], {}
     for plan in plans:

@@ -484,7 +484,7 @@ def test_the_standard_variety_is_what_it_was():
 def test_the_wide_variety_is_another_one_and_repeats():
     standard, wide, again = _anatomy(), _wide(3, 0.1), _wide(3, 0.1)
     assert standard.seed == wide.seed  # it draws from a generator of its own
-    assert standard.wide is None and wide.wide is not None
+    assert not standard.wide and wide.wide
     assert np.abs(standard.path_mm[:50] - wide.path_mm[:50]).max() > 0.5
     for a, b in zip(_paint(wide).__dict__.values(), _paint(again).__dict__.values()):
         assert np.array_equal(a, b)

@@ -11,6 +11,8 @@ from statistics import median
 
 import numpy as np
 
+from .volume import Study
+
 LEAST_SLICES, LEAST_PX = 5, 32  # of a stack in which slices are compared, and of their sides
 SCALE_RATIO = 4.0  # of the spread of grey values, to the neighbours': coils and anatomy stay below 2
 STATED_RATIO = 1.5  # the same, where the slice states another scale than the others
@@ -165,7 +167,7 @@ BRIGHT = 0.55  # median grey value above which a sagittal series is doubted: air
 OPPOSED = -0.4  # correlation of sagittal and axial T2 at the same places below which one of them is turned round
 
 
-def doubtful_polarity(study) -> list[str]:
+def doubtful_polarity(study: Study) -> list[str]:
     """Sentences about series whose dark and bright seem turned round.
 
     Most of a sagittal image is dark: air, muscle and bone. And the sagittal and the axial T2 series show the same
@@ -215,7 +217,7 @@ class DoubtfulScale:
     text: str
 
 
-def doubtful_scales(study) -> list[DoubtfulScale]:
+def doubtful_scales(study: Study) -> list[DoubtfulScale]:
     """Series whose pixel spacing the study's other series contradict.
 
     Two series of one patient tell each other at the same places of the patient. Where they do so clearly better with
@@ -228,7 +230,8 @@ def doubtful_scales(study) -> list[DoubtfulScale]:
         Normalised.
     """
     volumes = _largest_volumes(study)
-    agreed, contradicted = Counter(), []
+    agreed: Counter[int] = Counter()
+    contradicted = []
     for number, fixed in enumerate(volumes):
         for moving in volumes[number + 1 :]:
             found = _other_scale(moving, fixed)
@@ -236,7 +239,7 @@ def doubtful_scales(study) -> list[DoubtfulScale]:
                 agreed.update((moving.series_id, fixed.series_id))
             elif found[0] is not None:
                 contradicted.append((*found, moving, fixed))
-    doubts = {}
+    doubts: dict[int, DoubtfulScale] = {}
     for factor, told, moving, fixed in contradicted:
         # Whoever agrees with a third series is right.
         if agreed[moving.series_id] > agreed[fixed.series_id]:

@@ -3,14 +3,17 @@
 May use: tables, names.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..names import CONDITIONS, GRADES, LABEL_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS
 from .tables import whole_number
 
 
-def id_array(ids, name="study_id"):
+def id_array(ids: Iterable, name: str = "study_id") -> np.ndarray:
     """Whole numbers of whatever type a table has them in -> (n,) int64. Raises ValueError naming the first other."""
     values = [whole_number(value) for value in ids]
     if None in values:
@@ -18,7 +21,7 @@ def id_array(ids, name="study_id"):
     return np.array(values, np.int64)
 
 
-def labels_to_array(labels):
+def labels_to_array(labels: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Wide labels -> (study_ids (n,) int64, grades (n, 5 conditions, 5 levels) int64, -1 where missing).
 
     Raises ValueError on an unknown grade, a study that is listed twice or one whose id is no whole number.
@@ -43,12 +46,12 @@ def labels_to_array(labels):
     return study_ids, grades.reshape(-1, len(CONDITIONS), len(LEVELS))
 
 
-def row_ids(study_id):
+def row_ids(study_id: int) -> list[str]:
     """The 25 row ids of a study, in the order of an array (5 conditions, 5 levels)."""
     return [f"{study_id}_{column}" for column in LABEL_COLUMNS]
 
 
-def to_submission(study_ids, probabilities):
+def to_submission(study_ids: Iterable, probabilities: ArrayLike) -> pd.DataFrame:
     """(n,) ids and (n, 5, 5, 3) probabilities -> a submission sorted by row_id, each row normalised in float64.
 
     Raises ValueError on a value that is not finite or is negative, or a row of zeros.
@@ -62,13 +65,13 @@ def to_submission(study_ids, probabilities):
     return table.sort_values("row_id", ignore_index=True)
 
 
-def severity_values(table):
+def severity_values(table: pd.DataFrame) -> np.ndarray:
     """The three severities of a submission-like table: (n, 3) float64, NaN where a cell is empty or no number."""
     columns = [pd.to_numeric(table[name].astype(object), errors="coerce") for name in SEVERITIES]
     return np.stack([column.to_numpy(np.float64, na_value=np.nan) for column in columns], 1)
 
 
-def from_submission(table):
+def from_submission(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """A submission -> (study_ids (n,) ascending, probabilities (n, 5, 5, 3) float64, NaN where a row is absent).
 
     Raises ValueError on a row_id that is no `{study_id}_{condition}_{level}` or that appears twice, and on a value
@@ -93,7 +96,7 @@ def from_submission(table):
     return study_ids, values.reshape(-1, len(CONDITIONS), len(LEVELS), len(SEVERITIES))
 
 
-def class_prior(grades, weighted=True, smoothing=1.0):
+def class_prior(grades: np.ndarray, weighted: bool = True, smoothing: float = 1.0) -> np.ndarray:
     """Frequencies of the grades per condition and level: (5, 5, 3), rows sum to 1.
 
     grades: (n, 5, 5), -1 missing. weighted: multiplied by the metric's weights, which is the constant prediction
@@ -105,7 +108,7 @@ def class_prior(grades, weighted=True, smoothing=1.0):
     return counts / counts.sum(-1, keepdims=True)
 
 
-def make_folds(labels, folds, seed=0):
+def make_folds(labels: pd.DataFrame, folds: int, seed: int = 0) -> pd.DataFrame:
     """Study-wise folds of equal size with alike severities: DataFrame study_id, fold.
 
     Studies are sorted by how much disease they carry, per group of conditions first, and dealt out to the folds in

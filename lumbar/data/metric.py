@@ -3,7 +3,11 @@
 May use: competition, names.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..names import CONDITIONS, GROUPS, LEVELS, SEVERITY_WEIGHTS
 from .competition import from_submission, labels_to_array, severity_values
@@ -11,17 +15,16 @@ from .competition import from_submission, labels_to_array, severity_values
 EPS = np.finfo(np.float64).eps  # the metric's clip of probabilities, as scikit-learn has it
 
 
-def score_arrays(grades, probabilities):
+def score_arrays(grades: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
     """The competition's metric on arrays. See competition_score.
 
     grades: (n, 5, 5) int, -1 missing; probabilities: (n, 5, 5, 3), rows are normalised here in float64.
     """
-    grades = np.asarray(grades)
-    probabilities = np.asarray(probabilities, np.float64)
-    probabilities = probabilities / probabilities.sum(-1, keepdims=True)
-    if not np.isfinite(probabilities[grades >= 0]).all():
+    true, predicted = np.asarray(grades), np.asarray(probabilities, np.float64)
+    predicted = predicted / predicted.sum(-1, keepdims=True)
+    if not np.isfinite(predicted[true >= 0]).all():
         raise ValueError("a graded row has no finite prediction")
-    losses, weights = (sums.sum(0) for sums in term_sums(grades, probabilities))
+    losses, weights = (sums.sum(0) for sums in term_sums(true, predicted))
     scores = {
         term: float(loss / weight) if weight > 0 else float("nan")
         for term, loss, weight in zip((*GROUPS, "any_severe"), losses, weights, strict=True)
@@ -30,7 +33,7 @@ def score_arrays(grades, probabilities):
     return scores
 
 
-def term_sums(grades, probabilities):
+def term_sums(grades: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each study's share in the four terms: (loss (n, 4), weight (n, 4)); a term is loss.sum() / weight.sum().
 
     grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3). The terms are those of GROUPS, then any severe.
@@ -47,7 +50,9 @@ def term_sums(grades, probabilities):
     return np.stack([*losses, any_loss], 1), np.stack([*weights, any_weight], 1)
 
 
-def paired_gain(grades, before, after, terms=(0, 1, 2, 3)):
+def paired_gain(
+    grades: np.ndarray, before: np.ndarray, after: np.ndarray, terms: Sequence[int] = (0, 1, 2, 3)
+) -> tuple[float, float]:
     """How much lower `after` scores than `before`, summed over the terms, and the standard error of that.
 
     grades: (n, 5, 5) int, -1 left out; before, after: (n, 5, 5, 3); terms: which of term_sums' four.
@@ -62,7 +67,7 @@ def paired_gain(grades, before, after, terms=(0, 1, 2, 3)):
     return float(gain[list(terms)].sum()), float(np.sqrt(np.square(influence).sum()))
 
 
-def competition_score(labels, submission):
+def competition_score(labels: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
     """The competition's score: weighted log loss per condition group, and for any severe canal stenosis.
 
     labels: train.csv's wide form; submission: the competition's form, rows in any order. Rows whose label is

@@ -3,8 +3,10 @@
 May use: dicom, greys, volume, tables, in_flight, storage, names.
 """
 
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +19,15 @@ from .tables import described_series, some_of
 from .volume import Study, load_study, save_study, study_about
 
 
-def preprocess_study(data, split, study_id, descriptions, out, bits=16, journal=None):
+def preprocess_study(
+    data: str | Path,
+    split: str,
+    study_id: int,
+    descriptions: Mapping[int, str],
+    out: str | Path,
+    bits: int = 16,
+    journal: InFlight | None = None,
+) -> list[dict[str, Any]]:
     """Read one study of the competition folder, write its volumes to `out`. Returns rows for series.csv.
 
     A study whose file is already there is not read again, unless it was passed over, or its files or descriptions have
@@ -83,7 +93,9 @@ def _series_rows(study):
     return rows
 
 
-def preprocess_studies(data, split, out, workers=2, bits=16, labelled=()):
+def preprocess_studies(
+    data: str | Path, split: str, out: str | Path, workers: int = 2, bits: int = 16, labelled: Iterable[int] = ()
+) -> pd.DataFrame:
     """Read every study of a split into out/<study_id>.safetensors. Returns series.csv: one row a volume or problem.
 
     bits: of a stored grey value, see save_study. labelled: ids of studies that have labels; those that the descriptions

@@ -11,7 +11,9 @@ import csv
 import io
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -24,26 +26,28 @@ _DECIMAL = re.compile(r"^(-?[0-9]+),([0-9]+)$")
 _EMPTY = ("", "nan", "na", "n/a", "#n/a", "<na>", "null", "none")  # what spreadsheets and libraries write for no value
 
 
-def whole_number(value):
+def whole_number(value: Any) -> int | None:
     """An id or a count as int, None where it is none. 123.0 is 123: one empty cell makes floats of a table's ids."""
     found = _WHOLE.fullmatch(str(value).strip())
     return int(found[1]) if found else None
 
 
-def some_of(items, most=MAX_NAMED, between=", "):
+def some_of(items: Iterable, most: int = MAX_NAMED, between: str = ", ") -> str:
     """Items as text, the first few by name and the others by number: `7, 8, 9 and 120 more`."""
     items = [str(item) for item in items]
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return between.join(items[:most]) + rest
 
 
-def read_labels(path):
+def read_labels(path: str | Path) -> pd.DataFrame:
     """Grades in train.csv's wide form: study_id + LABEL_COLUMNS (strings of GRADES, missing where there is none).
 
     Columns that are absent (a table of fewer conditions) become missing labels, and so does a cell with anything but
     a grade, which is named. Raises ValueError on a table without labels, and where a column has values but no grade.
     """
-    present, odd, graded = set(), {}, dict.fromkeys(LABEL_COLUMNS, 0)
+    present: set[str] = set()
+    odd: dict[str, list[str]] = {}
+    graded = dict.fromkeys(LABEL_COLUMNS, 0)
 
     def parse(cells, line):
         present.update(cells)
@@ -71,7 +75,7 @@ def read_labels(path):
     return pd.DataFrame(rows, columns=["study_id", *LABEL_COLUMNS])
 
 
-def read_coordinates(data):
+def read_coordinates(data: str | Path) -> pd.DataFrame:
     """train_label_coordinates.csv -> study_id, series_id, instance_number, condition, level, x_px, y_px.
 
     Condition and level in this kit's names; x_px counts columns and y_px rows, from the centre of the first pixel.
@@ -91,12 +95,12 @@ def read_coordinates(data):
     return table if rows else table.astype(dict.fromkeys(columns[:3], int) | {"x_px": float, "y_px": float})
 
 
-def described_series(data, split):
+def described_series(data: str | Path, split: str) -> dict[int, dict[int, str]]:
     """dict study_id -> dict series_id -> description, from {train,test}_series_descriptions.csv, ascending study_id.
 
     A study whose rows are all bad but for its own id is there, without series.
     """
-    studies = {}
+    studies: dict[int, dict[int, str]] = {}
 
     def parse(cells, line):
         study_id = _id(cells, "study_id")
@@ -110,14 +114,14 @@ def described_series(data, split):
     return dict(sorted(studies.items()))
 
 
-def read_descriptions(data, split):
+def read_descriptions(data: str | Path, split: str) -> pd.DataFrame:
     """described_series as a table: study_id, series_id, description."""
     studies = described_series(data, split)
     rows = [(study_id, *item) for study_id, series in studies.items() for item in series.items()]
     return pd.DataFrame(rows, columns=["study_id", "series_id", "description"])
 
 
-def sample_studies(path):
+def sample_studies(path: str | Path) -> list[int]:
     """The studies of which sample_submission.csv has rows, ascending: list of int."""
 
     def parse(cells, line):
@@ -129,7 +133,7 @@ def sample_studies(path):
     return sorted({study_id for study_id, _ in _read_rows(path, ["row_id"], parse, 2)})
 
 
-def read_folds(preprocessed):
+def read_folds(preprocessed: str | Path) -> pd.DataFrame:
     """folds.csv of 01_preprocess, its folder or the file itself: study_id, fold (both int)."""
     path = Path(preprocessed)
     path = path if path.suffix == ".csv" else path / "folds.csv"
