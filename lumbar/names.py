@@ -48,7 +48,7 @@ LEVEL_TABLE_COLUMNS = (
 def progress(
     iterable: Iterable | None = None, desc: str | None = None, total: int | None = None, **kwargs: Any
 ) -> tqdm:
-    """A plain text progress bar on stderr.
+    """A text progress bar on stderr: tqdm's, with its arguments.
 
     `tqdm.auto` stays at 0% inside papermill, so this is always the text bar; it writes at most every two seconds,
     because papermill's log gets a new line for each update.
@@ -59,8 +59,25 @@ def progress(
 def device_for(name: str | int = "auto") -> str:
     """Name a device as PyTorch does.
 
-    `auto` -> cuda if there is one, else cpu; a GPU's number as text -> cuda:<number>; other names as they are. Raises
-    ValueError for a device that this machine does not have.
+    Parameters
+    ----------
+    name : str or int
+        `auto` for the first GPU or, without one, the CPU; `cpu`, `cuda`, `mps`; the number of a GPU.
+
+    Returns
+    -------
+    str
+        Such as `cpu` or `cuda:1`.
+
+    Raises
+    ------
+    ValueError
+        For a device that this machine does not have.
+
+    Examples
+    --------
+    >>> device_for("cpu")
+    'cpu'
     """
     import torch  # not at the top: the phantom's workers need these names, and no torch
 

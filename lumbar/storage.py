@@ -108,11 +108,23 @@ def _sync_folder(folder):
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write `data` as JSON so that the file is either the old one or complete."""
+    """Write JSON; the file is either the old one or complete.
+
+    Parameters
+    ----------
+    path : str or Path
+    data : object
+        What json takes, and NumPy's numbers and arrays; anything else becomes its str.
+    """
     write_text(path, json.dumps(data, indent=2, default=plain) + "\n")
 
 
 def plain(value: Any) -> Any:
+    """Turn a value that json does not know into one that it does: the `default` of json.dumps.
+
+    >>> plain(np.float32(0.5)), plain(np.arange(2)), plain(Path("a"))
+    (0.5, [0, 1], 'a')
+    """
     if isinstance(value, (np.integer, np.floating)):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -121,13 +133,30 @@ def plain(value: Any) -> Any:
 
 
 def write_csv(path: str | Path, table: pd.DataFrame) -> None:
-    """Write a DataFrame as CSV so that the file is either the old one or complete."""
+    """Write a table as CSV without its index; the file is either the old one or complete.
+
+    Parameters
+    ----------
+    path : str or Path
+    table : DataFrame
+    """
     with write_whole(path) as temporary:
         table.to_csv(temporary, index=False)
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file so that the file is either the old one or complete. Returns the path."""
+    """Write a UTF-8 text file; the file is either the old one or complete.
+
+    Parameters
+    ----------
+    path : str or Path
+    text : str
+
+    Returns
+    -------
+    Path
+        The file's path.
+    """
     with write_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
@@ -156,7 +185,25 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Any], key: str, about:
 
 
 def read_json(path: str | Path, remedy: str = "delete it and run again what wrote it") -> dict[str, Any]:
-    """Read a JSON object. Raises FileNotFoundError, or DamagedFile; both name the file and the remedy, if any."""
+    """Read a JSON object.
+
+    Parameters
+    ----------
+    path : str or Path
+    remedy : str
+        What to do about a file that cannot be used; it ends the message of the error. May be empty.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    DamagedFile
+        It holds something else than a JSON object. The message names the file and says what it holds.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist" + (f": {remedy}" if remedy else ""))

@@ -86,7 +86,24 @@ def boxes_to_table(study_id: int, boxes: Iterable[LevelBox]) -> pd.DataFrame:
 
 
 def boxes_from_table(table: pd.DataFrame, study_id: int) -> list[LevelBox]:
-    """The five LevelBoxes of a study, head to foot. Raises KeyError when a level is absent."""
+    """The boxes of a study's five levels.
+
+    Parameters
+    ----------
+    table : DataFrame
+        levels.csv, see LEVEL_TABLE_COLUMNS: millimetres in patient coordinates.
+    study_id : int
+
+    Returns
+    -------
+    list of LevelBox
+        Five, head to foot.
+
+    Raises
+    ------
+    KeyError
+        A level is absent.
+    """
     rows = table[table["study_id"] == study_id].set_index("level")
     boxes = []
     for level in LEVELS:
@@ -112,7 +129,23 @@ def _unit_corners(low: Iterable[float], high: Iterable[float]) -> np.ndarray:
 
 
 def nearest_slice(volume: Volume, xyz_mm: ArrayLike) -> tuple[int, float, float, float]:
-    """(slice index, distance in mm along the normal, row, column) of an LPS point; the index is clipped."""
+    """The slice of a volume that lies nearest to a point, and where the point is on it.
+
+    Parameters
+    ----------
+    volume : Volume
+    xyz_mm : (3,) sequence of float
+        LPS.
+
+    Returns
+    -------
+    index : int
+        Of the slice; the first or last for a point beyond them.
+    distance_mm : float
+        From the slice to the point along the slice's normal; not negative.
+    row_px, column_px : float
+        From the centre of the first pixel; may lie outside of the image.
+    """
     ijk = volume.lps_to_voxel(xyz_mm)
     index = int(np.clip(np.round(ijk[0]), 0, volume.array.shape[0] - 1))
     normal = np.cross(volume.affine[:3, 1], volume.affine[:3, 2])

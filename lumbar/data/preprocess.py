@@ -96,14 +96,38 @@ def _series_rows(study):
 def preprocess_studies(
     data: str | Path, split: str, out: str | Path, workers: int = 2, bits: int = 16, labelled: Iterable[int] = ()
 ) -> pd.DataFrame:
-    """Read every study of a split into out/<study_id>.safetensors. Returns series.csv: one row a volume or problem.
+    """Read every study of a split and store its volumes as out/<study_id>.safetensors.
 
-    bits: of a stored grey value, see save_study. labelled: ids of studies that have labels; those that the descriptions
-    table lacks cannot be read and are among the problems.
+    Works in threads (decoding and percentiles run outside Python's lock, and nothing has to be imported anew) and shows
+    progress. Safe to re-run after an interruption: finished studies are found. Those that an earlier run may have been
+    killed by come last; one that kills the process is passed over, which is among the problems (see InFlight).
 
-    Works in threads (decoding and percentiles run outside Python's lock, and nothing has to be imported anew), shows
-    progress, and finds the studies that an earlier, killed run has finished. Those that it may have been killed by come
-    last; one that kills the process is passed over, which is among the problems (see InFlight).
+    Parameters
+    ----------
+    data : str or Path
+        The competition's folder.
+    split : str
+        `train` or `test`.
+    out : str or Path
+        Folder of the volumes; made when needed.
+    workers : int
+        Threads.
+    bits : int
+        16 or 8, of a stored grey value; see save_study.
+    labelled : iterable of int
+        Ids of studies that have labels; those that the descriptions table lacks cannot be read and are among the
+        problems.
+
+    Returns
+    -------
+    DataFrame
+        The rows of series.csv, one a volume or problem: study_id, series_id, block, description, plane, slices, rows,
+        columns, thickness_mm, problem, and the affine matrix as a00 ... a23 (from slice, row, column, 1 to LPS mm).
+
+    Raises
+    ------
+    ValueError
+        The descriptions table has no rows.
     """
     Path(out).mkdir(parents=True, exist_ok=True)
     studies, table = described_series(data, split), f"{split}_series_descriptions.csv"

@@ -27,23 +27,50 @@ _EMPTY = ("", "nan", "na", "n/a", "#n/a", "<na>", "null", "none")  # what spread
 
 
 def whole_number(value: Any) -> int | None:
-    """An id or a count as int, None where it is none. 123.0 is 123: one empty cell makes floats of a table's ids."""
+    """An id or a count as int, None where it is none.
+
+    One empty cell makes floats of a table's ids, so 123.0 counts as 123.
+
+    >>> whole_number("123.0"), whole_number(7), whole_number("seven")
+    (123, 7, None)
+    """
     found = _WHOLE.fullmatch(str(value).strip())
     return int(found[1]) if found else None
 
 
 def some_of(items: Iterable, most: int = MAX_NAMED, between: str = ", ") -> str:
-    """Items as text, the first few by name and the others by number: `7, 8, 9 and 120 more`."""
+    """Items as text, the first few by name and the others by number.
+
+    >>> some_of([7, 8, 9, 10], most=2)
+    '7, 8 and 2 more'
+    """
     items = [str(item) for item in items]
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return between.join(items[:most]) + rest
 
 
 def read_labels(path: str | Path) -> pd.DataFrame:
-    """Grades in train.csv's wide form: study_id + LABEL_COLUMNS (strings of GRADES, missing where there is none).
+    """Read grades in train.csv's wide form.
 
-    Columns that are absent (a table of fewer conditions) become missing labels, and so does a cell with anything but
-    a grade, which is named. Raises ValueError on a table without labels, and where a column has values but no grade.
+    A column that is absent (a table of fewer conditions) becomes missing labels. So does a cell with anything but a
+    grade, which is named and printed.
+
+    Parameters
+    ----------
+    path : str or Path
+        Of the CSV file.
+
+    Returns
+    -------
+    DataFrame
+        study_id (int64) and the 25 LABEL_COLUMNS: strings of GRADES, missing where there is none.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The table has no labels, or a column has values but no grade.
     """
     present: set[str] = set()
     odd: dict[str, list[str]] = {}
@@ -76,10 +103,25 @@ def read_labels(path: str | Path) -> pd.DataFrame:
 
 
 def read_coordinates(data: str | Path) -> pd.DataFrame:
-    """train_label_coordinates.csv -> study_id, series_id, instance_number, condition, level, x_px, y_px.
+    """Read the readers' label points, train_label_coordinates.csv.
 
-    Condition and level in this kit's names; x_px counts columns and y_px rows, from the centre of the first pixel.
-    Whether a point lies on an image is not known here, see place_points.
+    Parameters
+    ----------
+    data : str or Path
+        The competition's folder.
+
+    Returns
+    -------
+    DataFrame
+        study_id, series_id, instance_number (int64), condition, level (this kit's names), x_px, y_px (columns and rows
+        from the centre of the first pixel). Whether a point lies on an image is not known here, see place_points.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        It is no such table. Single bad rows are named, printed and left out.
     """
 
     def parse(cells, line):
@@ -134,7 +176,25 @@ def sample_studies(path: str | Path) -> list[int]:
 
 
 def read_folds(preprocessed: str | Path) -> pd.DataFrame:
-    """folds.csv of 01_preprocess, its folder or the file itself: study_id, fold (both int)."""
+    """Read folds.csv of 01_preprocess.
+
+    Parameters
+    ----------
+    preprocessed : str or Path
+        Its folder, or the file itself.
+
+    Returns
+    -------
+    DataFrame
+        study_id, fold (both int64).
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        It is no such table.
+    """
     path = Path(preprocessed)
     path = path if path.suffix == ".csv" else path / "folds.csv"
     if not path.is_file():

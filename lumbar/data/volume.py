@@ -118,10 +118,25 @@ def study_about(path: str | Path) -> dict[str, Any]:
 
 
 def load_study(path: str | Path, descriptions: Container[str] | None = None) -> Study:
-    """Read what save_study wrote; only the series with these descriptions, if given. Arrays are float16.
+    """Read a study that save_study wrote.
 
-    Raises FileNotFoundError, or DamagedFile (storage) for a file that is not what save_study wrote: the study can be
-    read again from its DICOM files then.
+    Parameters
+    ----------
+    path : str or Path
+    descriptions : container of str, optional
+        Read only series with these descriptions.
+
+    Returns
+    -------
+    Study
+        Its volumes have float16 arrays (slice, row, column) of normalised grey values.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    DamagedFile
+        It is not what save_study wrote. The study can be read again from its DICOM files.
     """
     with open_tensors(path, "study", _REMEDY, "numpy") as (about, file):
         try:
@@ -166,7 +181,23 @@ def _as_float16(array):
 
 
 def study_paths(preprocessed: str | Path) -> dict[int, Path]:
-    """dict study_id -> path of its volumes, from 01_preprocess' folder."""
+    """The files of all studies that 01_preprocess wrote.
+
+    Parameters
+    ----------
+    preprocessed : str or Path
+        The folder 01_preprocess of a run.
+
+    Returns
+    -------
+    dict of int to Path
+        study_id to the file of its volumes, for load_study.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+    """
     paths = {int(path.stem): path for path in sorted((Path(preprocessed) / "volumes").glob("*.safetensors"))}
     if not paths:
         raise FileNotFoundError(

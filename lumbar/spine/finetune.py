@@ -246,15 +246,37 @@ def fine_tuning_set(
     least: int = 3,
     seed: int = 0,
 ) -> tuple[list[dict[str, torch.Tensor]], pd.DataFrame]:
-    """Training images from studies with label points.
+    """Make training images from studies with label points.
 
-    paths: dict study_id -> volume file, without the studies held out for point_scores; model: SpineNet; coordinates:
-    from read_coordinates; prior: from fit_level_prior, default the model's; limit: number of studies, drawn at random;
-    slices: kept of each series, those without a confirmed body being at most a quarter (a study's all would be some
-    4 MB); tolerance_mm, least: see point_records.
     Each series has records of its own: its own detections, completed by the other series' (moved by what the patient
     moved in between). Label points that lie on no slice are left out and printed.
-    Returns (records, DataFrame with POINT_TABLE_COLUMNS, one row a series or unusable study).
+
+    Parameters
+    ----------
+    paths : mapping of int to path
+        study_id to volume file, without the studies held out for point_scores.
+    model : SpineNet
+        The teacher.
+    coordinates : DataFrame
+        From read_coordinates.
+    prior : dict, optional
+        From fit_level_prior; default: the model's.
+    limit : int, optional
+        Number of studies, drawn at random; default: all.
+    slices : int
+        Kept of each series, of which at most a quarter show no confirmed body (a study's all would be some 4 MB).
+    tolerance_mm : float
+        Largest distance of a level's points from its disc's plane; see bodies_by_points.
+    least : int
+        Number of levels that the points have to confirm; see point_records.
+    seed : int
+
+    Returns
+    -------
+    records : list of dict
+        As spinenet_records makes them.
+    table : DataFrame
+        POINT_TABLE_COLUMNS, one row a series or unusable study.
     """
     prior = prior if prior is not None else model.about.get("prior")
     by_study = dict(list(coordinates.groupby("study_id")))
@@ -311,10 +333,20 @@ def _study_records(study, model, points, prior, slices, tolerance_mm, least, rng
 def point_scores(levels: pd.DataFrame, paths: Mapping[int, str | Path], coordinates: pd.DataFrame) -> dict[str, float]:
     """How well level boxes meet the label points of canal and subarticular zone, which lie at their disc's height.
 
-    levels: table of levels.csv; paths: dict study_id -> volume file; coordinates: from read_coordinates. Give it the
-    studies held out from fine_tuning_set, before and after.
-    Returns a dict: studies, points, right_level (share of points whose nearest disc plane is their own level's),
-    median_mm and p90_mm (distance from the plane of their own level's box, along the spine), within_5mm (share).
+    Parameters
+    ----------
+    levels : DataFrame
+        levels.csv, of the studies held out from fine_tuning_set, before or after the tuning.
+    paths : mapping of int to path
+        study_id to volume file.
+    coordinates : DataFrame
+        From read_coordinates.
+
+    Returns
+    -------
+    dict of str to float
+        studies, points, right_level (share of points whose nearest disc plane is their own level's), median_mm and
+        p90_mm (distance from the plane of their own level's box, along the spine), within_5mm (share).
     """
     tables = []
     by_study = dict(list(coordinates.groupby("study_id")))
@@ -337,10 +369,19 @@ def point_scores(levels: pd.DataFrame, paths: Mapping[int, str | Path], coordina
 
 
 def tuning_helped(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-    """True if tuning made no score of the held-out studies worse and at least one better.
+    """Whether tuning made no held-out score worse and at least one better.
 
-    before, after: from point_scores. What counts: the share of points nearest to their own level's disc, the share
-    within 5 mm of it, and, if both stay as they are, the median distance. Without held-out points nothing is shown.
+    What counts: the share of points nearest to their own level's disc, the share within 5 mm of it, and, if both stay
+    as they are, the median distance. Without held-out points nothing is shown.
+
+    Parameters
+    ----------
+    before, after : mapping of str to float
+        From point_scores.
+
+    Returns
+    -------
+    bool
     """
     steps = [after[name] - before[name] for name in ("right_level", "within_5mm")]
     if not np.isfinite(steps).all() or min(steps) < 0:

@@ -18,10 +18,26 @@ from .vertebra import _LUMBAR, VERTEBRA_TABLE_COLUMNS, vertebrae_from_table
 
 
 def read_vertebra_truth(path: str | Path, split: str | None = None) -> pd.DataFrame:
-    """The phantom's true vertebrae as a table with the columns of vertebrae.csv (source "truth").
+    """Read the phantom's true vertebrae.
 
-    path: phantom_vertebrae.csv; split: "train" or "test", default both.
-    Raises FileNotFoundError or ValueError, naming what is missing.
+    Parameters
+    ----------
+    path : str or Path
+        phantom_vertebrae.csv.
+    split : str, optional
+        `train` or `test`; default: both.
+
+    Returns
+    -------
+    DataFrame
+        The columns of vertebrae.csv (VERTEBRA_TABLE_COLUMNS), source `truth`.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file: only phantoms have true vertebrae.
+    ValueError
+        A column is missing.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: only phantom data have true vertebrae")
@@ -36,11 +52,21 @@ def read_vertebra_truth(path: str | Path, split: str | None = None) -> pd.DataFr
 
 
 def level_errors(levels: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """Boxes against true vertebrae.
+    """Compare level boxes with true vertebrae.
 
-    levels: table of levels.csv; truth: vertebra table. Returns a DataFrame, one row for each level of each study that
-    is in both: study_id, level, error_mm (between centres), along_mm (of it along the true disc's normal), angle_deg
-    (between the normals), named (the nearest true disc has this name), confidence, source.
+    Parameters
+    ----------
+    levels : DataFrame
+        levels.csv.
+    truth : DataFrame
+        From read_vertebra_truth.
+
+    Returns
+    -------
+    DataFrame
+        One row for each level of each study that is in both: study_id, level, error_mm (between centres), along_mm (of
+        it along the true disc's normal), angle_deg (between the normals), named (the nearest true disc has this name),
+        confidence, source.
     """
     rows = []
     for study_id in sorted(set(levels["study_id"]) & set(truth["study_id"])):
@@ -96,7 +122,23 @@ def vertebra_errors(vertebrae: pd.DataFrame, truth: pd.DataFrame, reach_mm: floa
 def locating_scores(
     levels: pd.DataFrame, vertebrae: pd.DataFrame, truth: pd.DataFrame, right_mm: float = 4.0
 ) -> dict[str, float]:
-    """The figures of level_errors and vertebra_errors in one dict; `right`: named, and the centre within right_mm."""
+    """Sum level_errors and vertebra_errors up.
+
+    Parameters
+    ----------
+    levels, vertebrae : DataFrame
+        levels.csv and vertebrae.csv.
+    truth : DataFrame
+        From read_vertebra_truth.
+    right_mm : float
+        A level is right if it is named rightly and its centre lies within this distance of the true one.
+
+    Returns
+    -------
+    dict of str to float
+        studies, levels (numbers), right, named (shares), median_mm, p95_mm, median_angle_deg, vertebrae_found,
+        vertebrae_named (shares).
+    """
     boxes, bodies = level_errors(levels, truth), vertebra_errors(vertebrae, truth)
     return {
         "studies": int(boxes["study_id"].nunique()),

@@ -240,20 +240,44 @@ def locate_levels(
 ) -> tuple[list[LevelBox], list[Vertebra]]:
     """Find and name a study's vertebrae and disc levels; always answers, with a confidence.
 
-    study: normalised; model: SpineNet, or None to take the prior alone; prior: from fit_level_prior, default the one
-    in model.about; detector: "own" (model), "official" (the research-only package, see official.py), or a
-    function volume -> Vertebrae, which may have names already; layout: as prior, for where nothing is seen, default
-    model.about["layout"] (how these patients lie, see locate_with_own_layout), else the prior; lost: a dict to which a
-    series is added whose search fails, as reason -> list of series ids, and the others stand; default: raise.
     Where the levels come from (`source`), in this order:
+
     - t2, t1: bodies seen in the sagittal T2/STIR and T1 series. They form one chain; where both saw a body the T2's
-      geometry counts. "official" instead where that package found them.
+      geometry counts. `official` instead where that package found them.
     - +extrapolated: a body that neither shows, placed by those seen.
     - axial: where the sagittal series show fewer than two bodies, from where the axial slices lie (axial_levels).
     - prior: the mean layout around the series' centre.
-    "+uncertain" says that the levels' names are doubtful: no sacrum in view, or contradictory looks.
-    Returns (five LevelBoxes, head to foot, list of Vertebrae, at least L1 to S1, then those named "uncertain").
-    Raises ValueError for an unknown detector, and when there is neither a prior nor a model that carries one.
+
+    `+uncertain` says that the levels' names are doubtful: no sacrum in view, or contradictory looks.
+
+    Parameters
+    ----------
+    study : Study
+        Normalised.
+    model : SpineNet or None
+        None takes the prior alone.
+    prior : dict, optional
+        From fit_level_prior; default: model.about["prior"].
+    detector : str or callable
+        `own` (the model), `official` (the research-only package, see official.py), or a function from a Volume to
+        Vertebrae, which may have names already.
+    layout : dict, optional
+        As prior, for where nothing is seen; default: model.about["layout"] (how these patients lie, see
+        locate_with_own_layout), else the prior.
+    lost : dict, optional
+        Gets the series whose search fails, as reason to list of series ids, and the others stand; default: raise.
+
+    Returns
+    -------
+    boxes : list of LevelBox
+        Five, head to foot.
+    vertebrae : list of Vertebra
+        At least L1 to S1, then those named `uncertain`.
+
+    Raises
+    ------
+    ValueError
+        An unknown detector, or neither a prior nor a model that carries one.
     """
     prior = prior if prior is not None else (model.about.get("prior") if model is not None else None)
     if prior is None:
@@ -398,14 +422,32 @@ def locate_studies(
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[int, dict]]:
     """Levels and vertebrae of many studies.
 
-    paths: dict study_id -> file, as study_paths returns it; prior, detector: as locate_levels takes them; folder:
-    where each study's result is kept as <study_id>.json, so that a killed run continues (a result of other weights,
-    prior or detector is not taken; a function is known by its repr), default nowhere; workers: threads (most of the
-    time is spent outside Python's lock).
     A study whose detection fails gets its levels from the axial slices or the mean layout, which is not kept in
-    `folder`. Returns (levels table, vertebrae table, anchors: dict study_id -> study_anchors).
-    Raises RuntimeError when a file cannot be read, and when detection failed in every one of
-    three or more studies.
+    `folder`.
+
+    Parameters
+    ----------
+    paths : mapping of int to path
+        study_id to volume file, as study_paths returns it.
+    model, prior, detector
+        As locate_levels takes them.
+    folder : str or Path, optional
+        Where each study's result is kept as <study_id>.json, so that an interrupted run continues. A result of other
+        weights, prior or detector is not taken; a function is known by its repr.
+    workers : int
+        Threads; most of the time is spent outside Python's lock.
+
+    Returns
+    -------
+    levels, vertebrae : DataFrame
+        levels.csv and vertebrae.csv.
+    anchors : dict of int to dict
+        study_id to study_anchors(study).
+
+    Raises
+    ------
+    RuntimeError
+        A file cannot be read, or detection failed in every one of three or more studies.
     """
     prior = prior if prior is not None else (model.about.get("prior") if model is not None else None)
     if prior is None:
@@ -501,7 +543,17 @@ def locate_with_own_layout(
     """locate_studies; and where nothing is seen, the mean layout of these patients instead of the phantoms'.
 
     The layout goes into model.about["layout"], so that inference places its studies alike; names are given with
-    model.about["prior"] here and there. Returns (levels table, vertebrae table).
+    model.about["prior"] here and there.
+
+    Parameters
+    ----------
+    paths, model, folder, workers, detector
+        As locate_studies takes them; the model must carry a prior.
+
+    Returns
+    -------
+    levels, vertebrae : DataFrame
+        levels.csv and vertebrae.csv.
     """
     prior = model.about["prior"]
     levels, vertebrae, anchors = locate_studies(paths, model, prior, folder, workers, detector)

@@ -20,9 +20,23 @@ _POLYGON_ORDER = (3, 0, 1, 2)
 
 
 def load_official_spinenet(device: str = "cpu") -> Any:
-    """The official package's detector with its own weights.
+    """Load SpineNet's official package with its own weights.
 
-    Raises ImportError without the package and FileNotFoundError without its weights, both saying what to do.
+    Parameters
+    ----------
+    device : str
+
+    Returns
+    -------
+    spinenet.SpineNet
+        For detect_vertebrae_official.
+
+    Raises
+    ------
+    ImportError
+        The package is not installed.
+    FileNotFoundError
+        Its weights are missing. Both messages say what to do.
     """
     try:
         import spinenet

@@ -143,16 +143,39 @@ class SpineNet(nn.Module):
 
 
 def save_spinenet(model: SpineNet, path: str | Path) -> None:
-    """Write the weights as safetensors; architecture and `about` (prior, training) as JSON in its metadata."""
+    """Write a network's weights as safetensors, complete or not at all.
+
+    Architecture and `about` (prior, training) are JSON in its metadata.
+
+    Parameters
+    ----------
+    model : SpineNet
+    path : str or Path
+    """
     about = {"architecture": model.architecture, "classes": list(SPINE_CLASSES), "about": model.about}
     write_tensors(path, model.state_dict(), "spinenet", about)
 
 
 def load_spinenet(path: str | Path, device: str = "cpu") -> SpineNet:
-    """Read what save_spinenet wrote: the model in eval mode on `device`.
+    """Read what save_spinenet wrote.
 
-    Raises FileNotFoundError, or DamagedFile (a ValueError) for a file with other contents: numbers out of range, a
-    network that its tensors do not fit, values that are not finite.
+    Parameters
+    ----------
+    path : str or Path
+    device : str
+        As PyTorch names it.
+
+    Returns
+    -------
+    SpineNet
+        In eval mode on the device.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    DamagedFile
+        It has other contents: numbers out of range, a network that its tensors do not fit, values that are not finite.
     """
     remedy = "give the file that 02_train_spinenet wrote (attach its output, or correct WEIGHTS)"
     state, about = read_weights(path, "spinenet", remedy, "SpineNet's")

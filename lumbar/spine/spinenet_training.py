@@ -25,17 +25,29 @@ from .vertebra import Vertebra, project_vertebrae, spine_class
 def spinenet_targets(
     corners_px: torch.Tensor, classes: torch.Tensor, certain: torch.Tensor, shape: Sequence[int], sigma_px: float
 ) -> dict[str, torch.Tensor]:
-    """What the network shall answer for one image.
+    """Build the training targets of one image.
 
-    corners_px: (v, 4, 2) tensor, (row, column) of the corners in the order of CORNERS; classes: (v,) indices into
-    SPINE_CLASSES; certain: (v,) bool, False for a body whose side the slice grazes: there the heat maps do not count;
-    shape: (h, w); sigma_px: of the corners' Gaussians, the centroid's is twice as wide.
-    Returns a dict of tensors:
-      heat (5, h, w)         Gaussians of height 1: the four corners, the centroid
-      vectors (8, h, w)      for each corner kind, row and column difference in pixels from the pixel to the centroid
-      near (4, h, w) bool    where `vectors` counts: within 1.5 sigma of a corner of this kind
-      classes (h, w) int64   around a centroid the body's class, elsewhere -1
-      weight (1, h, w)       of the heat maps, 0 or 1
+    Parameters
+    ----------
+    corners_px : (v, 4, 2) tensor
+        (row, column) of the bodies' corners, in the order of CORNERS.
+    classes : (v,) int64 tensor
+        Indices into SPINE_CLASSES.
+    certain : (v,) bool tensor
+        False for a body whose side the slice grazes: there the heat maps do not count.
+    shape : (2,) sequence of int
+        (h, w) of the image.
+    sigma_px : float
+        Of the corners' Gaussians; the centroid's is twice as wide.
+
+    Returns
+    -------
+    dict of str to tensor
+        heat (5, h, w): Gaussians of height 1, of the four corners and the centroid.
+        vectors (8, h, w): for each corner, row and column difference in pixels from the pixel to the centroid.
+        near (4, h, w) bool: where `vectors` counts, within 1.5 sigma of such a corner.
+        classes (h, w) int64: around a centroid the body's class, elsewhere -1.
+        weight (1, h, w): of the heat maps, 0 or 1.
     """
     height, width = shape
     rows, columns = torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32)
@@ -271,15 +283,49 @@ def train_spinenet(
     seed: int = 0,
     save_every_s: float = 30.0,
 ) -> tuple[SpineNet, pd.DataFrame]:
-    """Train a SpineNet. Returns (model in eval mode, history: DataFrame step, loss, heat, vectors, appearance, split).
+    """Train a SpineNet. Safe to re-run after an interruption, to the same weights.
 
-    records: from spinenet_records at the same resolution, or a data set of steps * batch_size items, as
-    training_slices makes it; start: SpineNet whose weights are trained further, its widths, blocks and resolution
-    count then; validation: from spinenet_records, or a data set of items; folder: gets spinenet_training.safetensors
-    every save_every_s seconds, from which a killed run continues to the same weights as an uninterrupted one; steps:
-    of the optimiser; crop_px: (rows, columns); sigma_mm: of the corners' Gaussians.
-    Raises ValueError without records or with a data set of another length, RuntimeError when the loss stops being a
-    number.
+    Parameters
+    ----------
+    records : list of dict, or Dataset
+        From spinenet_records at the same resolution; or steps * batch_size items, as training_slices makes them.
+    folder : str or Path
+        Gets spinenet_training.safetensors every save_every_s seconds, from which an interrupted run continues.
+    start : SpineNet, optional
+        Trained further; its widths, blocks and resolution count then.
+    validation : list of dict, or Dataset
+        From spinenet_records, or items.
+    widths : sequence of int
+        Channels of each scale.
+    blocks : int
+        Residual blocks of each scale.
+    resolution_mm : float
+        Of a pixel.
+    steps, batch_size : int
+        Of the optimiser.
+    crop_px : (2,) sequence of int
+        Rows and columns.
+    learning_rate : float
+        The highest one.
+    sigma_mm : float
+        Of the corners' Gaussians.
+    device : str
+    workers, seed : int
+    save_every_s : float
+
+    Returns
+    -------
+    model : SpineNet
+        In eval mode.
+    history : DataFrame
+        step, loss, heat, vectors, appearance, split.
+
+    Raises
+    ------
+    ValueError
+        No records, or a data set of another length.
+    RuntimeError
+        The loss is no longer a number.
     """
     ready = isinstance(records, torch.utils.data.Dataset)
     if ready and len(records) != steps * batch_size:

@@ -102,10 +102,21 @@ def _plan_anchors(plans):
 
 
 def paint_anatomies(folder: str | Path, count: int, seed: int = 0, workers: int = 2) -> list[Path]:
-    """Paint `count` anatomies of all kinds for RandomisedSlices, some 10 MB each. Returns their paths.
+    """Paint anatomies of all kinds for RandomisedSlices, some 10 MB each. Those that are there are not painted again.
 
-    Those that are there are not painted again. Seed k has the studies from 1_000_000_000 k + 1_000_000 on, which no
-    benchmark uses.
+    Parameters
+    ----------
+    folder : str or Path
+    count : int
+    seed : int
+        Seed k has the studies from 1_000_000_000 k + 1_000_000 on, which no benchmark uses.
+    workers : int
+        Processes.
+
+    Returns
+    -------
+    list of Path
+        Of the painted anatomies.
     """
     import multiprocessing
 
@@ -156,7 +167,18 @@ def load_anatomy(path: str | Path) -> tuple[dict[str, Any], Callable[[int, int, 
 
 
 def prior_of_anatomies(paths: Iterable[str | Path]) -> dict:
-    """fit_level_prior of painted anatomies, where their series would lie."""
+    """fit_level_prior of painted anatomies, where their series would lie.
+
+    Parameters
+    ----------
+    paths : iterable of path
+        From paint_anatomies.
+
+    Returns
+    -------
+    dict
+        As fit_level_prior returns it.
+    """
     anchors, tables = {}, []
     for number, path in enumerate(paths):
         about, _ = load_anatomy(path)
@@ -433,10 +455,30 @@ def _cut(image, rng):
 
 
 class RandomisedSlices(torch.utils.data.Dataset):
-    """`length` training items rendered on the fly, the same ones whenever they are asked for.
+    """Training items rendered on the fly, the same ones whenever they are asked for.
 
-    paths: from paint_anatomies; shape: (h, w) of a crop in pixels; sigma_px: see spinenet_targets; scale: factor on
-    the chances of artefacts. An item is the dict of spinenet_targets with `image` (1, h, w) float32.
+    An item is the dict of spinenet_targets with `image` (1, h, w) float32.
+
+    Parameters
+    ----------
+    paths : iterable of path
+        From paint_anatomies.
+    length : int
+        Number of items.
+    shape : (2,) sequence of int
+        (h, w) of a crop in pixels.
+    resolution_mm : float
+        Of a pixel.
+    sigma_px : float
+        See spinenet_targets.
+    seed : int
+    scale : float
+        Factor on the chances in ARTEFACTS.
+
+    Raises
+    ------
+    ValueError
+        There are no anatomies.
     """
 
     def __init__(
@@ -505,10 +547,33 @@ def training_slices(
     share: float = 0.8,
     seed: int = 0,
 ) -> torch.utils.data.Dataset:
-    """What train_spinenet learns from: rendered slices, mixed with acquired ones.
+    """What train_spinenet learns from: rendered slices, mixed with acquired ones. Either source may be missing.
 
-    anatomies: from paint_anatomies; records: from spinenet_records or point_records, may be empty; share: of rendered
-    slices; the rest as train_spinenet takes them. Either source may be missing. Raises ValueError where both are.
+    Parameters
+    ----------
+    anatomies : sequence of path
+        From paint_anatomies; may be empty.
+    records : sequence of dict
+        From spinenet_records or point_records; may be empty.
+    length : int
+        Number of items.
+    shape : (2,) sequence of int
+        (h, w) of an item, in pixels of resolution_mm.
+    resolution_mm, sigma_px : float
+        As train_spinenet has them.
+    share : float
+        Of rendered slices, where there are both.
+    seed : int
+
+    Returns
+    -------
+    Dataset
+        Items as spinenet_targets gives them, with `image` (1, h, w) float32.
+
+    Raises
+    ------
+    ValueError
+        There are neither anatomies nor slices with vertebrae.
     """
     acquired = any(len(record["corners_px"]) for record in records)
     if not anatomies and not acquired:

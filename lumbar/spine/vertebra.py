@@ -82,7 +82,19 @@ def vertebrae_to_table(study_id: int, vertebrae: Iterable[Vertebra]) -> pd.DataF
 
 
 def vertebrae_from_table(table: pd.DataFrame, study_id: int) -> list[Vertebra]:
-    """The Vertebrae of a study, in the table's order; an empty list where it has none."""
+    """The vertebrae of a study.
+
+    Parameters
+    ----------
+    table : DataFrame
+        vertebrae.csv (VERTEBRA_TABLE_COLUMNS): millimetres in patient coordinates.
+    study_id : int
+
+    Returns
+    -------
+    list of Vertebra
+        In the table's order; empty where it has none.
+    """
     columns = VERTEBRA_TABLE_COLUMNS[5:17]
     return [
         Vertebra(
@@ -149,7 +161,11 @@ def _signed_area(polygon):
 
 
 def polygon_iou(first: ArrayLike, second: ArrayLike) -> float:
-    """Intersection over union of two convex polygons (k, 2), in either sense of rotation."""
+    """Intersection over union of two convex polygons (k, 2), in either sense of rotation.
+
+    >>> round(polygon_iou([(0, 0), (0, 2), (2, 2), (2, 0)], [(0, 1), (0, 3), (2, 3), (2, 1)]), 3)
+    0.333
+    """
     first, second = np.asarray(first, float), np.asarray(second, float)
     if (first.max(0) <= second.min(0)).any() or (second.max(0) <= first.min(0)).any():
         return 0.0
