@@ -685,7 +685,7 @@ def _ahead_mm(bodies: list[Vertebra], path_mm: np.ndarray, s: np.ndarray, disc_s
     return canal + max(0, 0.45 * (path_mm[used, 1].max() - canal)) - foremost
 
 
-# ---- how disease shapes canal, recess and foramen: the only place where severity acts ----
+# -- how disease shapes canal, recess and foramen: the only place where severity acts
 
 FORAMEN_V_MM = -3.0  # the foramen's middle lies a little in front of the canal's
 FORAMEN_RISE_MM = -8.5  # ... and above the disc (s grows downwards)

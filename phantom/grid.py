@@ -196,3 +196,47 @@ class _Noise:
         block = getattr(self, which)
         low, high = block[:, :, k % self.size], block[:, :, (k + 1) % self.size]
         return (low + (high - low) * (z - k).astype(np.float32))[np.ix_(i, j)]
+
+
+def _tube(grid, p, q, radius, tissue, limit_mm=None, gas=None, strength=1.0):
+    """A thick line from p to q (LPS mm). limit_mm: signed distance of the grid to a wall it must not
+    cross; gas: share of the radius that fluid leaves to the gas above it (the patient lies on the
+    back), None for no gas."""
+    p, q = np.asarray(p, float), np.asarray(q, float)
+    box = grid.box(np.minimum(p, q) - radius - 2, np.maximum(p, q) + radius + 2)
+    if box is None:
+        return
+    points = grid.coordinates(box)
+    d = _capsule(points, p, q, radius)
+    if limit_mm is not None:
+        d = np.maximum(d, limit_mm[box] + 2)
+    grid.lay(box, d.copy(), tissue, strength=strength)
+    if gas is not None:
+        level = np.float32((p[1] + q[1]) / 2 + (2 * gas - 1) * radius)
+        grid.lay(box, np.maximum(d, points[1] - level), "air")
+
+
+def _capsule(points, p, q, radius, scale=(1, 1, 1), turn=0.0):
+    """Signed distance to a thick line from p to q in local coordinates, stretched by scale along
+    axes that are turned about z by `turn` radians."""
+    x, y, z = points
+    if turn:
+        c, s = np.float32(np.cos(turn)), np.float32(np.sin(turn))
+        x, y = c * x + s * y, c * y - s * x
+        p, q = ((c * k[0] + s * k[1], c * k[1] - s * k[0], k[2]) for k in (p, q))
+    sx, sy, sz = scale
+    d = np.array([(q[0] - p[0]) / sx, (q[1] - p[1]) / sy, (q[2] - p[2]) / sz], np.float32)
+    ax, ay, az = (x - p[0]) / sx, (y - p[1]) / sy, (z - p[2]) / sz
+    t = np.clip((ax * d[0] + ay * d[1] + az * d[2]) / max(float(d @ d), 1e-6), 0, 1)
+    return (
+        np.sqrt((ax - t * d[0]) ** 2 + (ay - t * d[1]) ** 2 + (az - t * d[2]) ** 2) - np.float32(radius)
+    ) * np.float32(min(scale))
+
+
+def _rounded(p, q):
+    """Radius whose unit line lies between a circle and a square."""
+    p, q = p * p, q * q
+    r = np.sqrt(p + q)
+    r += np.sqrt(np.sqrt(p * p + q * q))
+    r *= np.float32(0.5)
+    return r

@@ -2,7 +2,7 @@
 
 What does not fit is named with its reason: a wrong scale in one header leaves an image that looks sound by itself.
 
-May use: resample.
+May use: resample, volume.
 """
 
 from collections import Counter
@@ -135,7 +135,7 @@ def same_contrast(first: list[dict], second: list[dict], most: int = 8) -> bool:
     return bool(np.median(alike) > SAME_LOOK and sums.min() > 0 and sums.max() < 1.6 * sums.min())
 
 
-# ---- Series with series ----
+# -- series with series
 
 GRID_MM = 3.0  # step of the grid on which two series are compared
 GRID_SLICES = 6

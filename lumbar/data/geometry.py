@@ -1,6 +1,6 @@
 """Level boxes and label points in patient space, and where they lie in slices.
 
-May use: tables, names.
+May use: tables, volume, names.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Volumes resampled onto any grid in patient space: level crops and whole studies.
 
-May use: geometry, limits, names.
+May use: geometry, volume, limits, names.
 """
 
 import math

@@ -153,7 +153,7 @@ def _of_one_series(slices, name, problems):
     return slices
 
 
-# ---- Contrasts ----
+# -- contrasts
 
 
 def _contrasts(slices, description):
@@ -211,7 +211,7 @@ def _unusual_echo(contrasts, description):
     return [f"an echo time of {echo_ms:g} ms is unusual for {description}: it may be another contrast"]
 
 
-# ---- Stacks and passes ----
+# -- stacks and passes
 
 
 def _parallel_stacks(slices):
@@ -432,7 +432,7 @@ def _without_odd_slices(stack):
     return [item for k, item in enumerate(stack) if k not in odd], sentences
 
 
-# ---- Volumes ----
+# -- volumes
 
 
 def _volumes(stack, study_id, series_id, description, block, name, problems):

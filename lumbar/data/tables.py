@@ -205,7 +205,7 @@ def read_folds(preprocessed: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["study_id", "fold"])
 
 
-# ---- What all of them share ----
+# -- what all of them share
 
 _ADVICE = "copy the competition's file anew, or save the table as CSV in UTF-8 with its own columns"
 

@@ -17,8 +17,6 @@ from ..names import LEVEL_VERTEBRAE, LEVELS, VERTEBRAE
 from .naming import _PLACE_SPREAD_MM, _capped, _chain_layout
 from .vertebra import _CHAIN, _LUMBAR, Vertebra, vertebrae_from_table
 
-# -- levels
-
 
 def study_anchors(study: Study) -> dict[str, np.ndarray]:
     """Where a study's series lie: dict "sagittal", "axial" -> (3,) centre in LPS mm, as far as it has such series."""

@@ -170,7 +170,7 @@ def bodies_by_points(
 def _beyond(named, rest):
     """Bodies above L1 and below S1, which no point confirms: those detected, and where none is, where one should be.
 
-    The network shall learn nothing there: neither that there is a body nor that there is none."""
+    The network must learn nothing there: neither that there is a body nor that there is none."""
     beyond = []
     ends = {0: [v for v in rest if v.center_lps_mm[2] > named[0].center_lps_mm[2]]}
     ends[-1] = [v for v in rest if v.center_lps_mm[2] < named[-1].center_lps_mm[2]]

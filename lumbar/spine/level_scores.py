@@ -14,8 +14,6 @@ from ..data.volume import Study
 from .fallbacks import _NOT_SEEN, level_boxes
 from .vertebra import _LUMBAR, VERTEBRA_TABLE_COLUMNS, vertebrae_from_table
 
-# -- how good are they
-
 
 def read_vertebra_truth(path: str | Path, split: str | None = None) -> pd.DataFrame:
     """Read the phantom's true vertebrae.

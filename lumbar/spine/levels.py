@@ -34,9 +34,6 @@ Detector = str | Callable[[Volume], list[Vertebra]]  # "own", "official", or a f
 # sure it is and where it comes from.
 
 
-# -- one chain of two series
-
-
 def _rejoined(volumes):
     """Pieces of one series, cut where slices are missing, as one Volume: what is missing is interpolated.
 
@@ -490,7 +487,7 @@ def locate_studies(
     pool = ThreadPoolExecutor(max(int(workers), 1))
     try:
         results = list(progress(pool.map(locate, paths), "locating levels", len(paths)))
-    finally:  # a killed run shall not work off the rest first
+    finally:  # an interrupted run must not finish the queue first
         pool.shutdown(cancel_futures=True)
     if len(problems) > 2 and all(problems):  # no odd studies, but an installation that cannot work
         raise RuntimeError(f"the detector failed in all of {len(problems)} studies; the first: {problems[0]}")

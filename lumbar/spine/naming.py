@@ -27,9 +27,6 @@ def _doubtful(source):
     return source if "uncertain" in source else f"{source}+uncertain"
 
 
-# -- names
-
-
 def _shapes(corners):
     """Bodies' shapes from corners (n, 4, 3): dict center (n, 3), head (n, 2) unit vector in (y, z), tilt_deg (n,) of
     the line from front to back out of the horizontal, depth_mm and height_mm (n,), upper and lower (n, 2) middles of

@@ -1,6 +1,6 @@
 """Vertebrae from SpineNet's official package, for those who may use it.
 
-May use: vertebra.
+May use: vertebra, data.
 """
 
 from collections.abc import Callable

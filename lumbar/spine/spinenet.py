@@ -1,6 +1,6 @@
 """SpineNet after Windsor et al. (MICCAI 2020), trained here: its network and weights, and how it finds bodies.
 
-May use: vertebra, weights, storage, limits, names.
+May use: vertebra, data, weights, storage, limits, names.
 """
 
 import math
@@ -56,7 +56,7 @@ def _resampled_px(shape, affine, resolution_mm):
     return [max(int(round(side)), 1) for side in sides_mm / resolution_mm]
 
 
-# -- network and training
+# -- network
 
 
 class _ResidualBlock(nn.Module):

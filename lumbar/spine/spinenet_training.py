@@ -1,6 +1,6 @@
 """SpineNet's targets, loss and training.
 
-May use: spinenet, vertebra, storage, names.
+May use: spinenet, vertebra, data, storage, names.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Vertebral bodies: their corners, names and tables.
 
-May use: names.
+May use: data, names.
 """
 
 from collections.abc import Iterable, Sequence
@@ -108,7 +108,7 @@ def vertebrae_from_table(table: pd.DataFrame, study_id: int) -> list[Vertebra]:
     ]
 
 
-# -- images and targets
+# -- bodies in slices
 
 
 def upright(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
