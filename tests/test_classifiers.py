@@ -283,6 +283,7 @@ def weights_of(path):
 EVERYTHING = {**CONFIG, "batch": 3, "accumulate": 2, "mix": 0.5, "dropout": 0.3, "strength": 1.0, "epochs": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["in an epoch", "after an epoch"])
 def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch, where):
     train, valid = Blobs(4, 0), Blobs(2, 1)
@@ -347,6 +348,7 @@ class Plain(nn.Module):
         return self.layer(x)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_equal_one_large_batch(tmp_path, monkeypatch):
     train, valid = Blobs(4, 0), Blobs(2, 1)
     train.grades[0], train.grades[1, 3] = -1, -1  # batches differ in what they weigh
@@ -514,6 +516,7 @@ def test_precision():
             precision_for(name, "cpu")
 
 
+@pytest.mark.slow
 def test_half_precision_trains_alike_and_heads_stay_full(tmp_path):
     train, valid = Blobs(4, 0), Blobs(2, 1)
     config = {**CONFIG, "epochs": 2}

@@ -155,6 +155,7 @@ def test_a_study_that_cannot_be_read_does_not_stop_the_others(data, networks, tm
     assert "permission denied" in log.loc[1, "problems"]
 
 
+@pytest.mark.slow
 def test_a_mended_study_is_done_again(tmp_path, data, monkeypatch):
     root = tmp_path / "real"
     loaded = utils.load_members([tiny.write_members(tmp_path / "weights", random_spinenet=True)], device="cpu")
@@ -989,6 +990,7 @@ def test_a_study_whose_prediction_kills_the_process_is_passed_over_too(many, tmp
     assert found == {i: result for i, result in clean.items() if i != str(DEADLY)}
 
 
+@pytest.mark.slow
 def test_kills_from_outside_cost_no_study(many, tmp_path, monkeypatch):
     """Whatever is in flight when somebody kills the process again and again; the parent and its child alike."""
     clean, read, deaths = many(tmp_path / "clean"), inference.read_study, 0

@@ -131,6 +131,7 @@ def test_kernels_are_the_stages_of_a_run_and_feed_one_another(build):
         kaggle_kernels(folds=(5,))
 
 
+@pytest.mark.slow
 def test_code_data_set_runs_alone(build, tmp_path):
     code = build / "datasets" / "lumbar-spine-code"
     assert not list(code.rglob("__pycache__")) and (code / "weights" / "spinenet_phantom.safetensors").is_file()
@@ -262,6 +263,7 @@ def test_everything_is_pushed_in_order_with_what_it_must_carry(stub, environment
         assert KEY.encode() not in body and str(ROOT).encode() not in body, method
 
 
+@pytest.mark.slow
 def test_data_sets_travel_whole_and_a_second_time_as_a_version(stub, environment, build):
     folder = build / "datasets" / "lumbar-spine-code"
     assert "is being created" in kaggle_upload(folder, environment)
@@ -280,6 +282,7 @@ def test_data_sets_travel_whole_and_a_second_time_as_a_version(stub, environment
     assert [m for m, _ in stub.requests if m.startswith("CreateDataset")] == ["CreateDataset", "CreateDatasetVersion"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "refused, name, reason",
     [
@@ -304,6 +307,7 @@ def no_pauses(monkeypatch):
     monkeypatch.setattr(publish, "_PAUSES_S", (0.0, 0.0))
 
 
+@pytest.mark.slow
 def test_what_passes_is_tried_again(stub, environment, build, no_pauses):
     """A data set that is there gets a version, also when Kaggle stumbles while it is asked."""
     stub.datasets |= {"lumbar-spine-code": {}, "lumbar-spine-wheels": {}}
@@ -317,6 +321,7 @@ def test_what_passes_is_tried_again(stub, environment, build, no_pauses):
     assert "successfully pushed" in kaggle_push(build / "kernels" / "preprocess", environment=environment)
 
 
+@pytest.mark.slow
 def test_what_does_not_pass_is_no_slug_in_use(stub, environment, build, no_pauses):
     stub.datasets["lumbar-spine-code"] = {}
     stub.refuse["GetDatasetStatus"] = failure(500, "An internal server error occurred")
@@ -325,6 +330,7 @@ def test_what_does_not_pass_is_no_slug_in_use(stub, environment, build, no_pause
     assert [m for m, _ in stub.requests] == ["GetDatasetStatus"] * 3
 
 
+@pytest.mark.slow
 def test_a_data_set_made_by_a_call_that_seemed_to_fail_gets_a_version(stub, environment, build, no_pauses):
     stub.after["CreateDataset"] = [(500, "<html>Internal Server Error</html>")]
     kaggle_upload(build / "datasets" / "lumbar-spine-code", environment)

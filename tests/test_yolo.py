@@ -321,6 +321,7 @@ def test_a_view_without_a_word_leaves_it_to_the_others():
     assert np.isnan(mean[1]).all()
 
 
+@pytest.mark.slow
 def test_detector_views_that_pay_are_chosen():
     rng = np.random.default_rng(5)
     grades = np.full((80, 5, 5), -1)
@@ -398,6 +399,7 @@ def cross_fitted(scores, grades):
     return cross_fitted_probabilities(scores[:, None], grades, np.ones((len(scores), 1), bool))
 
 
+@pytest.mark.slow
 def test_calibration_corrects_a_class_that_scores_low():
     rng = np.random.default_rng(0)
     grades = draw_grades(rng, 60)
@@ -408,6 +410,7 @@ def test_calibration_corrects_a_class_that_scores_low():
     assert fitted < 0.9 * weighted_loss(yolo_probabilities(scores), grades)
 
 
+@pytest.mark.slow
 def test_useless_scores_lose_nothing_against_the_class_prior():
     rng = np.random.default_rng(1)
     grades = draw_grades(rng, 60)
@@ -417,6 +420,7 @@ def test_useless_scores_lose_nothing_against_the_class_prior():
     assert weighted_loss(yolo_probabilities(scores), grades) > 1.2 * base  # so the line above means something
 
 
+@pytest.mark.slow
 def test_few_rows_do_not_spoil_good_scores():
     rng = np.random.default_rng(3)
     grades = rng.choice(3, size=(240, 5, 2), p=[0.7, 0.2, 0.1])
@@ -799,6 +803,7 @@ print(file)
 """
 
 
+@pytest.mark.slow
 def test_processes_for_several_gpus_find_the_trainer(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent)}
     made = subprocess.run(
@@ -833,6 +838,7 @@ time.sleep(300)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes end with their parent on Linux only")
 def test_processes_for_several_gpus_end_with_torchrun(tmp_path):
     (tmp_path / "orphan.py").write_text(ORPHAN)
