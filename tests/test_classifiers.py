@@ -408,6 +408,7 @@ def test_an_overflow_leaves_no_trace_in_batch_normalisation():
     torch.testing.assert_close(norm.running_mean[1], 0.1 * inputs[:, 1].mean())
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_is_left_out():
     train = Blobs(10, 0)
     training = trainer._Training(train, {**CONFIG, "epochs": 1}, 0, torch.device("cpu"))
@@ -455,6 +456,7 @@ def test_mixed_inputs_count_both_label_sets(scope):
         assert (own - other).abs().max() > 0.01  # the other's labels meet their own level's cut points
 
 
+@pytest.mark.slow
 def test_crops_that_come_one_by_one_are_mixed_with_the_next_batch(tmp_path, monkeypatch):
     assert trainer.with_partners([[3, 1], [2], [0], [4]], [True, True, False, True]) == [
         [3, 1],
@@ -490,6 +492,7 @@ def test_crops_that_come_one_by_one_are_mixed_with_the_next_batch(tmp_path, monk
     assert all(len(level) == 1 and mixed is None for _, level, _, mixed in seen)
 
 
+@pytest.mark.slow
 def test_recomputed_activations_train_to_the_same_weights(tmp_path):
     train, valid = Blobs(4, 0), Blobs(2, 1)
     config = {**EVERYTHING, "epochs": 1}
@@ -565,6 +568,7 @@ def test_weights_from_before_there_was_a_choice_of_pooling(tmp_path):
     assert "pooling" not in about and again.pooling == "grid"
 
 
+@pytest.mark.slow
 def test_views_are_measured_chosen_and_stored(tmp_path, monkeypatch):
     held_out = {"level_0": Blobs(3, 1), "level_1": Blobs(2, 2)}
     torch.manual_seed(0)
@@ -623,6 +627,7 @@ class Signed(Blobs):
         return super().crops_of(study_id, level)
 
 
+@pytest.mark.slow
 def test_other_processes_cut_the_crops_of_held_out_studies(tmp_path):
     model = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
     nn.init.normal_(model.score.weight, std=0.3)
