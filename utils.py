@@ -72,6 +72,7 @@ from lumbar.names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, GROUPS, LE
 
 # Running: parameters, stages, pipelines, Kaggle
 from lumbar.run.mounts import find_input, find_inputs, install_missing
+from lumbar.run.notebook import start_notebook
 from lumbar.run.parameters import notebook_parameters
 from lumbar.run.pipeline import (
     check_folds,
@@ -209,6 +210,7 @@ __all__ = [
     "settle_views",
     "short",
     "stage_kaggle",
+    "start_notebook",
     "study_figure",
     "study_html",
     "study_paths",
