@@ -667,6 +667,7 @@ def plot_crop_gallery(axes: np.ndarray, crops: np.ndarray, titles: list[str], ex
     """
     crops = np.asarray(crops, dtype=np.float32)
     head_mm, left_mm, back_mm = extent_mm
+    axes[0, 0].get_gridspec().set_height_ratios((head_mm, back_mm))
     covered = (crops[0, 1] > 0).mean((1, 2))
     places = np.flatnonzero(covered >= 0.8 * covered.max())
     place = places[np.argmin(np.abs(places - len(covered) // 2))]
