@@ -138,7 +138,7 @@ def plot_detections(ax, patch, scores, centers_px, box_px, truth=(), threshold=0
     """
     from matplotlib.patches import Rectangle
 
-    colors = ("#4daf4a", "#ff9f1c", "#e41a1c")
+    colors = SEVERITY_COLOURS
     ax.imshow(patch, cmap="gray", vmin=0, vmax=255)
     height, width = patch.shape
     for grade, x, y, w, h in truth:
@@ -163,7 +163,7 @@ def plot_detections(ax, patch, scores, centers_px, box_px, truth=(), threshold=0
         x, y = centers_px[anchor] - box_px / 2
         color = colors[int(scores[anchor].argmax()) % 3]
         ax.add_patch(Rectangle((x, y), box_px, box_px, fill=False, lw=1.2, ec=color))
-        ax.text(x, y - 1, f"{best[anchor]:.2f}", color=color, fontsize=7)
+        _outlined(ax.text(x, y - 1, f"{best[anchor]:.2f}", color=color, fontsize=7))
     ax.set_axis_off()
     return ax
 
@@ -646,7 +646,8 @@ def plot_cumulative_logits(ax: Axes, prior: np.ndarray, example: float = 1.5) ->
         ax.text(at + shift, 1.08, what, fontsize=8, ha=side, va="top", color="0.3")
         for severity, p in enumerate(classes(np.array(at))):
             ax.plot(at, p, "o", color=SEVERITY_COLOURS[severity], markersize=5, zorder=3)
-            ax.text(at + shift, p + 0.02, f"{p:.0%}", fontsize=8, ha=side, va="bottom", weight="bold")
+            box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
+            ax.text(at + shift, p + 0.02, f"{p:.0%}", fontsize=8, ha=side, va="bottom", weight="bold", bbox=box)
     ax.set_xlim(low, high)
     ax.set_ylim(0, 1.12)
     ax.set_yticks([0, 0.5, 1])
