@@ -24,7 +24,7 @@ LIMIT_BYTES = 900_000  # of a notebook; GitHub renders no large ones, and a clon
 # Widest picture in px and JPEG quality, tried in this order until a notebook is small enough.
 _SIZES = ((1000, 85), (900, 75), (800, 60), (640, 50))
 _PRINTED_LINES = 40  # of one output; what is longer loses its middle
-_BAR = re.compile(r"\d+% .*\bit/s|\bit/s\]|\bs/it\]")  # progress that is printed and not written to stderr
+_BAR = re.compile(r"\d%.*(it/s|s/it)")  # progress that is printed and not written to stderr
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PATH = re.compile(r"(?<![\w.:/<+-])/(?!kaggle/)(?:[\w.+-]+/)+[\w.+-]*")
 _INTERACTIVE = "*The viewer that stands here needs scripts, which GitHub does not run: open the run's report.html.*"
