@@ -22,7 +22,7 @@ from ..storage import write_text
 
 LIMIT_BYTES = 900_000  # of a notebook; GitHub renders no large ones, and a clone has to carry them
 # Widest picture in px and JPEG quality, tried in this order until a notebook is small enough.
-_SIZES = ((1000, 85), (900, 75), (800, 60), (640, 50))
+_SIZES = ((1000, 80), (900, 70), (800, 60), (640, 50))
 _PRINTED_LINES = 40  # of one output; what is longer loses its middle
 _BAR = re.compile(r"\d%.*(it/s|s/it)")  # progress that is printed and not written to stderr
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

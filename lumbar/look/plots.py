@@ -69,6 +69,8 @@ def plot_spinenet_history(ax, history):
     if len(validation):
         ax.plot(validation["step"], validation["loss"], "o-", color="tab:orange", label="validation")
     ax.set(xlabel="step", ylabel="loss", yscale="log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.legend(frameon=False)
     return ax
 
