@@ -82,9 +82,8 @@ from lumbar.look.viewer import inspect_study, read_inspection, study_html
 from lumbar.names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, GROUPS, LEVELS, SEVERITIES, device_for
 
 # Running: parameters, stages, pipelines, Kaggle
-from lumbar.run.mounts import find_input, find_inputs, install_missing
+from lumbar.run.mounts import find_input
 from lumbar.run.notebook import start_notebook
-from lumbar.run.parameters import notebook_parameters
 from lumbar.run.pipeline import (
     check_folds,
     choose_stages,
@@ -150,7 +149,6 @@ __all__ = [
     "expand_view",
     "export_html",
     "find_input",
-    "find_inputs",
     "find_yolo_description",
     "fine_tuning_set",
     "fit_ensemble",
@@ -158,7 +156,6 @@ __all__ = [
     "from_submission",
     "infer_studies",
     "inspect_study",
-    "install_missing",
     "kaggle_publish",
     "labels_to_array",
     "level_centers",
@@ -182,7 +179,6 @@ __all__ = [
     "nearest_slice",
     "nested_folds",
     "normalise_study",
-    "notebook_parameters",
     "open_stage",
     "out_of_fold_prior",
     "out_of_fold_table",

@@ -20,6 +20,7 @@ from kaggle_stub import KEY, USER, client_environment, failure, running_stub, wr
 
 import utils
 from lumbar.run import mounts, publish
+from lumbar.run.mounts import find_inputs, install_missing
 from lumbar.run.parameters import assigned_literals, check_notebook_parameters
 from lumbar.run.pipeline import kaggle_kernels
 from lumbar.run.publish import kaggle_packages, kaggle_push, kaggle_upload, stage_wheels
@@ -426,40 +427,40 @@ def mounted(request, build, tmp_path, monkeypatch):
 def test_every_staged_parameter_finds_its_input(build, mounted, tmp_path):
     for name in NAMES:
         given = injected(build, name)
-        found = {**given, **utils.find_inputs(given)}
+        found = {**given, **find_inputs(given)}
         assert Path(found["DATA"]).name == COMPETITION and Path(found["DATA"]).is_dir()
         assert found["OUT"] == "/kaggle/working"
         for key, stage in (("PREPROCESSED", "01_preprocess"), ("LEVELS_DIR", "02_train_spinenet")):
             assert key not in given or (Path(found[key]) / "manifest.json").is_file() and Path(found[key]).name == stage
-    assert utils.find_inputs(injected(build, "inference"))["WEIGHTS"] == [str(mounted)]
-    run = Path(utils.find_inputs(injected(build, "report"))["RUN"])
+    assert find_inputs(injected(build, "inference"))["WEIGHTS"] == [str(mounted)]
+    run = Path(find_inputs(injected(build, "report"))["RUN"])
     stages = ["01_preprocess", "02_train_spinenet", "04_train_vit_level_0", "05_inference"]
     assert sorted(path.name for path in run.iterdir()) == stages and all(
         (run / s / "manifest.json").is_file() for s in stages
     )
-    shown = utils.find_inputs(injected(build, "inspect"))
+    shown = find_inputs(injected(build, "inspect"))
     assert [Path(place).name for place in shown["PREDICTIONS"]] == stages
     assert (Path(shown["INFERENCE"]) / "manifest.json").is_file()
     # The notebooks' own defaults name other kernels: their stages are found by name.
-    assert utils.find_inputs({"PREPROCESSED": "/kaggle/input/another-name/01_preprocess"})["PREPROCESSED"] == str(
+    assert find_inputs({"PREPROCESSED": "/kaggle/input/another-name/01_preprocess"})["PREPROCESSED"] == str(
         next(mounted.rglob("01_preprocess"))
     )
 
 
 def test_what_is_not_attached_is_said(mounted, capsys):
-    assert utils.find_inputs({"WEIGHTS": "/kaggle/input/somewhere", "OUT": "/kaggle/working", "SEED": 1}) == {
+    assert find_inputs({"WEIGHTS": "/kaggle/input/somewhere", "OUT": "/kaggle/working", "SEED": 1}) == {
         "WEIGHTS": "/kaggle/input/somewhere"
     }
     assert "WEIGHTS: /kaggle/input/somewhere is not there; attached are" in capsys.readouterr().out
 
 
 def test_inputs_elsewhere_are_left_alone(tmp_path):
-    assert utils.find_inputs({"DATA": "runs/demo/data", "WEIGHTS": [str(tmp_path)], "EPOCHS": 3}) == {}
+    assert find_inputs({"DATA": "runs/demo/data", "WEIGHTS": [str(tmp_path)], "EPOCHS": 3}) == {}
 
 
 def test_wheels_and_code_are_found_in_every_layout(mounted, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_TARGET", str(tmp_path / "site"))
-    assert utils.install_missing({"no_such_thing": "no-such-thing"}) == ["no-such-thing"]
+    assert install_missing({"no_such_thing": "no-such-thing"}) == ["no-such-thing"]
     assert (tmp_path / "site" / "no_such_thing.py").is_file()
     notebook = json.loads((ROOT / "notebooks" / "05_inference.ipynb").read_text())
     bootstrap = "".join(notebook["cells"][2]["source"]).partition("import utils")[0]
