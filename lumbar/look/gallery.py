@@ -15,6 +15,7 @@ import json
 import re
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _clean(notebook: dict[str, Any], run: Path) -> dict[str, Any]:
     return {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
 
 
-def _replacements(notebook: dict[str, Any], run: Path):
+def _replacements(notebook: dict[str, Any], run: Path) -> Callable[[str], str]:
     """A function that takes the machine's paths and its name out of a text.
 
     The run may have been made elsewhere than where it lies now: papermill's parameters say where.
@@ -120,7 +121,7 @@ def _replacements(notebook: dict[str, Any], run: Path):
     return replace
 
 
-def _clean_outputs(outputs: list[dict[str, Any]], replace) -> list[dict[str, Any]]:
+def _clean_outputs(outputs: list[dict[str, Any]], replace: Callable[[str], str]) -> list[dict[str, Any]]:
     """What a reader should see of a cell's outputs: no stderr, no widgets, no scripts."""
     kept = []
     for output in outputs:
