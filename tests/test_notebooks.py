@@ -3,6 +3,7 @@
 import ast
 import builtins
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -165,3 +166,24 @@ def test_long_functions_live_in_the_package(notebook):
             for node in ast.walk(ast.parse(python_of(cell))):
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                     assert node.end_lineno - node.lineno < 20, f"{node.name} is long: move it to lumbar/"
+
+
+GALLERY = sorted((ROOT / "docs" / "gallery").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", GALLERY, ids=lambda path: path.stem)
+def test_the_gallerys_notebooks_are_small_executed_and_of_no_machine(path):
+    """Made by `python -m lumbar.look.gallery`, never by hand."""
+    text = path.read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    nbformat.validate(nbformat.from_dict(notebook))
+    assert len(text.encode()) < 1_000_000
+    assert not re.search(r"/home/|/root/|/Users/|/tmp/|papermill\"|<script|stderr", text)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in cells)
+    assert any(kind.startswith("image/") for c in cells for o in c["outputs"] for kind in o.get("data", ()))
+
+
+def test_the_gallery_has_every_stage():
+    stems = " ".join(path.stem for path in GALLERY)
+    assert all(path.stem in stems for path in NOTEBOOKS if path.stem[:2].isdigit())
