@@ -9,7 +9,9 @@ left). Probabilities have the axes (study, condition, level, severity).
 # Words and files
 # Data: studies, tables, the metric, geometry
 from lumbar.data.competition import class_prior, from_submission, labels_to_array, make_folds, to_submission
+from lumbar.data.dicom import read_study
 from lumbar.data.geometry import boxes_from_table, nearest_slice
+from lumbar.data.greys import normalise_study
 from lumbar.data.metric import competition_score, score_arrays
 from lumbar.data.preprocess import preprocess_studies
 from lumbar.data.tables import read_coordinates, read_folds, read_labels
@@ -17,33 +19,42 @@ from lumbar.data.volume import load_study, study_paths
 
 # Stage 2: networks and their ensemble
 from lumbar.grade.calibration import yolo_loss_against_prior
-from lumbar.grade.classifier import SMALL_BACKBONES, backbone_config, level_centers, settle_views
-from lumbar.grade.crops import CropDataset, margin_shape, view_crops
+from lumbar.grade.classifier import SMALL_BACKBONES, backbone_config, level_centers, load_classifier, settle_views
+from lumbar.grade.crops import CropDataset, augment_crops, expand_view, margin_shape, view_crops
 from lumbar.grade.detector import dense_scores, load_yolo, score_studies, settle_detectors, yolo_table
 from lumbar.grade.detector_data import DETECTOR_VIEWS, SCHEMES, fit_point_offsets, write_yolo_dataset
 from lumbar.grade.detector_training import train_yolo
 from lumbar.grade.detector_weights import find_yolo_description
 from lumbar.grade.distributed import bytes_of, loader_memory, processes_for
 from lumbar.grade.ensemble import combine_tables, cross_validate_ensemble, ensemble_for, fit_ensemble
-from lumbar.grade.member import MEMBERS
+from lumbar.grade.registry import MEMBERS
 from lumbar.grade.tables import align_members, read_out_of_fold
-from lumbar.grade.trainer import train_classifier
+from lumbar.grade.trainer import TrainConfig, train_classifier
+from lumbar.grade.tta import TTA_VIEWS
 
 # Looking
 from lumbar.look.plots import (
+    plot_class_counts,
     plot_confusion,
+    plot_crop_gallery,
+    plot_cumulative_logits,
     plot_detections,
     plot_example,
+    plot_findings,
     plot_grid,
+    plot_label_points,
     plot_learning_curves,
     plot_level_crop,
     plot_level_errors,
+    plot_pipeline,
     plot_reliability,
     plot_scores,
+    plot_slice,
     plot_spinenet_history,
     plot_spinenet_target,
     plot_vertebrae,
     plot_yolo_training,
+    view_name,
 )
 from lumbar.look.point_cloud import study_figure
 from lumbar.look.report import (
@@ -71,8 +82,8 @@ from lumbar.look.viewer import inspect_study, read_inspection, study_html
 from lumbar.names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, GROUPS, LEVELS, SEVERITIES, device_for
 
 # Running: parameters, stages, pipelines, Kaggle
-from lumbar.run.mounts import find_input, find_inputs, install_missing
-from lumbar.run.parameters import notebook_parameters
+from lumbar.run.mounts import find_input
+from lumbar.run.notebook import start_notebook
 from lumbar.run.pipeline import (
     check_folds,
     choose_stages,
@@ -85,7 +96,7 @@ from lumbar.run.publish import kaggle_publish, stage_kaggle
 from lumbar.run.stages import open_stage, time_limit
 
 # Inference
-from lumbar.serve.inference import infer_studies, out_of_fold_table
+from lumbar.serve.inference import infer_studies, out_of_fold_table, studies_to_predict
 from lumbar.serve.members import load_members
 from lumbar.serve.results import mended_studies
 
@@ -118,7 +129,10 @@ __all__ = [
     "SEVERITIES",
     "SMALL_BACKBONES",
     "TERM_NAMES",
+    "TrainConfig",
+    "TTA_VIEWS",
     "align_members",
+    "augment_crops",
     "backbone_config",
     "boxes_from_table",
     "bytes_of",
@@ -133,9 +147,9 @@ __all__ = [
     "device_for",
     "ensemble_for",
     "ensemble_table",
+    "expand_view",
     "export_html",
     "find_input",
-    "find_inputs",
     "find_yolo_description",
     "fine_tuning_set",
     "fit_ensemble",
@@ -143,12 +157,12 @@ __all__ = [
     "from_submission",
     "infer_studies",
     "inspect_study",
-    "install_missing",
     "kaggle_publish",
     "labels_to_array",
     "level_centers",
     "level_errors",
     "level_label_table",
+    "load_classifier",
     "load_members",
     "load_official_spinenet",
     "load_spinenet",
@@ -165,22 +179,29 @@ __all__ = [
     "mended_studies",
     "nearest_slice",
     "nested_folds",
-    "notebook_parameters",
+    "normalise_study",
     "open_stage",
     "out_of_fold_prior",
     "out_of_fold_table",
     "paint_anatomies",
     "paragraph_html",
     "pipeline_stages",
+    "plot_class_counts",
     "plot_confusion",
+    "plot_crop_gallery",
+    "plot_cumulative_logits",
     "plot_detections",
     "plot_example",
+    "plot_findings",
     "plot_grid",
+    "plot_label_points",
     "plot_learning_curves",
     "plot_level_crop",
     "plot_level_errors",
+    "plot_pipeline",
     "plot_reliability",
     "plot_scores",
+    "plot_slice",
     "plot_spinenet_history",
     "plot_spinenet_target",
     "plot_vertebrae",
@@ -198,6 +219,7 @@ __all__ = [
     "read_labels",
     "read_manifests",
     "read_out_of_fold",
+    "read_study",
     "read_vertebra_truth",
     "read_views",
     "run_stages",
@@ -209,6 +231,8 @@ __all__ = [
     "settle_views",
     "short",
     "stage_kaggle",
+    "start_notebook",
+    "studies_to_predict",
     "study_figure",
     "study_html",
     "study_paths",
@@ -224,6 +248,7 @@ __all__ = [
     "tuning_helped",
     "vertebrae_from_table",
     "view_crops",
+    "view_name",
     "worst_rows",
     "write_csv",
     "write_json",

@@ -16,14 +16,16 @@ import threading
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn, Self
 
 from .storage import plain, remove_parts, write_json
 
 MAX_JSON_BYTES = 1 << 24  # of a file that an earlier run left; a study's result has some 20 kB
 
 
-def read_left_json(path):
+def read_left_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file that an earlier run left, as dict.
 
     Raises ValueError, saying what is wrong, for anything else: whatever lies at `path` may be damaged or foreign.
@@ -47,7 +49,7 @@ def read_left_json(path):
     return value
 
 
-def images_digest(folder):
+def images_digest(folder: str | Path) -> str:
     """A short hash of the names and sizes of the files in a study's folder: it changes when a file is mended.
 
     Times are left out, which every mounting of the same data sets anew. Links to folders are not followed. Never
@@ -98,13 +100,21 @@ class InFlight:
         item -> bool: True for an item that was finished before the process died.
     """
 
-    def __init__(self, folder, what, key_of, is_done=lambda item: False):
+    def __init__(
+        self,
+        folder: str | Path,
+        what: str,
+        key_of: Callable[[int], str],
+        is_done: Callable[[int], bool] = lambda item: False,
+    ) -> None:
         self.folder, self.what, self.key_of = Path(folder), what, key_of
-        self.suspects, self.passed_over = {}, {}  # item -> its entry; item -> why, a sentence
-        self._open, self._lock, self._closed, self._silent = {}, threading.RLock(), False, False
+        self.suspects: dict[int, dict[str, Any]] = {}  # item -> its entry
+        self.passed_over: dict[int, str] = {}  # item -> why, a sentence
+        self._open: dict[int, dict[str, Any]] = {}
+        self._lock, self._closed, self._silent = threading.RLock(), False, False
         self._read(is_done)
 
-    def _read(self, is_done):
+    def _read(self, is_done: Callable[[int], bool]) -> None:
         left = {}
         remove_parts(self.folder)  # the process may have died while it wrote an entry
         for path in sorted(self.folder.glob("*.json")):
@@ -134,7 +144,7 @@ class InFlight:
         # Those with fewest deaths first: when the run is killed again, the others have been done.
         self.suspects = dict(sorted(self.suspects.items(), key=lambda pair: pair[1]["deaths"]))
 
-    def begin(self, item, child=False):
+    def begin(self, item: int, child: bool = False) -> None:
         """The process is at this item from now on. child: it is done in one, see run_in_child."""
         with self._lock:
             if not self._closed:
@@ -143,14 +153,14 @@ class InFlight:
                 self._open[item] = entry
                 self._write(item, entry)
 
-    def end(self, item):
+    def end(self, item: int) -> None:
         """The item is finished, whether well or not."""
         with self._lock:
             self._open.pop(item, None)
             self.suspects.pop(item, None)
             self._remove(self._path(item))
 
-    def condemn(self, item, how=""):
+    def condemn(self, item: int, how: str = "") -> str:
         """The process, or its child, died of this item. how: of what, in words. Returns the sentence that says so."""
         with self._lock:
             self._open.pop(item, None)
@@ -162,7 +172,7 @@ class InFlight:
             self.passed_over[item] = why
             return why
 
-    def close(self):
+    def close(self) -> None:
         """Nothing is in flight any more. Items that were begun and not ended are as they were before."""
         with self._lock:
             self._closed = True
@@ -175,7 +185,7 @@ class InFlight:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         # SIGTERM would leave the files behind. Only where nobody else handles it, and in the main thread.
         self._handled = threading.current_thread() is threading.main_thread() and (
             signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -184,7 +194,7 @@ class InFlight:
             signal.signal(signal.SIGTERM, self._terminated)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
         if self._handled:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -194,10 +204,10 @@ class InFlight:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    def _path(self, item):
+    def _path(self, item: int) -> Path:
         return self.folder / f"{item}.json"
 
-    def _write(self, item, entry):
+    def _write(self, item: int, entry: dict) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self._path(item), entry)
@@ -206,7 +216,7 @@ class InFlight:
                 print(f"{self._path(item)} cannot be written ({error}): after a crash nobody knows where it was")
             self._silent = True
 
-    def _remove(self, path):
+    def _remove(self, path: Path) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
 
@@ -250,12 +260,12 @@ class ChildDied(RuntimeError):
     """The child died; the message says of what."""
 
 
-def can_run_in_child():
+def can_run_in_child() -> bool:
     """Whether run_in_child works here: forking a process that has threads is safe enough on Linux alone."""
     return sys.platform == "linux"
 
 
-def run_in_child(work, patience_s):
+def run_in_child(work: Callable[[], Any], patience_s: float) -> Any:
     """The result of work() in a forked copy of this process, whose death costs nothing else.
 
     Parameters
@@ -303,9 +313,9 @@ def run_in_child(work, patience_s):
     return result["result"]
 
 
-def _read_until(pipe, until_s):
+def _read_until(pipe: int, until_s: float) -> bytes:
     """All bytes of a pipe. Raises TimeoutError."""
-    parts = []
+    parts: list[bytes] = []
     while True:
         ready, _, _ = select.select([pipe], [], [], max(0.0, until_s - time.monotonic()))
         if not ready:
@@ -316,7 +326,7 @@ def _read_until(pipe, until_s):
         parts.append(part)
 
 
-def _be_the_child(work, read, write):
+def _be_the_child(work: Callable[[], Any], read: int, write: int) -> NoReturn:
     """Run in the child: send the result and exit, whatever happens."""
     status = 1
     try:
@@ -339,7 +349,7 @@ def _be_the_child(work, read, write):
         os._exit(status)
 
 
-def _death(status):
+def _death(status: int) -> str:
     """An exit status in words."""
     if status >= 0:
         return f"exit status {status}"

@@ -6,6 +6,7 @@ May use: nothing of the kit.
 import contextlib
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 
 class TookTooLong(RuntimeError):
@@ -16,7 +17,7 @@ _active = threading.local()
 
 
 @contextlib.contextmanager
-def cpu_limit(seconds, stopped=None):
+def cpu_limit(seconds: float, stopped: Callable[[], bool] | None = None) -> Iterator[None]:
     """Limit what runs in this block, in this thread: check_limit raises TookTooLong once the limit is exceeded.
 
     CPU time of this thread counts, not time on the clock: whether a study is finished must not depend on what else the
@@ -37,7 +38,7 @@ def cpu_limit(seconds, stopped=None):
         limits.pop()
 
 
-def check_limit():
+def check_limit() -> None:
     """Raise TookTooLong if a limit of this thread is exceeded. Cheap; long loops call it at every step."""
     for until_s, seconds, stopped in getattr(_active, "limits", ()):
         if stopped is not None and stopped():

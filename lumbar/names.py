@@ -4,6 +4,8 @@ May use: nothing of the kit.
 """
 
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 from tqdm import tqdm
 
@@ -43,8 +45,15 @@ LEVEL_TABLE_COLUMNS = (
 )
 
 
-def progress(iterable=None, desc=None, total=None, **kwargs):
-    """A plain text progress bar on stderr.
+DETECTION_COLUMNS = (  # of a table of boxes that a member draws, see Member.draw
+    "study_id series_id instance_number condition level x_px y_px width_px height_px".split() + list(SEVERITIES)
+)
+
+
+def progress(
+    iterable: Iterable | None = None, desc: str | None = None, total: int | None = None, **kwargs: Any
+) -> tqdm:
+    """A text progress bar on stderr: tqdm's, with its arguments.
 
     `tqdm.auto` stays at 0% inside papermill, so this is always the text bar; it writes at most every two seconds,
     because papermill's log gets a new line for each update.
@@ -52,11 +61,28 @@ def progress(iterable=None, desc=None, total=None, **kwargs):
     return tqdm(iterable, desc=desc, total=total, mininterval=2.0, ncols=88, file=sys.stderr, **kwargs)
 
 
-def device_for(name="auto"):
+def device_for(name: str | int = "auto") -> str:
     """Name a device as PyTorch does.
 
-    `auto` -> cuda if there is one, else cpu; a GPU's number as text -> cuda:<number>; other names as they are. Raises
-    ValueError for a device that this machine does not have.
+    Parameters
+    ----------
+    name : str or int
+        `auto` for the first GPU or, without one, the CPU; `cpu`, `cuda`, `mps`; the number of a GPU.
+
+    Returns
+    -------
+    str
+        Such as `cpu` or `cuda:1`.
+
+    Raises
+    ------
+    ValueError
+        For a device that this machine does not have.
+
+    Examples
+    --------
+    >>> device_for("cpu")
+    'cpu'
     """
     import torch  # not at the top: the phantom's workers need these names, and no torch
 

@@ -3,14 +3,21 @@
 May use: nothing of the kit.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Of a safetensors file, with the metadata in it. A damaged file can state any size, and JSON takes ten times its own.
 _HEADER_BYTES = 64 * 1024**2
@@ -25,7 +32,7 @@ class DamagedFile(ValueError):
 
 
 @contextmanager
-def write_whole(path):
+def write_whole(path: str | Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; when that is done, it takes the place of `path`.
 
     Whatever happens, the file is either the old one or complete: its contents are on the disk before it gets its name.
@@ -59,7 +66,7 @@ def _is_alive(pid):
     return True
 
 
-def dead_part(path):
+def dead_part(path: str | Path) -> bool | None:
     """Whether a file or folder, by its name, is what a process wrote that has ended: half of what it was to be.
 
     A name without a process's number counts as such, too: ask only in a folder that nobody else writes to. True, False,
@@ -71,7 +78,7 @@ def dead_part(path):
     return not (part["pid"] and _is_alive(int(part["pid"])))
 
 
-def remove_parts(folder):
+def remove_parts(folder: str | Path) -> None:
     """Remove what processes that have ended left half written in a folder and below: see `dead_part`."""
     for place, below, files in os.walk(folder):
         for name in [*files, *below]:
@@ -100,12 +107,24 @@ def _sync_folder(folder):
         os.close(handle)
 
 
-def write_json(path, data):
-    """Write `data` as JSON so that the file is either the old one or complete."""
+def write_json(path: str | Path, data: Any) -> None:
+    """Write JSON; the file is either the old one or complete.
+
+    Parameters
+    ----------
+    path : str or Path
+    data : object
+        What json takes, and NumPy's numbers and arrays; anything else becomes its str.
+    """
     write_text(path, json.dumps(data, indent=2, default=plain) + "\n")
 
 
-def plain(value):
+def plain(value: Any) -> Any:
+    """Turn a value that json does not know into one that it does: the `default` of json.dumps.
+
+    >>> plain(np.float32(0.5)), plain(np.arange(2)), plain(Path("a"))
+    (0.5, [0, 1], 'a')
+    """
     if isinstance(value, (np.integer, np.floating)):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -113,41 +132,78 @@ def plain(value):
     return str(value)
 
 
-def write_csv(path, table):
-    """Write a DataFrame as CSV so that the file is either the old one or complete."""
+def write_csv(path: str | Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV without its index; the file is either the old one or complete.
+
+    Parameters
+    ----------
+    path : str or Path
+    table : DataFrame
+    """
     with write_whole(path) as temporary:
         table.to_csv(temporary, index=False)
 
 
-def write_text(path, text):
-    """Write a text file so that the file is either the old one or complete. Returns the path."""
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a UTF-8 text file; the file is either the old one or complete.
+
+    Parameters
+    ----------
+    path : str or Path
+    text : str
+
+    Returns
+    -------
+    Path
+        The file's path.
+    """
     with write_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
 
-def write_tensors(path, tensors, key, about):
+def write_tensors(path: str | Path, tensors: Mapping[str, Any], key: str, about: Mapping[str, Any]) -> None:
     """Write tensors as safetensors, and `about` as JSON in its metadata under `key`, complete or not at all.
 
     tensors: dict name -> NumPy array, or dict name -> torch tensor on any device.
     """
-    if all(isinstance(value, np.ndarray) for value in tensors.values()):
-        from safetensors.numpy import save_file
-
-        tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    else:
-        from safetensors.torch import save_file
-
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata = {key: json.dumps(about, default=plain)}
     with write_whole(path) as temporary:
-        save_file(tensors, str(temporary), metadata={key: json.dumps(about, default=plain)})
+        if all(isinstance(value, np.ndarray) for value in tensors.values()):
+            from safetensors.numpy import save_file as save_arrays
+
+            arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+            save_arrays(arrays, str(temporary), metadata)
+        else:
+            from safetensors.torch import save_file
+
+            state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(state, str(temporary), metadata)
 
 
 # -- reading
 
 
-def read_json(path, remedy="delete it and run again what wrote it"):
-    """Read a JSON object. Raises FileNotFoundError, or DamagedFile; both name the file and the remedy, if any."""
+def read_json(path: str | Path, remedy: str = "delete it and run again what wrote it") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Parameters
+    ----------
+    path : str or Path
+    remedy : str
+        What to do about a file that cannot be used; it ends the message of the error. May be empty.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    DamagedFile
+        It holds something else than a JSON object. The message names the file and says what it holds.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist" + (f": {remedy}" if remedy else ""))
@@ -163,7 +219,9 @@ def read_json(path, remedy="delete it and run again what wrote it"):
 
 
 @contextmanager
-def open_tensors(path, key, remedy, framework="pt", whose="the kit's"):
+def open_tensors(
+    path: str | Path, key: str, remedy: str, framework: str = "pt", whose: str = "the kit's"
+) -> Iterator[tuple[dict[str, Any], Any]]:
     """Open a file of write_tensors: gives (about, file), file as safetensors.safe_open makes it.
 
     remedy: what to do about a file that cannot be used, such as "run 01_preprocess again"; it ends the message.
@@ -194,13 +252,15 @@ def open_tensors(path, key, remedy, framework="pt", whose="the kit's"):
         yield about, file
 
 
-def read_tensors(path, key, remedy, framework="pt", whose="the kit's"):
+def read_tensors(
+    path: str | Path, key: str, remedy: str, framework: str = "pt", whose: str = "the kit's"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(dict name -> tensor, about) of a file of write_tensors; arguments and errors are those of open_tensors."""
     with open_tensors(path, key, remedy, framework, whose) as (about, file):
         return {name: file.get_tensor(name) for name in file.keys()}, about
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: str | Path) -> dict[str, Any] | None:
     """The state of an unfinished training as torch.save wrote it, on the CPU; nothing pickled in it is run.
 
     None where there is no such file, or none that can be read, which is printed: the training then starts over.
@@ -217,7 +277,7 @@ def read_checkpoint(path):
         return None
 
 
-def _damaged(path, what, remedy):
+def _damaged(path: Path, what: str, remedy: str) -> DamagedFile:
     if "Git LFS" in what:
         remedy = f"run `git lfs pull` where it was cloned, or download the file itself; or {remedy}"
     return DamagedFile(f"{path} {what}" + (f": {remedy}" if remedy else ""))
@@ -256,7 +316,7 @@ def kind_of_file(start: bytes) -> str:
 _PAGE = "a web page: a download was answered with a page (a login, an error) in place of the file"
 
 
-def _what_it_is(path):
+def _what_it_is(path: Path) -> str:
     """What is wrong with a file by its first bytes, as the rest of a sentence; otherwise ""."""
     with open(path, "rb") as file:
         start = file.read(512)
@@ -268,7 +328,7 @@ def _what_it_is(path):
     return f"is {kind}" if kind else ""
 
 
-def _what_is_missing(path):
+def _what_is_missing(path: Path) -> str:
     """What is wrong with the sizes that a safetensors file states, in words; otherwise ""."""
     size = path.stat().st_size
     with open(path, "rb") as file:

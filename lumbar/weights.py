@@ -1,15 +1,29 @@
 """What a weights file may state: it describes a network in checked words and numbers, and runs nothing.
 
 Anybody can write such a file and a disk can damage it. So nothing in it is evaluated, no network is larger than the
-tensors that come with it, and no number is used that is not a number.
+tensors that come with it, and no number is used that is not a number. Weights are written once: what is chosen later
+lies beside them.
 
 May use: storage.
 """
 
-from .storage import DamagedFile, read_tensors
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, overload
+
+from .storage import DamagedFile, plain, read_json, read_tensors, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 
-def read_weights(path, key, remedy, whose="the kit's"):
+def read_weights(
+    path: str | Path, key: str, remedy: str, whose: str = "the kit's"
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(state dict, about) of a weights file of the kit; arguments and errors as of storage.open_tensors.
 
     Also raises DamagedFile for a tensor that holds something that is not finite.
@@ -27,7 +41,42 @@ def read_weights(path, key, remedy, whose="the kit's"):
     return state, about
 
 
-def check_network(path, build, state, remedy):
+def settled_path(path: str | Path) -> Path:
+    """Where lies what was chosen of a weights file after its training: its test-time views, its calibration."""
+    return Path(path).with_suffix(".settled.json")
+
+
+def store_settled(path: str | Path, settled: dict) -> None:
+    """Write what was chosen of a weights file, in plain values, beside it; the weights stay as they are.
+
+    It names the contents of the weights file: other weights under the same name have nothing settled.
+    """
+    known = json.loads(json.dumps({"weights": _digest(path), **settled}, default=plain))
+    there = settled_path(path)
+    if not there.is_file() or known != read_json(there, "delete it"):
+        write_json(there, known)
+
+
+def read_settled(path: str | Path) -> dict[str, Any]:
+    """What store_settled wrote beside a weights file; {} where there is nothing, or something of other weights.
+
+    Raises DamagedFile for anything else.
+    """
+    there = settled_path(path)
+    if not there.is_file():
+        return {}
+    settled = read_json(there, "delete it and run the training's stage again, which finds the weights finished")
+    return settled if settled.pop("weights", None) == _digest(path) else {}
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_network(
+    path: str | Path, build: Callable[[], torch.nn.Module], state: Mapping[str, torch.Tensor], remedy: str
+) -> None:
     """Raise DamagedFile unless the network that `build` returns has the tensors of `state`, by name and shape.
 
     It is built without memory, so that what a file states takes none before it is known to be true.
@@ -62,33 +111,35 @@ class Stated:
     which is allowed where `optional` is given.
     """
 
-    def __init__(self, path, about, remedy):
+    def __init__(self, path: str | Path, about: Mapping[str, Any], remedy: str) -> None:
         self.path, self.about, self.remedy = path, about, remedy
 
-    def refuse(self, name, wanted, value=None):
+    def refuse(self, name: str, wanted: str, value: Any = None) -> NoReturn:
         value = repr(self.about.get(name) if value is None else value)
         value = value if len(value) < 80 else value[:77] + "..."
         raise DamagedFile(f"{self.path} states {name} {value}, it must be {wanted}: {self.remedy}")
 
-    def keys(self, known):
+    def keys(self, known: Iterable[str]) -> None:
         """Only these keys."""
         for name in self.about:
             if name not in known:
                 self.refuse(name, f"one of {', '.join(known)} (there is no such key)", name)
 
-    def choice(self, name, options, optional=False):
+    def choice(self, name: str, options: Iterable, optional: bool = False) -> Any:
         value = self.about.get(name)
         if not (optional and value is None) and not any(type(value) is type(o) and value == o for o in options):
             self.refuse(name, f"one of {', '.join(map(str, options))}")
         return value
 
-    def number(self, name, low, high, whole=False, optional=False):
+    def number(self, name: str, low: float, high: float, whole: bool = False, optional: bool = False) -> Any:
         value = self.about.get(name)
         if not (optional and value is None) and not _is_number(value, low, high, whole):
             self.refuse(name, f"a{' whole' * whole} number from {low} to {high}")
         return value
 
-    def numbers(self, name, shape, low, high, whole=False, optional=False):
+    def numbers(
+        self, name: str, shape: Sequence[int], low: float, high: float, whole: bool = False, optional: bool = False
+    ) -> Any:
         """Lists within lists of this shape, of numbers from low to high."""
         value = self.about.get(name)
 
@@ -102,7 +153,13 @@ class Stated:
             self.refuse(name, f"{sides}{' whole' * whole} numbers from {low} to {high}")
         return value
 
-    def part(self, name, optional=False):
+    @overload
+    def part(self, name: str) -> Stated: ...
+
+    @overload
+    def part(self, name: str, optional: bool) -> Stated | None: ...
+
+    def part(self, name: str, optional: bool = False) -> Stated | None:
         """A dict within, as Stated; of None where it may be absent."""
         value = self.about.get(name)
         if optional and value is None:
@@ -111,7 +168,7 @@ class Stated:
             self.refuse(name, "a JSON object")
         return Stated(self.path, value, self.remedy)
 
-    def parts(self, name, most, optional=False):
+    def parts(self, name: str, most: int, optional: bool = False) -> list[Stated]:
         """A list of at most so many dicts, as a list of Stated."""
         value = self.about.get(name)
         if optional and value is None:
@@ -121,6 +178,6 @@ class Stated:
         return [Stated(self.path, item, self.remedy) for item in value]
 
 
-def _is_number(value, low, high, whole):
+def _is_number(value: Any, low: float, high: float, whole: bool) -> bool:
     kinds = int if whole else (int, float)
     return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high

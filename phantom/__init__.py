@@ -25,10 +25,11 @@ from .anatomy import (
     sac_section,
     sample_anatomy,
 )
+from .canal import canal_coordinates
 from .contrast import contrast_table, render
 from .dataset import SERIES, VERSION, condition_title, level_title, make_dataset, simulate, write_series
 from .grid import STANDARD_TISSUES, TISSUE, TISSUES, TissueGrid
-from .painting import canal_coordinates, paint
+from .painting import paint
 from .scanner import SeriesPlan, acquire, acquire_study, back_of, sample_protocol
 from .severity import (
     GRADE_WEIGHTS,

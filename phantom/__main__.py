@@ -1,13 +1,15 @@
 """The command line: python -m phantom OUT, and the phantom's figure.
 
-May use: the phantom's other modules.
+May use: anatomy, dataset, scanner.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +29,7 @@ def _panel(ax, image, title, centre=None, half_mm=None, spacing_mm=1.0, window=N
     ax.set_xticks([]), ax.set_yticks([])
 
 
-def figure(out_png, seed: int = 3):
+def figure(out_png: str | Path, seed: int = 3) -> None:
     """Draw one study in three planes, and one level healthy beside the same level severe."""
     import matplotlib
 
@@ -52,7 +54,8 @@ def figure(out_png, seed: int = 3):
     healthy, made = study(mild), {k: study(v) for k, v in ill.items()}
 
     fig = plt.figure(figsize=(15, 11.6), layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=[1.0, 1.85])
+    parts: Any = fig.subfigures(2, 1, height_ratios=[1.0, 1.85])
+    top, bottom = parts
     axes = top.subplots(1, 4)
     anatomy, plans, stacks = healthy
     t1 = next(i for i, p in enumerate(plans) if p.description == "Sagittal T1")
@@ -89,7 +92,7 @@ def figure(out_png, seed: int = 3):
     plt.close(fig)
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m phantom", description="Synthetic lumbar MRI in the competition's layout."
     )

@@ -48,7 +48,7 @@ _CONTRAST = {
 }
 
 
-def contrast_table(kind: str, rng: np.random.Generator | None = None):
+def contrast_table(kind: str, rng: np.random.Generator | None = None) -> np.ndarray:
     """Grey values (tissue,) of 'T1', 'T2', 'STIR', 'PD' or, with the fat suppressed, 'T1FS' and
     'T2FS'; with rng they vary as scanners do."""
     column = ("T1", "T2", "STIR", "T1FS", "T2FS", "PD").index(kind)

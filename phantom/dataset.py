@@ -2,7 +2,7 @@
 
 Pixel coordinates in tables are (x = column, y = row) of a pixel's centre.
 
-May use: the phantom's other modules, lumbar.names, lumbar.data.
+May use: anatomy, painting, scanner, severity, grid, lumbar.data, lumbar.names.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ import pandas as pd
 
 from lumbar.names import CONDITIONS, GRADES, LABEL_COLUMNS, LEVELS
 
-from .anatomy import TRUTH_VERTEBRAE, sample_anatomy
+from .anatomy import TRUTH_VERTEBRAE, Anatomy, sample_anatomy
+from .grid import TissueGrid
 from .painting import paint
 from .scanner import SeriesPlan, acquire_study, sample_protocol
 from .severity import perfect_submission, sample_severity, submission_table, visible_severity
@@ -43,6 +45,54 @@ def _uid(*parts) -> str:
     return "2.25." + str(int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:15], "big"))
 
 
+def _text(values):
+    """Numbers as DICOM's decimal strings."""
+    return [f"{x:.10g}"[:16] for x in values]
+
+
+def _slice_header(plan: SeriesPlan, k: int, study_id: int, number: int, patient: str):
+    """The data set of slice k of a series, without its pixels. number: of the series in the study."""
+    from pydicom.dataset import Dataset
+    from pydicom.uid import MRImageStorage
+
+    t1 = plan.contrast == "T1"
+    ds = Dataset()
+    ds.SpecificCharacterSet = "ISO_IR 100"
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "M", "SE"]
+    ds.SOPClassUID = MRImageStorage
+    ds.SOPInstanceUID = _uid(study_id, plan.series_id, int(plan.instances[k]))
+    ds.StudyDate, ds.StudyTime = "20240101", "120000"
+    ds.AccessionNumber = ""
+    ds.Modality = "MR"
+    ds.Manufacturer = "PHANTOM"
+    ds.ReferringPhysicianName = ""
+    ds.SeriesDescription = plan.description if plan.contrast != "STIR" else "Sagittal STIR"
+    ds.PatientName, ds.PatientID = patient, patient.replace("^", "")
+    ds.PatientBirthDate, ds.PatientSex = "", "O"
+    ds.BodyPartExamined = "LSPINE"
+    ds.ScanningSequence, ds.SequenceVariant, ds.ScanOptions = ("SE", "SK", "")
+    ds.MRAcquisitionType = "2D"
+    ds.SliceThickness = f"{plan.thickness_mm:g}"
+    ds.RepetitionTime, ds.EchoTime = ("600", "12") if t1 else ("3500", "100")
+    if plan.contrast == "STIR":
+        ds.ScanningSequence = ["SE", "IR"]
+        ds.InversionTime = "160"
+    ds.EchoTrainLength = "3" if t1 else "16"
+    ds.MagneticFieldStrength = "1.5"
+    ds.SpacingBetweenSlices = f"{plan.gap_mm:.6g}"
+    ds.PatientPosition = "HFS"
+    ds.StudyInstanceUID = _uid(study_id)
+    ds.SeriesInstanceUID = _uid(study_id, plan.series_id)
+    ds.StudyID = "1"
+    ds.SeriesNumber, ds.InstanceNumber = str(number), str(int(plan.instances[k]))
+    ds.ImagePositionPatient = _text(plan.position_mm[k])
+    ds.ImageOrientationPatient = _text([*plan.row_cosine[k], *plan.column_cosine[k]])
+    ds.FrameOfReferenceUID = _uid(study_id, "frame")
+    ds.PositionReferenceIndicator = ""
+    ds.PixelSpacing = _text(plan.spacing_mm)
+    return ds
+
+
 def write_series(
     folder: Path,
     plan: SeriesPlan,
@@ -54,11 +104,11 @@ def write_series(
     rng: np.random.Generator,
     compress: str = "none",
     anomalies: str = "real",
-):
+) -> None:
     """Write a series as MR Image Storage, explicit VR little endian, 16 bit; one file a slice,
     named after its instance number."""
     import pydicom
-    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,50 +119,10 @@ def write_series(
     scale = rng.uniform(500, 1400)
     stored = np.clip(np.round(image * scale / (slope or 1)), 0, 2**12 - 1)
     stored = stored.astype(np.int16 if signed else np.uint16)
-    t1 = plan.contrast == "T1"
-    series_uid = _uid(study_id, plan.series_id)
-    frame_uid = _uid(study_id, "frame")
-
-    def text(v):
-        return [f"{x:.10g}"[:16] for x in v]
-
     for k in range(len(stored)):
-        ds = Dataset()
-        ds.SpecificCharacterSet = "ISO_IR 100"
-        ds.ImageType = ["ORIGINAL", "PRIMARY", "M", "SE"]
-        ds.SOPClassUID = MRImageStorage
-        ds.SOPInstanceUID = _uid(study_id, plan.series_id, int(plan.instances[k]))
-        ds.StudyDate, ds.StudyTime = "20240101", "120000"
-        ds.AccessionNumber = ""
-        ds.Modality = "MR"
-        ds.Manufacturer = "PHANTOM"
-        ds.ReferringPhysicianName = ""
-        ds.SeriesDescription = plan.description if plan.contrast != "STIR" else "Sagittal STIR"
-        ds.PatientName, ds.PatientID = patient, patient.replace("^", "")
-        ds.PatientBirthDate, ds.PatientSex = "", "O"
-        ds.BodyPartExamined = "LSPINE"
-        ds.ScanningSequence, ds.SequenceVariant, ds.ScanOptions = ("SE", "SK", "")
-        ds.MRAcquisitionType = "2D"
-        ds.SliceThickness = f"{plan.thickness_mm:g}"
-        ds.RepetitionTime, ds.EchoTime = ("600", "12") if t1 else ("3500", "100")
-        if plan.contrast == "STIR":
-            ds.ScanningSequence = ["SE", "IR"]
-            ds.InversionTime = "160"
-        ds.EchoTrainLength = "3" if t1 else "16"
-        ds.MagneticFieldStrength = "1.5"
-        ds.SpacingBetweenSlices = f"{plan.gap_mm:.6g}"
-        ds.PatientPosition = "HFS"
-        ds.StudyInstanceUID = _uid(study_id)
-        ds.SeriesInstanceUID = series_uid
-        ds.StudyID = "1"
-        ds.SeriesNumber, ds.InstanceNumber = str(number), str(int(plan.instances[k]))
-        ds.ImagePositionPatient = text(plan.position_mm[k])
-        ds.ImageOrientationPatient = text([*plan.row_cosine[k], *plan.column_cosine[k]])
-        ds.FrameOfReferenceUID = frame_uid
-        ds.PositionReferenceIndicator = ""
+        ds = _slice_header(plan, k, study_id, number, patient)
         ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
         ds.Rows, ds.Columns = plan.shape
-        ds.PixelSpacing = text(plan.spacing_mm)
         ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, bits, bits - 1
         ds.PixelRepresentation = int(signed)
         top = float(stored[k].max()) * (slope or 1)
@@ -133,7 +143,14 @@ def write_series(
         ds.save_as(folder / f"{int(plan.instances[k])}.dcm", enforce_file_format=True)
 
 
-def simulate(seed, prevalence=1.0, transitional=0.03, anomalies="real", severity=None, variety="standard"):
+def simulate(
+    seed: int | Sequence[int],
+    prevalence: float = 1.0,
+    transitional: float = 0.03,
+    anomalies: str = "real",
+    severity: np.ndarray | None = None,
+    variety: str = "standard",
+) -> tuple[Anatomy, np.ndarray, np.ndarray, tuple[TissueGrid, TissueGrid], list[SeriesPlan], np.random.Generator]:
     """One study in memory: (anatomy, latent, grade, grids, plans, rng). severity (condition,
     level) in grade units replaces the sampled one; variety as in `sample_anatomy`."""
     rng = np.random.default_rng(seed)
@@ -175,7 +192,7 @@ def _make_study(job: dict) -> dict:
     used = set()
     for number, (plan, stack) in enumerate(zip(plans, stacks), 1):
         while plan.series_id == 0 or plan.series_id in used:
-            plan.series_id = int(rng.integers(1e6, 2**32))
+            plan.series_id = int(rng.integers(1_000_000, 2**32))
         used.add(plan.series_id)
         write_series(
             base / str(plan.series_id),
@@ -234,7 +251,7 @@ def _make_study(job: dict) -> dict:
 
 
 def make_dataset(
-    out,
+    out: str | Path,
     train: int = 60,
     test: int = 12,
     seed: int = 0,

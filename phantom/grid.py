@@ -6,8 +6,10 @@ May use: nothing of the kit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 TISSUES = (
@@ -64,7 +66,7 @@ class TissueGrid:
     keep: np.ndarray | None = None  # bool: voxels that nothing may overwrite now
 
     @classmethod
-    def empty(cls, low_mm, high_mm, step_mm, tissue="air"):
+    def empty(cls, low_mm: ArrayLike, high_mm: ArrayLike, step_mm: ArrayLike, tissue: str = "air") -> TissueGrid:
         step = np.asarray(step_mm, float)
         shape = tuple(int(k) for k in np.ceil((np.asarray(high_mm) - low_mm) / step) + 1)
         t = TISSUE[tissue]
@@ -77,7 +79,7 @@ class TissueGrid:
         )
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.under.shape
 
     @property
@@ -90,7 +92,7 @@ class TissueGrid:
     def axis_mm(self, k: int) -> np.ndarray:
         return (self.origin_mm[k] + self.step_mm[k] * np.arange(self.shape[k])).astype(np.float32)
 
-    def box(self, low_mm, high_mm):
+    def box(self, low_mm: ArrayLike, high_mm: ArrayLike) -> tuple[slice, ...] | None:
         """Index slices of the box (clipped to the grid), or None when it is outside."""
         lo = np.floor((np.asarray(low_mm) - self.origin_mm) / self.step_mm).astype(int)
         hi = np.ceil((np.asarray(high_mm) - self.origin_mm) / self.step_mm).astype(int) + 1
@@ -99,7 +101,7 @@ class TissueGrid:
             return None
         return tuple(slice(int(a), int(b)) for a, b in zip(lo, hi))
 
-    def coordinates(self, box):
+    def coordinates(self, box: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Open coordinate arrays (nx,1,1), (1,ny,1), (1,1,nz) of a box in LPS mm."""
         x, y, z = (self.axis_mm(k)[box[k]] for k in range(3))
         return x[:, None, None], y[None, :, None], z[None, None, :]
@@ -112,7 +114,9 @@ class TissueGrid:
             out[t] = (self.under == t) * (1 - w) + (self.over == t) * w
         return out
 
-    def lay(self, box, distance_mm, tissue: str, edge_mm: float | None = None, strength=1.0):
+    def lay(
+        self, box: Any, distance_mm: np.ndarray, tissue: str, edge_mm: float | None = None, strength: Any = 1.0
+    ) -> None:
         """Paint a tissue where the signed distance is negative, with an edge as wide as a voxel.
 
         box: slices (or any index) into the arrays; distance_mm must have that index's shape."""
@@ -124,7 +128,7 @@ class TissueGrid:
             near += 0.5
             self._write(box, touched, np.minimum(near, 1) * np.float32(255 * strength), tissue)
 
-    def blend(self, box, alpha, tissue: str):
+    def blend(self, box: Any, alpha: np.ndarray, tissue: str) -> None:
         """Paint a tissue with weights alpha (0..1)."""
         touched = alpha > 0.004
         self._write(box, touched, alpha[touched] * np.float32(255), tissue)
@@ -192,3 +196,47 @@ class _Noise:
         block = getattr(self, which)
         low, high = block[:, :, k % self.size], block[:, :, (k + 1) % self.size]
         return (low + (high - low) * (z - k).astype(np.float32))[np.ix_(i, j)]
+
+
+def _tube(grid, p, q, radius, tissue, limit_mm=None, gas=None, strength=1.0):
+    """A thick line from p to q (LPS mm). limit_mm: signed distance of the grid to a wall it must not
+    cross; gas: share of the radius that fluid leaves to the gas above it (the patient lies on the
+    back), None for no gas."""
+    p, q = np.asarray(p, float), np.asarray(q, float)
+    box = grid.box(np.minimum(p, q) - radius - 2, np.maximum(p, q) + radius + 2)
+    if box is None:
+        return
+    points = grid.coordinates(box)
+    d = _capsule(points, p, q, radius)
+    if limit_mm is not None:
+        d = np.maximum(d, limit_mm[box] + 2)
+    grid.lay(box, d.copy(), tissue, strength=strength)
+    if gas is not None:
+        level = np.float32((p[1] + q[1]) / 2 + (2 * gas - 1) * radius)
+        grid.lay(box, np.maximum(d, points[1] - level), "air")
+
+
+def _capsule(points, p, q, radius, scale=(1, 1, 1), turn=0.0):
+    """Signed distance to a thick line from p to q in local coordinates, stretched by scale along
+    axes that are turned about z by `turn` radians."""
+    x, y, z = points
+    if turn:
+        c, s = np.float32(np.cos(turn)), np.float32(np.sin(turn))
+        x, y = c * x + s * y, c * y - s * x
+        p, q = ((c * k[0] + s * k[1], c * k[1] - s * k[0], k[2]) for k in (p, q))
+    sx, sy, sz = scale
+    d = np.array([(q[0] - p[0]) / sx, (q[1] - p[1]) / sy, (q[2] - p[2]) / sz], np.float32)
+    ax, ay, az = (x - p[0]) / sx, (y - p[1]) / sy, (z - p[2]) / sz
+    t = np.clip((ax * d[0] + ay * d[1] + az * d[2]) / max(float(d @ d), 1e-6), 0, 1)
+    return (
+        np.sqrt((ax - t * d[0]) ** 2 + (ay - t * d[1]) ** 2 + (az - t * d[2]) ** 2) - np.float32(radius)
+    ) * np.float32(min(scale))
+
+
+def _rounded(p, q):
+    """Radius whose unit line lies between a circle and a square."""
+    p, q = p * p, q * q
+    r = np.sqrt(p + q)
+    r += np.sqrt(np.sqrt(p * p + q * q))
+    r *= np.float32(0.5)
+    return r

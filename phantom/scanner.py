@@ -2,18 +2,21 @@
 
 Images are indexed (slice, row, column).
 
-May use: grid, contrast, anatomy, painting.
+May use: contrast, anatomy, grid.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from .anatomy import Anatomy, _frame
 from .contrast import contrast_table, render
+from .grid import TissueGrid
 
 
 @dataclass
@@ -36,7 +39,7 @@ class SeriesPlan:
     def normal(self) -> np.ndarray:
         return np.cross(self.row_cosine, self.column_cosine)
 
-    def project(self, point_mm):
+    def project(self, point_mm: ArrayLike) -> tuple[int, float, float, float]:
         """LPS point -> (slice index, x px, y px, distance to that slice in mm)."""
         away = np.einsum("nk,nk->n", point_mm - self.position_mm, self.normal)
         x = np.einsum("nk,nk->n", point_mm - self.position_mm, self.row_cosine) / self.spacing_mm[1]
@@ -166,14 +169,18 @@ def _axial(rng, a, group, tilted, odd):
 
 
 def acquire(
-    rng: np.random.Generator, grids, plan: SeriesPlan, images, back_mm: float, spine_front_mm: np.ndarray
+    rng: np.random.Generator,
+    grids: Sequence[TissueGrid],
+    plan: SeriesPlan,
+    images: Sequence[np.ndarray],
+    back_mm: float,
+    spine_front_mm: np.ndarray,
 ) -> np.ndarray:
     """Slices (n, rows, columns) float32, brightest anatomy near 1.
 
     grids: (spine, body) TissueGrids; images: their renderings under the series' contrast;
     back_mm: y of the back's skin, where the coil lies; spine_front_mm: (n, 2) y, z of the bodies'
     front walls from head to tail."""
-    spine, body = grids
     n, (rows, cols) = len(plan.position_mm), plan.shape
     out = np.empty((n, rows, cols), np.float32)
     sharp = rng.uniform(0.25, 0.5)  # blur in pixels
@@ -189,45 +196,7 @@ def acquire(
         images = [np.ascontiguousarray(i.transpose(2, 1, 0)) for i in images]
     gains = {}
     for k in range(n):
-        step_c = plan.row_cosine[k] * plan.spacing_mm[1]
-        step_r = plan.column_cosine[k] * plan.spacing_mm[0]
-        normal = plan.normal[k]
-        origin = plan.position_mm[k]
-        # The coarse grid needs only every second pixel.
-        image = _sample(
-            body,
-            images[1],
-            upright,
-            origin - 0.5 * (step_r + step_c),
-            normal,
-            2 * step_r,
-            2 * step_c,
-            (rows // 2 + 2, cols // 2 + 2),
-            (0.0,),
-        )
-        image = _double(_double(image).T).T[1 : rows + 1, 1 : cols + 1].copy()
-        # Only the part of the slice that the fine grid covers.
-        corners = _grid_corners(spine) - origin
-        c = corners @ plan.row_cosine[k] / plan.spacing_mm[1]
-        r = corners @ plan.column_cosine[k] / plan.spacing_mm[0]
-        c0, c1 = max(0, int(c.min())), min(cols, int(c.max()) + 2)
-        r0, r1 = max(0, int(r.min())), min(rows, int(r.max()) + 2)
-        if c1 > c0 and r1 > r0:
-            start = origin + c0 * step_c + r0 * step_r
-            part = _sample(
-                spine,
-                images[0],
-                upright,
-                start,
-                normal,
-                step_r,
-                step_c,
-                (r1 - r0, c1 - c0),
-                (-0.25 * plan.thickness_mm, 0.25 * plan.thickness_mm),
-            )
-            w = _coverage(spine, start, step_r, step_c, (r1 - r0, c1 - c0))
-            view = image[r0:r1, c0:c1]
-            view += (part - view) * w
+        image = _slice(grids, images, upright, plan, k)
         same = (plan.row_cosine[k].tobytes(), plan.column_cosine[k].tobytes())
         if same not in gains:
             gains[same] = _gain(plan, k, back_mm, spine_front_mm, reach, tilt, band)
@@ -243,6 +212,52 @@ def acquire(
         out[k] += noise[k]
         np.hypot(out[k], noise[k + 1], out=out[k])
     return out
+
+
+def _slice(grids, images, upright, plan: SeriesPlan, k):
+    """Slice k as the tissue gives it, (rows, columns) float32: the coarse grid, and within it the fine one."""
+    spine, body = grids
+    rows, cols = plan.shape
+    step_c = plan.row_cosine[k] * plan.spacing_mm[1]
+    step_r = plan.column_cosine[k] * plan.spacing_mm[0]
+    normal = plan.normal[k]
+    origin = plan.position_mm[k]
+    # The coarse grid needs only every second pixel.
+    image = _sample(
+        body,
+        images[1],
+        upright,
+        origin - 0.5 * (step_r + step_c),
+        normal,
+        2 * step_r,
+        2 * step_c,
+        (rows // 2 + 2, cols // 2 + 2),
+        (0.0,),
+    )
+    image = _double(_double(image).T).T[1 : rows + 1, 1 : cols + 1].copy()
+    # Only the part of the slice that the fine grid covers.
+    corners = _grid_corners(spine) - origin
+    c = corners @ plan.row_cosine[k] / plan.spacing_mm[1]
+    r = corners @ plan.column_cosine[k] / plan.spacing_mm[0]
+    c0, c1 = max(0, int(c.min())), min(cols, int(c.max()) + 2)
+    r0, r1 = max(0, int(r.min())), min(rows, int(r.max()) + 2)
+    if c1 > c0 and r1 > r0:
+        start = origin + c0 * step_c + r0 * step_r
+        part = _sample(
+            spine,
+            images[0],
+            upright,
+            start,
+            normal,
+            step_r,
+            step_c,
+            (r1 - r0, c1 - c0),
+            (-0.25 * plan.thickness_mm, 0.25 * plan.thickness_mm),
+        )
+        w = _coverage(spine, start, step_r, step_c, (r1 - r0, c1 - c0))
+        view = image[r0:r1, c0:c1]
+        view += (part - view) * w
+    return image
 
 
 def _gain(plan, k, back_mm, spine_front_mm, reach_mm, tilt, band):
@@ -326,7 +341,9 @@ def back_of(anatomy: Anatomy) -> float:
     return float(anatomy.canal_to_lps(0.0, 0.0, anatomy.disc_s_mm[2])[1] + 50 + anatomy.body["fat_back_mm"])
 
 
-def acquire_study(rng, anatomy, grids, plans) -> list:
+def acquire_study(
+    rng: np.random.Generator, anatomy: Anatomy, grids: Sequence[TissueGrid], plans: Sequence[SeriesPlan]
+) -> list:
     """Image stacks of all plans; renderings are shared by series of one contrast table."""
     stacks, rendered = [], {}
     for plan in plans:

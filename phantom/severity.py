@@ -6,6 +6,7 @@ May use: lumbar.names.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def grade_thresholds(prevalence: float = 1.0) -> np.ndarray:
     return ndtri(np.cumsum(grade_frequencies(prevalence), -1)[..., :2])
 
 
-def sample_severity(rng: np.random.Generator, n: int, prevalence: float = 1.0):
+def sample_severity(rng: np.random.Generator, n: int, prevalence: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Draw n studies' latent severities and their grades.
 
     Returns latent (n, condition, level), standard normal, and grade (n, condition, level) in
@@ -91,7 +92,7 @@ def perfect_reader(latent: np.ndarray, prevalence: float = 1.0) -> np.ndarray:
     return p / p.sum(-1, keepdims=True)
 
 
-def submission_table(study_ids, probability: np.ndarray) -> pd.DataFrame:
+def submission_table(study_ids: Iterable[int], probability: np.ndarray) -> pd.DataFrame:
     """Probabilities (n, condition, level, grade) -> submission rows, sorted by row_id."""
     ids = [f"{s}_{column}" for s in study_ids for column in LABEL_COLUMNS]
     table = pd.DataFrame(probability.reshape(-1, 3), columns=["normal_mild", "moderate", "severe"])
@@ -99,7 +100,7 @@ def submission_table(study_ids, probability: np.ndarray) -> pd.DataFrame:
     return table.sort_values("row_id", ignore_index=True)
 
 
-def perfect_submission(folder, split: str = "test") -> pd.DataFrame:
+def perfect_submission(folder: str | Path, split: str = "test") -> pd.DataFrame:
     """The perfect reader's submission for a data set on disk (split 'test' or 'train')."""
     table = pd.read_csv(Path(folder) / "phantom_severity.csv")
     table = table[table["split"] == split]

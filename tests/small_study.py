@@ -9,7 +9,7 @@ import pandas as pd
 import utils
 from lumbar.data.geometry import LevelBox
 from lumbar.data.volume import Study, Volume
-from lumbar.look.viewer import DETECTION_COLUMNS
+from lumbar.names import DETECTION_COLUMNS
 from lumbar.spine.vertebra import Vertebra
 
 HEAD, LEFT, BACK = np.array([0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 0.0])

@@ -364,6 +364,7 @@ def rows_of(result):
     return dict(zip(ids, probabilities, strict=True))
 
 
+@pytest.mark.slow
 def test_every_row_is_there_and_sums_to_one(runs):
     submission = runs[0]["together"][0]
     assert len(BROKEN) >= 60
@@ -373,6 +374,7 @@ def test_every_row_is_there_and_sums_to_one(runs):
     assert np.isfinite(values).all() and (values >= 0).all() and np.abs(values.sum(1) - 1).max() < 1e-12
 
 
+@pytest.mark.slow
 def test_the_good_studies_are_as_they_are_alone(runs):
     alone, together = (rows_of(runs[0][place]) for place in ("alone", "together"))
     for study_id in GOOD:
@@ -385,6 +387,7 @@ def test_the_good_studies_are_as_they_are_alone(runs):
     ).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, reason", [(name, reason) for name, _, reason in BROKEN if reason])
 def test_what_is_lost_has_its_reason_in_the_log(runs, name, reason):
     log = runs[0]["together"][1].set_index("study_id")
@@ -392,12 +395,14 @@ def test_what_is_lost_has_its_reason_in_the_log(runs, name, reason):
     assert said[IDS[name]], log.loc[IDS[name], "problems"][:400]
 
 
+@pytest.mark.slow
 def test_what_a_member_does_not_say_has_its_reason(runs):
     log = runs[0]["together"][1]
     less = (log["members"] != "yolo level study") & (log["problems"] == "")
     assert not less.any(), log[less]
 
 
+@pytest.mark.slow
 def test_nothing_hangs_or_is_retold_at_length(runs):
     _, log, _, levels = runs[0]["together"]
     assert not log["problems"].str.contains("given up").any()
@@ -406,6 +411,7 @@ def test_nothing_hangs_or_is_retold_at_length(runs):
     assert np.isfinite(levels[["x_mm", "y_mm", "z_mm"]].to_numpy(np.float64)).all()
 
 
+@pytest.mark.slow
 def test_the_prior_stands_only_where_no_image_can_be_read(runs):
     log = runs[0]["together"][1].set_index("study_id")
     unreadable = log["problems"].str.contains("no readable image")

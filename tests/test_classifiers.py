@@ -1,13 +1,17 @@
 """Cumulative logits against spacecutter, crops' views, mirroring, training and its continuation, views that pay."""
 
 import copy
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
 from safetensors import safe_open
 from torch import nn
 
@@ -30,10 +34,12 @@ from lumbar.grade.classifier import (
 )
 from lumbar.grade.crops import augment_crops, cut_crops, mirror_conditions
 from lumbar.grade.ordinal import CumulativeHeads, cumulative_log_probabilities, weighted_losses
-from lumbar.grade.trainer import decayed_parameters, epoch_batches, mix_crops, precision_for
+from lumbar.grade.trainer import TrainConfig, mix_crops, precision_for
 from lumbar.grade.tta import choose_views
 from lumbar.names import SEVERITY_WEIGHTS
+from lumbar.run.parameters import TRACKERS, check_tracker_here, check_values
 from lumbar.spine.fallbacks import level_boxes
+from lumbar.storage import DamagedFile
 
 CROP = {"scope": "level", "shape": [32, 32, 32], "extent_mm": [32.0, 48.0, 64.0], "shift_mm": [0.0, 0.0, 0.0]}
 
@@ -91,12 +97,60 @@ def test_missing_labels_do_not_count():
 
 def test_heads_start_at_the_prior_with_ascending_cutpoints():
     prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
+    prior[0, 0] = [0.7, 0.0, 0.3]  # a grade that never occurs still has its place
     heads = CumulativeHeads(prior)
-    probabilities = cumulative_log_probabilities(torch.zeros(5, 5), heads.cutpoints).exp()
-    np.testing.assert_allclose(probabilities.detach().numpy(), prior, atol=2e-3)
+    probabilities = cumulative_log_probabilities(torch.zeros(5, 5), heads.cutpoints).exp().detach().numpy()
+    gaps = np.diff(heads.cutpoints.detach().numpy())
+    np.testing.assert_allclose(probabilities[gaps[..., 0] > 0.16], prior[gaps[..., 0] > 0.16], atol=2e-3)
+    assert gaps.min() > ordinal.MARGIN - 1e-6
     with torch.no_grad():
-        heads.gap.fill_(-50)
-    assert ((heads.cutpoints[..., 1] - heads.cutpoints[..., 0]) > heads.margin - 1e-6).all()
+        for link in heads.links[:7]:
+            link.cutpoints.copy_(torch.tensor([1.0, -2.0]))
+    untouched = heads.cutpoints.detach().flatten(0, 1)[7:].clone()
+    heads.keep_ascending()
+    cutpoints = heads.cutpoints.detach().flatten(0, 1)
+    torch.testing.assert_close(cutpoints[:7], torch.tensor([-2.0 - ordinal.MARGIN, -2.0]).expand(7, 2))
+    assert torch.equal(cutpoints[7:], untouched)
+
+
+def test_weights_of_heads_and_of_spacecutters_links_load_in_each_other():
+    from spacecutter.models import LogisticCumulativeLink
+
+    heads = CumulativeHeads(np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5)))
+    link, score = LogisticCumulativeLink(3), torch.linspace(-3, 3, 7)
+    link.load_state_dict(heads.links[8].state_dict())
+    log_p = cumulative_log_probabilities(score, heads.cutpoints[1, 3])
+    torch.testing.assert_close(log_p.exp(), link(score[:, None]))
+    heads.links[8].load_state_dict(LogisticCumulativeLink(3).state_dict())
+    assert heads.cutpoints[1, 3].tolist() == [-1.0, 0.0]
+
+
+class FormerHeads(nn.Module):
+    """The heads as earlier versions of the kit stored them: a first cut point, and the gap by a softplus."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.first, self.gap = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape))
+
+    @property
+    def cutpoints(self):
+        return torch.stack([self.first, self.first + 0.15 + nn.functional.softplus(self.gap)], -1)
+
+
+@pytest.mark.parametrize("scope, pooling", [("level", "grid"), ("study", "grid"), ("level", "global")])
+def test_weights_of_earlier_versions_predict_what_they_did(tmp_path, scope, pooling):
+    model = OrdinalClassifier(scope, "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3), pooling=pooling).eval()
+    model.heads = FormerHeads(model.heads.shape)
+    save_classifier(tmp_path / "a.safetensors", model, {})
+    again, _ = load_classifier(tmp_path / "a.safetensors")
+    assert isinstance(again.heads, CumulativeHeads)
+    x, level = torch.randn(2, 3, 32, 32, 32), torch.tensor([1, 4])
+    assert torch.equal(again(x, level), model(x, level))
+    # A file that holds half of them is refused, and not mended.
+    del model.heads.gap
+    save_classifier(tmp_path / "b.safetensors", model, {})
+    with pytest.raises(DamagedFile, match="b.safetensors: the network that it states has the tensor heads"):
+        load_classifier(tmp_path / "b.safetensors")
 
 
 def test_views_cut_shift_and_mirror():
@@ -244,22 +298,38 @@ class Blobs(utils.CropDataset):
         return self.stored[study_id] if level is None else self.stored[study_id][level : level + 1]
 
 
-CONFIG = {
-    "backbone": "tiny",
-    "epochs": 4,
-    "batch": 8,
-    "learning_rate": 3e-3,
-    "weight_decay": 0.01,
-    "dropout": 0.0,
-    "strength": 0.3,
-    "ema": 0.9,
-    "about": {},
-}
+CONFIG = TrainConfig(
+    backbone="tiny",
+    epochs=4,
+    batch=8,
+    learning_rate=3e-3,
+    weight_decay=0.01,
+    dropout=0.0,
+    strength=0.3,
+    ema=0.9,
+)
 
 
+def changed(**values):
+    return dataclasses.replace(CONFIG, **values)
+
+
+def test_a_configuration_travels_as_json():
+    config = changed(level_centers=[0.1, 0.2, 0.3, 0.4, 0.5], mix=0.5, seed=7)
+    assert TrainConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.epochs = 3
+    with pytest.raises(TypeError, match="learning_rat"):
+        TrainConfig(**{**dataclasses.asdict(config), "learning_rat": 1.0})
+    for name in ("epochs", "batch", "accumulate"):
+        with pytest.raises(ValueError, match=f"{name.upper()} must be 1 or more, not 0"):
+            changed(**{name: 0})
+
+
+@pytest.mark.slow
 def test_training_learns_sides_and_mirrored_views_agree(tmp_path):
     train, valid = Blobs(16, 0), Blobs(6, 1)
-    history = utils.train_classifier(tmp_path, "level_0", train, valid, {**CONFIG, "epochs": 7}, seed=1)
+    history = utils.train_classifier(tmp_path, "level_0", train, valid, changed(epochs=7, seed=1))
     model, about = load_classifier(tmp_path / "level_0.safetensors")
     assert about["crop"] == CROP and len(history) == 7
     plain = predict_dataset([model], valid)
@@ -279,18 +349,23 @@ def weights_of(path):
 
 
 # What has a state of its own: averaged weights, dropout, mixing, steps of several batches.
-EVERYTHING = {**CONFIG, "batch": 3, "accumulate": 2, "mix": 0.5, "dropout": 0.3, "strength": 1.0, "epochs": 3}
+EVERYTHING = changed(batch=3, accumulate=2, mix=0.5, dropout=0.3, strength=1.0, epochs=2)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(training and held-out studies, folder with their finished training "a", its history)."""
+    train, valid, out = Blobs(2, 0), Blobs(1, 1), tmp_path_factory.mktemp("trained")
+    return train, valid, out, utils.train_classifier(out, "a", train, valid, EVERYTHING)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["in an epoch", "after an epoch"])
-def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch, where):
-    train, valid = Blobs(4, 0), Blobs(2, 1)
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    whole = utils.train_classifier(tmp_path / "whole", "a", train, valid, EVERYTHING)
-    # Six batches an epoch: killed in the middle of the second step of the second one, or when it was validated.
-    target, last = ("augment_crops", 10) if where == "in an epoch" else ("predict_dataset", 2)
-    calls, real = [], getattr(classifier, target)
+def test_a_killed_training_continues_to_the_same_weights(trained, tmp_path, monkeypatch, where):
+    train, valid, whole_folder, whole = trained
+    # Four batches an epoch: killed in the middle of the first step of the second one, or when it was validated.
+    target, last = ("augment_crops", 6) if where == "in an epoch" else ("measure_views", 2)
+    calls, real = [], getattr(trainer, target)
 
     def killed(*args, **kwargs):
         calls.append(1)
@@ -298,40 +373,69 @@ def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(classifier, target, killed)
+    monkeypatch.setattr(trainer, target, killed)
     with pytest.raises(KeyboardInterrupt):
-        utils.train_classifier(tmp_path / "killed", "a", train, valid, EVERYTHING)
-    monkeypatch.setattr(classifier, target, real)
+        utils.train_classifier(tmp_path, "a", train, valid, EVERYTHING)
+    assert (tmp_path / "a.checkpoint").exists() and not (tmp_path / "a_history.csv").exists()
+    monkeypatch.setattr(trainer, target, real)
     # How many processes cut the crops makes no difference, either.
-    continued = utils.train_classifier(tmp_path / "killed", "a", train, valid, EVERYTHING, workers=2)
-    assert continued.equals(whole) and len(continued) == 3
-    expected, found = (weights_of(tmp_path / name / "a.safetensors") for name in ("whole", "killed"))
+    workers = 2 if where == "in an epoch" else 0
+    continued = utils.train_classifier(tmp_path, "a", train, valid, EVERYTHING, workers=workers)
+    assert continued.equals(whole) and len(continued) == 2
+    expected, found = (weights_of(folder / "a.safetensors") for folder in (whole_folder, tmp_path))
     assert found[1] == expected[1]
     assert all(torch.equal(found[0][name], tensor) for name, tensor in expected[0].items())
-    assert not (tmp_path / "killed" / "a.checkpoint").exists()
-    # Once more: only read.
-    before = (tmp_path / "whole" / "a.safetensors").stat().st_mtime_ns
-    assert utils.train_classifier(tmp_path / "whole", "a", train, valid, EVERYTHING).equals(whole)
-    assert (tmp_path / "whole" / "a.safetensors").stat().st_mtime_ns == before
+    assert not (tmp_path / "a.checkpoint").exists()
 
 
-def test_the_batches_of_an_epoch():
-    batches, parts = epoch_batches(50, 4, 3, 1, seed=1)
-    assert parts == 3 and len(batches) == 12 and {len(batch) for batch in batches} == {4}
-    items = [item for batch in batches for item in batch]
-    assert len(set(items)) == 48 and items != sorted(items)
-    # Three processes have the same batches; two share the same items of a step out evenly in smaller ones.
-    assert epoch_batches(50, 4, 3, 3, seed=1) == (batches, 3)
-    two, parts = epoch_batches(50, 4, 3, 2, seed=1)
-    assert parts == 4 and [sum(two[i : i + 4], []) for i in range(0, 16, 4)] == [
-        sum(batches[i : i + 3], []) for i in range(0, 12, 3)
-    ]
-    assert epoch_batches(50, 4, 3, 1, seed=2)[0] != batches
-    # Fewer items than a step has: all of them, in batches that are no larger than asked for.
-    few, parts = epoch_batches(5, 4, 3, 1, seed=1)
-    assert sorted(sum(few, [])) == list(range(5)) and parts == 2 and max(map(len, few)) <= 4
-    with pytest.raises(ValueError, match="2 items cannot be shared out to 3 processes"):
-        epoch_batches(2, 4, 1, 3, seed=0)
+def test_a_finished_training_is_only_read(trained):
+    train, valid, folder, whole = trained
+    before = (folder / "a.safetensors").stat().st_mtime_ns
+    assert utils.train_classifier(folder, "a", train, valid, EVERYTHING).equals(whole)
+    assert (folder / "a.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("which", ["other settings", "an earlier version"])
+def test_a_checkpoint_of_another_training_is_not_continued(tmp_path, capsys, which):
+    train, valid, config = Blobs(1, 0), Blobs(1, 1), changed(epochs=1)
+    saved = {"epoch": 1, "best": 0.0, "history": [{"epoch": 1, "loss": 0.0}]}
+    if which == "other settings":
+        saved["config"] = dataclasses.asdict(changed(epochs=1, learning_rate=1.0))
+    torch.save(saved, tmp_path / "a.checkpoint")
+    history = utils.train_classifier(tmp_path, "a", train, valid, config)
+    assert history["loss"][0] > 0 and not (tmp_path / "a.checkpoint").exists()
+    assert "a.checkpoint is of a training with other settings: the training starts over" in capsys.readouterr().out
+
+
+def steps_of(train, config, epoch=0, training=None):
+    """(Training, loss, number of steps) of one epoch."""
+    training = training or trainer.prepare_training(train, config, "cpu")
+    before = training.step
+    loss = trainer.train_epoch(training, config, train.crop, epoch)
+    return training, loss, training.step - before
+
+
+def test_the_steps_of_an_epoch(monkeypatch):
+    train, seen = Blobs(3, 0), []  # fifteen items
+    augment = trainer.augment_crops
+    monkeypatch.setattr(
+        trainer, "augment_crops", lambda *given: seen.append(given[0].sum((1, 2, 3, 4))) or augment(*given)
+    )
+    training, _, steps = steps_of(train, changed(batch=2, accumulate=3, epochs=2))
+    # Eight batches, the last step and batch smaller; all items, in another order in each epoch, the same after a kill.
+    assert steps == 3 and [len(batch) for batch in seen] == [2] * 7 + [1]
+    first = torch.cat(seen)
+    assert len(first.unique()) == 15
+    rates = {group["lr"] for group in training.optimizer.param_groups}
+    seen.clear()
+    steps_of(train, changed(batch=2, accumulate=3, epochs=2), 1, training)
+    second = torch.cat(seen)
+    assert not torch.equal(first, second) and torch.equal(first.sort()[0], second.sort()[0])
+    seen.clear()
+    steps_of(train, changed(batch=2, accumulate=3, epochs=2), 1)
+    assert torch.equal(torch.cat(seen), second)
+    # The rate falls along the cosine to nothing.
+    assert max(rates) < CONFIG.learning_rate and training.optimizer.param_groups[0]["lr"] < 1e-9
 
 
 class Plain(nn.Module):
@@ -346,16 +450,17 @@ class Plain(nn.Module):
         return self.layer(x)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_equal_one_large_batch(tmp_path, monkeypatch):
     train, valid = Blobs(4, 0), Blobs(2, 1)
     train.grades[0], train.grades[1, 3] = -1, -1  # batches differ in what they weigh
     monkeypatch.setattr(classifier, "make_backbone", Plain)
     plain_view = lambda crops, grades, crop, *_: (utils.view_crops(crops, crop), grades)  # noqa: E731
-    monkeypatch.setattr(crops_module, "augment_crops", plain_view)
+    monkeypatch.setattr(trainer, "augment_crops", plain_view)
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)  # which, unlike AdamW, shows the gradients' size
     results = []
-    for batch, accumulate in ((8, 1), (2, 4), (3, 1)):
-        config = {**CONFIG, "backbone": "plain", "batch": batch, "accumulate": accumulate, "learning_rate": 0.5}
+    for batch, accumulate in ((10, 1), (2, 5), (3, 1)):
+        config = changed(backbone="plain", epochs=2, batch=batch, accumulate=accumulate, learning_rate=0.5)
         name = f"{batch}x{accumulate}"
         history = utils.train_classifier(tmp_path, name, train, valid, config)
         results.append((history["loss"].to_numpy(), weights_of(tmp_path / f"{name}.safetensors")[0]))
@@ -366,135 +471,177 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path, monkeypatch):
     assert np.abs(other_loss - loss).max() > 1e-3
 
 
-def test_batch_normalisation_takes_the_mean_of_a_steps_batches():
-    norm = nn.BatchNorm3d(2)
-    inputs = [torch.randn(3, 2, 4, 4, 4) * k + k for k in (1.0, 2.0, 5.0)]
-    norms = trainer._StepNorms(norm)
-    for number, x in enumerate(inputs):
-        norms.batch(number)
-        norm(x)
-    norms.end()
-    for name, start in (("running_mean", 0.0), ("running_var", 1.0)):
-        singles = []
-        for x in inputs:
-            single = nn.BatchNorm3d(2, momentum=1.0)
-            single(x)
-            singles.append(getattr(single, name))
-        torch.testing.assert_close(getattr(norm, name), 0.9 * start + 0.1 * torch.stack(singles).mean(0))
-    assert norm.num_batches_tracked == 1 and norm.momentum == 0.1
-
-
 def finite(state):
     return all(torch.isfinite(x).all() for x in state.values() if x.is_floating_point())
 
 
-def test_an_overflow_leaves_no_trace_in_batch_normalisation():
-    norm = nn.BatchNorm3d(2)
-    norms = trainer._StepNorms(norm)
-    inputs = torch.randn(3, 2, 4, 4, 4)
-    for number, x in enumerate((inputs, torch.stack([inputs[:, 0], torch.full_like(inputs[:, 1], torch.inf)], 1))):
-        norms.batch(number)
-        norm(x)
-    norms.end()
-    # The channel that overflowed stays where it was, the other one moves.
-    assert norm.running_mean[1] == 0 and norm.running_var[1] == 1
-    torch.testing.assert_close(norm.running_mean[0], 0.1 * inputs[:, 0].mean())
-    norms.batch(0)
-    norm(inputs)
-    norms.end()
-    torch.testing.assert_close(norm.running_mean[1], 0.1 * inputs[:, 1].mean())
-
-
+@pytest.mark.slow
 def test_a_step_that_overflows_is_left_out():
-    train = Blobs(10, 0)
-    training = trainer._Training(train, {**CONFIG, "epochs": 1}, 0, torch.device("cpu"))
-    training.epoch(train, (0, 0), 0)
-    before = {part: copy.deepcopy(getattr(training, part).state_dict()) for part in ("model", "average")}
+    train, config = Blobs(4, 0), changed(epochs=3)
+    training, loss, _ = steps_of(train, config)
+    assert np.isfinite(loss)
+    before = {name: copy.deepcopy(getattr(training, name).state_dict()) for name in ("network", "average")}
     stored = train.stored.copy()
     train.stored[:] = np.inf
-    assert np.isnan(training.epoch(train, (0, 1), 0))
+    assert np.isnan(steps_of(train, config, 1, training)[1])
     # Neither weights nor averages move, which an average over the same weights once more would do.
-    for part in before:
-        after = getattr(training, part).state_dict()
-        assert finite(after)
-        for name, tensor in before[part].items():
-            assert torch.equal(after[name], tensor) or name.endswith("num_batches_tracked"), f"{part}: {name}"
+    parameters = {name for name, _ in training.network.named_parameters()}
+    for name, tensor in before["network"].items():
+        assert name not in parameters or torch.equal(training.network.state_dict()[name], tensor), name
+    for name, tensor in before["average"].items():
+        assert torch.equal(training.average.state_dict()[name], tensor), name
+    assert finite(training.network.state_dict())  # running statistics included
     # One bad crop among good ones costs its own step only.
     train.stored[:] = stored
-    train.stored[7, 2] = np.inf
-    assert np.isfinite(training.epoch(train, (0, 2), 0))
+    train.stored[3, 2] = np.inf
+    assert np.isfinite(steps_of(train, config, 2, training)[1])
     moved = training.average.state_dict()
-    assert finite(moved) and finite(training.model.state_dict())
+    assert finite(moved) and finite(training.network.state_dict())
     assert not all(torch.equal(moved[name], tensor) for name, tensor in before["average"].items())
+
+
+class Scaler:
+    """As accelerate keeps a float16 scaler: the optimizer asks it to step, overflow or not."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def scale(self, loss):
+        return loss
+
+    def unscale_(self, optimizer):
+        pass
+
+    def step(self, optimizer, closure):
+        self.steps += 1
+
+    def update(self):
+        pass
+
+
+def test_the_scaler_of_float16_hears_of_every_step():
+    """It lowers its scale at an overflow, so a step that is left out must reach it, too."""
+    train, config = Blobs(1, 0), changed(batch=5)
+    training = trainer.prepare_training(train, config, "cpu")
+    scaler = Scaler()
+    training.accelerator.scaler = training.optimizer.scaler = scaler
+    training.optimizer._optimizer_original_step_method = training.optimizer._optimizer_patched_step_method = None
+    training.optimizer._accelerate_step_called = False
+    train.stored[:] = np.inf
+    _, loss, steps = steps_of(train, config, 0, training)
+    assert np.isnan(loss) and steps == scaler.steps == 1
 
 
 @pytest.mark.parametrize("scope", ["level", "study"])
 def test_mixed_inputs_count_both_label_sets(scope):
     torch.manual_seed(0)
     inputs, generator = torch.randn(4, 3, 32, 32, 32), torch.Generator().manual_seed(3)
-    blended, partner, share = mix_crops(inputs, generator)
-    assert partner.tolist() == [3, 0, 1, 2] and (share >= 0.5).all() and share.std() > 0
-    torch.testing.assert_close(blended[1], share[1] * inputs[1] + (1 - share[1]) * inputs[0])
-    prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
-    model = OrdinalClassifier(scope, "tiny", (32, 32, 32), prior).eval()
     level = torch.tensor([0, 4, 2, 1])
     grades = torch.randint(-1, 3, (4, 5) if scope == "level" else (4, 5, 5))
     grades[2] = -1  # nothing known of one: its partners' labels still count
-    loss, weight = trainer.mixed_losses(model, blended, level, grades, (partner, share))
-    own, other = model(blended, level), model(blended, level[partner])
+    before = (torch.randn(2, 3, 32, 32, 32), torch.tensor([1, 3]), torch.randint(0, 3, (2, *grades.shape[1:])))
+    blended, levels, both, share = mix_crops((inputs, level, grades), before, generator)
+    # Each has the one before it as its partner, the first the last of the batch before.
+    assert levels.tolist() == [[0, 3], [4, 0], [2, 4], [1, 2]]
+    assert torch.equal(both[:, 0], grades) and torch.equal(both[1:, 1], grades[:-1])
+    assert torch.equal(both[0, 1], before[2][1])
+    assert (share[:, 0] >= 0.5).all() and share[:, 0].std() > 0 and torch.equal(share.sum(1), torch.ones(4))
+    torch.testing.assert_close(blended[1], share[1, 0] * inputs[1] + share[1, 1] * inputs[0])
+    torch.testing.assert_close(blended[0], share[0, 0] * inputs[0] + share[0, 1] * before[0][1])
+    prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
+    model = OrdinalClassifier(scope, "tiny", (32, 32, 32), prior).eval()
+    loss, weight = trainer.batch_losses(model, blended, levels, both, share)
+    seen = [model(blended, levels[:, place]) for place in (0, 1)]
     expected = [0.0, 0.0]
-    for log_p, truth, part in ((own, grades, share), (other, grades[partner], 1 - share)):
+    for place, log_p in enumerate(seen):
         for number in range(4):
-            found = ordinal.weighted_losses(log_p[number].detach(), truth[number])
-            expected = [e + float(part[number] * f) for e, f in zip(expected, found, strict=True)]
+            found = ordinal.weighted_losses(log_p[number].detach(), both[number, place])
+            expected = [e + float(share[number, place] * f) for e, f in zip(expected, found, strict=True)]
     np.testing.assert_allclose([float(loss.detach()), float(weight)], expected, rtol=1e-5)
     if scope == "level":
-        assert (own - other).abs().max() > 0.01  # the other's labels meet their own level's cut points
+        assert (seen[0] - seen[1]).abs().max() > 0.01  # the other's labels meet their own level's cut points
+    # Unmixed, it is the plain loss.
+    plain = trainer.batch_losses(model, *trainer.unmixed((inputs, level, grades)))
+    torch.testing.assert_close(plain, ordinal.weighted_losses(model(inputs, level), grades))
 
 
-def test_crops_that_come_one_by_one_are_mixed_with_the_next_batch(tmp_path, monkeypatch):
-    assert trainer.with_partners([[3, 1], [2], [0], [4]], [True, True, False, True]) == [
-        [3, 1],
-        [2, 0],
-        [0],
-        [4, 3],
-    ]
+def test_crops_that_come_one_by_one_are_mixed_with_the_one_before(monkeypatch):
     train, seen = Blobs(2, 0), []
-    config = {**CONFIG, "batch": 1, "accumulate": 2, "strength": 0.0, "mix": 1.0}
-    training = trainer._Training(train, config, 0, torch.device("cpu"))
-    losses = trainer.mixed_losses
-
-    def watched(model, inputs, level, grades, mixed=None):
-        seen.append((inputs, level.tolist(), grades.tolist(), mixed))
-        return losses(model, inputs, level, grades, mixed)
-
-    monkeypatch.setattr(trainer, "mixed_losses", watched)
-    assert np.isfinite(training.epoch(train, (0, 1), 0))
-    order = [items[0] for items in epoch_batches(len(train), 1, 2, 1, trainer._seed_of(0, 1))[0]]
-    assert len(seen) == len(order) == 10
-    pairs = list(zip(order, [*order[1:], order[0]], strict=True))
-    for (item, partner), (inputs, level, grades, (other, share)) in zip(pairs, seen, strict=True):
-        assert len(inputs) == 1 and other.tolist() == [1] and 0.5 <= share[0] < 1
-        assert level == [item % 5, partner % 5]
-        if level[0] != level[1]:
-            assert grades[0] != grades[1] or item // 5 == partner // 5
-    assert {tuple(level) for _, level, _, _ in seen} != {(n, n) for n in range(5)}
-
-    # Without mixing nobody is loaded twice.
+    losses = trainer.batch_losses
+    monkeypatch.setattr(trainer, "batch_losses", lambda *given: seen.append(given[1:]) or losses(*given))
+    steps_of(train, changed(batch=1, accumulate=2, strength=0.0, mix=1.0))
+    assert len(seen) == 10 and {tuple(x.shape[:2]) for _, *rest in seen for x in rest} == {(1, 2)}
+    levels = [level[0].tolist() for _, level, _, _ in seen]
+    assert [partner for _, partner in levels[1:]] == [own for own, _ in levels[:-1]] and levels[0][0] == levels[0][1]
+    for (_, _, grades, share), (_, _, earlier, _) in zip(seen[1:], seen[:-1], strict=True):
+        assert torch.equal(grades[0, 1], earlier[0, 0]) and 0.5 <= share[0, 0] < 1
     seen.clear()
-    training.config["mix"] = 0.0
-    training.epoch(train, (0, 1), 0)
-    assert all(len(level) == 1 and mixed is None for _, level, _, mixed in seen)
+    steps_of(train, changed(batch=1, accumulate=2, mix=0.0))
+    assert {tuple(level.shape) for _, level, _, _ in seen} == {(1, 1)}
 
 
+class Notes(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name, requires_logging_directory = "notes", False
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.curves, self.ended = None, [], False
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step, **_):
+        self.curves.append({"epoch": step, **values})
+
+    def finish(self):
+        self.ended = True
+
+
+def test_curves_go_to_a_tracker_as_well(tmp_path):
+    notes, config = Notes(), changed(epochs=2)
+    history = utils.train_classifier(tmp_path, "a", Blobs(1, 0), Blobs(1, 1), config, tracker=notes)
+    assert pd.DataFrame(notes.curves).equals(history[list(notes.curves[0])])
+    assert notes.config["learning_rate"] == config.learning_rate and notes.ended
+
+
+def test_trackers_that_there_are_not_are_refused_before_anything_runs(tmp_path, monkeypatch):
+    assert set(TRACKERS) == set(tracking.LOGGER_TYPE_TO_CLASS)
+    arguments = tmp_path, "a", Blobs(1, 0), Blobs(1, 1), CONFIG
+    with pytest.raises(ValueError, match="TRACKER must be empty or one of aim, .*, not 'tensorbord'"):
+        utils.train_classifier(*arguments, tracker="tensorbord")
+    with pytest.raises(ValueError, match="not 'Tensorbord'. Did you mean tensorboard?"):
+        check_values({"TRACKER": ""}, {"TRACKER": "Tensorbord"})
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    for refuse in (lambda: utils.train_classifier(*arguments, tracker="wandb"), lambda: check_tracker_here("wandb")):
+        with pytest.raises(ImportError, match="TRACKER 'wandb': its package is not installed. Run `pip install wandb`"):
+            refuse()
+    assert check_values({"TRACKER": ""}, {"TRACKER": "wandb"}) == {"TRACKER": "wandb"}
+    assert list(tmp_path.iterdir()) == []
+    check_tracker_here("")
+
+
+@pytest.mark.skipif("tensorboard" not in tracking.get_available_trackers(), reason="tensorboard is not installed")
+def test_tensorboard_gets_the_curves(tmp_path):
+    utils.train_classifier(tmp_path, "a", Blobs(1, 0), Blobs(1, 1), changed(epochs=1), tracker="tensorboard")
+    assert list((tmp_path / "tracking" / "a").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.slow
 def test_recomputed_activations_train_to_the_same_weights(tmp_path):
-    train, valid = Blobs(4, 0), Blobs(2, 1)
-    config = {**EVERYTHING, "epochs": 1}
+    train, valid = Blobs(2, 0), Blobs(1, 1)
     for name, recompute in (("kept", False), ("again", True)):
-        utils.train_classifier(tmp_path, name, train, valid, {**config, "recompute": recompute})
+        config = dataclasses.replace(EVERYTHING, epochs=1, recompute=recompute)
+        utils.train_classifier(tmp_path, name, train, valid, config)
     kept, again = (weights_of(tmp_path / f"{name}.safetensors")[0] for name in ("kept", "again"))
     for name, tensor in kept.items():
-        torch.testing.assert_close(again[name], tensor, atol=1e-5, rtol=1e-3)
+        if not name.endswith("num_batches_tracked"):  # which decides nothing
+            torch.testing.assert_close(again[name], tensor, atol=1e-5, rtol=1e-3)
     # And they are not kept: all that the forward pass holds on to is where each block began.
     model, held = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)), {}
     for model.recompute in (False, True):
@@ -513,11 +660,11 @@ def test_precision():
             precision_for(name, "cpu")
 
 
+@pytest.mark.slow
 def test_half_precision_trains_alike_and_heads_stay_full(tmp_path):
     train, valid = Blobs(4, 0), Blobs(2, 1)
-    config = {**CONFIG, "epochs": 2}
-    exact = utils.train_classifier(tmp_path, "a", train, valid, config)
-    half = utils.train_classifier(tmp_path, "b", train, valid, {**config, "precision": "bfloat16"})
+    exact = utils.train_classifier(tmp_path, "a", train, valid, changed(epochs=2))
+    half = utils.train_classifier(tmp_path, "b", train, valid, changed(epochs=2, precision="bfloat16"))
     assert not half.equals(exact)
     np.testing.assert_allclose(half["loss"], exact["loss"], rtol=0.02)
     model = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3))
@@ -561,6 +708,7 @@ def test_weights_from_before_there_was_a_choice_of_pooling(tmp_path):
     assert "pooling" not in about and again.pooling == "grid"
 
 
+@pytest.mark.slow
 def test_views_are_measured_chosen_and_stored(tmp_path, monkeypatch):
     held_out = {"level_0": Blobs(3, 1), "level_1": Blobs(2, 2)}
     torch.manual_seed(0)
@@ -619,6 +767,7 @@ class Signed(Blobs):
         return super().crops_of(study_id, level)
 
 
+@pytest.mark.slow
 def test_other_processes_cut_the_crops_of_held_out_studies(tmp_path):
     model = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
     nn.init.normal_(model.score.weight, std=0.3)
@@ -645,13 +794,17 @@ def test_every_trained_parameter_has_a_gradient():
 
 @pytest.mark.parametrize("scope", ["level", "study"])
 def test_cut_points_and_places_do_not_decay(scope):
-    model = OrdinalClassifier(scope, "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3))
-    names = {id(p): name for name, p in model.named_parameters()}
-    decayed, others = ({names[id(p)] for p in group} for group in decayed_parameters(model))
-    assert not decayed & others and decayed | others == set(names.values())
-    assert {"heads.first", "heads.gap", "score.bias"} <= others and "score.weight" in decayed
-    assert ("attention.position" in others) == (scope == "study")
-    assert all(model.get_parameter(name).ndim > 1 for name in decayed)
+    train = Blobs(1, 0)
+    train.crop = {**CROP, "scope": scope}
+    training = trainer.prepare_training(train, CONFIG, "cpu")
+    names = {id(p): name for name, p in training.network.named_parameters() if p.requires_grad}
+    decay = {names[id(p)]: g["weight_decay"] for g in training.optimizer.param_groups for p in g["params"]}
+    assert decay.keys() == set(names.values())
+    for name, value in decay.items():
+        plain = training.network.get_parameter(name).ndim <= 1 or name == "attention.position"
+        assert value == (0.0 if plain else CONFIG.weight_decay), name
+    assert decay["heads.links.24.cutpoints"] == decay["score.bias"] == 0.0 < decay["score.weight"]
+    assert ("attention.position" in decay) == (scope == "study")
 
 
 def test_backbones():

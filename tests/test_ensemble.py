@@ -13,7 +13,7 @@ from lumbar.data.metric import term_sums
 from lumbar.grade import ensemble as ensemble_module
 from lumbar.grade import stacker as stacker_module
 from lumbar.grade.crops import expand_view
-from lumbar.grade.ensemble import DEFAULT_WEIGHTS, VARIANTS, combine_members, default_ensemble, equal_ensemble
+from lumbar.grade.ensemble import VARIANTS, combine_members, default_ensemble, equal_ensemble
 from lumbar.grade.stacker import apply_stacker, fit_stacker
 from lumbar.grade.tables import check_predictions
 from lumbar.names import LABEL_COLUMNS, MIRRORED_CONDITIONS, SEVERITY_WEIGHTS, SUBMISSION_COLUMNS
@@ -38,7 +38,7 @@ def test_combination_is_the_weighted_mean_of_log_probabilities():
     grades, _, _, members = case(4)
     ensemble = default_ensemble(["yolo", "level"])
     result, count = combine_members(members, ensemble, utils.class_prior(grades))
-    weight = np.array([DEFAULT_WEIGHTS[m] for m in members])
+    weight = np.array([utils.MEMBERS[m].share for m in members])
     logits = np.tensordot(weight / weight.sum(), np.log(np.stack(list(members.values()))), 1)
     np.testing.assert_allclose(result, np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), atol=1e-9)
     assert (count == 2).all()

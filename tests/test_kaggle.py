@@ -7,6 +7,7 @@ import pytest
 from kaggle_stub import USER, client_environment, running_stub, write_wheel
 
 import utils
+from lumbar.run.mounts import install_missing
 from lumbar.run.publish import kaggle_push
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,10 +115,10 @@ def test_find_input_takes_a_path_and_says_where_it_looked(tmp_path):
 
 
 def test_missing_packages_come_from_attached_wheels_or_are_named(tmp_path, monkeypatch):
-    assert utils.install_missing({"json": "json"}) == []
+    assert install_missing({"json": "json"}) == []
     with pytest.raises(ModuleNotFoundError, match="no-such-thing not installed: on Kaggle attach"):
-        utils.install_missing({"no_such_thing": "no-such-thing"}, tmp_path)
+        install_missing({"no_such_thing": "no-such-thing"}, tmp_path)
     write_wheel(tmp_path / "lumbar-spine-wheels" / "wheels")
     monkeypatch.setenv("PIP_TARGET", str(tmp_path / "site"))
-    assert utils.install_missing({"no_such_thing": "no-such-thing"}, tmp_path) == ["no-such-thing"]
+    assert install_missing({"no_such_thing": "no-such-thing"}, tmp_path) == ["no-such-thing"]
     assert (tmp_path / "site" / "no_such_thing.py").is_file()

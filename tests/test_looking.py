@@ -1,5 +1,7 @@
 """Plots return their axes; tables and the exported page say what they should, and stand alone."""
 
+import base64
+import io
 import re
 from dataclasses import replace
 
@@ -15,6 +17,7 @@ from small_study import make_boxes, make_points, make_study, no_network
 import utils
 from lumbar.data.resample import crop_level
 from lumbar.grade.ensemble import default_ensemble
+from lumbar.look.gallery import make_gallery
 from lumbar.look.plots import plot_case, plot_label_points, plot_level_boxes, plot_slice
 from lumbar.look.report import resampled_scores, row_losses
 from lumbar.look.slices import box_on_slice, direction_letter, slice_axes, slice_caption
@@ -78,6 +81,87 @@ def test_statistics_plots_return_their_axes(ax, graded):
     ):
         ax.clear()
         assert plot(ax, *arguments) is ax
+
+
+def test_the_pipelines_picture_names_every_notebook_and_highlights_the_readers(ax):
+    assert utils.plot_pipeline(ax, ("level", "03")) is ax
+    text = " ".join(text.get_text() for text in ax.texts)
+    assert all(name in text for name in ("01", "02", "03", "04", "05", "submission.csv"))
+    faces = [patch.get_facecolor() for patch in ax.patches]
+    assert [faces.count(face) for face in faces] == [6, 6, 6, 2, 2, 6, 6, 6]  # 03 and level
+    with pytest.raises(ValueError, match="no step crops"):
+        utils.plot_pipeline(ax, ("crops",))
+
+
+def test_bars_of_class_counts_add_up_to_the_studies(ax, graded):
+    truth, _ = graded
+    assert utils.plot_class_counts(ax, truth) is ax
+    heights = np.array([bar.get_height() for bar in ax.patches]).reshape(4, 5, 5)
+    assert np.array_equal(heights, np.stack([(truth == k).sum(0) for k in (2, 1, 0, -1)]))
+    tops = [bar.get_y() + bar.get_height() for bar in ax.patches[-25:]]
+    assert tops == [len(truth)] * 25
+    assert [text.get_text() for text in ax.get_legend().get_texts()][0] == f"Severe ({(truth == 2).sum()})"
+
+
+@pytest.mark.parametrize("prior", [(0.7, 0.2, 0.1), (0.2, 0.36, 0.44), (0.999, 0.001, 0.0)])
+def test_curves_of_cumulative_logits_are_the_networks(ax, prior):
+    import torch
+
+    from lumbar.grade.ordinal import cumulative_log_probabilities
+
+    assert utils.plot_cumulative_logits(ax, prior, example=1.5) is ax
+    curves = [line for line in ax.lines if len(line.get_xdata()) > 100]
+    cut = torch.logit(torch.tensor(np.cumsum(prior)[:2]).clamp(1e-4, 1 - 1e-4))
+    scores = torch.tensor(curves[0].get_xdata())
+    expected = cumulative_log_probabilities(scores, cut).exp().numpy()
+    np.testing.assert_allclose(np.stack([curve.get_ydata() for curve in curves], 1), expected, atol=1e-5)
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose([y for x, y in dots if x == 0.0], prior, atol=2e-4)
+
+
+def test_a_crops_axes_are_named_with_their_millimetres(study, boxes):
+    crop, _ = crop_level(study, boxes[2], (16, 20, 24), (32.0, 48.0, 40.0))
+    figure, axes = plt.subplots(3, 3)
+    utils.plot_level_crop(axes, crop, extent_mm=(32.0, 48.0, 40.0))
+    assert [ax.get_ylabel() for ax in axes[1]] == ["head-foot, 32 mm", "head-foot, 32 mm", "front-back, 40 mm"]
+    assert [ax.get_xlabel() for ax in axes[2]] == ["front-back, 40 mm", "left-right, 48 mm", "left-right, 48 mm"]
+    assert "channel 1: Axial T2" in [text.get_text() for text in axes[1, 0].texts]
+    plt.close(figure)
+
+
+def test_a_gallery_of_crops_shows_one_plane_that_axial_slices_cover():
+    crops = np.zeros((2, 3, 16, 20, 24), np.float32)
+    crops[:, 1, 10:13] = 0.5  # the axial slices miss the middle
+    crops[1, 1, 10] = 0.7
+    crops[:, 2, :, :, 12] = 0.9
+    figure, axes = plt.subplots(2, 2)
+    assert utils.plot_crop_gallery(axes, crops, ["plain", "brighter"], (32.0, 48.0, 40.0)) is axes
+    assert [float(ax.images[0].get_array().max()) for ax in axes[1]] == pytest.approx([0.5, 0.7])
+    assert [ax.images[0].get_array().shape for ax in axes[:, 0]] == [(16, 20), (20, 24)]
+    assert float(axes[0, 0].images[0].get_array().min()) == pytest.approx(0.9)
+    assert [ax.get_title() for ax in axes[0]] == ["plain", "brighter"]
+    utils.plot_crop_gallery(axes, np.zeros_like(crops), ["no axial", "slices"], (32.0, 48.0, 40.0))
+    plt.close(figure)
+
+
+def test_every_view_has_a_name_of_its_own():
+    names = [utils.view_name(view) for view in utils.TTA_VIEWS]
+    assert len(set(names)) == len(names) and names[0] == "plain"
+    assert utils.view_name({"scale": 0.94, "mirror": True}) == "mirrored,\n6% smaller"
+    assert utils.view_name({"shift_mm": [-2.0, 0.0, 1.0]}) == "2 mm to the head,\n1 mm to the left"
+
+
+def test_findings_point_at_the_worst_grade(study, boxes):
+    probabilities = np.tile([0.8, 0.15, 0.05], (5, 5, 1))
+    probabilities[0, 3] = [0.1, 0.2, 0.7]
+    probabilities[4, 1] = [0.2, 0.6, 0.2]
+    figure, axes = plt.subplots(1, 3)
+    assert utils.plot_findings(axes, study, boxes, probabilities) is axes
+    assert axes[1].get_title() == "Spinal canal, L4/L5:\nsevere 70%"
+    assert [text.get_text() for text in axes[2].texts] == ["severe 70%", "moderate 60%"]
+    widths = np.array([bar.get_width() for bar in axes[2].patches]).reshape(5, 5, 3)
+    np.testing.assert_allclose(widths / 0.9, probabilities)
+    plt.close(figure)
 
 
 def test_reliability_of_honest_probabilities_is_near_the_diagonal(ax, graded):
@@ -340,3 +424,108 @@ def test_the_figure_in_space_has_the_studys_points_and_boxes(study, boxes):
         )
         np.testing.assert_allclose(ends[:, :2].reshape(-1, 3).mean(0), box.center_lps_mm, atol=1e-6)
     assert len(utils.study_figure(study).data) == 1
+
+
+# ---- The gallery ----
+
+
+def executed(tmp_path, outputs, name="04_train", source="x = 1", run="elsewhere/runs/demo"):
+    """A run's folder with one executed notebook, as papermill leaves it."""
+    import nbformat
+    from nbformat import v4
+
+    injected = v4.new_code_cell(f'# Parameters\nOUT = "/data/{run}"\nDATA = "/data/{run}/data"\n', execution_count=1)
+    injected.metadata = {"tags": ["injected-parameters"], "papermill": {"start_time": "2026-01-01"}}
+    cells = [v4.new_markdown_cell("# A title"), injected, v4.new_code_cell(source, outputs=outputs, execution_count=2)]
+    metadata = {"papermill": {"input_path": "/data/x"}, "widgets": {}, "kernelspec": {"name": "python3"}}
+    metadata["kernelspec"] |= {"display_name": "Python 3", "language": "python"}
+    (tmp_path / "runs/demo/notebooks").mkdir(parents=True, exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=cells, metadata=metadata), tmp_path / f"runs/demo/notebooks/{name}.ipynb")
+    return tmp_path / "runs/demo"
+
+
+def png(image):
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_the_gallery_keeps_pictures_and_words_and_no_trace_of_the_machine(tmp_path):
+    import nbformat
+    from nbformat import v4
+
+    noise = np.random.default_rng(0).integers(0, 255, (30, 1100, 4), np.uint8)
+    shown = {"image/png": png(noise), "text/plain": "<Figure>"}
+    flat = {"image/png": png(np.full((20, 30, 3), 200, np.uint8)), "text/plain": "<Figure>"}
+    outputs = [
+        v4.new_output("stream", name="stderr", text="epochs: 50% 1/2 [00:01<00:01] /root/x"),
+        v4.new_output("stream", name="stdout", text="\x1b[34mtrain:\x1b[0m  5% ━ 3/60 2.5it/s\nsettings at "),
+        v4.new_output("stream", name="stdout", text="/data/elsewhere/runs/demo/04/a.csv, /home/me/kit/b.py\n"),
+        v4.new_output("stream", name="stdout", text="working 1\rworking 2\n/kaggle/input/x https://a.org/b/c 1/2/3"),
+        v4.new_output("display_data", shown),
+        v4.new_output("display_data", flat),
+        v4.new_output("display_data", {"text/html": "<div><script>1</script></div>", "text/plain": "<HTML>"}),
+        v4.new_output(
+            "display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox(children=())"}
+        ),
+        v4.new_output("execute_result", {"text/html": "<b>/data/elsewhere/notes</b>", "text/plain": "'ok'"}),
+    ]
+    run = executed(tmp_path, outputs)
+    (path,) = make_gallery(run, tmp_path / "gallery", limit_bytes=20_000)
+    text = path.read_text(encoding="utf-8")
+    assert path.stat().st_size <= 20_000 and path.name == "04_train.ipynb"
+    for trace in (
+        "/data/elsewhere",
+        "/root",
+        "/home",
+        "papermill",
+        "start_time",
+        "it/s",
+        "\\u001b",
+        "<script",
+        "VBox",
+        "working 1",
+    ):
+        assert trace not in text, trace
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.cells[1].source == '# Parameters\nOUT = "runs/demo"\nDATA = "runs/demo/data"\n'
+    assert notebook.cells[2].source == "x = 1" and notebook.cells[2].execution_count == 2
+    printed, picture, plain, viewer, table = notebook.cells[2].outputs
+    assert printed.text.splitlines()[0] == "settings at runs/demo/04/a.csv, b.py"
+    assert printed.text.splitlines()[1:] == ["working 2", "/kaggle/input/x https://a.org/b/c 1/2/3"]
+    assert "report.html" in viewer.data["text/markdown"] and table.data["text/html"] == "<b>./notes</b>"
+    assert "image/jpeg" in picture.data and "image/png" in plain.data
+    from PIL import Image
+
+    assert Image.open(io.BytesIO(base64.b64decode(picture.data["image/jpeg"]))).width <= 1000
+    assert (
+        Image.open(io.BytesIO(base64.b64decode(plain.data["image/png"]))).convert("RGB").getpixel((0, 0)) == (200,) * 3
+    )
+
+
+def test_the_gallery_takes_finished_runs_only(tmp_path):
+    from nbformat import v4
+
+    with pytest.raises(FileNotFoundError, match="00_pipeline"):
+        make_gallery(tmp_path / "runs/demo", tmp_path / "gallery")
+    run = executed(tmp_path, [])
+    executed(tmp_path, [v4.new_output("error", ename="ValueError", evalue="x", traceback=[])], "05_inference")
+    with pytest.raises(ValueError, match="05_inference.ipynb did not run to its end"):
+        make_gallery(run, tmp_path / "gallery")
+    noise = np.random.default_rng(0).integers(0, 255, (30, 1100, 4), np.uint8)
+    executed(tmp_path, [v4.new_output("display_data", {"image/png": png(noise)})] * 3, "05_inference")
+    with pytest.raises(ValueError, match="05_inference.ipynb has .* more than 5,000"):
+        make_gallery(run, tmp_path / "gallery", limit_bytes=5_000)
+    assert not (tmp_path / "gallery").exists()
+
+
+def test_a_notebook_in_the_gallery_prints_its_beginning_and_its_end(tmp_path):
+    from nbformat import v4
+
+    lines = "\n".join(f"line {number}" for number in range(500))
+    run = executed(tmp_path, [v4.new_output("stream", name="stdout", text=lines)])
+    text = make_gallery(run, tmp_path / "gallery")[0].read_text(encoding="utf-8")
+    assert "line 0" in text and "line 499" in text and "line 250" not in text and "460 lines" in text

@@ -37,6 +37,7 @@ def test_a_mutant_is_read_without_an_exception(bases, good, tmp_path, seed):
     assert all(isinstance(problem, str) and problem for problem in study.problems)
 
 
+@pytest.mark.slow
 def test_mutants_cost_their_neighbours_nothing(bases, good, tmp_path):
     weights = tiny.write_members(tmp_path / "weights", random_spinenet=True)
     members = utils.load_members([weights], device="cpu")

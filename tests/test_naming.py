@@ -362,7 +362,7 @@ def test_one_stack_places_the_layout(first):
     assert np.mean(named) > 0.9 > np.mean(prior_named) + 0.1
 
 
-def test_another_layout_moves_what_was_not_seen(tmp_path):
+def test_another_layout_moves_what_was_not_seen(tmp_path, monkeypatch):
     truth = spine(2)
     boxes = list(true_boxes(truth).values())
     study = Study(5, [axial(box.to_lps([0, 0, 15.0]), box.axes[0], 5, k) for k, box in enumerate(boxes)])
@@ -377,6 +377,10 @@ def test_another_layout_moves_what_was_not_seen(tmp_path):
     normals = levels[["r00", "r01", "r02"]].to_numpy()
     assert np.abs((moved * normals).sum(1)).max() < 1e-6 and moved[:, 1].min() > 3  # within the blocks' planes
     assert locate_unseen(levels, vertebrae, anchors, other)[0].equals(levels)
+    # Where the axial slices do not fit the other prior, it places the study around the series' centre.
+    monkeypatch.setattr(levels_module, "axial_levels", lambda study, prior: None)
+    unfit, _ = locate_unseen(levels, vertebrae, anchors, other, paths)
+    assert len(unfit) == len(levels) and unfit["source"].str.startswith("prior").all()
 
 
 def test_detections_come_before_axial_slices():

@@ -10,7 +10,14 @@ import torch
 
 import utils
 from lumbar.run import parameters
-from lumbar.run.parameters import ITEM_TYPES, PATH_PARAMETERS, RANGES, check_notebook_parameters, check_values
+from lumbar.run.parameters import (
+    ITEM_TYPES,
+    PATH_PARAMETERS,
+    RANGES,
+    check_notebook_parameters,
+    check_values,
+    notebook_parameters,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -110,7 +117,7 @@ def test_a_number_that_is_not_finite_arrives_as_papermill_writes_it():
     cell = "# Parameters: of a test\nRATE = 0.1"
     for text in ("float('nan')", "float('-inf')"):
         with pytest.raises(ValueError, match="RATE must be a finite number"):
-            utils.notebook_parameters([cell, f"# Parameters\nRATE = {text}\n"], {"RATE": 0.1})
+            notebook_parameters([cell, f"# Parameters\nRATE = {text}\n"], {"RATE": 0.1})
 
 
 @pytest.mark.parametrize("gpus", [0, 2])
@@ -121,14 +128,14 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch, gpus):
     cell = "# Parameters: of a test\nDEVICE = 'auto'"
     if gpus:
         assert [utils.device_for(name) for name in ("cuda", "1", "cuda:1")] == ["cuda", "cuda:1", "cuda:1"]
-        utils.notebook_parameters([cell], {"DEVICE": "0,1"})
+        notebook_parameters([cell], {"DEVICE": "0,1"})
         for name in ("2", "cuda:7", "0,2"):
             with pytest.raises(ValueError, match="there is no such GPU here; their numbers are 0 to 1"):
-                utils.notebook_parameters([cell], {"DEVICE": name})
+                notebook_parameters([cell], {"DEVICE": name})
     else:
         for name in ("cuda", "0", "cuda:0"):
             with pytest.raises(ValueError, match=f"DEVICE '{name}': PyTorch finds no GPU here. Take auto or cpu"):
-                utils.notebook_parameters([cell], {"DEVICE": name})
+                notebook_parameters([cell], {"DEVICE": name})
     for name in ("cdua", "0,1", "cuda:x"):
         with pytest.raises(ValueError, match="DEVICE"):
             utils.device_for(name)

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import toy_member
 
 import utils
 from lumbar.run.parameters import check_notebook_parameters
 from lumbar.run.pipeline import is_finished, run_notebook
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,8 +51,8 @@ socket.getaddrinfo = _getaddrinfo
 """
 
 
-def papermill(folder, **parameters):
-    """Run 00_pipeline as the README does, network cut. Returns (exit status, output)."""
+def papermill(folder, kit=ROOT, **parameters):
+    """Run 00_pipeline of the kit as the README does, network cut. Returns (exit status, output)."""
     guard = folder / "guard"
     guard.mkdir(exist_ok=True)
     (guard / "sitecustomize.py").write_text(NO_NETWORK)
@@ -66,7 +69,7 @@ def papermill(folder, **parameters):
     ]
     for name, value in parameters.items():
         command += ["-p", name, str(value)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    done = subprocess.run(command, cwd=kit, env=environment, text=True, capture_output=True)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -188,6 +191,34 @@ def notebook_02(run, folder, **parameters):
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     return done.returncode, done.stderr, folder / "02_train_spinenet"
+
+
+def test_a_new_member_is_one_module_one_notebook_and_one_line(run, tmp_path):
+    """It goes through its training, out-of-fold predictions, the ensemble, 05, 06 and the viewer."""
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    copied = ("utils.py", "lumbar", "phantom", "notebooks", "weights")
+    for name in copied:
+        source = ROOT / name
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, kit / name, ignore=ignored) if source.is_dir() else shutil.copy(source, kit / name)
+    shutil.copytree(run / "out", tmp_path / "out")
+    toy_member.add_to(kit)
+    status, output = papermill(
+        tmp_path, kit, OUT=tmp_path / "out", SIZE="smoke", TRAIN_STUDIES=10, TEST_STUDIES=2, SEED=5
+    )
+    assert status == 0, output[-6000:]
+    assert "04_train_vit_level_0 is finished" in output and "07_train_toy_0 finished in" in output
+    inferred = tmp_path / "out" / "05_inference"
+    assert "toy" in json.loads((inferred / "ensemble.json").read_text())["weights"]["spinal"]
+    log = pd.read_csv(inferred / "inference_log.csv")
+    assert log["members"].str.contains("toy").all() and (log["toy_s"] >= 0).all()
+    assert len(pd.read_csv(inferred / "submission_toy.csv")) == 50
+    assert set(pd.read_csv(inferred / "oof.csv")["member"]) == {"yolo", "level", "study", "toy"}
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "Prior with noise" in report
+    page = (tmp_path / "out" / "06_report" / "study.html").read_text()
+    assert "Prior with noise" in page or "toy" in page
 
 
 def test_the_shipped_weights_find_levels_and_can_be_tuned(run):

@@ -20,6 +20,7 @@ from kaggle_stub import KEY, USER, client_environment, failure, running_stub, wr
 
 import utils
 from lumbar.run import mounts, publish
+from lumbar.run.mounts import find_inputs, install_missing
 from lumbar.run.parameters import assigned_literals, check_notebook_parameters
 from lumbar.run.pipeline import kaggle_kernels
 from lumbar.run.publish import kaggle_packages, kaggle_push, kaggle_upload, stage_wheels
@@ -127,10 +128,11 @@ def test_kernels_are_the_stages_of_a_run_and_feed_one_another(build):
     here = [(k["notebook"], k["parameters"].get("CONDITION", k["parameters"].get("SCOPE"))) for k in kernels.values()]
     assert sorted(told, key=str) == sorted(here[:-1], key=str) and here[-1][0] == "inspect"
     assert kernels["train-yolo-ss-3"]["parameters"]["FOLDS"] == [3] and "train-yolo-ss-3" in kernels["report"]["needs"]
-    with pytest.raises(ValueError, match="folds must be some of"):
+    with pytest.raises(ValueError, match="FOLDS must be some of"):
         kaggle_kernels(folds=(5,))
 
 
+@pytest.mark.slow
 def test_code_data_set_runs_alone(build, tmp_path):
     code = build / "datasets" / "lumbar-spine-code"
     assert not list(code.rglob("__pycache__")) and (code / "weights" / "spinenet_phantom.safetensors").is_file()
@@ -228,6 +230,7 @@ def test_wheels_are_of_kaggles_python_and_of_what_its_image_lacks(tmp_path, monk
 # ---- Pushing ----
 
 
+@pytest.mark.slow
 def test_everything_is_pushed_in_order_with_what_it_must_carry(stub, environment, build):
     stub.states["lumbar-spine-preprocess"] = ["QUEUED", "RUNNING"]
     said = utils.kaggle_publish(build, ["code", "wheels", *NAMES], environment, pause_s=0.0)
@@ -261,6 +264,7 @@ def test_everything_is_pushed_in_order_with_what_it_must_carry(stub, environment
         assert KEY.encode() not in body and str(ROOT).encode() not in body, method
 
 
+@pytest.mark.slow
 def test_data_sets_travel_whole_and_a_second_time_as_a_version(stub, environment, build):
     folder = build / "datasets" / "lumbar-spine-code"
     assert "is being created" in kaggle_upload(folder, environment)
@@ -279,6 +283,7 @@ def test_data_sets_travel_whole_and_a_second_time_as_a_version(stub, environment
     assert [m for m, _ in stub.requests if m.startswith("CreateDataset")] == ["CreateDataset", "CreateDatasetVersion"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "refused, name, reason",
     [
@@ -303,6 +308,7 @@ def no_pauses(monkeypatch):
     monkeypatch.setattr(publish, "_PAUSES_S", (0.0, 0.0))
 
 
+@pytest.mark.slow
 def test_what_passes_is_tried_again(stub, environment, build, no_pauses):
     """A data set that is there gets a version, also when Kaggle stumbles while it is asked."""
     stub.datasets |= {"lumbar-spine-code": {}, "lumbar-spine-wheels": {}}
@@ -316,6 +322,7 @@ def test_what_passes_is_tried_again(stub, environment, build, no_pauses):
     assert "successfully pushed" in kaggle_push(build / "kernels" / "preprocess", environment=environment)
 
 
+@pytest.mark.slow
 def test_what_does_not_pass_is_no_slug_in_use(stub, environment, build, no_pauses):
     stub.datasets["lumbar-spine-code"] = {}
     stub.refuse["GetDatasetStatus"] = failure(500, "An internal server error occurred")
@@ -324,6 +331,7 @@ def test_what_does_not_pass_is_no_slug_in_use(stub, environment, build, no_pause
     assert [m for m, _ in stub.requests] == ["GetDatasetStatus"] * 3
 
 
+@pytest.mark.slow
 def test_a_data_set_made_by_a_call_that_seemed_to_fail_gets_a_version(stub, environment, build, no_pauses):
     stub.after["CreateDataset"] = [(500, "<html>Internal Server Error</html>")]
     kaggle_upload(build / "datasets" / "lumbar-spine-code", environment)
@@ -377,6 +385,7 @@ def test_without_a_token_it_says_where_to_get_one(environment, build):
         kaggle_push(build / "kernels" / "preprocess", environment=nobody)
 
 
+@pytest.mark.slow
 def test_the_notebook_stages_and_sends_what_it_is_told(stub, environment, tmp_path):
     stub.datasets["lumbar-spine-wheels"] = {}
     given = {"USER": USER, "BUILD": str(tmp_path / "build"), "WHEELS": False, "PUSH": ["code", "preprocess"]}
@@ -426,40 +435,40 @@ def mounted(request, build, tmp_path, monkeypatch):
 def test_every_staged_parameter_finds_its_input(build, mounted, tmp_path):
     for name in NAMES:
         given = injected(build, name)
-        found = {**given, **utils.find_inputs(given)}
+        found = {**given, **find_inputs(given)}
         assert Path(found["DATA"]).name == COMPETITION and Path(found["DATA"]).is_dir()
         assert found["OUT"] == "/kaggle/working"
         for key, stage in (("PREPROCESSED", "01_preprocess"), ("LEVELS_DIR", "02_train_spinenet")):
             assert key not in given or (Path(found[key]) / "manifest.json").is_file() and Path(found[key]).name == stage
-    assert utils.find_inputs(injected(build, "inference"))["WEIGHTS"] == [str(mounted)]
-    run = Path(utils.find_inputs(injected(build, "report"))["RUN"])
+    assert find_inputs(injected(build, "inference"))["WEIGHTS"] == [str(mounted)]
+    run = Path(find_inputs(injected(build, "report"))["RUN"])
     stages = ["01_preprocess", "02_train_spinenet", "04_train_vit_level_0", "05_inference"]
     assert sorted(path.name for path in run.iterdir()) == stages and all(
         (run / s / "manifest.json").is_file() for s in stages
     )
-    shown = utils.find_inputs(injected(build, "inspect"))
+    shown = find_inputs(injected(build, "inspect"))
     assert [Path(place).name for place in shown["PREDICTIONS"]] == stages
     assert (Path(shown["INFERENCE"]) / "manifest.json").is_file()
     # The notebooks' own defaults name other kernels: their stages are found by name.
-    assert utils.find_inputs({"PREPROCESSED": "/kaggle/input/another-name/01_preprocess"})["PREPROCESSED"] == str(
+    assert find_inputs({"PREPROCESSED": "/kaggle/input/another-name/01_preprocess"})["PREPROCESSED"] == str(
         next(mounted.rglob("01_preprocess"))
     )
 
 
 def test_what_is_not_attached_is_said(mounted, capsys):
-    assert utils.find_inputs({"WEIGHTS": "/kaggle/input/somewhere", "OUT": "/kaggle/working", "SEED": 1}) == {
+    assert find_inputs({"WEIGHTS": "/kaggle/input/somewhere", "OUT": "/kaggle/working", "SEED": 1}) == {
         "WEIGHTS": "/kaggle/input/somewhere"
     }
     assert "WEIGHTS: /kaggle/input/somewhere is not there; attached are" in capsys.readouterr().out
 
 
 def test_inputs_elsewhere_are_left_alone(tmp_path):
-    assert utils.find_inputs({"DATA": "runs/demo/data", "WEIGHTS": [str(tmp_path)], "EPOCHS": 3}) == {}
+    assert find_inputs({"DATA": "runs/demo/data", "WEIGHTS": [str(tmp_path)], "EPOCHS": 3}) == {}
 
 
 def test_wheels_and_code_are_found_in_every_layout(mounted, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_TARGET", str(tmp_path / "site"))
-    assert utils.install_missing({"no_such_thing": "no-such-thing"}) == ["no-such-thing"]
+    assert install_missing({"no_such_thing": "no-such-thing"}) == ["no-such-thing"]
     assert (tmp_path / "site" / "no_such_thing.py").is_file()
     notebook = json.loads((ROOT / "notebooks" / "05_inference.ipynb").read_text())
     bootstrap = "".join(notebook["cells"][2]["source"]).partition("import utils")[0]
@@ -470,6 +479,7 @@ def test_wheels_and_code_are_found_in_every_layout(mounted, tmp_path, monkeypatc
     assert done.stdout.strip() == str(next(mounted.rglob("lumbar-spine-code"))), done.stderr
 
 
+@pytest.mark.slow
 def test_staged_inference_runs_from_mounted_inputs_only(build, tmp_path):
     """papermill in an empty folder, the kit nowhere but in the data set: as Kaggle scores, with random weights."""
     root, working = tmp_path / "input", tmp_path / "working"

@@ -725,6 +725,7 @@ def test_crops_move_image_and_corners_alike():
 SMALL = dict(widths=(8, 16), steps=24, batch_size=4, crop_px=(64, 48), learning_rate=5e-3)
 
 
+@pytest.mark.slow
 def test_training_learns_and_continues_after_a_kill(tmp_path, monkeypatch):
     records = small_records(2)
     whole, history = utils.train_spinenet(records, tmp_path / "whole", validation=records[:4], **SMALL)

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 import utils
-from lumbar.run.parameters import assigned_literals, check_notebook_parameters, check_values
+from lumbar.run.parameters import assigned_literals, check_notebook_parameters, check_values, notebook_parameters
 from lumbar.run.pipeline import run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,13 +37,13 @@ def test_mistyped_and_mistaken_parameters_are_refused():
 
 def test_notebook_parameters_reads_the_running_cells():
     cell = "# Parameters: full size\nEPOCHS = 40\nNAME = 'a'"
-    assert utils.notebook_parameters(["", cell], {"EPOCHS": 40, "NAME": "a"}) == {"EPOCHS": 40, "NAME": "a"}
+    assert notebook_parameters(["", cell], {"EPOCHS": 40, "NAME": "a"}) == {"EPOCHS": 40, "NAME": "a"}
     injected = "# Parameters\nEPOCHS = 2\n"
-    assert utils.notebook_parameters([cell, injected], {"EPOCHS": 2, "NAME": "a"})["EPOCHS"] == 2
+    assert notebook_parameters([cell, injected], {"EPOCHS": 2, "NAME": "a"})["EPOCHS"] == 2
     with pytest.raises(ValueError, match="no parameter 'EPOCH'"):
-        utils.notebook_parameters([cell, "# Parameters\nEPOCH = 2\n"], {"EPOCHS": 40, "NAME": "a"})
+        notebook_parameters([cell, "# Parameters\nEPOCH = 2\n"], {"EPOCHS": 40, "NAME": "a"})
     with pytest.raises(ValueError, match="run the parameters cell"):
-        utils.notebook_parameters([""], {})
+        notebook_parameters([""], {})
 
 
 def test_a_stage_is_found_continued_or_moved_aside(tmp_path):

@@ -21,18 +21,19 @@ from small_study import (
 import utils
 from lumbar.data.geometry import boxes_to_table
 from lumbar.data.volume import Study, Volume, save_study
+from lumbar.grade import detector_member
 from lumbar.grade.detector import yolo_views
 from lumbar.grade.detector_data import YOLO_VIEWS
-from lumbar.look import viewer as viewer_module
+from lumbar.grade.member import Weights
 from lumbar.look.slices import condition_point
 from lumbar.look.viewer import (
-    DETECTION_COLUMNS,
     Inspection,
     fallen_back,
     study_detections,
     tilt_caption,
     vertebra_prism,
 )
+from lumbar.names import DETECTION_COLUMNS
 from lumbar.spine.vertebra import vertebrae_to_table
 
 
@@ -200,22 +201,22 @@ def fake_detector(monkeypatch, at_lps, scores):
         result[:, np.abs(centers - at_lps).sum(1).argmin()] = scores
         return result, centers
 
-    monkeypatch.setattr(viewer_module, "dense_scores", dense)
-    return detector
+    monkeypatch.setattr(detector_member, "dense_scores", dense)
+    return detector, [(detector_member.Detectors(), [Weights("yolo_scs_0", detector, about)])]
 
 
 def test_detections_lie_where_the_anchor_is(study, monkeypatch):
     boxes = make_boxes()
     volume = study.of("Sagittal T2/STIR")[0]
-    probe = fake_detector(monkeypatch, np.zeros(2), [0, 0, 0])
+    probe, _ = fake_detector(monkeypatch, np.zeros(2), [0, 0, 0])
     _, views = yolo_views(probe, study, boxes)
     seen = next(view for view in views if view["slice"] == 4)
     # The canal's place at L3/L4 in the patch: 24 mm behind the disc's centre.
     voxel = volume.lps_to_voxel(boxes[2].to_lps([0, 0, 24]))
     xy = np.linalg.inv(seen["to_slice"]) @ [voxel[2], voxel[1], 1]
     # What the network sees lies 8 px of 1 mm farther back: nearer anchors say less.
-    detector = fake_detector(monkeypatch, xy[:2] + [8, 0], [0.1, 0.2, 0.6])
-    found = study_detections([detector], study, boxes)
+    _, drawing = fake_detector(monkeypatch, xy[:2] + [8, 0], [0.1, 0.2, 0.6])
+    found = study_detections(drawing, study, boxes)
     assert list(found) == DETECTION_COLUMNS
     own = found[(found["level"] == "l3_l4") & (found["instance_number"] == 5)]
     assert len(own) == 1 and set(found["level"]) == {"l3_l4"}
@@ -224,7 +225,8 @@ def test_detections_lie_where_the_anchor_is(study, monkeypatch):
     assert np.hypot(row["x_px"] - voxel[2] - 4, row["y_px"] - voxel[1]) * 2 < 6  # mm; the anchors are 8 mm apart
     assert row[list(utils.SEVERITIES)].tolist() == pytest.approx([0.1, 0.2, 0.6])
     assert row["width_px"] == row["height_px"] == 10  # 20 mm in pixels of 2 mm
-    assert study_detections([detector], study, boxes, threshold=0.7).empty
+    monkeypatch.setattr(detector_member, "LEAST_SCORE", 0.7)
+    assert study_detections(drawing, study, boxes).empty
     assert study_detections([], study, boxes).empty
 
 
@@ -312,7 +314,7 @@ def test_detectors_are_loaded_when_asked_for(inspection, monkeypatch):
 
     def load():
         asked.append(1)
-        return [fake_detector(monkeypatch, np.array([64, 112]), [0.5, 0.3, 0.2])]
+        return fake_detector(monkeypatch, np.array([64, 112]), [0.5, 0.3, 0.2])[1]
 
     inspection.detectors = load
     viewer = utils.inspect_study(inspection)

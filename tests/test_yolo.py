@@ -30,7 +30,6 @@ from lumbar.grade.calibration import (
 from lumbar.grade.detector import (
     YoloDetector,
     choose_detector_views,
-    store_yolo_calibration,
     yolo_scores,
     yolo_studies,
     yolo_views,
@@ -47,6 +46,7 @@ from lumbar.grade.detector_data import (
 from lumbar.grade.detector_training import yolo_device
 from lumbar.grade.tta import deal_parts
 from lumbar.names import SEVERITY_WEIGHTS
+from lumbar.weights import store_settled
 
 SIZE = 96
 LEVEL_Z_MM = np.array([36.0, 18.0, 0.0, -18.0, -36.0])
@@ -321,6 +321,7 @@ def test_a_view_without_a_word_leaves_it_to_the_others():
     assert np.isnan(mean[1]).all()
 
 
+@pytest.mark.slow
 def test_detector_views_that_pay_are_chosen():
     rng = np.random.default_rng(5)
     grades = np.full((80, 5, 5), -1)
@@ -335,6 +336,7 @@ def test_detector_views_that_pay_are_chosen():
     assert (used[:60] == [True, True, False]).all() and (used[60:] == [True, False, False]).all()
 
 
+@pytest.mark.slow
 def test_views_and_calibration_are_stored_and_no_study_has_its_own(tmp_path):
     rng = np.random.default_rng(5)
     grades = np.full((110, 5, 5), -1)
@@ -356,7 +358,7 @@ def test_views_and_calibration_are_stored_and_no_study_has_its_own(tmp_path):
     assert table["kept"].all()
     mean = mean_scores(np.moveaxis(scores, 1, 0))
     for path in weights:
-        about = detector_weights._read_yolo_metadata(path)
+        about = detector_weights.read_detector_about(path)
         assert about["views"] == views
         assert about["calibration"] == fit_yolo_calibration(mean, own, severity_prior(own))
     # The first part is predicted without that view, the others with it, each calibrated on the rest.
@@ -372,7 +374,7 @@ def test_views_and_calibration_are_stored_and_no_study_has_its_own(tmp_path):
     detector_weights._write_yolo(weights[0], {"x": torch.zeros(1)}, about | {"scheme": "original"})
     p, _ = utils.settle_detectors(weights[:1], grades, scores[:, :1], [{}])
     np.testing.assert_allclose(p, original_probabilities(scores[:, 0]), atol=1e-6)
-    assert detector_weights._read_yolo_metadata(weights[0])["calibration"] is None
+    assert detector_weights.read_detector_about(weights[0])["calibration"] is None
 
 
 def weighted_loss(p, grades):
@@ -397,6 +399,7 @@ def cross_fitted(scores, grades):
     return cross_fitted_probabilities(scores[:, None], grades, np.ones((len(scores), 1), bool))
 
 
+@pytest.mark.slow
 def test_calibration_corrects_a_class_that_scores_low():
     rng = np.random.default_rng(0)
     grades = draw_grades(rng, 60)
@@ -407,6 +410,7 @@ def test_calibration_corrects_a_class_that_scores_low():
     assert fitted < 0.9 * weighted_loss(yolo_probabilities(scores), grades)
 
 
+@pytest.mark.slow
 def test_useless_scores_lose_nothing_against_the_class_prior():
     rng = np.random.default_rng(1)
     grades = draw_grades(rng, 60)
@@ -416,6 +420,7 @@ def test_useless_scores_lose_nothing_against_the_class_prior():
     assert weighted_loss(yolo_probabilities(scores), grades) > 1.2 * base  # so the line above means something
 
 
+@pytest.mark.slow
 def test_few_rows_do_not_spoil_good_scores():
     rng = np.random.default_rng(3)
     grades = rng.choice(3, size=(240, 5, 2), p=[0.7, 0.2, 0.1])
@@ -646,8 +651,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import utils
+from lumbar.grade.detector_weights import prepare_ultralytics
 out = Path(sys.argv[2])
-utils.prepare_ultralytics(out / "ultralytics")
+prepare_ultralytics(out / "ultralytics")
 from lumbar.grade.detector_trainer import PatchTrainer
 if sys.argv[3] == "kill":
     run_callbacks = PatchTrainer.run_callbacks
@@ -698,6 +704,7 @@ def trained(dataset):
     return out / "yolo_nfn_0.safetensors", out / "run_nfn_0", before, whole / "yolo_nfn_0.safetensors"
 
 
+@pytest.mark.slow
 def test_training_resumes_after_a_kill(trained):
     weights, run, before, _ = trained
     assert weights.exists()
@@ -707,6 +714,7 @@ def test_training_resumes_after_a_kill(trained):
     assert len(before.splitlines()) == 3 and (run / "results.csv").read_text().startswith(before)
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_as_one_that_was_not(trained):
     resumed, whole = utils.load_yolo(trained[0]), utils.load_yolo(trained[3])
     assert resumed.about == whole.about
@@ -718,6 +726,7 @@ def test_a_killed_training_ends_as_one_that_was_not(trained):
     pd.testing.assert_frame_equal(*losses)
 
 
+@pytest.mark.slow
 def test_loaded_weights_predict_what_ultralytics_does(trained):
     weights, run, *_ = trained
     detector = utils.load_yolo(weights)
@@ -736,6 +745,7 @@ def test_loaded_weights_predict_what_ultralytics_does(trained):
     assert whole.shape == (2, 12 * 8 + 6 * 4 + 3 * 2, 3) == (2, len(centers), 3)
 
 
+@pytest.mark.slow
 def test_anchor_centers_are_ultralytics_anchors(trained):
     detector = utils.load_yolo(trained[0])
     _, centers = utils.dense_scores(detector, np.zeros((1, 96, 64), np.uint8))
@@ -746,16 +756,18 @@ def test_anchor_centers_are_ultralytics_anchors(trained):
     np.testing.assert_allclose(centers, anchors - 0.5, atol=1e-4)  # ultralytics counts from the pixel's corner
 
 
+@pytest.mark.slow
 def test_calibration_is_kept_with_the_weights(trained, tmp_path):
     copy = tmp_path / trained[0].name
     shutil.copy(trained[0], copy)
     before = utils.load_yolo(copy).net.state_dict()
-    store_yolo_calibration(copy, {"ridge": 3.0})
+    store_settled(copy, {"calibration": {"ridge": 3.0}})
     detector = utils.load_yolo(copy)
     assert detector.about["calibration"] == {"ridge": 3.0}
     assert all(torch.equal(v, before[k]) for k, v in detector.net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_original_scheme_trains_and_predicts(dataset, original_dataset, tmp_path):
     done = train_in_child(original_dataset["dir"], tmp_path, "go", 1)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -774,8 +786,8 @@ def test_original_scheme_trains_and_predicts(dataset, original_dataset, tmp_path
 DISTRIBUTED = """
 import sys
 from pathlib import Path
-import utils
-utils.prepare_ultralytics(Path(sys.argv[1]) / "config")
+from lumbar.grade.detector_weights import prepare_ultralytics
+prepare_ultralytics(Path(sys.argv[1]) / "config")
 from types import SimpleNamespace
 from ultralytics.utils import callbacks, dist
 from lumbar.grade.detector_trainer import PatchTrainer
@@ -792,6 +804,7 @@ print(file)
 """
 
 
+@pytest.mark.slow
 def test_processes_for_several_gpus_find_the_trainer(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent)}
     made = subprocess.run(
@@ -826,6 +839,7 @@ time.sleep(300)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes end with their parent on Linux only")
 def test_processes_for_several_gpus_end_with_torchrun(tmp_path):
     (tmp_path / "orphan.py").write_text(ORPHAN)

@@ -2,7 +2,7 @@
 
 What does not fit is named with its reason: a wrong scale in one header leaves an image that looks sound by itself.
 
-May use: volume, resample.
+May use: resample, volume.
 """
 
 from collections import Counter
@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
+
+from .volume import Study
 
 LEAST_SLICES, LEAST_PX = 5, 32  # of a stack in which slices are compared, and of their sides
 SCALE_RATIO = 4.0  # of the spread of grey values, to the neighbours': coils and anatomy stay below 2
@@ -133,7 +135,7 @@ def same_contrast(first: list[dict], second: list[dict], most: int = 8) -> bool:
     return bool(np.median(alike) > SAME_LOOK and sums.min() > 0 and sums.max() < 1.6 * sums.min())
 
 
-# ---- Series with series ----
+# -- series with series
 
 GRID_MM = 3.0  # step of the grid on which two series are compared
 GRID_SLICES = 6
@@ -165,7 +167,7 @@ BRIGHT = 0.55  # median grey value above which a sagittal series is doubted: air
 OPPOSED = -0.4  # correlation of sagittal and axial T2 at the same places below which one of them is turned round
 
 
-def doubtful_polarity(study) -> list[str]:
+def doubtful_polarity(study: Study) -> list[str]:
     """Sentences about series whose dark and bright seem turned round.
 
     Most of a sagittal image is dark: air, muscle and bone. And the sagittal and the axial T2 series show the same
@@ -215,7 +217,7 @@ class DoubtfulScale:
     text: str
 
 
-def doubtful_scales(study) -> list[DoubtfulScale]:
+def doubtful_scales(study: Study) -> list[DoubtfulScale]:
     """Series whose pixel spacing the study's other series contradict.
 
     Two series of one patient tell each other at the same places of the patient. Where they do so clearly better with
@@ -228,7 +230,8 @@ def doubtful_scales(study) -> list[DoubtfulScale]:
         Normalised.
     """
     volumes = _largest_volumes(study)
-    agreed, contradicted = Counter(), []
+    agreed: Counter[int] = Counter()
+    contradicted = []
     for number, fixed in enumerate(volumes):
         for moving in volumes[number + 1 :]:
             found = _other_scale(moving, fixed)
@@ -236,7 +239,7 @@ def doubtful_scales(study) -> list[DoubtfulScale]:
                 agreed.update((moving.series_id, fixed.series_id))
             elif found[0] is not None:
                 contradicted.append((*found, moving, fixed))
-    doubts = {}
+    doubts: dict[int, DoubtfulScale] = {}
     for factor, told, moving, fixed in contradicted:
         # Whoever agrees with a third series is right.
         if agreed[moving.series_id] > agreed[fixed.series_id]:

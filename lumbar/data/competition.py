@@ -3,14 +3,17 @@
 May use: tables, names.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..names import CONDITIONS, GRADES, LABEL_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS
 from .tables import whole_number
 
 
-def id_array(ids, name="study_id"):
+def id_array(ids: Iterable, name: str = "study_id") -> np.ndarray:
     """Whole numbers of whatever type a table has them in -> (n,) int64. Raises ValueError naming the first other."""
     values = [whole_number(value) for value in ids]
     if None in values:
@@ -18,10 +21,33 @@ def id_array(ids, name="study_id"):
     return np.array(values, np.int64)
 
 
-def labels_to_array(labels):
-    """Wide labels -> (study_ids (n,) int64, grades (n, 5 conditions, 5 levels) int64, -1 where missing).
+def labels_to_array(labels: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as an array.
 
-    Raises ValueError on an unknown grade, a study that is listed twice or one whose id is no whole number.
+    Parameters
+    ----------
+    labels : DataFrame
+        train.csv's wide form: study_id, and a column of grades for each condition and level. Columns that are absent
+        count as missing.
+
+    Returns
+    -------
+    study_ids : (n,) int64 array
+        In the order of the table.
+    grades : (n, 5, 5) int64 array
+        By study, condition and level: 0 normal/mild, 1 moderate, 2 severe, -1 missing.
+
+    Raises
+    ------
+    ValueError
+        An unknown grade, a study that is listed twice, or an id that is no whole number.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"study_id": [7], "spinal_canal_stenosis_l4_l5": ["Severe"]})
+    >>> study_ids, grades = labels_to_array(table)
+    >>> study_ids.tolist(), grades[0, 0].tolist()
+    ([7], [-1, -1, -1, 2, -1])
     """
     study_ids = id_array(labels["study_id"])
     twice = pd.Index(study_ids).duplicated()
@@ -43,15 +69,35 @@ def labels_to_array(labels):
     return study_ids, grades.reshape(-1, len(CONDITIONS), len(LEVELS))
 
 
-def row_ids(study_id):
+def row_ids(study_id: int) -> list[str]:
     """The 25 row ids of a study, in the order of an array (5 conditions, 5 levels)."""
     return [f"{study_id}_{column}" for column in LABEL_COLUMNS]
 
 
-def to_submission(study_ids, probabilities):
-    """(n,) ids and (n, 5, 5, 3) probabilities -> a submission sorted by row_id, each row normalised in float64.
+def to_submission(study_ids: Iterable, probabilities: ArrayLike) -> pd.DataFrame:
+    """Probabilities as a submission.
 
-    Raises ValueError on a value that is not finite or is negative, or a row of zeros.
+    Parameters
+    ----------
+    study_ids : (n,) sequence of int
+    probabilities : (n, 5, 5, 3) array
+        By study, condition, level and severity; rows need not sum to 1.
+
+    Returns
+    -------
+    DataFrame
+        row_id, normal_mild, moderate, severe: 25 rows a study, sorted by row_id, each normalised in float64.
+
+    Raises
+    ------
+    ValueError
+        A value that is not finite or is negative, or a row of zeros.
+
+    Examples
+    --------
+    >>> table = to_submission([7], np.ones((1, 5, 5, 3)))
+    >>> len(table), table["row_id"][0]
+    (25, '7_left_neural_foraminal_narrowing_l1_l2')
     """
     values = np.asarray(probabilities, np.float64).reshape(-1, len(SEVERITIES))
     if not np.isfinite(values).all() or (values < 0).any() or (values.sum(1) <= 0).any():
@@ -62,17 +108,31 @@ def to_submission(study_ids, probabilities):
     return table.sort_values("row_id", ignore_index=True)
 
 
-def severity_values(table):
+def severity_values(table: pd.DataFrame) -> np.ndarray:
     """The three severities of a submission-like table: (n, 3) float64, NaN where a cell is empty or no number."""
     columns = [pd.to_numeric(table[name].astype(object), errors="coerce") for name in SEVERITIES]
     return np.stack([column.to_numpy(np.float64, na_value=np.nan) for column in columns], 1)
 
 
-def from_submission(table):
-    """A submission -> (study_ids (n,) ascending, probabilities (n, 5, 5, 3) float64, NaN where a row is absent).
+def from_submission(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """A submission as an array.
 
-    Raises ValueError on a row_id that is no `{study_id}_{condition}_{level}` or that appears twice, and on a value
-    that is no number.
+    Parameters
+    ----------
+    table : DataFrame
+        row_id, normal_mild, moderate, severe; rows in any order.
+
+    Returns
+    -------
+    study_ids : (n,) int64 array
+        Ascending.
+    probabilities : (n, 5, 5, 3) float64 array
+        As they stand, by study, condition, level and severity; NaN where a row or a value is absent.
+
+    Raises
+    ------
+    ValueError
+        A row_id that is no `{study_id}_{condition}_{level}` or that appears twice, or a value that is no number.
     """
     names = table["row_id"].astype(object).astype(str)
     parts = names.str.extract(r"^([0-9]{1,18})_(.+)$")
@@ -93,11 +153,28 @@ def from_submission(table):
     return study_ids, values.reshape(-1, len(CONDITIONS), len(LEVELS), len(SEVERITIES))
 
 
-def class_prior(grades, weighted=True, smoothing=1.0):
-    """Frequencies of the grades per condition and level: (5, 5, 3), rows sum to 1.
+def class_prior(grades: np.ndarray, weighted: bool = True, smoothing: float = 1.0) -> np.ndarray:
+    """Frequencies of the grades for each condition and level.
 
-    grades: (n, 5, 5), -1 missing. weighted: multiplied by the metric's weights, which is the constant prediction
-    with the lowest expected weighted log loss. smoothing: a count added to each class.
+    Parameters
+    ----------
+    grades : (n, 5, 5) int array
+        By study, condition and level; -1 missing.
+    weighted : bool
+        Multiply by the metric's weights, which gives the constant prediction with the lowest expected weighted log
+        loss.
+    smoothing : float
+        A count added to each class.
+
+    Returns
+    -------
+    (5, 5, 3) float64 array
+        By condition, level and severity; rows sum to 1.
+
+    Examples
+    --------
+    >>> class_prior(np.zeros((2, 5, 5), int), weighted=False)[0, 0].round(2).tolist()
+    [0.6, 0.2, 0.2]
     """
     counts = np.stack([(grades == k).sum(0) for k in range(len(SEVERITIES))], -1) + smoothing
     if weighted:
@@ -105,11 +182,29 @@ def class_prior(grades, weighted=True, smoothing=1.0):
     return counts / counts.sum(-1, keepdims=True)
 
 
-def make_folds(labels, folds, seed=0):
-    """Study-wise folds of equal size with alike severities: DataFrame study_id, fold.
+def make_folds(labels: pd.DataFrame, folds: int, seed: int = 0) -> pd.DataFrame:
+    """Deal studies out to folds of equal size with alike severities.
 
-    Studies are sorted by how much disease they carry, per group of conditions first, and dealt out to the folds in
-    shuffled rounds; so each fold has a like share of every degree, whatever their number.
+    Studies are sorted by how much disease they carry, those with severe canal stenosis last, and dealt out in shuffled
+    rounds: each fold has a like share of every degree, whatever their number.
+
+    Parameters
+    ----------
+    labels : DataFrame
+        train.csv's wide form.
+    folds : int
+        From 2 to the number of studies.
+    seed : int
+
+    Returns
+    -------
+    DataFrame
+        study_id and fold (both int64, folds from 0), in the order of `labels`.
+
+    Raises
+    ------
+    ValueError
+        More folds than studies, fewer than two, or labels that labels_to_array refuses.
     """
     study_ids, grades = labels_to_array(labels)
     if not 2 <= folds <= len(study_ids):

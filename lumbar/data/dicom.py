@@ -6,6 +6,8 @@ with functional groups). Files are known by their content, whatever their names.
 May use: pixels, stacks, volume, storage, limits, names.
 """
 
+from __future__ import annotations
+
 import io
 import math
 import os
@@ -13,8 +15,10 @@ import re
 import stat
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +28,9 @@ from ..storage import kind_of_file
 from .pixels import MAX_PIXELS, DicomProblem, padding_mask, plain_reason, stored_pixels
 from .stacks import KINDS_OF_IMAGE, Contrast, stack_slices, values_of
 from .volume import Study
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 # All that is read of a file, with what pydicom's decoders need.
 _TAGS = (
@@ -88,10 +95,10 @@ class _Frame:
     """The attributes of one frame of a multi-frame file, by keyword as a Dataset's: its own functional group's, else
     the shared one's, else the file's."""
 
-    def __init__(self, dataset, own, shared):
+    def __init__(self, dataset: Dataset, own: Dataset, shared: Dataset) -> None:
         self.dataset, self.groups = dataset, (own, shared)
 
-    def holder(self, keyword):
+    def holder(self, keyword: str) -> Dataset:
         """The Dataset that has this attribute for the frame."""
         for group in self.groups:
             macro = group.get(_MACROS[keyword]) if keyword in _MACROS else None
@@ -310,7 +317,7 @@ class _Counted:
         self.file, self.left, self.name = file, MAX_READS, getattr(file, "name", "")
         self.seek, self.tell, self.close = file.seek, file.tell, file.close
 
-    def read(self, size=-1):
+    def read(self, size: int | None = -1) -> bytes:
         self.left -= 1
         if self.left < 0:
             raise DicomProblem(f"more than {MAX_READS} elements: no file of slices has as many")
@@ -400,7 +407,7 @@ def _groups(dataset, keyword):
     return dataset.get(keyword) or []
 
 
-def read_slices(path, known=None):
+def read_slices(path: str | Path, known: dict | None = None) -> tuple[list[dict[str, Any]], list[str]]:
     """One MR file -> list with a dict a slice, and a list of sentences about frames that had to be left out.
 
     known: dict that calls for the files of one series share: headers that say the same are understood once.
@@ -459,8 +466,8 @@ def read_slices(path, known=None):
     padding = padding_mask(dataset, stored)
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1" and stored.dtype.kind in "ui":
         bits, signed = int(dataset.BitsStored), int(dataset.PixelRepresentation)
-        wide = np.int32 if stored.dtype.itemsize < 4 else np.int64
-        stored = wide((1 << bits) - 1 - (signed << bits)) - stored.astype(wide)
+        wide = stored.astype(np.int32 if stored.dtype.itemsize < 4 else np.int64)
+        stored = np.subtract((1 << bits) - 1 - (signed << bits), wide, dtype=wide.dtype)
     stem = Path(path).stem
     number = int(stem) if stem.isdecimal() and len(stem) < 19 else max(0, _whole(dataset, "InstanceNumber"))
     number = number if abs(number) < 1 << 62 else 0
@@ -479,7 +486,7 @@ def read_slices(path, known=None):
     return slices, problems
 
 
-def read_slice(path):
+def read_slice(path: str | Path) -> dict[str, Any]:
     """The slice of a single-frame MR file: a dict as read_slices has it, but its pixels are values, (h, w) float32,
     NaN where the file has padding.
 
@@ -559,7 +566,7 @@ def _share(item):
     return max(1 / MAX_SLICES, pixels / MAX_PIXELS, pixels * rows_mm * columns_mm / MAX_AREA_MM2)
 
 
-def read_study(folder, descriptions):
+def read_study(folder: str | Path, descriptions: Mapping[int, str]) -> Study:
     """Read the series of a study: Study, with a sentence in `.problems` for everything that could not be read.
 
     folder: {split}_images/<study_id>; descriptions: dict series_id -> description, as the descriptions table has
@@ -576,7 +583,8 @@ def read_study(folder, descriptions):
         elif sum(volume.array.size for volume in study.volumes) >= MAX_STUDY_PIXELS:
             study.problems.append(f"{name}: not read, the study's other series are as large as memory allows")
         else:
-            problems, slices = [], []
+            problems: list[str] = []
+            slices: list[dict] = []
             try:
                 slices = _read_series(folder / str(series_id), name, problems)
                 study.volumes += stack_slices(slices, study_id, series_id, description, problems)
@@ -593,12 +601,12 @@ def read_study(folder, descriptions):
         there = {path.name for path in folder.iterdir() if path.is_dir() and not _STRAY.fullmatch(path.name)}
     except OSError:
         there = set()
-    for series_id in sorted(there - {str(series_id) for series_id in descriptions}):
-        study.problems.append(f"study {study_id}, series {series_id}: not in the descriptions table, not used")
+    for name in sorted(there - {str(series_id) for series_id in descriptions}):
+        study.problems.append(f"study {study_id}, series {name}: not in the descriptions table, not used")
     most, agree = Counter(uid for uid in uids.values() if uid).most_common(1)[0] if any(uids.values()) else ("", 0)
-    for series_id, uid in uids.items():
+    for series, uid in uids.items():
         if uid and uid != most and agree > 1:
-            study.problems.append(f"study {study_id}, series {series_id}: is of another examination than the others")
+            study.problems.append(f"study {study_id}, series {series}: is of another examination than the others")
     for description in DESCRIPTIONS:
         if not study.of(description):
             study.problems.append(f"study {study_id}: no {description} series")

@@ -1,16 +1,22 @@
 """Level boxes and label points in patient space, and where they lie in slices.
 
-May use: tables, names.
+May use: tables, volume, names.
 """
 
+from __future__ import annotations
+
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..names import LEVEL_TABLE_COLUMNS, LEVELS
 from .tables import whole_number
+from .volume import Study, Volume
 
 
 def _open3d():
@@ -36,33 +42,33 @@ class LevelBox:
     confidence: float = 1.0
     source: str = ""
 
-    def to_lps(self, head_left_back_mm):
+    def to_lps(self, head_left_back_mm: ArrayLike) -> np.ndarray:
         """(..., 3) offsets from the centre along head, left, back -> (..., 3) LPS millimetres."""
         return np.asarray(head_left_back_mm, np.float64) @ self.axes + self.center_lps_mm
 
-    def from_lps(self, xyz_mm):
+    def from_lps(self, xyz_mm: ArrayLike) -> np.ndarray:
         """(..., 3) LPS millimetres -> (..., 3) offsets from the centre along head, left, back."""
         return (np.asarray(xyz_mm, np.float64) - self.center_lps_mm) @ self.axes.T
 
-    def corners_lps(self):
+    def corners_lps(self) -> np.ndarray:
         """(8, 3) corners in LPS millimetres."""
         return self.to_lps(_unit_corners((-0.5, -0.5, -0.5), (0.5, 0.5, 0.5)) * self.extent_mm)
 
-    def as_open3d(self):
+    def as_open3d(self) -> Any:
         """The box as open3d.geometry.OrientedBoundingBox; its axes are the columns of R."""
         o3d = _open3d()
         return o3d.geometry.OrientedBoundingBox(
             np.asarray(self.center_lps_mm), np.asarray(self.axes).T, np.asarray(self.extent_mm)
         )
 
-    def as_open3d_lines(self):
+    def as_open3d_lines(self) -> Any:
         """The box's edges as open3d.geometry.LineSet."""
         box = self.as_open3d()
         box.color = (0.0, 0.0, 0.0)  # it is made without one, which Open3D warns of
         return _open3d().geometry.LineSet.create_from_oriented_bounding_box(box)
 
 
-def boxes_to_table(study_id, boxes):
+def boxes_to_table(study_id: int, boxes: Iterable[LevelBox]) -> pd.DataFrame:
     """LevelBoxes of one study -> rows of levels.csv."""
     rows = []
     for box in boxes:
@@ -79,8 +85,25 @@ def boxes_to_table(study_id, boxes):
     return pd.DataFrame(rows, columns=LEVEL_TABLE_COLUMNS)
 
 
-def boxes_from_table(table, study_id):
-    """The five LevelBoxes of a study, head to foot. Raises KeyError when a level is absent."""
+def boxes_from_table(table: pd.DataFrame, study_id: int) -> list[LevelBox]:
+    """The boxes of a study's five levels.
+
+    Parameters
+    ----------
+    table : DataFrame
+        levels.csv, see LEVEL_TABLE_COLUMNS: millimetres in patient coordinates.
+    study_id : int
+
+    Returns
+    -------
+    list of LevelBox
+        Five, head to foot.
+
+    Raises
+    ------
+    KeyError
+        A level is absent.
+    """
     rows = table[table["study_id"] == study_id].set_index("level")
     boxes = []
     for level in LEVELS:
@@ -100,13 +123,29 @@ def boxes_from_table(table, study_id):
     return boxes
 
 
-def _unit_corners(low, high):
+def _unit_corners(low: Iterable[float], high: Iterable[float]) -> np.ndarray:
     """(8, 3) corners of the box from low (3,) to high (3,)."""
     return np.array(list(itertools.product(*zip(low, high, strict=True))), np.float64)
 
 
-def nearest_slice(volume, xyz_mm):
-    """(slice index, distance in mm along the normal, row, column) of an LPS point; the index is clipped."""
+def nearest_slice(volume: Volume, xyz_mm: ArrayLike) -> tuple[int, float, float, float]:
+    """The slice of a volume that lies nearest to a point, and where the point is on it.
+
+    Parameters
+    ----------
+    volume : Volume
+    xyz_mm : (3,) sequence of float
+        LPS.
+
+    Returns
+    -------
+    index : int
+        Of the slice; the first or last for a point beyond them.
+    distance_mm : float
+        From the slice to the point along the slice's normal; not negative.
+    row_px, column_px : float
+        From the centre of the first pixel; may lie outside of the image.
+    """
     ijk = volume.lps_to_voxel(xyz_mm)
     index = int(np.clip(np.round(ijk[0]), 0, volume.array.shape[0] - 1))
     normal = np.cross(volume.affine[:3, 1], volume.affine[:3, 2])
@@ -115,7 +154,7 @@ def nearest_slice(volume, xyz_mm):
     return index, float(distance), float(ijk[1]), float(ijk[2])
 
 
-def axial_slices_near(study, points_lps_mm, reach_mm=5.0):
+def axial_slices_near(study: Study, points_lps_mm: ArrayLike, reach_mm: float = 5.0) -> pd.DataFrame:
     """The axial slices that cover points and lie near them, e.g. to find on axial slices what was seen on a sagittal.
 
     points_lps_mm: (n, 3) LPS millimetres (NaN: found nowhere); reach_mm: largest distance along the slice normal.
@@ -160,30 +199,30 @@ def axial_slices_near(study, points_lps_mm, reach_mm=5.0):
     return pd.concat(tables).sort_values(["point", "distance_mm"], kind="stable", ignore_index=True)
 
 
-def on_image(volume, x_px, y_px):
+def on_image(volume: Volume, x_px: Any, y_px: Any) -> Any:
     """Whether pixel coordinates (numbers or arrays) lie on a volume's slices; a pixel beyond the edge still does, for
     tools that count from a corner. False for NaN."""
     _, height, width = volume.array.shape
     return (x_px >= -1) & (x_px <= width) & (y_px >= -1) & (y_px <= height)
 
 
-def place_points(coordinates, study):
+def place_points(coordinates: pd.DataFrame, study: Study) -> pd.DataFrame:
     """Where the label points of one study lie: DataFrame volume (index in study.volumes), slice (index), x_mm, y_mm,
     z_mm (LPS) and problem, in the order of the points.
 
     coordinates: rows of read_coordinates. A point on no slice of the study has -1, -1, NaN and says why in `problem`,
     which is "" for the others.
     """
-    where = {}
+    where: dict[int | None, dict[int | None, tuple[int, int]]] = {}
     for v, volume in enumerate(study.volumes):
         slices = where.setdefault(int(volume.series_id), {})
         slices.update({int(instance): (v, k) for k, instance in enumerate(volume.instance_numbers)})
     rows = []
     for row in coordinates.itertuples():
         name = f"study {study.study_id}, series {row.series_id}, slice {row.instance_number}"
-        slices = where.get(whole_number(row.series_id))
-        v, k = (slices or {}).get(whole_number(row.instance_number), (-1, -1))
-        if slices is None:
+        known = where.get(whole_number(row.series_id))
+        v, k = (known or {}).get(whole_number(row.instance_number), (-1, -1))
+        if known is None:
             problem = f"{name}: no such series was read"
         elif v < 0:
             problem = f"{name}: no such slice was read"
@@ -197,6 +236,6 @@ def place_points(coordinates, study):
     return pd.DataFrame(rows, columns=["volume", "slice", "x_mm", "y_mm", "z_mm", "problem"])
 
 
-def coordinates_to_lps(coordinates, study):
+def coordinates_to_lps(coordinates: pd.DataFrame, study: Study) -> np.ndarray:
     """Label points of one study -> (n, 3) LPS millimetres, NaN where place_points has a problem."""
     return place_points(coordinates, study)[["x_mm", "y_mm", "z_mm"]].to_numpy(np.float64)

@@ -3,7 +3,11 @@
 May use: competition, names.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..names import CONDITIONS, GROUPS, LEVELS, SEVERITY_WEIGHTS
 from .competition import from_submission, labels_to_array, severity_values
@@ -11,17 +15,38 @@ from .competition import from_submission, labels_to_array, severity_values
 EPS = np.finfo(np.float64).eps  # the metric's clip of probabilities, as scikit-learn has it
 
 
-def score_arrays(grades, probabilities):
-    """The competition's metric on arrays. See competition_score.
+def score_arrays(grades: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
+    """The competition's metric on arrays; see competition_score.
 
-    grades: (n, 5, 5) int, -1 missing; probabilities: (n, 5, 5, 3), rows are normalised here in float64.
+    Parameters
+    ----------
+    grades : (n, 5, 5) int array
+        By study, condition and level; -1 missing.
+    probabilities : (n, 5, 5, 3) array
+        Rows are normalised here in float64. Those without a grade may be NaN.
+
+    Returns
+    -------
+    dict of str to float
+        spinal, foraminal, subarticular, any_severe and total, their mean. A term without a single grade is NaN, and so
+        is then the total.
+
+    Raises
+    ------
+    ValueError
+        A graded row has no finite prediction.
+
+    Examples
+    --------
+    >>> scores = score_arrays(np.zeros((1, 5, 5), int), np.full((1, 5, 5, 3), 1 / 3))
+    >>> round(scores["spinal"], 4), round(scores["any_severe"], 4)
+    (1.0986, 0.4055)
     """
-    grades = np.asarray(grades)
-    probabilities = np.asarray(probabilities, np.float64)
-    probabilities = probabilities / probabilities.sum(-1, keepdims=True)
-    if not np.isfinite(probabilities[grades >= 0]).all():
+    true, predicted = np.asarray(grades), np.asarray(probabilities, np.float64)
+    predicted = predicted / predicted.sum(-1, keepdims=True)
+    if not np.isfinite(predicted[true >= 0]).all():
         raise ValueError("a graded row has no finite prediction")
-    losses, weights = (sums.sum(0) for sums in term_sums(grades, probabilities))
+    losses, weights = (sums.sum(0) for sums in term_sums(true, predicted))
     scores = {
         term: float(loss / weight) if weight > 0 else float("nan")
         for term, loss, weight in zip((*GROUPS, "any_severe"), losses, weights, strict=True)
@@ -30,7 +55,7 @@ def score_arrays(grades, probabilities):
     return scores
 
 
-def term_sums(grades, probabilities):
+def term_sums(grades: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each study's share in the four terms: (loss (n, 4), weight (n, 4)); a term is loss.sum() / weight.sum().
 
     grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3). The terms are those of GROUPS, then any severe.
@@ -47,7 +72,9 @@ def term_sums(grades, probabilities):
     return np.stack([*losses, any_loss], 1), np.stack([*weights, any_weight], 1)
 
 
-def paired_gain(grades, before, after, terms=(0, 1, 2, 3)):
+def paired_gain(
+    grades: np.ndarray, before: np.ndarray, after: np.ndarray, terms: Sequence[int] = (0, 1, 2, 3)
+) -> tuple[float, float]:
     """How much lower `after` scores than `before`, summed over the terms, and the standard error of that.
 
     grades: (n, 5, 5) int, -1 left out; before, after: (n, 5, 5, 3); terms: which of term_sums' four.
@@ -62,16 +89,37 @@ def paired_gain(grades, before, after, terms=(0, 1, 2, 3)):
     return float(gain[list(terms)].sum()), float(np.sqrt(np.square(influence).sum()))
 
 
-def competition_score(labels, submission):
+def competition_score(labels: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
     """The competition's score: weighted log loss per condition group, and for any severe canal stenosis.
 
-    labels: train.csv's wide form; submission: the competition's form, rows in any order. Rows whose label is
-    missing are dropped; predictions of studies without labels are ignored. Returns a dict of floats: spinal,
-    foraminal, subarticular, any_severe and their plain mean, total; a term without a single label is NaN.
-    Raises ValueError where a graded row has no prediction, or one that is negative, not finite or all zero.
+    The loss of a row weighs 1, 2 or 4 by its true grade. The any-severe term has one row a study: its probability is
+    the largest p(severe) of the canal's graded levels, its weight the largest of theirs. Source: the competition's
+    evaluation page and metric notebook (RSNA 2024 Lumbar Spine Degenerative Classification, Kaggle).
 
-    The any-severe row takes the maximum over the levels that are graded, as the official code does after it has
-    dropped the rows without a label.
+    Parameters
+    ----------
+    labels : DataFrame
+        train.csv's wide form. Missing labels are left out.
+    submission : DataFrame
+        The competition's form, rows in any order. Studies without labels are ignored.
+
+    Returns
+    -------
+    dict of str to float
+        spinal, foraminal, subarticular, any_severe and total, their mean. A term without a single label is NaN.
+
+    Raises
+    ------
+    ValueError
+        A graded row has no prediction, or a row has one that is negative, not finite or all zero; the message names it.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from lumbar.data.competition import to_submission
+    >>> labels = pd.DataFrame({"study_id": [7], "spinal_canal_stenosis_l4_l5": ["Severe"]})
+    >>> round(competition_score(labels, to_submission([7], np.full((1, 5, 5, 3), 1 / 3)))["spinal"], 4)
+    1.0986
     """
     study_ids, grades = labels_to_array(labels)
     predicted_ids, probabilities = from_submission(submission)

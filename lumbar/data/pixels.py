@@ -1,13 +1,19 @@
 """The pixels of a DICOM data set: decoded as the standard says, with what pads them marked.
 
-May use: pydicom, numpy and scipy, nothing of the kit.
+May use: nothing of the kit.
 """
+
+from __future__ import annotations
 
 import math
 import re
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 
 class DicomProblem(ValueError):
@@ -40,7 +46,7 @@ DECODERS = {
 _ITEM = b"\xfe\xff\x00\xe0"  # the tag of a sequence's item or a fragment, little endian
 
 
-def stored_pixels(dataset, frames: int = 1) -> tuple[np.ndarray, list[str]]:
+def stored_pixels(dataset: Dataset, frames: int = 1) -> tuple[np.ndarray, list[str]]:
     """Decode the stored values of a data set, before rescaling.
 
     Decoding is pydicom's: whatever the bits above Bits Stored hold, they are masked, and the sign is extended from
@@ -80,7 +86,8 @@ def stored_pixels(dataset, frames: int = 1) -> tuple[np.ndarray, list[str]]:
             raise DicomProblem(f"compressed pixels come in more than {MAX_FRAGMENTS} pieces")
     sign_known = _fill_in(dataset)
     try:
-        pixels, _ = get_decoder(syntax).as_array(dataset, raw=True, view_only=True)
+        decoder: Any = get_decoder(syntax)  # type: ignore[arg-type]  # None is refused, which is what is wanted
+        pixels, _ = decoder.as_array(dataset, raw=True, view_only=True)
     except Exception as error:  # pydicom raises many kinds, also from inside its decoders
         reason = _missing_decoder(syntax) or f"({plain_reason(error)})"
         raise DicomProblem(f"pixels cannot be decoded: {reason}") from None
@@ -150,7 +157,7 @@ def plain_reason(error: Exception) -> str:
     return " ".join(kept) or type(error).__name__
 
 
-def padding_mask(dataset, pixels: np.ndarray) -> np.ndarray | None:
+def padding_mask(dataset: Dataset, pixels: np.ndarray) -> np.ndarray | None:
     """Which stored values are padding that the file announces (PS3.3 C.7.5.1.1.2).
 
     Pixel Padding Value alone, or with Pixel Padding Range Limit every value between the two. A value inside the range

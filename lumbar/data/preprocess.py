@@ -3,8 +3,10 @@
 May use: dicom, greys, volume, tables, in_flight, storage, names.
 """
 
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +19,15 @@ from .tables import described_series, some_of
 from .volume import Study, load_study, save_study, study_about
 
 
-def preprocess_study(data, split, study_id, descriptions, out, bits=16, journal=None):
+def preprocess_study(
+    data: str | Path,
+    split: str,
+    study_id: int,
+    descriptions: Mapping[int, str],
+    out: str | Path,
+    bits: int = 16,
+    journal: InFlight | None = None,
+) -> list[dict[str, Any]]:
     """Read one study of the competition folder, write its volumes to `out`. Returns rows for series.csv.
 
     A study whose file is already there is not read again, unless it was passed over, or its files or descriptions have
@@ -83,15 +93,41 @@ def _series_rows(study):
     return rows
 
 
-def preprocess_studies(data, split, out, workers=2, bits=16, labelled=()):
-    """Read every study of a split into out/<study_id>.safetensors. Returns series.csv: one row a volume or problem.
+def preprocess_studies(
+    data: str | Path, split: str, out: str | Path, workers: int = 2, bits: int = 16, labelled: Iterable[int] = ()
+) -> pd.DataFrame:
+    """Read every study of a split and store its volumes as out/<study_id>.safetensors.
 
-    bits: of a stored grey value, see save_study. labelled: ids of studies that have labels; those that the descriptions
-    table lacks cannot be read and are among the problems.
+    Works in threads (decoding and percentiles run outside Python's lock, and nothing has to be imported anew) and shows
+    progress. Safe to re-run after an interruption: finished studies are found. Those that an earlier run may have been
+    killed by come last; one that kills the process is passed over, which is among the problems (see InFlight).
 
-    Works in threads (decoding and percentiles run outside Python's lock, and nothing has to be imported anew), shows
-    progress, and finds the studies that an earlier, killed run has finished. Those that it may have been killed by come
-    last; one that kills the process is passed over, which is among the problems (see InFlight).
+    Parameters
+    ----------
+    data : str or Path
+        The competition's folder.
+    split : str
+        `train` or `test`.
+    out : str or Path
+        Folder of the volumes; made when needed.
+    workers : int
+        Threads.
+    bits : int
+        16 or 8, of a stored grey value; see save_study.
+    labelled : iterable of int
+        Ids of studies that have labels; those that the descriptions table lacks cannot be read and are among the
+        problems.
+
+    Returns
+    -------
+    DataFrame
+        The rows of series.csv, one a volume or problem: study_id, series_id, block, description, plane, slices, rows,
+        columns, thickness_mm, problem, and the affine matrix as a00 ... a23 (from slice, row, column, 1 to LPS mm).
+
+    Raises
+    ------
+    ValueError
+        The descriptions table has no rows.
     """
     Path(out).mkdir(parents=True, exist_ok=True)
     studies, table = described_series(data, split), f"{split}_series_descriptions.csv"

@@ -1,20 +1,25 @@
 """Volumes resampled onto any grid in patient space: level crops and whole studies.
 
-May use: volume, geometry, limits, names.
+May use: geometry, volume, limits, names.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 
 from ..limits import check_limit
 from ..names import DESCRIPTIONS
-from .geometry import _unit_corners
+from .geometry import LevelBox, _unit_corners
+from .volume import Study, Volume
 
 
-def crop_affine(center_lps, axes, extent_mm, shape):
+def crop_affine(
+    center_lps: ArrayLike, axes: ArrayLike, extent_mm: Sequence[float] | np.ndarray, shape: Sequence[int] | np.ndarray
+) -> np.ndarray:
     """(4, 4) affine from crop indices to LPS millimetres.
 
     axes: rows head, left, back; extent_mm: (3,) along head, left, back; shape: (3,) of the crop, whose axes run
@@ -41,7 +46,7 @@ class _OnGrid:
     slice is the same memory seen one slice later as a second channel.
     """
 
-    def __init__(self, volume, affine, shape, device):
+    def __init__(self, volume: Volume, affine: np.ndarray, shape: Sequence[int], device: str) -> None:
         to_voxel = np.linalg.inv(volume.affine) @ affine
         size = np.array(volume.array.shape)
         to_grid = np.linalg.inv(to_voxel)
@@ -94,7 +99,9 @@ class _OnGrid:
             )
         self.k = torch.arange(len(index[2]), dtype=torch.int16, device=device)
 
-    def block(self, i, j, scratch):
+    def block(
+        self, i: slice, j: slice, scratch: torch.Tensor
+    ) -> tuple[slice, torch.Tensor, torch.Tensor | None] | None:
         """Samples of a block of the window: slices i, j of its first two axes (window's own indices) -> (k, values,
         inside): slice of the third axis outside of which the block has nothing; values (i, j, k) float32, 0 where not
         inside, overwritten by the next call with this scratch; inside bool, None where all of it is. None instead of
@@ -212,7 +219,9 @@ def _scratch(shape, device):
     return torch.empty((4, min(max(_block_size(device), shape[2]), math.prod(shape))), device=device)
 
 
-def resample(volume, affine, shape, device="cpu"):
+def resample(
+    volume: Volume, affine: np.ndarray, shape: Sequence[int], device: str = "cpu"
+) -> tuple[tuple[slice, ...], torch.Tensor, torch.Tensor] | tuple[None, None, None]:
     """Trilinear samples of a volume on another grid.
 
     affine: (4, 4) from indices of the new grid to LPS mm; shape: (d, h, w). Returns (window, values, covered):
@@ -244,7 +253,14 @@ def _put(values, covered, k, samples, inside):
     covered[..., k] = True if inside is None else inside
 
 
-def sample_box(study, center_lps, axes, extent_mm, shape, device="cpu"):
+def sample_box(
+    study: Study,
+    center_lps: ArrayLike,
+    axes: ArrayLike,
+    extent_mm: Sequence[float] | np.ndarray,
+    shape: Sequence[int],
+    device: str = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
     """The study's three kinds of series on one oriented grid.
 
     study: normalised; center_lps, axes, extent_mm: as crop_affine takes them; shape: (d, h, w).
@@ -299,8 +315,13 @@ def _mean(sources, i, j, shape, scratch):
 
 
 def crop_level(
-    study, box, shape=(128, 128, 128), extent_mm=(56.0, 96.0, 96.0), shift_mm=(0.0, 0.0, 14.0), device="cpu"
-):
+    study: Study,
+    box: LevelBox,
+    shape: Sequence[int] = (128, 128, 128),
+    extent_mm: Sequence[float] | np.ndarray = (56.0, 96.0, 96.0),
+    shift_mm: ArrayLike = (0.0, 0.0, 14.0),
+    device: str = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
     """What the classifiers see of one level.
 
     box: LevelBox; extent_mm, shift_mm: size of the crop and offset of its centre from the disc's, both along head,
@@ -310,7 +331,7 @@ def crop_level(
     return sample_box(study, box.to_lps(shift_mm), box.axes, extent_mm, shape, device)
 
 
-def study_box(study):
+def study_box(study: Study) -> tuple[np.ndarray, np.ndarray]:
     """(center_lps (3,), axes (3, 3)) of the whole-study grid: along the patient axes, around the sagittal series.
 
     Needs no detection, so that the whole-study model can stand in where there is none. Without a sagittal series
@@ -327,7 +348,12 @@ def study_box(study):
     return np.zeros(3), axes
 
 
-def crop_study(study, shape=(256, 256, 256), extent_mm=(256.0, 128.0, 160.0), device="cpu"):
+def crop_study(
+    study: Study,
+    shape: Sequence[int] = (256, 256, 256),
+    extent_mm: Sequence[float] | np.ndarray = (256.0, 128.0, 160.0),
+    device: str = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
     """The whole study on one grid: (crop (3, d, h, w) float16, covered). extent_mm: along head, left, back."""
     center, axes = study_box(study)
     return sample_box(study, center, axes, extent_mm, shape, device)

@@ -3,7 +3,7 @@
 Geometry does not hang on last digits: what counts as the same place, size or direction has a tolerance, and what lies
 between slices is compared with the other distances of the series.
 
-May use: volume, agreement, names.
+May use: volume, agreement.
 """
 
 import math
@@ -75,7 +75,7 @@ class Contrast:
         return ", ".join([*words, *sorted(self.kinds)]) or "unknown contrast"
 
 
-def values_of(slices):
+def values_of(slices: list[dict]) -> np.ndarray:
     """(n, h, w) float32 of slices of one size, rescaled straight into place; NaN where the files have padding."""
     values = np.empty((len(slices), *slices[0]["pixels"].shape), np.float32)
     for value, item in zip(values, slices, strict=True):
@@ -89,7 +89,9 @@ def values_of(slices):
     return values
 
 
-def stack_slices(slices, study_id, series_id, description, problems):
+def stack_slices(
+    slices: list[dict], study_id: int, series_id: int, description: str, problems: list[str]
+) -> list[Volume]:
     """Slices of one series -> list of Volumes; what is left out or doubtful is said in `problems`.
 
     Slices of several contrasts never share a volume. The one that the description means is kept, and what differs
@@ -99,7 +101,8 @@ def stack_slices(slices, study_id, series_id, description, problems):
     """
     name = f"study {study_id}, series {series_id}"
     slices = _of_one_series(slices, name, problems)
-    volumes, contrasts = [], _contrasts(slices, description)
+    volumes: list[Volume] = []
+    contrasts = _contrasts(slices, description)
     problems += [f"{name}: {sentence}" for sentence in _unusual_echo(contrasts, description)]
     for number, (contrast, own) in enumerate(contrasts):
         if number:
@@ -150,7 +153,7 @@ def _of_one_series(slices, name, problems):
     return slices
 
 
-# ---- Contrasts ----
+# -- contrasts
 
 
 def _contrasts(slices, description):
@@ -208,7 +211,7 @@ def _unusual_echo(contrasts, description):
     return [f"an echo time of {echo_ms:g} ms is unusual for {description}: it may be another contrast"]
 
 
-# ---- Stacks and passes ----
+# -- stacks and passes
 
 
 def _parallel_stacks(slices):
@@ -429,7 +432,7 @@ def _without_odd_slices(stack):
     return [item for k, item in enumerate(stack) if k not in odd], sentences
 
 
-# ---- Volumes ----
+# -- volumes
 
 
 def _volumes(stack, study_id, series_id, description, block, name, problems):

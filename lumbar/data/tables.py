@@ -11,7 +11,9 @@ import csv
 import io
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -24,26 +26,55 @@ _DECIMAL = re.compile(r"^(-?[0-9]+),([0-9]+)$")
 _EMPTY = ("", "nan", "na", "n/a", "#n/a", "<na>", "null", "none")  # what spreadsheets and libraries write for no value
 
 
-def whole_number(value):
-    """An id or a count as int, None where it is none. 123.0 is 123: one empty cell makes floats of a table's ids."""
+def whole_number(value: Any) -> int | None:
+    """An id or a count as int, None where it is none.
+
+    One empty cell makes floats of a table's ids, so 123.0 counts as 123.
+
+    >>> whole_number("123.0"), whole_number(7), whole_number("seven")
+    (123, 7, None)
+    """
     found = _WHOLE.fullmatch(str(value).strip())
     return int(found[1]) if found else None
 
 
-def some_of(items, most=MAX_NAMED, between=", "):
-    """Items as text, the first few by name and the others by number: `7, 8, 9 and 120 more`."""
+def some_of(items: Iterable, most: int = MAX_NAMED, between: str = ", ") -> str:
+    """Items as text, the first few by name and the others by number.
+
+    >>> some_of([7, 8, 9, 10], most=2)
+    '7, 8 and 2 more'
+    """
     items = [str(item) for item in items]
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return between.join(items[:most]) + rest
 
 
-def read_labels(path):
-    """Grades in train.csv's wide form: study_id + LABEL_COLUMNS (strings of GRADES, missing where there is none).
+def read_labels(path: str | Path) -> pd.DataFrame:
+    """Read grades in train.csv's wide form.
 
-    Columns that are absent (a table of fewer conditions) become missing labels, and so does a cell with anything but
-    a grade, which is named. Raises ValueError on a table without labels, and where a column has values but no grade.
+    A column that is absent (a table of fewer conditions) becomes missing labels. So does a cell with anything but a
+    grade, which is named and printed.
+
+    Parameters
+    ----------
+    path : str or Path
+        Of the CSV file.
+
+    Returns
+    -------
+    DataFrame
+        study_id (int64) and the 25 LABEL_COLUMNS: strings of GRADES, missing where there is none.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The table has no labels, or a column has values but no grade.
     """
-    present, odd, graded = set(), {}, dict.fromkeys(LABEL_COLUMNS, 0)
+    present: set[str] = set()
+    odd: dict[str, list[str]] = {}
+    graded = dict.fromkeys(LABEL_COLUMNS, 0)
 
     def parse(cells, line):
         present.update(cells)
@@ -71,11 +102,26 @@ def read_labels(path):
     return pd.DataFrame(rows, columns=["study_id", *LABEL_COLUMNS])
 
 
-def read_coordinates(data):
-    """train_label_coordinates.csv -> study_id, series_id, instance_number, condition, level, x_px, y_px.
+def read_coordinates(data: str | Path) -> pd.DataFrame:
+    """Read the readers' label points, train_label_coordinates.csv.
 
-    Condition and level in this kit's names; x_px counts columns and y_px rows, from the centre of the first pixel.
-    Whether a point lies on an image is not known here, see place_points.
+    Parameters
+    ----------
+    data : str or Path
+        The competition's folder.
+
+    Returns
+    -------
+    DataFrame
+        study_id, series_id, instance_number (int64), condition, level (this kit's names), x_px, y_px (columns and rows
+        from the centre of the first pixel). Whether a point lies on an image is not known here, see place_points.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        It is no such table. Single bad rows are named, printed and left out.
     """
 
     def parse(cells, line):
@@ -91,12 +137,12 @@ def read_coordinates(data):
     return table if rows else table.astype(dict.fromkeys(columns[:3], int) | {"x_px": float, "y_px": float})
 
 
-def described_series(data, split):
+def described_series(data: str | Path, split: str) -> dict[int, dict[int, str]]:
     """dict study_id -> dict series_id -> description, from {train,test}_series_descriptions.csv, ascending study_id.
 
     A study whose rows are all bad but for its own id is there, without series.
     """
-    studies = {}
+    studies: dict[int, dict[int, str]] = {}
 
     def parse(cells, line):
         study_id = _id(cells, "study_id")
@@ -110,14 +156,14 @@ def described_series(data, split):
     return dict(sorted(studies.items()))
 
 
-def read_descriptions(data, split):
+def read_descriptions(data: str | Path, split: str) -> pd.DataFrame:
     """described_series as a table: study_id, series_id, description."""
     studies = described_series(data, split)
     rows = [(study_id, *item) for study_id, series in studies.items() for item in series.items()]
     return pd.DataFrame(rows, columns=["study_id", "series_id", "description"])
 
 
-def sample_studies(path):
+def sample_studies(path: str | Path) -> list[int]:
     """The studies of which sample_submission.csv has rows, ascending: list of int."""
 
     def parse(cells, line):
@@ -129,8 +175,26 @@ def sample_studies(path):
     return sorted({study_id for study_id, _ in _read_rows(path, ["row_id"], parse, 2)})
 
 
-def read_folds(preprocessed):
-    """folds.csv of 01_preprocess, its folder or the file itself: study_id, fold (both int)."""
+def read_folds(preprocessed: str | Path) -> pd.DataFrame:
+    """Read folds.csv of 01_preprocess.
+
+    Parameters
+    ----------
+    preprocessed : str or Path
+        Its folder, or the file itself.
+
+    Returns
+    -------
+    DataFrame
+        study_id, fold (both int64).
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        It is no such table.
+    """
     path = Path(preprocessed)
     path = path if path.suffix == ".csv" else path / "folds.csv"
     if not path.is_file():
@@ -141,7 +205,7 @@ def read_folds(preprocessed):
     return pd.DataFrame(rows, columns=["study_id", "fold"])
 
 
-# ---- What all of them share ----
+# -- what all of them share
 
 _ADVICE = "copy the competition's file anew, or save the table as CSV in UTF-8 with its own columns"
 

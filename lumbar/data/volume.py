@@ -3,10 +3,13 @@
 May use: storage.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..storage import DamagedFile, open_tensors, write_tensors
 
@@ -33,25 +36,25 @@ class Volume:
     thickness_mm: float = 0.0
 
     @property
-    def spacing_mm(self):
+    def spacing_mm(self) -> np.ndarray:
         """(3,): distance between neighbouring slices, rows and columns."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
     @property
-    def plane(self):
+    def plane(self) -> str:
         """sagittal, coronal or axial: the patient axis (x, y, z) that the slice normal is closest to."""
         normal = np.cross(self.affine[:3, 1], self.affine[:3, 2])
         return ("sagittal", "coronal", "axial")[int(np.argmax(np.abs(normal)))]
 
-    def voxel_to_lps(self, ijk):
+    def voxel_to_lps(self, ijk: ArrayLike) -> np.ndarray:
         """(..., 3) positions (slice, row, column) -> (..., 3) LPS millimetres."""
         return np.asarray(ijk, np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]
 
-    def lps_to_voxel(self, xyz):
+    def lps_to_voxel(self, xyz: ArrayLike) -> np.ndarray:
         """(..., 3) LPS millimetres -> (..., 3) positions (slice, row, column), not rounded."""
         return (np.asarray(xyz, np.float64) - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T
 
-    def slice_of(self, instance_number):
+    def slice_of(self, instance_number: int) -> int | None:
         """The index of the slice that came from this file, or None."""
         found = np.flatnonzero(self.instance_numbers == instance_number)
         return int(found[0]) if len(found) else None
@@ -65,7 +68,7 @@ class Study:
     volumes: list
     problems: list = field(default_factory=list)
 
-    def of(self, description):
+    def of(self, description: str) -> list[Volume]:
         """The volumes with this series description."""
         return [volume for volume in self.volumes if volume.description == description]
 
@@ -74,7 +77,7 @@ class Study:
 _GREY_STEP, _GREY_LOW = 1 / 160, -1 / 8
 
 
-def save_study(study, path, bits=16, made_of=None):
+def save_study(study: Study, path: str | Path, bits: int = 16, made_of: dict[str, Any] | None = None) -> None:
     """Write a normalised study as one safetensors file, complete or not at all.
 
     bits: 16, as normalised; 8 for half the disk: rounded to steps of 1/160, and cut off above 1.47. Raises ValueError
@@ -82,7 +85,7 @@ def save_study(study, path, bits=16, made_of=None):
     """
     if bits not in (8, 16):
         raise ValueError(f"BITS must be 8 or 16, not {bits!r}")
-    about = {"study_id": study.study_id, "problems": study.problems, "volumes": []}
+    about: dict[str, Any] = {"study_id": study.study_id, "problems": study.problems, "volumes": []}
     if made_of is not None:
         about["made_of"] = made_of
     tensors = {}
@@ -107,18 +110,33 @@ def save_study(study, path, bits=16, made_of=None):
 _REMEDY = "delete it and run 01_preprocess again, which reads the study anew"
 
 
-def study_about(path):
+def study_about(path: str | Path) -> dict[str, Any]:
     """What save_study wrote of a study but its arrays: dict study_id, problems, volumes, made_of. Raises as
     load_study does."""
     with open_tensors(path, "study", _REMEDY, "numpy") as (about, _):
         return about
 
 
-def load_study(path, descriptions=None):
-    """Read what save_study wrote; only the series with these descriptions, if given. Arrays are float16.
+def load_study(path: str | Path, descriptions: Container[str] | None = None) -> Study:
+    """Read a study that save_study wrote.
 
-    Raises FileNotFoundError, or DamagedFile (storage) for a file that is not what save_study wrote: the study can be
-    read again from its DICOM files then.
+    Parameters
+    ----------
+    path : str or Path
+    descriptions : container of str, optional
+        Read only series with these descriptions.
+
+    Returns
+    -------
+    Study
+        Its volumes have float16 arrays (slice, row, column) of normalised grey values.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    DamagedFile
+        It is not what save_study wrote. The study can be read again from its DICOM files.
     """
     with open_tensors(path, "study", _REMEDY, "numpy") as (about, file):
         try:
@@ -162,8 +180,24 @@ def _as_float16(array):
     return (array * np.float32(_GREY_STEP) + np.float32(_GREY_LOW)).astype(np.float16)
 
 
-def study_paths(preprocessed):
-    """dict study_id -> path of its volumes, from 01_preprocess' folder."""
+def study_paths(preprocessed: str | Path) -> dict[int, Path]:
+    """The files of all studies that 01_preprocess wrote.
+
+    Parameters
+    ----------
+    preprocessed : str or Path
+        The folder 01_preprocess of a run.
+
+    Returns
+    -------
+    dict of int to Path
+        study_id to the file of its volumes, for load_study.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+    """
     paths = {int(path.stem): path for path in sorted((Path(preprocessed) / "volumes").glob("*.safetensors"))}
     if not paths:
         raise FileNotFoundError(

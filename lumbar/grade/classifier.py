@@ -3,7 +3,8 @@
 May use: ordinal, crops, tta, weights, data, storage, names.
 """
 
-import json
+import contextlib
+import functools
 import math
 import warnings
 from pathlib import Path
@@ -17,10 +18,10 @@ from ..data.geometry import boxes_from_table
 from ..data.resample import study_box
 from ..data.volume import load_study
 from ..names import CONDITIONS, DESCRIPTIONS, LEVELS, SEVERITIES, device_for, progress
-from ..storage import write_tensors
-from ..weights import Stated, check_network, read_weights
+from ..storage import open_tensors, write_tensors
+from ..weights import Stated, check_network, read_settled, read_weights, store_settled
 from .crops import expand_view, mirror_conditions, view_crops
-from .ordinal import CumulativeHeads, cumulative_log_probabilities
+from .ordinal import CumulativeHeads, cumulative_log_probabilities, current_heads
 from .tta import TTA_VIEWS, choose_views, cross_fitted_views, deal_parts
 
 # The demo's backbones, small enough for minutes on a CPU: a CoAtNet of three stages for crops, and one of two stages
@@ -189,8 +190,28 @@ class OrdinalClassifier(nn.Module):
         x = self.backbone.stem(x)
         for stage in self.backbone.stages:
             for block in stage.blocks:
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+                contexts = functools.partial(_recompute_contexts, block)
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=contexts)
         return self.backbone.norm(x)
+
+
+def _recompute_contexts(block):
+    """For torch's checkpoint: (context of the forward pass, context of computing it again)."""
+    return contextlib.nullcontext(), _same_statistics(block)
+
+
+@contextlib.contextmanager
+def _same_statistics(block):
+    """Leave the running statistics of batch normalisation alone, so that a batch seen twice counts once."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def save_classifier(path, model, about):
@@ -209,13 +230,21 @@ def load_classifier(path, device="cpu"):
     network that its tensors do not fit, values that are not finite.
     """
     state, about = read_weights(path, "classifier", _REMEDY, "a classifier's")
+    about |= read_settled(path)
     _check_classifier(Stated(path, about, _REMEDY))
     names = ("scope", "backbone", "img_size", "prior", "dropout", "level_centers")
     arguments = (*(about[name] for name in names), about.get("pooling", "grid"))
+    state = current_heads(state)
     check_network(path, lambda: OrdinalClassifier(*arguments), state, _REMEDY)
     model = OrdinalClassifier(*arguments)
     model.load_state_dict(state)
     return model.to(device).eval(), about
+
+
+def read_classifier_about(path):
+    """What a classifier's weights file says of itself: dict. Raises DamagedFile, FileNotFoundError."""
+    with open_tensors(path, "classifier", _REMEDY, whose="a classifier's") as (about, _):
+        return about | read_settled(path)
 
 
 def _check_classifier(stated):
@@ -244,14 +273,6 @@ def _check_classifier(stated):
         view.numbers("shift_mm", (3,), -100, 100, optional=True)
         view.number("scale", 0.2, 5, optional=True)
         view.choice("mirror", (True, False), optional=True)
-
-
-def store_views(path, views):
-    """Put the views that pay (of choose_views) into a weights file, as about["views"]."""
-    state, about = read_weights(path, "classifier", _REMEDY, "a classifier's")
-    changed = json.loads(json.dumps(about | {"views": views}))
-    if changed != about:
-        write_tensors(path, state, "classifier", changed)
 
 
 def level_centers(paths, levels_table, crop):
@@ -361,7 +382,7 @@ def predict_dataset(models, dataset, views=({},), numbers=None, workers=0):
 
 
 def settle_views(out, held_out, device="auto", views=TTA_VIEWS, workers=0):
-    """Choose the test-time views on held-out studies, store them in the weights, predict these studies.
+    """Choose the test-time views on held-out studies, store them beside the weights, predict these studies.
 
     out: folder with <name>.safetensors; held_out: dict name -> CropDataset of the studies that these weights were not
     trained on; workers: processes that cut crops. What is stored is chosen on all of the studies together, see
@@ -376,7 +397,7 @@ def settle_views(out, held_out, device="auto", views=TTA_VIEWS, workers=0):
     grades, log_p = np.concatenate([dataset.grades for dataset in held_out.values()]), np.concatenate(measured, 1)
     chosen, table = choose_views(grades, log_p, views)
     for name in held_out:
-        store_views(Path(out) / f"{name}.safetensors", chosen)
+        store_settled(Path(out) / f"{name}.safetensors", {"views": chosen})
     used = cross_fitted_views(grades, log_p, views, deal_parts(np.ones(len(grades), bool)))
     share = (used / used.sum(1, keepdims=True)).T[..., None, None, None]
     ends = np.cumsum([len(dataset.study_ids) for dataset in held_out.values()])

@@ -6,15 +6,14 @@ May use: tta, data, storage, names.
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from ..data.geometry import boxes_from_table
 from ..data.resample import crop_level, crop_study
 from ..data.volume import load_study
-from ..names import CONDITIONS, LABEL_COLUMNS, LEVELS, MIRRORED_CONDITIONS
-from ..storage import read_json, write_csv, write_json, write_whole
+from ..names import LEVELS, MIRRORED_CONDITIONS
+from ..storage import write_whole
 
 CROP_MARGIN = 1.2  # crops are cut this much larger, so that shifts and rotations in training see real surroundings
 
@@ -85,31 +84,6 @@ class CropDataset(torch.utils.data.Dataset):
         crop = torch.from_numpy(np.array(self.crops_of(self.study_ids[study], level)[0]))
         grades = self.grades[study, :, level] if self.per_study > 1 else self.grades[study]
         return crop, level, torch.from_numpy(np.ascontiguousarray(grades))
-
-    def save(self, folder):
-        """Describe the data set in a folder, for another process: data.json, grades.csv, levels.csv."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        table = pd.DataFrame(self.grades.reshape(len(self.grades), -1), columns=list(LABEL_COLUMNS))
-        table.insert(0, "study_id", self.study_ids)
-        write_csv(folder / "grades.csv", table)
-        if self.levels_table is not None:
-            write_csv(folder / "levels.csv", self.levels_table)
-        paths = {str(s): str(Path(self.paths[s]).resolve()) for s in self.study_ids if s in self.paths}
-        cache = str(self.cache.resolve()) if self.cache else None
-        write_json(folder / "data.json", {"crop": self.crop, "paths": paths, "cache": cache})
-
-    @classmethod
-    def load(cls, folder):
-        """The data set that `save` described."""
-        folder = Path(folder)
-        about = read_json(folder / "data.json")
-        table = pd.read_csv(folder / "grades.csv")
-        grades = table[list(LABEL_COLUMNS)].to_numpy(np.int64).reshape(-1, len(CONDITIONS), len(LEVELS))
-        levels = folder / "levels.csv"
-        levels_table = pd.read_csv(levels) if levels.is_file() else None
-        paths = {int(study_id): path for study_id, path in about["paths"].items()}
-        return cls(paths, table["study_id"].tolist(), grades, levels_table, about["crop"], about["cache"])
 
 
 def view_crops(crops, crop, rotation_deg=None, shift_mm=None, scale=None, mirror=None):

@@ -16,7 +16,7 @@ from ..data.geometry import boxes_from_table
 from ..data.volume import load_study
 from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, progress
 from ..storage import DamagedFile
-from ..weights import Stated, check_network, read_weights
+from ..weights import Stated, check_network, read_settled, read_weights, store_settled
 from .calibration import (
     _has_scores,
     cross_fitted_probabilities,
@@ -29,23 +29,14 @@ from .calibration import (
 from .detector_data import SCHEMES, YOLO_VIEWS, _side_sign, letterbox_slice, original_names, slice_patch
 from .detector_weights import (
     _REMEDY,
-    _read_yolo_metadata,
     _shipped_cfg,
     _shipped_descriptions,
-    _write_yolo,
     find_yolo_description,
     prepare_ultralytics,
+    read_detector_about,
 )
+from .member import without_frames
 from .tta import choose_views, cross_fitted_views, deal_parts
-
-
-def store_yolo_calibration(path, calibration, views=({},)):
-    """Put a calibration (of fit_yolo_calibration), and the views whose mean scores it is for, into a weights file of
-    train_yolo."""
-    state, metadata = read_weights(path, "metadata", _REMEDY, "a detector's")
-    changed = json.loads(json.dumps(metadata | {"calibration": calibration, "views": list(views)}))
-    if changed != metadata:
-        _write_yolo(path, state, changed)
 
 
 @dataclass
@@ -85,6 +76,7 @@ def load_yolo(path, device="cpu", config_dir=None):
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such weights file; run 03_train_yolo or name the weights folder")
     state, meta = read_weights(path, "metadata", _REMEDY, "a detector's")
+    meta |= read_settled(path)
     _check_yolo(Stated(path, meta, _REMEDY))
     cfg = _known_cfg(path, meta)
     prepare_ultralytics(config_dir or Path(tempfile.gettempdir()) / "ultralytics_config")
@@ -302,12 +294,6 @@ def _pooled_scores(detector, studies, patches, views, batch):
         return list(np.where(weight > 0, total / weight, np.nan))
 
 
-def without_frames(error):
-    """The exception without the frames it came through, and those of what it came of: they keep tensors alive."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
-
-
 def yolo_scores(detector, studies, boxes, views=({},), batch=16):
     """Raw severity scores of studies under each view: list of (views, 5 levels, sides, 3 severities) float64, NaN where
     no slice shows a level. An entry is the Exception instead where that study failed; the others are not harmed.
@@ -367,7 +353,7 @@ def choose_detector_views(grades, scores, condition, views):
 
 def settle_detectors(weights, grades, scores, views):
     """Choose the test-time views and the calibration of a condition's detectors on their held-out studies, store both
-    in the weights, predict these studies.
+    beside the weights, predict these studies.
 
     weights: files of train_yolo, a fold each; grades: (n, 5 conditions, 5 levels), -1 missing; scores: (n, views, 5
     levels, sides, 3) of score_studies by the detector that held the study out, NaN where there are none; views: dicts,
@@ -376,7 +362,7 @@ def settle_detectors(weights, grades, scores, views):
     where the scores are; table of choose_views). Done again after a kill it ends the same.
     A detector of the original scheme has one view, no calibration, and 1/3 where the scores are NaN.
     """
-    about = _read_yolo_metadata(weights[0])
+    about = read_detector_about(weights[0])
     own = grades[:, list(DETECTORS[about["condition"]][1])].transpose(0, 2, 1)
     kept, table, used = choose_detector_views(grades, scores, about["condition"], views)
     mean = mean_scores(np.moveaxis(scores[:, table["kept"].to_numpy()], 1, 0))
@@ -386,7 +372,7 @@ def settle_detectors(weights, grades, scores, views):
         p = cross_fitted_probabilities(scores, own, used)
         calibration = fit_yolo_calibration(mean, own, severity_prior(own))
     for path in weights:
-        store_yolo_calibration(path, calibration, kept)
+        store_settled(path, {"calibration": calibration, "views": kept})
     return p, table
 
 

@@ -14,11 +14,11 @@ from ..storage import DamagedFile, read_checkpoint, read_json, write_json
 from ..weights import read_weights
 from .detector_weights import (
     _REMEDY,
-    _read_yolo_metadata,
     _write_yolo,
     _yolo_model_yaml,
     find_yolo_description,
     prepare_ultralytics,
+    read_detector_about,
 )
 
 # AdamW with an equal nominal batch, a gentle warm-up and a strong class term trains from random weights within few
@@ -208,7 +208,7 @@ def train_yolo(
 def _arguments_of(weights):
     """What a weights file was trained with, None without a readable one."""
     try:
-        return _read_yolo_metadata(weights).get("arguments")
+        return read_detector_about(weights).get("arguments")
     except FileNotFoundError:
         return None
     except DamagedFile as error:

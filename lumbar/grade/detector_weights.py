@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..storage import open_tensors, write_tensors
+from ..weights import read_settled
 
 
 def prepare_ultralytics(config_dir):
@@ -97,6 +98,7 @@ def _write_yolo(path, state, metadata):
     write_tensors(path, state, "metadata", metadata)
 
 
-def _read_yolo_metadata(path):
+def read_detector_about(path):
+    """What a detector's weights file says of itself: dict. Raises DamagedFile, FileNotFoundError."""
     with open_tensors(path, "metadata", _REMEDY, whose="a detector's") as (about, _):
-        return about
+        return about | read_settled(path)

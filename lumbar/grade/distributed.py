@@ -1,44 +1,20 @@
-"""A training in several processes or on several GPUs.
+"""Several processes on one machine: how many, their launch, and the shared memory that their loaders need.
 
-The training loop is the same for one process and for many: rank() is 0, world() is 1 and all_sum() does nothing where
-no group of processes was formed.
-
-May use: storage; trainer inside its jobs.
+May use: nothing of the kit.
 """
 
-import codecs
 import ctypes
-import json
 import os
 import re
 import signal
 import sys
-import traceback
+import threading
+import uuid
+from collections.abc import Callable
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
-
-from ..storage import write_json
-
-
-def rank():
-    """This process' number, from 0; the first one writes files."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world():
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def all_sum(tensor):
-    """The tensor's sum over all processes, in place and returned."""
-    if world() > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def processes_for(processes, device="auto"):
@@ -91,92 +67,79 @@ def loader_memory(workers, batch_bytes=0):
         raise
 
 
-def launch(folder, job, processes):
-    """Run a job by torchrun in several processes of this machine; their output streams to this process' stderr.
+def launch(function: Callable[..., Any], arguments: tuple, processes: int) -> None:
+    """Call function(*arguments) in several new processes of this machine, and return when all are done.
 
-    folder: for job.json and the processes' error messages; job: dict of JSON values for run_job. Returns when all are
-    done. Raises RuntimeError with the last lines as soon as one fails: torchrun then ends the others. They end with
-    this process, too, also when it is killed outright.
+    Their output goes where this process' does. They end with this process, also when it is killed outright, and as soon
+    as one of them fails.
+
+    accelerate's notebook_launcher forks them off the notebook's kernel, whose GPU and threads do not survive that. This
+    is the launcher of torch that it is made of, and torchrun too, with processes that start afresh ("spawn"); function
+    and arguments must be picklable, and no file carries them.
+
+    Raises
+    ------
+    RuntimeError
+        Where one of them failed, with its last lines.
     """
-    import subprocess
+    from accelerate.utils import patch_environment
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("error_*.txt"):
-        old.unlink()
-    write_json(folder / "job.json", job)
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for work sleep
-        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),  # all on one machine, whatever its name
-        **os.environ,
-        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes)),
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-        "PYTHONUNBUFFERED": "1",
-    }
-    engine = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    decode, tail = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
-    with subprocess.Popen(
-        [*engine, "-m", __name__, str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        bufsize=0,
-        env=environment,
-        preexec_fn=(lambda: libc.prctl(1, signal.SIGTERM)) if libc else None,
-    ) as process:
-        try:
-            # As it comes and not by lines: a progress bar writes over itself.
-            while block := process.stdout.read(4096):
-                text = decode(block)
-                tail = (tail + text)[-8000:]
-                sys.stderr.write(text)
-                sys.stderr.flush()
-        except BaseException:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise
-    if process.returncode:
-        errors = sorted(folder.glob("error_*.txt"), key=lambda path: path.stat().st_mtime_ns)
-        text = errors[0].read_text() if errors else tail
-        lines = [line.rstrip().split("\r")[-1] for line in text.splitlines()][-30:]
-        raise RuntimeError(f"one of {processes} processes failed. Its last lines:\n" + "\n".join(lines))
-
-
-def run_job(folder):
-    """What each process of `launch` does: join the others, find its device, do the job.
-
-    An exception goes to folder/error_<rank>.txt and ends this process with a status that tells torchrun.
-    """
-    folder = Path(folder)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait for work sleep
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # all on one machine, whatever its name
+    environment = {name: value for name, value in environment.items() if name not in os.environ}
+    environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
+    stopped = None
     try:
-        job = json.loads((folder / "job.json").read_text())
-        device = torch.device(job["device"])
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        # A process that is late for so long is taken for lost: the others then fail instead of waiting on.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-
-        from .trainer import train_described
-
-        train_described(folder, job, str(device))
-        dist.destroy_process_group()
-    except Exception:
-        (folder / f"error_{os.environ.get('RANK', '0')}.txt").write_text(traceback.format_exc())
-        raise
+        with _own_signals(), patch_environment(**environment):
+            elastic_launch(config, _process)(function, arguments)
+    except SignalException as error:
+        stopped = error.sigval
+    except ChildFailedError as error:
+        failure = error.get_first_failure()[1]
+        text = failure.message
+        if isinstance(text, dict):  # an exception; text where it was killed
+            text = text.get("extraInfo", {}).get("py_callstack") or text.get("message", "")
+        lines = "\n".join(str(text).splitlines()[-30:])
+        raise RuntimeError(f"one of {processes} processes failed. Its last lines:\n{lines}") from None
+    if stopped is not None:
+        signal.raise_signal(stopped)  # what it would have done without the launcher: Ctrl-C is a KeyboardInterrupt
 
 
-def end_with_parent():
-    """From here on this process is killed when the one that started it ends: torchrun, killed outright, leaves its
-    processes at work. On Linux only (prctl's PR_SET_PDEATHSIG is 1)."""
+@contextmanager
+def _own_signals():
+    """Put back this process' signal handlers, which torch's launcher replaces for good."""
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    handlers = {number: signal.getsignal(number) for number in (getattr(signal, n, None) for n in names) if number}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # it replaces them there only
+            for number, handler in handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _process(function, arguments):
+    """What each process of `launch` does."""
+    end_with_parent()
+    function(*arguments)
+
+
+def end_with_parent() -> None:
+    """From here on this process is killed when the one that started it ends. A launcher that is killed outright leaves
+    its processes at work. On Linux only (prctl's PR_SET_PDEATHSIG is 1)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    end_with_parent()
-    run_job(sys.argv[1])

@@ -4,7 +4,7 @@ Members are combined in three steps, each fitted on out-of-fold predictions unde
 pulled to doing nothing: weights per group of conditions; temperature, class bias and a share of the prior per group;
 and a correction of each cell's log odds by those of its neighbours. cross_validate_ensemble says what each step gains.
 
-May use: stacker, tables, member, data, storage, names.
+May use: stacker, tables, registry, data, storage, names.
 """
 
 import json
@@ -17,7 +17,7 @@ from ..data.competition import class_prior, to_submission
 from ..data.metric import paired_gain, score_arrays
 from ..data.tables import read_labels
 from ..names import GROUPS
-from .member import MEMBERS, member_weights
+from .registry import MEMBERS, by_member, member_weights
 from .stacker import (
     FLOOR_UNIT,
     STRENGTH,
@@ -39,8 +39,6 @@ from .tables import (
     read_out_of_fold,
 )
 
-# Solution B's weights, .65 for the detectors and .35 for the 3D networks, which are two here.
-DEFAULT_WEIGHTS = {"yolo": 0.65, "level": 0.25, "study": 0.10}
 # On fewer studies than these a temperature that flatters them can cost others more than it brings: scaling then has to
 # gain so many standard errors in cross-validation, a group at a time.
 SCALING_STUDIES = 200
@@ -48,10 +46,15 @@ SCALING_ERRORS = 2.0
 VARIANTS = ("equal weights", "default weights", "fitted weights", "+ scaling", "+ stacker")
 
 
+def default_share(member: str) -> float:
+    """A member's share of the weights, where no out-of-fold predictions say what it is worth."""
+    return MEMBERS[member].share if member in MEMBERS else 0.1
+
+
 def default_ensemble(members=MEMBERS):
     """The ensemble without out-of-fold predictions: default weights, no calibration."""
     return {
-        "weights": {group: {m: DEFAULT_WEIGHTS.get(m, 0.1) for m in members} for group in GROUPS},
+        "weights": {group: {m: default_share(m) for m in members} for group in GROUPS},
         "temperature": {group: 1.0 for group in GROUPS},
         "bias": {group: [0.0, 0.0, 0.0] for group in GROUPS},
         "floor": {group: 0.0 for group in GROUPS},
@@ -325,13 +328,12 @@ def ensemble_for(folders, data, members=MEMBERS):
     """The ensemble's weights: an ensemble.json that lies with the weights (05_inference writes one, keep it there);
     else fitted on the oof.csv files that lie there and data/train.csv; else the defaults. See fit_ensemble.
 
-    A member with weights in the folders of which neither knows anything gets the share that DEFAULT_WEIGHTS give it
-    among the attached ones, and the others' weights share the rest as before.
+    A member with weights in the folders of which neither knows anything gets its default share among the attached
+    ones, and the others' weights share the rest as before.
     folders: as weight_folders finds them. Prints which of the three it was, and who got a default share.
     """
     members = [m for m in MEMBERS if m in members]
-    attached = {name.split("_")[0] for name in member_weights(folders)[0]}
-    attached = [m for m in members if m in attached]
+    attached = [m for m in by_member(member_weights(folders)[0]) if m in members]
     for folder in folders:
         if (Path(folder) / "ensemble.json").is_file():
             print(f"the ensemble's weights are those of {Path(folder) / 'ensemble.json'}")
@@ -356,11 +358,11 @@ def ensemble_for(folders, data, members=MEMBERS):
 
 def _with_default_shares(ensemble, attached):
     """The ensemble with a default share of the weights for each attached member that it does not know."""
-    defaults, weights = DEFAULT_WEIGHTS, {}
+    weights = {}
     for group, known in ensemble["weights"].items():
         unknown = [m for m in attached if m not in known]
-        every = sum(defaults.get(m, 0.1) for m in {*known, *unknown})
-        shares = {m: defaults.get(m, 0.1) / every for m in unknown}
+        every = sum(default_share(m) for m in {*known, *unknown})
+        shares = {m: default_share(m) / every for m in unknown}
         scale = (1 - sum(shares.values())) / (sum(known.values()) or 1.0)
         weights[group] = {m: weight * scale for m, weight in known.items()} | shares if unknown else known
         if unknown and group == next(iter(GROUPS)):

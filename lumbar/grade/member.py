@@ -1,61 +1,154 @@
-"""The members of the ensemble: their names and shares.
+"""Member: what the ensemble, inference, the report, the viewer and the pipeline ask of a kind of network.
 
-May use: data, storage, names.
+A new member is a module with a Member in it, one line in registry.py, and a notebook (or a parameter of one) that
+trains it and writes its weights, `oof.csv` and `history.csv`.
+
+May use: storage, problems, names.
 """
 
-import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ..storage import DamagedFile, open_tensors
+import numpy as np
 
-MEMBERS = ("yolo", "level", "study")
+from ..names import CONDITIONS, LEVELS, SEVERITIES
+from ..problems import Problem
 
 
-def member_weights(folders):
-    """Which file stands for each fold of each member's weights: (dict name -> path, list of sentences).
+@dataclass(frozen=True)
+class Weights:
+    """A weights file that was loaded: one fold of a member, or of a part of it.
 
-    folders: looked at themselves and one folder below, as the outputs of several Kaggle kernels lie side by side; the
-    names are the files', such as yolo_scs_0 and level_3, in order. The sentences say what is left out, and why:
-    - unfinished weights: a classifier beside its checkpoint, where 04 writes each better epoch, and a detector that 03
-      has not calibrated yet;
-    - those trained for comparison, as other solutions have them (detectors of the scheme "original", classifiers with
-      global pooling), where there are any of the kit's own of that detector or classifier. Attached alone they stand.
-    - all but the first of one fold, in the order of the folders; one that cannot be read comes last, and where it is
-      all there is loading it says what is wrong.
+    name: the file's stem, such as level_0 or yolo_scs_0; model: whatever the member's `predict` takes; about: what the
+    file says of it, in plain values.
     """
-    found, left_out = {}, {}
-    for folder in map(Path, folders):
-        for path in sorted({*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")}):
-            name = re.fullmatch(r"(yolo_[a-z]+|level|study)_.+", path.stem)
-            below = path.relative_to(folder).parts
-            if name and "solutions" not in below and not any(".old-" in part for part in path.parts):
-                found.setdefault(name[1], {}).setdefault(path.resolve(), path)
-    chosen = {}
-    for part, paths in found.items():
-        kinds = {path: _kind_of_weights(path) for path in paths.values()}
-        wanted = "comparison" if "comparison" in kinds.values() and "own" not in kinds.values() else "own"
-        for path in sorted(kinds, key=lambda path: kinds[path] == "unreadable"):
-            if kinds[path] not in (wanted, "unreadable"):
-                left_out.setdefault((kinds[path], path.parent), []).append(path.stem)
-            elif chosen.setdefault(path.stem, path) != path:
-                left_out.setdefault((f"already found in {chosen[path.stem].parent}", path.parent), []).append(path.stem)
-    why = {"comparison": "trained for comparison, the kit's own stand", "unfinished": "training has not finished"}
-    sentences = [
-        f"{', '.join(names)} in {folder} left out: {why.get(kind, kind)}" for (kind, folder), names in left_out.items()
-    ]
-    return dict(sorted(chosen.items())), sentences
+
+    name: str
+    model: Any
+    about: Mapping[str, Any]
 
 
-def _kind_of_weights(path):
-    """own, comparison, unfinished or unreadable, see member_weights."""
-    key = "metadata" if path.stem.startswith("yolo") else "classifier"
+@dataclass(frozen=True)
+class Training:
+    """A member's stage in the pipeline: one notebook, once for each fold.
+
+    name: of the stage, which is its folder's; notebook: its stem; parameters: what the notebook is told besides DATA,
+    OUT, FOLDS and where 01 and 02 left their work; seconds: of one fold in the demo, so that the longest come first;
+    settings: dict size (demo, hour, smoke) -> parameters over the notebook's full-size defaults.
+    """
+
+    name: str
+    notebook: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 60.0
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a member says of a study: probabilities (5 conditions, 5 levels, 3) float64, NaN where nothing; problems."""
+
+    probabilities: np.ndarray
+    problems: tuple[Problem, ...] = ()
+
+
+class Member(ABC):
+    """One kind of network that grades studies.
+
+    Attributes
+    ----------
+    name : str
+        In tables, in files' names and in parameters.
+    title : str
+        In figures and reports.
+    share : float
+        Of the weights, in an ensemble that no out-of-fold predictions fitted.
+    parts : tuple of str
+        What the names of its weights files begin with: `<part>_<fold>.safetensors`.
+    trainings : tuple of Training
+    whole_study : bool
+        True where it grades a study whose levels are not known: what it alone grades is said in the log.
+    """
+
+    name: str
+    title: str
+    share: float
+    parts: tuple[str, ...]
+    trainings: tuple[Training, ...] = ()
+    whole_study: bool = False
+
+    @abstractmethod
+    def read_about(self, path: Path) -> Mapping[str, Any]:
+        """What a weights file says of itself. Raises DamagedFile or OSError."""
+
+    @abstractmethod
+    def load(self, path: Path, device: str) -> Weights:
+        """A weights file, ready to predict on the device. Raises DamagedFile with what to do about it."""
+
+    def is_finished(self, about: Mapping[str, Any]) -> bool:
+        """False for weights that a training has written and not settled yet."""
+        return True
+
+    def is_for_comparison(self, about: Mapping[str, Any]) -> bool:
+        """True for weights that were trained as others do it: they stand only where there are no other ones."""
+        return False
+
+    def views(self, weights: Weights, most: int = -1) -> list[dict]:
+        """Its test-time views that paid in training, the plain one first: at most `most` where that is not -1."""
+        known = list(weights.about.get("views") or [{}])
+        return known if most < 0 else known[:most]
+
+    def prepare(self, study, boxes, weights: Sequence[Weights], device: str) -> Any:
+        """Inputs of one study, made ahead of time in another thread. Never raises because of the study.
+
+        study: normalised Study with volumes; boxes: five LevelBoxes, or None where no level could be placed.
+        """
+        return study, boxes
+
+    @abstractmethod
+    def predict(
+        self, inputs: Sequence[Any], weights: Sequence[Weights], most_views: int, device: str
+    ) -> list[Prediction]:
+        """Predict several studies at once, each through at most so many of its views (-1: all).
+
+        inputs: of `prepare`, one a study. A study, or weights, that fail cost only their own contribution.
+        Results do not depend on batch composition, up to rounding.
+        """
+
+    def draw(self, weights: Sequence[Weights], study, boxes):
+        """What it sees where, as a table of look.viewer.DETECTION_COLUMNS; None for a member that draws no boxes."""
+        return None
+
+
+def silence() -> np.ndarray:
+    """(5, 5, 3) NaN: a member has nothing to say."""
+    return np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan)
+
+
+def without_frames(error: Exception) -> Exception:
+    """The exception without the frames it came through, and those of what it came of: they keep tensors alive."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def together_or_alone(work: Callable[[list], list], items: list) -> list:
+    """work(items), a list with a result for each; where that raises each item alone, an Exception being its result."""
     try:
-        with open_tensors(path, key, "") as (about, _):
-            pass
-    except (OSError, DamagedFile):
-        return "unreadable"
-    comparison = about.get("scheme") == "original" or about.get("pooling") == "global"
-    uncalibrated = path.stem.startswith("yolo") and not comparison and about.get("calibration") is None
-    if uncalibrated or path.with_suffix(".checkpoint").is_file():
-        return "unfinished"
-    return "comparison" if comparison else "own"
+        return work(items)
+    except Exception as error:
+        if len(items) == 1:
+            return [without_frames(error)]
+    return [together_or_alone(work, [item])[0] for item in items]
+
+
+def free_memory() -> None:
+    """Give back what is cached of the device's memory."""
+    import torch
+
+    try:
+        torch.cuda.empty_cache()
+    except Exception:
+        pass  # on a device that fails altogether even this does

@@ -1,11 +1,12 @@
 """Cumulative-logit (ordinal) heads, and the weighted loss.
 
-May use: nothing of the kit.
+May use: names.
 """
 
 import numpy as np
+import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
+from spacecutter.models import LogisticCumulativeLink
 from torch import nn
 
 from ..names import SEVERITY_WEIGHTS
@@ -42,25 +43,55 @@ def weighted_losses(log_probabilities, grades, share=None):
     return (weight * nll).sum(), weight.sum()
 
 
-class CumulativeHeads(nn.Module):
-    """Cut points of many ordinal heads, kept ascending by construction.
+MARGIN = 0.15  # between the two cut points of a head, at least
 
-    shape: of the heads; each has K - 1 = 2 cut points, the second at `margin` or more above the first (what
-    spacecutter's AscensionCallback enforces after each step holds here by a softplus). prior: (*shape, 3)
-    probabilities that a score of 0 shall give: training starts from the class prior.
+
+class CumulativeHeads(nn.Module):
+    """The cut points of many ordinal heads, one LogisticCumulativeLink of spacecutter for each.
+
+    `links` holds them in row order, so the state of a spacecutter link loads into any of them and the other way round.
+    spacecutter's own forward takes differences of sigmoids; cumulative_log_probabilities evaluates all heads at once
+    and in log space instead, from the same cut points.
+
+    Parameters
+    ----------
+    prior : (*shape, 3) array
+        Class probabilities at score 0, so that training starts from the class prior. `shape` is that of the heads.
     """
 
-    def __init__(self, prior, margin=0.15):
+    def __init__(self, prior: np.ndarray):
         super().__init__()
         prior = torch.as_tensor(np.asarray(prior), dtype=torch.float64)
-        cumulative = prior.cumsum(-1)[..., :-1].clamp(1e-4, 1 - 1e-4)
-        cut = torch.logit(cumulative)
-        gap = (cut[..., 1] - cut[..., 0] - margin).clamp(min=1e-3)
-        self.margin = margin
-        self.first = nn.Parameter(cut[..., 0].float())
-        self.gap = nn.Parameter(torch.log(torch.expm1(gap)).float())
+        first, second = torch.logit(prior.cumsum(-1)[..., :-1].clamp(1e-4, 1 - 1e-4)).unbind(-1)
+        cutpoints = torch.stack([first, torch.maximum(second, first + MARGIN)], -1).float()
+        self.shape = prior.shape[:-1]
+        self.links = nn.ModuleList(LogisticCumulativeLink(prior.shape[-1]) for _ in range(self.shape.numel()))
+        for link, cut in zip(self.links, cutpoints.view(-1, 2), strict=True):
+            link.cutpoints = nn.Parameter(cut.clone())
 
     @property
-    def cutpoints(self):
-        """(*shape, 2), ascending; spacecutter's `cutpoints` for each head."""
-        return torch.stack([self.first, self.first + self.margin + F.softplus(self.gap)], -1)
+    def cutpoints(self) -> torch.Tensor:
+        """(*shape, 2) tensor, ascending along the last axis."""
+        return torch.stack([link.cutpoints for link in self.links]).view(*self.shape, 2)
+
+    @torch.no_grad()
+    def keep_ascending(self) -> None:
+        """Keep each head's cut points MARGIN apart, as spacecutter's AscensionCallback for skorch does. Call it after
+        every step of the optimizer, which does not know that they are ordered."""
+        for link in self.links:
+            link.cutpoints[0].clamp_(max=link.cutpoints[1] - MARGIN)
+
+
+def current_heads(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A classifier's state dict, its heads named as CumulativeHeads names them now.
+
+    Earlier weights hold each head's first cut point (`heads.first`) and the gap to the second as the argument of a
+    softplus (`heads.gap`); the cut points are the same. Any other state is returned as it is.
+    """
+    first, gap = state.get("heads.first"), state.get("heads.gap")
+    if first is None or gap is None or first.shape != gap.shape or first.numel() > 25:
+        return state
+    second = first + MARGIN + F.softplus(gap.float())
+    cutpoints = torch.stack([first, second], -1).reshape(-1, 2)
+    others = {name: value for name, value in state.items() if name not in ("heads.first", "heads.gap")}
+    return others | {f"heads.links.{number}.cutpoints": cut.clone() for number, cut in enumerate(cutpoints)}

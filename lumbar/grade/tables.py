@@ -1,6 +1,6 @@
 """Tables of predictions, out of fold and of members: read, checked, brought into one order.
 
-May use: member, data, storage, names.
+May use: registry, data, storage, names.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ import pandas as pd
 
 from ..data.competition import from_submission, id_array, labels_to_array, row_ids, severity_values, to_submission
 from ..names import LABEL_COLUMNS, SEVERITIES, SUBMISSION_COLUMNS
-from .member import MEMBERS, member_weights
+from .registry import by_member, member_weights
 
 
 def _fold_of(folds, study_ids, needed):
@@ -112,7 +112,7 @@ def _align_to_labels(study_ids, tables):
 
 
 def read_out_of_fold(folders, verbose=True):
-    """dict member -> out-of-fold table, from the stage folders of 03 and 04; the three detectors are one member.
+    """dict member -> out-of-fold table, from the stage folders of the trainings.
 
     Only of weights that stand (see member_weights, whose sentences `verbose` prints): of the oof.csv beside them the
     rows of their folds; without a column `fold` all rows.
@@ -120,13 +120,12 @@ def read_out_of_fold(folders, verbose=True):
     chosen, sentences = member_weights(folders)
     if verbose and sentences:
         print(*sentences, sep="\n")
-    places = {}
-    for name, path in chosen.items():
-        part, _, fold = name.rpartition("_")
-        places.setdefault(part.split("_")[0], {}).setdefault(path.parent, set()).add(fold)
     tables = {}
-    for member in [m for m in MEMBERS if m in places]:
-        for folder, folds in places[member].items():
+    for member, paths in by_member(chosen).items():
+        places = {}
+        for name, path in paths.items():
+            places.setdefault(path.parent, set()).add(name.rpartition("_")[2])
+        for folder, folds in places.items():
             if (folder / "oof.csv").is_file():
                 table = pd.read_csv(folder / "oof.csv")
                 if "fold" in table.columns:

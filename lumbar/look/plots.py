@@ -3,6 +3,10 @@
 May use: slices, grade, spine, data, names.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 import torch
@@ -25,6 +29,14 @@ from .slices import (
     slice_axes,
     slice_caption,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+
+    from ..data.geometry import LevelBox
+    from ..data.volume import Study
 
 # -- pictures
 
@@ -57,6 +69,8 @@ def plot_spinenet_history(ax, history):
     if len(validation):
         ax.plot(validation["step"], validation["loss"], "o-", color="tab:orange", label="validation")
     ax.set(xlabel="step", ylabel="loss", yscale="log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.legend(frameon=False)
     return ax
 
@@ -126,7 +140,7 @@ def plot_detections(ax, patch, scores, centers_px, box_px, truth=(), threshold=0
     """
     from matplotlib.patches import Rectangle
 
-    colors = ("#4daf4a", "#ff9f1c", "#e41a1c")
+    colors = SEVERITY_COLOURS
     ax.imshow(patch, cmap="gray", vmin=0, vmax=255)
     height, width = patch.shape
     for grade, x, y, w, h in truth:
@@ -151,7 +165,7 @@ def plot_detections(ax, patch, scores, centers_px, box_px, truth=(), threshold=0
         x, y = centers_px[anchor] - box_px / 2
         color = colors[int(scores[anchor].argmax()) % 3]
         ax.add_patch(Rectangle((x, y), box_px, box_px, fill=False, lw=1.2, ec=color))
-        ax.text(x, y - 1, f"{best[anchor]:.2f}", color=color, fontsize=7)
+        _outlined(ax.text(x, y - 1, f"{best[anchor]:.2f}", color=color, fontsize=7))
     ax.set_axis_off()
     return ax
 
@@ -275,7 +289,8 @@ def plot_level_crop(axes, crop, coverage=None, extent_mm=None, window=(0.0, 1.0)
 
     axes: (3, 3) Axes, rows = channels T1, axial T2, T2/STIR, columns = sagittal, coronal, axial plane; or (3,) for a
     crop of one channel (d, h, w). crop: (3, d, h, w), axes (channel, head-foot, front-back, right-left).
-    coverage: (3, d, h, w) bool; what no slice covers is tinted blue. extent_mm: (head, left, back) for proportions.
+    coverage: (3, d, h, w) bool; what no slice covers is tinted blue. extent_mm: (head, left, back) for proportions and
+    the names of the axes.
     """
     crop = np.asarray(crop, dtype=np.float32)
     axes = np.asarray(axes)
@@ -291,6 +306,8 @@ def plot_level_crop(axes, crop, coverage=None, extent_mm=None, window=(0.0, 1.0)
         ("coronal", np.s_[:, height // 2, :], (head_mm, left_mm), "RL"),
         ("axial", np.s_[depth // 2, :, :], (back_mm, left_mm), "RL"),
     )
+    names = {"sagittal": ("head-foot", "front-back"), "coronal": ("head-foot", "left-right")}
+    names["axial"] = ("front-back", "left-right")
     for channel, row in enumerate(rows):
         for ax, (name, cut, (tall_mm, wide_mm), sides) in zip(row, planes):
             ax.imshow(
@@ -311,8 +328,14 @@ def plot_level_crop(axes, crop, coverage=None, extent_mm=None, window=(0.0, 1.0)
             ax.set_yticks([])
             if channel == 0:
                 ax.set_title(name, fontsize=9)
+            if extent_mm is not None:
+                ax.set_ylabel(f"{names[name][0]}, {tall_mm:g} mm", fontsize=7)
+            if extent_mm is not None and channel == len(rows) - 1:
+                ax.set_xlabel(f"{names[name][1]}, {wide_mm:g} mm", fontsize=7)
         if len(rows) == 3:
-            row[0].set_ylabel(DESCRIPTIONS[channel], fontsize=8)
+            description = f"channel {channel}: {DESCRIPTIONS[channel]}"
+            beside = {"xycoords": "axes fraction", "textcoords": "offset points", "rotation": 90, "va": "center"}
+            row[0].annotate(description, (0, 0.5), (-30, 0), ha="center", fontsize=8, **beside)
     return axes
 
 
@@ -532,4 +555,196 @@ def plot_example(axes, study, boxes, condition, level, probabilities, grade=-1, 
         plot_level_boxes(axes[0], boxes, volume, nearest_slice(volume, point)[0])
     plot_probabilities(axes[2], probabilities, grade)
     axes[2].set_title(f"{CONDITION_NAMES[condition]}, {LEVEL_NAMES[level]}", fontsize=9)
+    return axes
+
+
+# -- what the notebooks explain by a picture
+
+# Steps of a run: name -> (column, row, text). Columns run from the images to the submission.
+_STEPS = {
+    "images": (0, 1, "DICOM series\nT1, T2/STIR, axial T2"),
+    "01": (1, 1, "01 Volumes\nin patient millimetres"),
+    "02": (2, 1, "02 SpineNet\na box for each disc"),
+    "03": (3, 0, "03 YOLO detectors\nseverity on slices"),
+    "level": (3, 1, "04 Level crops\nCoAtNet"),
+    "study": (3, 2, "04 Whole study\nMaxViT"),
+    "05": (4, 1, "05 Ensemble\nweighted, calibrated"),
+    "submission": (5, 1, "submission.csv\n25 rows a study"),
+}
+_FLOW = "images>01 01>02 02>03 02>level 02>study 03>05 level>05 study>05 05>submission"
+
+
+def plot_pipeline(ax: Axes, here: tuple[str, ...] = ()) -> Axes:
+    """Draw the steps from images to submission as boxes and arrows.
+
+    here: steps to highlight: 01, 02, 03, level, study, 05. Returns ax. Raises ValueError for another name.
+    """
+    from matplotlib.patches import FancyBboxPatch
+
+    if unknown := set(here) - set(_STEPS):
+        raise ValueError(f"there is no step {', '.join(sorted(unknown))}; there are {', '.join(_STEPS)}")
+    for pair in _FLOW.split():
+        (x0, y0, _), (x1, y1, _) = (_STEPS[name] for name in pair.split(">"))
+        style = {"arrowstyle": "-|>", "color": "0.45", "shrinkA": 0, "shrinkB": 0, "linewidth": 1.1}
+        ax.annotate("", (x1 - 0.42, y1), (x0 + 0.42, y0), arrowprops=style)
+    for name, (x, y, text) in _STEPS.items():
+        face, edge = ("#FFE3B0", MEMBER_COLOURS[1]) if name in here else ("#EAF3FA", MEMBER_COLOURS[0])
+        box = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": face, "edgecolor": edge}
+        ax.add_patch(FancyBboxPatch((x - 0.42, y - 0.27), 0.84, 0.54, mutation_aspect=1.5, **box))
+        ax.text(x, y, text, ha="center", va="center", fontsize=8, linespacing=1.4)
+    ax.set_xlim(-0.5, 5.5)
+    ax.set_ylim(2.45, -0.45)
+    ax.set_axis_off()
+    return ax
+
+
+def plot_class_counts(ax: Axes, grades: np.ndarray) -> Axes:
+    """Draw how many gradings of each class there are: one bar a condition and level, rare classes at the bottom.
+
+    grades: (n, 5, 5) int, -1 is missing and drawn in grey on top. Returns ax.
+    """
+    grades = np.asarray(grades)
+    counts = np.stack([(grades == k).sum(0) for k in (2, 1, 0, -1)])  # (4, conditions, levels)
+    place = (np.arange(len(LEVELS)) + (len(LEVELS) + 1) * np.arange(len(CONDITIONS))[:, None]).ravel()
+    bottom = np.zeros(len(place))
+    colours = (*reversed(SEVERITY_COLOURS), "0.85")
+    for part, name, colour in zip(counts.reshape(4, -1), (*reversed(GRADES), "No label"), colours, strict=True):
+        if part.any():
+            ax.bar(place, part, 0.8, bottom, color=colour, label=f"{name} ({part.sum():,})")
+        bottom += part
+    ax.set_xticks(place, LEVEL_NAMES * len(CONDITIONS), fontsize=7, rotation=90)
+    for number, name in enumerate(CONDITION_NAMES):
+        middle = place.reshape(len(CONDITIONS), -1)[number].mean()
+        ax.text(middle, 1.02, name, transform=ax.get_xaxis_transform(), ha="center", fontsize=9)
+    ax.set_ylabel("studies", fontsize=8)
+    ax.tick_params(axis="y", labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4)
+    return ax
+
+
+def plot_cumulative_logits(ax: Axes, prior: np.ndarray, example: float = 1.5) -> Axes:
+    """Draw how one score becomes three probabilities: the score's axis, two cut points, a curve for each class.
+
+    prior: (3,) class probabilities at score 0, which place the cut points: P(class <= k) = sigmoid(cut_k - score).
+    example: a score at which the three probabilities are read off. Returns ax.
+    """
+    first, second = (float(np.log(p / (1 - p))) for p in np.clip(np.cumsum(prior)[:2], 1e-4, 1 - 1e-4))
+    low, high = min(first, 0) - 4, max(second, example, 0) + 4
+    score = np.linspace(low, high, 400)
+
+    def classes(at):
+        at_most = 1 / (1 + np.exp(np.subtract.outer(at, [first, second])))
+        return np.concatenate([at_most[..., :1], np.diff(at_most), 1 - at_most[..., 1:]], -1)
+
+    for severity, p in enumerate(classes(score).T):
+        ax.plot(score, p, color=SEVERITY_COLOURS[severity], linewidth=2, label=GRADES[severity])
+    for number, cut in enumerate((first, second), 1):
+        ax.axvline(cut, color="0.3", linewidth=1.1)
+        ax.text(cut, 1.12, f"cut point {number}\n{cut:.1f}", fontsize=8, ha="center", va="bottom")
+    for at, what, side in ((0.0, "score 0:\nthe prior", "right"), (example, f"score {example:g}", "left")):
+        ax.axvline(at, color="0.5", linewidth=1, linestyle=":")
+        shift = 0.08 if side == "left" else -0.08
+        ax.text(at + shift, 1.08, what, fontsize=8, ha=side, va="top", color="0.3")
+        for severity, p in enumerate(classes(np.array(at))):
+            ax.plot(at, p, "o", color=SEVERITY_COLOURS[severity], markersize=5, zorder=3)
+            box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
+            ax.text(at + shift, p + 0.02, f"{p:.0%}", fontsize=8, ha=side, va="bottom", weight="bold", bbox=box)
+    ax.set_xlim(low, high)
+    ax.set_ylim(0, 1.12)
+    ax.set_yticks([0, 0.5, 1])
+    ax.set_xlabel("score: the one number that the network gives for this condition", fontsize=8)
+    ax.set_ylabel("probability", fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False, loc="center right")
+    return ax
+
+
+def plot_crop_gallery(axes: np.ndarray, crops: np.ndarray, titles: list[str], extent_mm: Sequence[float]) -> np.ndarray:
+    """Show crops side by side: above the middle sagittal plane of T2/STIR, below an axial plane of axial T2.
+
+    axes: (2, n); crops: (n, channels, d, h, w), axes (channel, head-foot, front-back, right-left); extent_mm: (head,
+    left, back). The axial plane is the same in all: the one nearest to the first crop's middle that axial slices
+    cover, as far as they cover any. Returns axes.
+    """
+    crops = np.asarray(crops, dtype=np.float32)
+    head_mm, left_mm, back_mm = extent_mm
+    axes[0, 0].get_gridspec().set_height_ratios((head_mm, back_mm))
+    covered = (crops[0, 1] > 0).mean((1, 2))
+    places = np.flatnonzero(covered >= 0.8 * covered.max())
+    place = places[np.argmin(np.abs(places - len(covered) // 2))]
+    for number, (crop, title) in enumerate(zip(crops, titles, strict=True)):
+        planes = ((crop[2, :, :, crop.shape[3] // 2], head_mm, back_mm), (crop[1, place], back_mm, left_mm))
+        for ax, (plane, tall_mm, wide_mm) in zip(axes[:, number], planes, strict=True):
+            ax.imshow(plane, cmap="gray", vmin=0, vmax=1, extent=(0, wide_mm, tall_mm, 0), interpolation="bilinear")
+            ax.set_xticks([])
+            ax.set_yticks([])
+        axes[0, number].set_title(title, fontsize=8)
+    axes[0, 0].set_ylabel("sagittal T2/STIR", fontsize=8)
+    axes[1, 0].set_ylabel("axial T2", fontsize=8)
+    return axes
+
+
+def view_name(view: dict) -> str:
+    """A test-time view (see TTA_VIEWS) in a few words, one a line: `plain`, `6% smaller,` `mirrored`."""
+    words = ["mirrored"] if view.get("mirror") else []
+    if "scale" in view:
+        words.append(f"{abs(view['scale'] - 1):.0%} {'larger' if view['scale'] > 1 else 'smaller'}")
+    for amount, sides in zip(view.get("shift_mm", ()), (("foot", "head"), ("back", "front"), ("left", "right"))):
+        words += [f"{abs(amount):g} mm to the {sides[int(amount < 0)]}"] if amount else []
+    for amount, turned in zip(view.get("rotation_deg", ()), ("tilted", "twisted", "leant")):
+        words += [f"{turned} by {amount:g}\N{DEGREE SIGN}"] if amount else []
+    return ",\n".join(words) or "plain"
+
+
+def plot_study_grades(ax: Axes, probabilities: np.ndarray) -> Axes:
+    """Draw a study's 25 predictions: a bar of three probabilities for each level (rows) and condition (columns).
+
+    probabilities: (5 conditions, 5 levels, 3). What is most probably moderate or severe has its percentage. Returns ax.
+    """
+    from matplotlib.patches import Patch
+
+    for (condition, level), p in zip(np.ndindex(len(CONDITIONS), len(LEVELS)), np.reshape(probabilities, (-1, 3))):
+        start = condition - 0.45
+        for severity, share in enumerate(0.9 * p / p.sum()):
+            ax.barh(level, share, 0.62, start, color=SEVERITY_COLOURS[severity])
+            start += share
+        guess = int(np.argmax(p))
+        if guess:
+            text = f"{GRADES[guess].lower()} {p[guess]:.0%}"
+            ax.text(condition, level + 0.43, text, ha="center", va="center", fontsize=7)
+    ax.set_xticks(range(len(CONDITIONS)), [name.replace(" ", "\n") for name in CONDITION_NAMES], fontsize=8)
+    ax.set_yticks(range(len(LEVELS)), LEVEL_NAMES, fontsize=8)
+    ax.set_xlim(-0.55, len(CONDITIONS) - 0.45)
+    ax.set_ylim(len(LEVELS) - 0.4, -0.5)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    handles = [Patch(color=colour, label=name) for colour, name in zip(SEVERITY_COLOURS, GRADES, strict=True)]
+    ax.legend(handles=handles, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=3)
+    return ax
+
+
+def plot_findings(axes: np.ndarray, study: Study, boxes: list[LevelBox], probabilities: np.ndarray) -> np.ndarray:
+    """One predicted study in three axes: the level boxes on the middle sagittal slice, the worst finding enlarged, and
+    all 25 predictions.
+
+    axes: (3,); study: Study (normalised); boxes: its five LevelBoxes; probabilities: (5, 5, 3). The worst finding is
+    where moderate counts 1 and severe 2. Returns axes.
+    """
+    volumes = study.of("Sagittal T2/STIR") or study.of("Sagittal T1") or study.volumes
+    middle = boxes[len(boxes) // 2].center_lps_mm
+    volume = nearest_volume(volumes, middle)
+    index = nearest_slice(volume, middle)[0]
+    plot_slice(axes[0], volume, index, boxes=boxes)
+    plot_level_boxes(axes[0], boxes, volume, index)
+    expected = np.asarray(probabilities) @ np.arange(3)
+    condition, level = np.unravel_index(np.argmax(expected), expected.shape)
+    plot_case(axes[1], study, boxes[level], condition)
+    p = probabilities[condition, level]
+    guess = int(np.argmax(p))
+    axes[1].set_title(
+        f"{CONDITION_NAMES[condition]}, {LEVEL_NAMES[level]}:\n{GRADES[guess].lower()} {p[guess]:.0%}", fontsize=9
+    )
+    plot_study_grades(axes[2], probabilities)
     return axes

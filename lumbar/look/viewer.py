@@ -27,10 +27,10 @@ from ..data.greys import normalise_study
 from ..data.resample import sample_box
 from ..data.tables import read_coordinates, read_labels
 from ..data.volume import load_study, study_paths
-from ..grade.detector import dense_scores, load_yolo, yolo_views
-from ..grade.member import MEMBERS
+from ..grade.member import Member, Weights
+from ..grade.registry import MEMBERS, by_member, member_weights
 from ..grade.tables import read_out_of_fold
-from ..names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, LEVELS, SEVERITIES
+from ..names import CONDITIONS, DESCRIPTIONS, DETECTION_COLUMNS, GRADES, LEVELS, SEVERITIES
 from ..serve.inference import studies_to_predict
 from ..serve.members import weight_folders
 from ..spine.vertebra import vertebrae_from_table
@@ -58,72 +58,33 @@ CROP_PX = 0.75  # mm a pixel
 CLOUD_POINTS = 18_000
 CLOUD_MARGIN_MM = (25.0, 20.0, 20.0)  # around the level boxes
 CLOUD_COLOURS = ((230, 159, 0), (86, 180, 233), (240, 240, 240))  # of the kinds of series, in the order of DESCRIPTIONS
-DETECTION_COLUMNS = [
-    "study_id",
-    "series_id",
-    "instance_number",
-    "condition",
-    "level",
-    "x_px",
-    "y_px",
-    "width_px",
-    "height_px",
-] + list(SEVERITIES)
 
 
-# ---- What the detectors see ----
+# ---- What members see where ----
 
 
-def load_detectors(places, device="cpu"):
-    """The detectors of the severity scheme in or below the given places (outputs of 03): list, one a condition.
-
-    Of several folds of one condition the first. An empty list where there is none.
-    """
+def load_drawing(places, device="cpu") -> list[tuple[Member, list[Weights]]]:
+    """Members that draw boxes (see Member.draw), with their weights in or below the given places; [] without any."""
     try:
         folders = weight_folders([place for place in places if Path(place).is_dir()])
     except FileNotFoundError:
         return []
-    found = []
-    for condition in DETECTORS:
-        for path in sorted(path for folder in folders for path in folder.glob(f"yolo_{condition}_*.safetensors")):
-            detector = load_yolo(path, device)
-            if not detector.original:
-                found.append(detector)
-                break
-    return found
+    found = by_member(member_weights(folders)[0])
+    return [
+        (MEMBERS[name], [MEMBERS[name].load(path, device) for path in paths.values()])
+        for name, paths in found.items()
+        if type(MEMBERS[name]).draw is not Member.draw
+    ]
 
 
-def study_detections(detectors, study, boxes, threshold=0.05):
-    """The box that a detector would draw for each place it judges, with its scores: DataFrame of DETECTION_COLUMNS.
+def study_detections(drawing, study, boxes):
+    """What members see where: table of DETECTION_COLUMNS.
 
-    detectors: list of YoloDetector of the severity scheme; study: normalised; boxes: five LevelBoxes. On every slice
-    within reach of a condition's place at a level this is the anchor with the highest score times the weight that
-    its distance from the place gives it, as in yolo_scores; left out below `threshold`. x_px and y_px are the box's
-    centre, width_px and height_px its sides, in the slice's pixels; the severities' columns are raw scores, 0 to 1.
+    drawing: of load_drawing; study: normalised; boxes: five LevelBoxes.
     """
-    rows = []
-    for detector in detectors:
-        view, members = detector.view, DETECTORS[detector.condition][1]
-        patches, views = yolo_views(detector, study, boxes)
-        scores, centers = dense_scores(detector, patches)
-        for score, seen in zip(scores, views, strict=True):
-            volume = study.volumes[seen["volume"]]
-            xy = (seen["to_slice"] @ np.c_[centers, np.ones(len(centers))].T).T[:, :2]
-            at_lps = volume.voxel_to_lps(np.c_[np.full(len(xy), seen["slice"]), xy[:, 1], xy[:, 0]])
-            normal = slice_axes(volume)[0]
-            for level, side, point, _ in seen["targets"]:
-                offset = at_lps - point
-                distance = np.linalg.norm(offset - (offset @ normal)[:, None] * normal, axis=1)
-                gate = np.where(distance <= view.gate_mm, np.exp(-0.5 * (2 * distance / view.gate_mm) ** 2), 0)
-                best = int(np.argmax(gate * score.max(1)))
-                if gate[best] and score[best].max() >= threshold:
-                    _, row_mm, column_mm = volume.spacing_mm
-                    rows.append(
-                        [study.study_id, volume.series_id, int(volume.instance_numbers[seen["slice"]])]
-                        + [CONDITIONS[members[side]], LEVELS[level], *xy[best]]
-                        + [view.box_mm / column_mm, view.box_mm / row_mm, *score[best]]
-                    )
-    return pd.DataFrame(rows, columns=DETECTION_COLUMNS)
+    tables = [member.draw(weights, study, boxes) for member, weights in drawing]
+    tables = [table for table in tables if table is not None and len(table)]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=DETECTION_COLUMNS)
 
 
 # ---- The page's data ----
@@ -702,7 +663,7 @@ class Inspection:
     paths: dict study_id -> volume file, as study_paths returns it, or a function that returns the normalised Study
     (unseen_studies); levels, vertebrae: tables of 02 or 05; coordinates: as read_coordinates has them; truths: dict
     study_id -> (5, 5) grades, -1 missing; predicted: dict name -> dict study_id -> (5, 5, 3), NaN where it says
-    nothing, the first of which ranks the errors; detectors: list of load_detectors, or function that returns it; log:
+    nothing, the first of which ranks the errors; detectors: list of load_drawing, or a function that returns it; log:
     inference_log.csv.
     """
 
@@ -777,7 +738,7 @@ def read_inspection(data, preprocessed, levels_dir="", predictions=(), inference
         read_coordinates(data) if labels.is_file() else None,
         dict(zip(*labels_to_array(read_labels(labels)))) if labels.is_file() else {},
         {name: dict(zip(*from_submission(own))) for name, own in tables.items()},
-        partial(load_detectors, predictions),
+        partial(load_drawing, predictions),
         log,
     )
 

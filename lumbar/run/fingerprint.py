@@ -99,7 +99,9 @@ def fingerprint(path):
     if not path.is_dir():
         raise FileNotFoundError(f"input {path} does not exist: run the stage that writes it, or correct the path")
     digest = hashlib.sha256()
-    known = sorted(p for pattern in ("*.csv", "*.safetensors", "ensemble.json") for p in path.glob(pattern))
+    known = sorted(
+        p for pattern in ("*.csv", "*.safetensors", "*.settled.json", "ensemble.json") for p in path.glob(pattern)
+    )
     for file in known:
         if file.is_file():
             digest.update(f"{file.name} {file_digest(file)}\n".encode())
@@ -132,6 +134,7 @@ PARAMETERS_WITHOUT_EFFECT = (
     "BATCH_STUDIES",
     "HOURS",
     "RESERVE",
+    "TRACKER",
 )
 
 

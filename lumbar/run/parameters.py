@@ -1,6 +1,6 @@
 """A notebook's parameters, checked before anything runs.
 
-May use: names.
+May use: names; grade.trainer for what is installed here.
 """
 
 import ast
@@ -76,11 +76,14 @@ ITEM_TYPES = {  # of lists that are empty by default
     "EXTENT_MM": float,
     "FOLDS": int,
     "HTML_STUDIES": int,
+    "MEMBERS": str,
     "PUSH": str,
     "SHAPE": int,
     "STAGES": str,
     "WEIGHTS": str,
 }
+
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
 def assigned_literals(source):
@@ -189,6 +192,8 @@ def _check_range(name, default, value, where):
             raise ValueError(f"{where}: {name} must be {bounds}, not {item!r}")
     if name == "DEVICE":
         check_device_name(value, where)
+    if name == "TRACKER":
+        check_tracker_name(value, where)
 
 
 def _within(default, least, most):
@@ -210,6 +215,22 @@ def check_device_here(name):
             device_for(part)
 
 
+def check_tracker_name(name, where="parameters"):
+    """Refuse a TRACKER that accelerate does not have. Whether it is installed here: see check_tracker_here."""
+    if name and name not in TRACKERS:
+        close = difflib.get_close_matches(name.lower(), TRACKERS, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{where}: TRACKER is empty or one of {', '.join(TRACKERS)}, not {name!r}.{hint}")
+
+
+def check_tracker_here(name):
+    """Refuse a TRACKER whose package is not installed, before anything runs. Raises ImportError."""
+    if name:
+        from ..grade.trainer import check_tracker
+
+        check_tracker(name)
+
+
 def notebook_parameters(history, namespace):
     """The parameters in force in the running notebook, checked.
 
@@ -226,6 +247,7 @@ def notebook_parameters(history, namespace):
         check_values(defaults, assigned_literals(injected[-1]))
     parameters = check_values(defaults, {name: namespace[name] for name in defaults})
     check_device_here(parameters.get("DEVICE", "auto"))
+    check_tracker_here(parameters.get("TRACKER", ""))
     return parameters
 
 

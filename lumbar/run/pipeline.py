@@ -1,6 +1,6 @@
 """The stages in their order, here and as Kaggle kernels, and notebooks run one after another.
 
-May use: stages, parameters, mounts, data.
+May use: stages, parameters, mounts, grade.registry, data.
 """
 
 import json
@@ -8,10 +8,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.tables import read_folds
+from ..grade.member import Training
+from ..grade.registry import MEMBERS
 from ..storage import plain, write_json
 from .fingerprint import code_fingerprint, read_manifest, versions
 from .mounts import KAGGLE_INPUT
@@ -176,158 +180,157 @@ def run_stages(stages, runs, workers=2):
     return seconds
 
 
-# Settings by stage or notebook; what is not named keeps the notebooks' full-size defaults. Mixup is for longer
-# trainings than these.
-DEMO = {
-    "01_preprocess": {"YOLO_IMGSZ": 256},
-    # The shipped weights, tuned as briefly as shows how it goes.
-    "02_train_spinenet": {"ANATOMIES": 8, "FINE_TUNE_STEPS": 30, "FINE_TUNE_STUDIES": 10},
-    "03_train_yolo": {
-        "MODEL": "yolov10n.yaml",
-        "EPOCHS": 6,
-        "BATCH": 4,
-        "LEARNING_RATE": 3.0e-3,
-        "TRANSLATE": 0.05,
-        "SCALE": 0.0,
-        "ROTATE": 0.0,
-    },
-    "03_train_yolo_ss": {"EPOCHS": 4, "BATCH": 8},
-    "04_train_vit": {"MIX": 0.0},
-    "04_train_vit_level": {
-        "BACKBONE": "tiny",
-        "SHAPE": [32, 48, 48],
-        "EXTENT_MM": [44.0, 72.0, 72.0],
-        "EPOCHS": 14,
-        "BATCH": 8,
-        "ACCUMULATE": 1,
-        "LEARNING_RATE": 2.0e-3,
-        "DROPOUT": 0.2,
-        "EMA": 0.98,
-        "CACHE": True,
-    },
-    "04_train_vit_study": {
-        "BACKBONE": "tiny_stride8",
-        "SHAPE": [96, 64, 32],
-        "EXTENT_MM": [230.0, 80.0, 130.0],
-        "EPOCHS": 40,  # it looks for the levels first: little shows before some 300 steps
-        "BATCH": 4,
-        "ACCUMULATE": 1,
-        "LEARNING_RATE": 3.0e-3,
-        "DROPOUT": 0.2,
-        "EMA": 0.95,
-        "CACHE": True,
-    },
-}
-# On top of DEMO: for some 300 studies, so that the phantom's real frequencies show enough disease.
-HOUR = {
-    "04_train_vit_level": {
-        "SHAPE": [32, 48, 64],
-        "EXTENT_MM": [40.0, 64.0, 48.0],
-        "EPOCHS": 10,
-        "BATCH": 16,
-        "LEARNING_RATE": 3.0e-3,
-    },
-    "04_train_vit_study": {"EPOCHS": 16, "BATCH": 8},
-    "03_train_yolo": {"EPOCHS": 5},
-}
-# On top of DEMO: everything once, as fast as it goes. The scores mean nothing.
-SMOKE = {
-    # As on Kaggle: volumes in 8 bits, and the detectors' images cut by each training for itself.
-    "01_preprocess": {"BITS": 8, "DETECTOR_IMAGES": False},
-    # Tuning needs a detector that finds something: this one is only there to be trained.
-    "02_train_spinenet": {
-        "WEIGHTS": "",
-        "STEPS": 30,
-        "ANATOMIES": 3,
-        "WIDTHS": [32, 48, 64, 96],
-        "BLOCKS": 1,
-        "RESOLUTION_MM": 2.0,
-        "CROP_PX": [128, 96],
-        "BATCH": 4,
-        "FINE_TUNE_STEPS": 4,
-    },
-    "03_train_yolo": {"EPOCHS": 1, "IMGSZ": 128},
-    "03_train_yolo_ss": {"EPOCHS": 1},
-    "04_train_vit_level": {"EPOCHS": 2, "SHAPE": [16, 32, 32]},
-    "04_train_vit_study": {"EPOCHS": 2, "SHAPE": [48, 32, 16]},
-}
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table of stages, for this machine and for Kaggle.
+
+    name: of its folder; notebook: its stem; reads: dict parameter -> the stages whose folders it names; parameters:
+    what the notebook is told besides DATA and OUT; after: the stages that have to be finished; gpu: whether Kaggle
+    gives it one; training: True for a fold of a member, which may share a machine with others.
+    """
+
+    name: str
+    notebook: str
+    reads: dict[str, str | list[str]] = field(default_factory=dict)
+    parameters: dict = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+    gpu: bool = False
+    training: bool = False
+
+    @property
+    def kernel(self) -> str:
+        """Its name on Kaggle: train-vit-level for fold 0 of 04_train_vit_level, train-vit-level-3 for fold 3."""
+        name = self.name.partition("_")[2].replace("_", "-")
+        return name.removesuffix("-0") if self.training else name
 
 
-# The members' trainings, longest first.
-MEMBER_STAGES = (
-    "04_train_vit_level",
-    "03_train_yolo_ss",
-    "03_train_yolo_nfn",
-    "03_train_yolo_scs",
-    "04_train_vit_study",
-)
 ALL_FOLDS = (0, 1, 2, 3, 4)  # 01_preprocess deals as many
+
+# Settings of the first stages over the notebooks' full-size defaults; the members' are in their own modules. Each size
+# takes those of the sizes before it, too.
+SETTINGS = {
+    "demo": {
+        "01_preprocess": {"YOLO_IMGSZ": 256},
+        # The shipped weights, tuned as briefly as shows how it goes.
+        "02_train_spinenet": {"ANATOMIES": 8, "FINE_TUNE_STEPS": 30, "FINE_TUNE_STUDIES": 10},
+    },
+    # For some 300 studies, so that the phantom's real frequencies show enough disease.
+    "hour": {},
+    # Everything once, as fast as it goes. The scores mean nothing.
+    "smoke": {
+        # As on Kaggle: volumes in 8 bits, and the detectors' images cut by each training for itself.
+        "01_preprocess": {"BITS": 8, "DETECTOR_IMAGES": False},
+        # Tuning needs a detector that finds something: this one is only there to be trained.
+        "02_train_spinenet": {
+            "WEIGHTS": "",
+            "STEPS": 30,
+            "ANATOMIES": 3,
+            "WIDTHS": [32, 48, 64, 96],
+            "BLOCKS": 1,
+            "RESOLUTION_MM": 2.0,
+            "CROP_PX": [128, 96],
+            "BATCH": 4,
+            "FINE_TUNE_STEPS": 4,
+        },
+    },
+}
+SIZES = {"demo": ("demo",), "smoke": ("demo", "smoke"), "hour": ("demo", "hour"), "full": ()}
+
+
+def trainings() -> list[Training]:
+    """The members' trainings, longest first: the short ones then fill the gaps."""
+    return sorted((t for member in MEMBERS.values() for t in member.trainings), key=lambda t: -t.seconds)
+
+
+def stage_table(folds: Sequence[int], size: str = "full") -> list[Stage]:
+    """Every stage in one order: each reads what earlier ones wrote.
+
+    Each fold of each member is a stage of its own with a folder of its own, `<training>_<fold>`: independent jobs,
+    wherever they run. Raises ValueError on another size or fold.
+    """
+    if size not in SIZES:
+        raise ValueError(f"SIZE must be {', '.join(SIZES)}, not {size!r}")
+    if not folds or not set(folds) <= set(ALL_FOLDS):
+        raise ValueError(f"FOLDS must be some of {', '.join(map(str, ALL_FOLDS))}, not {list(folds)}")
+    before = {"PREPROCESSED": "01_preprocess", "LEVELS_DIR": "02_train_spinenet"}
+    located = ("01_preprocess", "02_train_spinenet")
+
+    def own(settings):
+        return {key: value for step in SIZES[size] for key, value in settings.get(step, {}).items()}
+
+    def first(name):
+        return own({step: settings.get(name, {}) for step, settings in SETTINGS.items()})
+
+    table = [
+        Stage("01_preprocess", "01_preprocess", parameters=first("01_preprocess")),
+        Stage(
+            "02_train_spinenet",
+            "02_train_spinenet",
+            {"PREPROCESSED": "01_preprocess"},
+            first("02_train_spinenet"),
+            after=("01_preprocess",),
+            gpu=True,
+        ),
+    ]
+    for fold in folds:
+        for training in trainings():
+            parameters = {**training.parameters, "FOLDS": [fold], **own(training.settings)}
+            name = member_folder(training.name, [fold])
+            table.append(Stage(name, training.notebook, before, parameters, after=located, gpu=True, training=True))
+    trained = tuple(stage.name for stage in table if stage.training)
+    weights = ["02_train_spinenet", *trained]
+    table.append(Stage("05_inference", "05_inference", {"WEIGHTS": weights}, after=tuple(weights), gpu=True))
+    table.append(Stage("06_report", "06_report", after=("01_preprocess", *weights, "05_inference")))
+    return table
 
 
 def pipeline_stages(notebooks, data, out, size="demo", folds=(), seed=0, workers=2):
-    """The table of stages that run_stages takes: one direction, each reads what earlier ones wrote.
+    """The table of stages as run_stages takes it.
 
-    size: `demo` (DEMO's settings, fold 0), `smoke` (the same, as short as possible), `hour` (HOUR's, fold 0) or
-    `full` (the notebooks' defaults, every fold); folds: to train, empty for the size's own. Each fold of each member
-    is a stage of its own with a folder of its own, `<member>_<fold>`: independent jobs, wherever they run.
-    Raises ValueError on another size or fold.
+    size: `demo`, `smoke` (the same, as short as possible) and `hour` train fold 0 with the small settings, `full` every
+    fold with the notebooks' defaults; folds: to train, empty for the size's own. Raises ValueError as stage_table.
     """
-    presets = {"demo": [DEMO], "smoke": [DEMO, SMOKE], "hour": [DEMO, HOUR], "full": []}
-    if size not in presets:
-        raise ValueError(f"SIZE must be {', '.join(presets)}, not {size!r}")
-    notebooks, data, out = Path(notebooks), str(data), str(out)
-    small = size != "full"
-    folds = list(folds) or ([0] if small else list(ALL_FOLDS))
-    if not set(folds) <= set(ALL_FOLDS):
-        raise ValueError(f"FOLDS must be some of {', '.join(map(str, ALL_FOLDS))}, not {folds}")
-    before = {"PREPROCESSED": f"{out}/01_preprocess", "LEVELS_DIR": f"{out}/02_train_spinenet"}
+    notebooks, small = Path(notebooks), size != "full"
     stages = []
-
-    def add(name, notebook, after, threads=workers, **parameters):
-        parameters = {"OUT": out, "DATA": data, **parameters}
-        for preset in presets[size]:
-            parameters |= preset.get(notebook, {}) | preset.get(name, {}) | preset.get(name.rpartition("_")[0], {})
-        path = notebooks / f"{notebook}.ipynb"
-        stages.append({"name": name, "notebook": path, "after": after, "threads": threads, "parameters": parameters})
-
-    add("01_preprocess", "01_preprocess", [], SEED=seed, WORKERS=workers)
-    loaders = {"WORKERS": 0} if small else {}  # small crops are faster made than sent between processes
-    add(
-        "02_train_spinenet",
-        "02_train_spinenet",
-        ["01_preprocess"],
-        PREPROCESSED=before["PREPROCESSED"],
-        SEED=seed,
-        **loaders,
-    )
-    # Small trainings run side by side on one core each; at full size each takes the GPUs, one after the other. The
-    # longest come first, so that the short ones fill the gaps.
-    shared = {**before, **loaders, "SEED": seed}
-    threads = 1 if small else workers
-    trained = []
-    for fold in folds:
-        for member in MEMBER_STAGES:
-            notebook, _, own = member.rpartition("_")
-            key = "SCOPE" if notebook == "04_train_vit" else "CONDITION"
-            name = member_folder(member, [fold])
-            add(name, notebook, ["02_train_spinenet"], threads, **shared, **{key: own, "FOLDS": [fold]})
-            trained.append(name)
-    add("05_inference", "05_inference", trained, WEIGHTS=[f"{out}/{name}" for name in ("02_train_spinenet", *trained)])
-    add("06_report", "06_report", ["05_inference"], RUN=out)
+    for stage in stage_table(list(folds) or ([0] if small else list(ALL_FOLDS)), size):
+        reads = {
+            key: f"{out}/{names}" if isinstance(names, str) else [f"{out}/{name}" for name in names]
+            for key, names in stage.reads.items()
+        }
+        parameters = {"OUT": str(out), "DATA": str(data), **reads}
+        if stage.name == "01_preprocess":
+            parameters |= {"SEED": seed, "WORKERS": workers}
+        elif stage.name == "06_report":
+            parameters["RUN"] = str(out)
+        elif stage.name != "05_inference":
+            # Small crops are faster made than sent between processes.
+            parameters |= {"SEED": seed} | ({"WORKERS": 0} if small else {})
+        stages.append(
+            {
+                "name": stage.name,
+                "notebook": notebooks / f"{stage.notebook}.ipynb",
+                "after": list(stage.after),
+                # Small trainings run side by side on a core each; at full size each takes the GPUs in turn.
+                "threads": 1 if small and stage.training else workers,
+                "parameters": parameters | stage.parameters,
+            }
+        )
     return stages
 
 
 def choose_stages(stages, names):
     """The stages with these names (all, if none is given). What they wait for must be finished or chosen too.
 
-    A member's name without a fold (04_train_vit_level) is all of its folds.
+    A training's name without a fold (04_train_vit_level) is all of its folds.
     """
-    known = [stage["name"] for stage in stages]
+    known, without_fold = [stage["name"] for stage in stages], [training.name for training in trainings()]
     for name in names:
-        if name not in known and name not in MEMBER_STAGES:
-            member, _, fold = name.rpartition("_")
-            hint = f" FOLDS leaves fold {fold} out: add it there." if member in MEMBER_STAGES and fold.isdigit() else ""
-            there = ", ".join([*known, *MEMBER_STAGES])
+        if name not in known and name not in without_fold:
+            training, _, fold = name.rpartition("_")
+            hint = (
+                f" FOLDS leaves fold {fold} out: add it there." if training in without_fold and fold.isdigit() else ""
+            )
+            there = ", ".join([*known, *without_fold])
             raise ValueError(f"STAGES: there is no stage {name!r}.{hint} There are {there}")
     chosen = [s for s in stages if not names or s["name"] in names or s["name"].rpartition("_")[0] in names]
     return [{**stage, "after": [a for a in stage["after"] if a in [s["name"] for s in chosen]]} for stage in chosen]
@@ -366,40 +369,37 @@ TRAINING_HOURS = 10.5  # of the 12 that Kaggle gives a kernel: the rest is for w
 
 
 def kaggle_kernels(base="lumbar-spine", folds=(0,)):
-    """The kernels that make up a run on Kaggle, in their order: dict name -> dict.
+    """The table of stages as kernels on Kaggle, in their order: dict name -> dict.
 
-    base: what all slugs begin with; folds: to train, a kernel for each fold of each member. Fold 0 has the member's
-    plain name (train-vit-level), the others their number behind it (train-vit-level-3). A training that is not done
-    in TRAINING_HOURS ends there, see stage_kaggle's `continued`.
+    base: what all slugs begin with; folds: to train, a kernel for each fold of each training, see Stage.kernel. One
+    that is not done in TRAINING_HOURS ends there, see stage_kaggle's `continued`.
     Each has notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads) and gpu.
+    Raises ValueError as stage_table.
     """
+    table = stage_table(sorted(folds))
+    names = {stage.name: stage.kernel for stage in table}
 
-    def output(kernel, stage):
-        return f"{KAGGLE_INPUT}/{base}-{kernel}/{stage}"
+    def output(stage):
+        return f"{KAGGLE_INPUT}/{base}-{names[stage]}/{stage}"
 
-    if not folds or not set(folds) <= set(ALL_FOLDS):
-        raise ValueError(f"folds must be some of {', '.join(map(str, ALL_FOLDS))}, not {list(folds)}")
-    volumes = {"PREPROCESSED": output("preprocess", "01_preprocess")}
-    located = {**volumes, "LEVELS_DIR": output("train-spinenet", "02_train_spinenet")}
-    kernels = {
-        # A kernel's output holds 20 GB, and is slow to attach with 100,000 files.
-        "preprocess": ("01_preprocess", {"BITS": 8, "DETECTOR_IMAGES": False}, [], False),
-        "train-spinenet": ("02_train_spinenet", volumes, ["preprocess"], True),
+    # Outputs are found below what is attached, whichever there are. A kernel's own output holds 20 GB and is slow to
+    # attach with 100,000 files.
+    own = {
+        "01_preprocess": {"BITS": 8, "DETECTOR_IMAGES": False},
+        "05_inference": {"WEIGHTS": [KAGGLE_INPUT]},
+        "06_report": {"RUN": KAGGLE_INPUT},
     }
-    for fold in sorted(folds):
-        for member in MEMBER_STAGES:
-            notebook, _, own = member.rpartition("_")
-            key = "SCOPE" if notebook == "04_train_vit" else "CONDITION"
-            name = member[3:].replace("_", "-") + (f"-{fold}" if fold else "")
-            own = {**located, key: own, "FOLDS": [fold], "HOURS": TRAINING_HOURS}
-            kernels[name] = (notebook, own, ["preprocess", "train-spinenet"], True)
-    trained = [name for name in kernels if name.startswith("train-")]
-    stages = ["preprocess", *trained]
-    kernels["inference"] = ("05_inference", {"WEIGHTS": [KAGGLE_INPUT]}, trained, True)
-    kernels["report"] = ("06_report", {"RUN": KAGGLE_INPUT}, [*stages, "inference"], False)
-    shown = {**located, "PREDICTIONS": [KAGGLE_INPUT], "INFERENCE": output("inference", "05_inference")}
-    kernels["inspect"] = ("inspect", shown, [*stages, "inference"], False)
-    return {
-        name: {"notebook": notebook, "parameters": parameters, "needs": needs, "gpu": gpu}
-        for name, (notebook, parameters, needs, gpu) in kernels.items()
-    }
+    kernels = {}
+    for stage in table:
+        reads = {key: output(read) for key, read in stage.reads.items() if isinstance(read, str)}
+        limit = {"HOURS": TRAINING_HOURS} if stage.training else {}
+        kernels[stage.kernel] = {
+            "notebook": stage.notebook,
+            "parameters": {**reads, **stage.parameters, **limit, **own.get(stage.name, {})},
+            "needs": [names[name] for name in stage.after],
+            "gpu": stage.gpu,
+        }
+    located = {"PREPROCESSED": output("01_preprocess"), "LEVELS_DIR": output("02_train_spinenet")}
+    shown = {**located, "PREDICTIONS": [KAGGLE_INPUT], "INFERENCE": output("05_inference")}
+    every = [names[stage.name] for stage in table if stage.name != "06_report"]
+    return kernels | {"inspect": {"notebook": "inspect", "parameters": shown, "needs": every, "gpu": False}}

@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..grade.registry import MEMBERS
 from ..storage import write_json
 from .mounts import KAGGLE_HAS, KAGGLE_INPUT, KAGGLE_WORKING, NEEDED
 from .parameters import check_notebook_parameters
@@ -151,7 +152,12 @@ def stage_weights(folder, places):
     from ..serve.members import weight_folders
 
     folder = Path(folder)
-    wanted = ("spinenet.safetensors", "yolo_*.safetensors", "level_*.safetensors", "study_*.safetensors", "oof.csv")
+    parts = [part for member in MEMBERS.values() for part in member.parts]
+    wanted = (
+        "spinenet.safetensors",
+        *(f"{part}_*.{kind}" for part in parts for kind in ("safetensors", "settled.json")),
+        "oof.csv",
+    )
     for source in weight_folders(places):
         for path in sorted({path for pattern in wanted for path in source.glob(pattern)}):
             target = folder / source.name / path.name

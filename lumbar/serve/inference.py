@@ -3,11 +3,10 @@
 May use: members, read_ahead, results, schedule, grade, spine, data, in_flight, limits.
 """
 
-import json
 import os
 import queue
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,17 +19,14 @@ from ..data.dicom import read_study
 from ..data.greys import normalise_study
 from ..data.tables import described_series, sample_studies, whole_number
 from ..data.volume import Study
-from ..grade.classifier import crops_to_studies, predict_crops
-from ..grade.crops import cut_crops
-from ..grade.detector import without_frames, yolo_studies
 from ..grade.ensemble import combine_members, member_alone
-from ..grade.member import MEMBERS
+from ..grade.member import Prediction, free_memory, silence, without_frames
+from ..grade.registry import MEMBERS
 from ..grade.tables import read_out_of_fold
 from ..in_flight import ChildDied, InFlight, can_run_in_child, images_digest, run_in_child
-from ..limits import TookTooLong, check_limit, cpu_limit
+from ..limits import cpu_limit
 from ..names import (
     CONDITIONS,
-    DETECTORS,
     GROUPS,
     LEVEL_TABLE_COLUMNS,
     LEVELS,
@@ -39,242 +35,93 @@ from ..names import (
     SUBMISSION_COLUMNS,
     progress,
 )
+from ..problems import Kind, Problem, kind_of_error
 from ..spine.levels import locate_levels_surely
-from .members import _abouts, _views
 from .read_ahead import _STARTED, _Ahead
-from .results import STEPS, _load_result, _result, _results_key, _save_result
+from .results import _load_result, _result, _results_key, _save_result, steps
 from .schedule import Schedule
 
 
 @dataclass
 class Prepared:
-    """A study made ready for the members: read, its levels found, its crops cut.
+    """A study made ready for the members: read, its levels found, their inputs made.
 
-    boxes: five LevelBoxes, None without a readable image; crops: dict of _crop_key -> cut_crops' array, or the
-    Exception that cutting raised; problems: list of sentences; seconds: dict of reading, locating and cropping, empty
-    where the work was given up; cutting: how much of the cropping was for which member.
+    boxes: five LevelBoxes, None without a readable image; inputs: dict member's name -> what its `prepare` made;
+    seconds: dict of reading, locating and cropping, empty where the work was given up; preparing: how much of the
+    cropping was for which member.
     """
 
     study: Study
     boxes: list | None
-    crops: dict
-    problems: list
+    inputs: dict
+    problems: list[Problem]
     seconds: dict
-    cutting: dict = field(default_factory=dict)
+    preparing: dict = field(default_factory=dict)
 
 
-def _crop_key(crop):
-    return json.dumps(crop, sort_keys=True)
+def prepare_study(folder, descriptions, members, wanted=None):
+    """Everything about a study that needs no network of a member: Prepared. Never raises because of what the study is.
 
-
-def prepare_study(folder, descriptions, members, wanted=("level", "study")):
-    """Everything about a study that needs no member: Prepared. Never raises because of what the study is.
-
-    folder, descriptions: as read_study takes them; wanted: the members whose crops are cut.
+    folder, descriptions: as read_study takes them; wanted: names of the members whose inputs are made; None: all.
     """
     seconds = dict.fromkeys(("reading", "locating", "cropping"), 0.0)
-    boxes, crops, started = None, {}, time.perf_counter()
+    boxes, inputs, started = None, {}, time.perf_counter()
     try:
         study = normalise_study(read_study(folder, descriptions))
+        problems = [Problem(Kind.IMAGES, text) for text in study.problems]
     except Exception as error:
         study_id = int(Path(folder).name)
-        study = Study(study_id, [], [f"study {study_id} cannot be read ({type(error).__name__}: {error})"])
+        text = f"study {study_id} cannot be read ({type(error).__name__}: {error})"
+        study, problems = Study(study_id, [], [text]), [Problem(kind_of_error(error, Kind.IMAGES), text)]
     seconds["reading"], started = time.perf_counter() - started, time.perf_counter()
-    problems = list(study.problems)
     if not study.volumes:
-        problems.append("no readable image: every row is the prior")
-        return Prepared(study, boxes, crops, problems, seconds)
+        problems.append(Problem(Kind.IMAGES, "no readable image: every row is the prior"))
+        return Prepared(study, boxes, inputs, problems, seconds)
     try:
         boxes, _, problem = locate_levels_surely(study, members.spinenet, detector=members.detector)
     except Exception as error:
-        problem = f"no level can be placed ({type(error).__name__}: {error})"
+        problem = Problem.of(error, "no level can be placed: ", kind=Kind.LEVELS)
     if problem:
-        problems.append(f"levels: {problem}")
-    seconds["locating"], cutting = time.perf_counter() - started, {}
-    for scope in wanted:
-        started = time.perf_counter()
-        for _, about in getattr(members, scope):
-            _cut(study, boxes, about["crop"], members.device, crops)
-        cutting[scope] = time.perf_counter() - started
-    seconds["cropping"] = sum(cutting.values())
-    return Prepared(study, boxes, crops, problems, seconds, cutting)
-
-
-def _cut(study, boxes, crop, device, crops):
-    """The crops of a study from `crops`, where they are put if they are not there yet, or the Exception that cutting
-    raised."""
-    key = _crop_key(crop)
-    if key not in crops:
-        try:
-            check_limit()
-            crops[key] = cut_crops(study, boxes, crop, device)
-        except Exception as error:
-            crops[key] = without_frames(error)
-    return crops[key]
-
-
-def _cut_again(study, boxes, crop, device, crops):
-    """_cut, and once more where the device's memory was too full for it."""
-    if isinstance(_cut(study, boxes, crop, device, crops), torch.OutOfMemoryError):
-        del crops[_crop_key(crop)]
-        _free_memory()
-    return _cut(study, boxes, crop, device, crops)
-
-
-def _free_memory():
-    """Give back what is cached of the device's memory."""
-    try:
-        torch.cuda.empty_cache()
-    except Exception:
-        pass  # on a device that fails altogether even this does: see _device_failure
-
-
-def _out_of_memory(problems):
-    """True if some of the sentences tell of a device whose memory was full: by chance, not because of the study."""
-    return any(torch.OutOfMemoryError.__name__ in problem for problem in problems)
-
-
-def _took_too_long(problems):
-    """True if some of the sentences tell of work that was given up for its time: another machine may be faster."""
-    return any(TookTooLong.__name__ in problem for problem in problems)
-
-
-# Voxels that go through a network together, at most: eight crops of 128^3, one study of 256^3.
-_BATCH_VOXELS = 1 << 24
-_BATCH_CROPS = 16
-
-
-def _predict(models, crops, crop, levels, views):
-    """predict_crops in batches that fit the memory."""
-    batch = int(np.clip(_BATCH_VOXELS // np.prod(crop["shape"]), 1, _BATCH_CROPS))
-    while True:
-        try:
-            return predict_crops(models, crops, crop, levels, views, batch)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        torch.cuda.empty_cache()  # not inside `except`: there the error still holds what it was about
-        batch //= 2
-
-
-def _together_or_alone(work, items):
-    """work(items), a list with a result for each; where that raises each item alone, an Exception being its result."""
-    try:
-        return work(items)
-    except Exception as error:
-        if len(items) == 1:
-            return [without_frames(error)]
-    return [_together_or_alone(work, [item])[0] for item in items]
-
-
-def _classify(scope, batch, members, views):
-    """A classifier member on Prepared studies: list of ((5, 5, 3) probabilities, NaN where all folds failed; list of
-    sentences about those that did).
-
-    Folds mostly see the same crops through the same views: those go through all their models in one go.
-    """
-    own = getattr(members, scope)
-    groups = {}
-    for model, about in own:
-        key = _crop_key(about["crop"]), json.dumps(_views(about, views))
-        groups.setdefault(key, (about["crop"], _views(about, views), []))[2].append(model)
-    logs = np.zeros((len(batch), len(CONDITIONS), len(LEVELS), len(SEVERITIES)))
-    folds, failed = np.zeros(len(batch)), [{} for _ in batch]
-    for crop, chosen, models in groups.values():
-        cut = [_cut_again(p.study, p.boxes, crop, members.device, p.crops) for p in batch]
-        there = [k for k, crops in enumerate(cut) if not isinstance(crops, Exception)]
-
-        def work(numbers, crop=crop, chosen=chosen, models=models, cut=cut):
-            crops = np.concatenate([cut[k] for k in numbers])
-            levels = np.tile(np.arange(len(LEVELS)), len(numbers)) if scope == "level" else None
-            return list(crops_to_studies(_predict(models, crops, crop, levels, chosen), scope))
-
-        found = dict(zip(there, _together_or_alone(work, there) if there else [], strict=True))
-        for k, crops in enumerate(cut):
-            predicted = found.get(k, crops)
-            if not isinstance(predicted, Exception) and not np.isfinite(predicted).all():
-                predicted = ValueError("the network's answer is not finite")
-            if isinstance(predicted, Exception):
-                failed[k][f"{scope}: {type(predicted).__name__}: {predicted}"] = True  # once, whatever the folds
-            else:
-                logs[k] += len(models) * np.log(np.clip(predicted, 1e-12, 1))
-                folds[k] += len(models)
-    means = np.exp(logs / np.maximum(folds, 1)[:, None, None, None])
-    means = np.where(folds[:, None, None, None] > 0, means / means.sum(-1, keepdims=True), np.nan)
-    return [(mean, list(sentences)) for mean, sentences in zip(means, failed, strict=True)]
-
-
-_FEW_PATCHES = 4  # that go through a detector together where memory is short
-
-
-def _mean_of_folds(found):
-    """Mean log probabilities, normalised, of those folds that say something of a row; NaN where none does.
-
-    found: list of (..., 3). Folds see a study through views of their own, so that one may miss a row of the others.
-    """
-    log_p = np.log(np.clip(found, 1e-12, 1))
-    there = np.isfinite(log_p).all(-1, keepdims=True)
-    count = there.sum(0)
-    p = np.exp(np.where(there, log_p, 0).sum(0) / np.maximum(count, 1))
-    return np.where(count > 0, p / p.sum(-1, keepdims=True), np.nan)
-
-
-def _detect(batch, members, views):
-    """The detectors on Prepared studies: list of ((5, 5, 3) probabilities, NaN where they say nothing; list of
-    sentences about detectors that failed)."""
-    results = [(np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan), []) for _ in batch]
-    studies, boxes = [p.study for p in batch], [p.boxes for p in batch]
-    for condition, models in members.yolo.items():
-        said = [[] for _ in batch]
-        for model in models:
-            chosen = _views(model.about, views)
-
-            def work(numbers, model=model, chosen=chosen, **options):
-                return yolo_studies(
-                    model, [studies[k] for k in numbers], [boxes[k] for k in numbers], chosen, **options
-                )
-
-            for k, found in enumerate(_together_or_alone(work, list(range(len(batch))))):
-                if isinstance(found, torch.OutOfMemoryError):
-                    _free_memory()
-                    (found,) = _together_or_alone(partial(work, batch=_FEW_PATCHES), [k])
-                if isinstance(found, Exception):
-                    results[k][1].append(f"yolo: {condition}: {type(found).__name__}: {found}")
-                else:
-                    said[k].append(found)
-        for k, found in enumerate(said):
-            if found:
-                mean = _mean_of_folds(found)
-                results[k][0][list(DETECTORS[condition][1])] = mean
-                unseen = ~np.isfinite(mean).all((0, 2))
-                if unseen.any():
-                    names = ", ".join(level for level, lost in zip(LEVELS, unseen, strict=True) if lost)
-                    results[k][1].append(f"yolo: {condition}: no {DETECTORS[condition][0]} slice shows {names}")
-    return results
+        problems.append(replace(problem, text=f"levels: {problem}"))
+    seconds["locating"], preparing = time.perf_counter() - started, {}
+    for member, weights in members.weights.items():
+        if wanted is None or member in wanted:
+            started = time.perf_counter()
+            inputs[member] = MEMBERS[member].prepare(study, boxes, weights, members.device)
+            preparing[member] = time.perf_counter() - started
+    seconds["cropping"] = sum(preparing.values())
+    return Prepared(study, boxes, inputs, problems, seconds, preparing)
 
 
 def predict_studies(batch, members, views=None, clock=time.perf_counter):
     """The members on several Prepared studies at once: (list of dicts member -> (5, 5, 3) probabilities, NaN where it
-    has nothing to say; list of lists of sentences about what failed; dict member -> seconds).
+    has nothing to say; list of lists of Problems; dict member -> seconds).
 
     views: dict member -> at most how many of its views, -1 all; members that it lacks are not run; None: everything.
-    A study, a detector or a member that fails costs only its own contribution.
+    A study, or a member, that fails costs only its own contribution.
     """
-    views = dict.fromkeys(_abouts(members), -1) if views is None else views
+    views = dict.fromkeys(members.weights, -1) if views is None else views
     predictions, problems, seconds = [{} for _ in batch], [[] for _ in batch], {}
     readable = [k for k, prepared in enumerate(batch) if prepared.study.volumes]
-    part = [batch[k] for k in readable]
-    for member in [m for m in MEMBERS if m in views and part]:
-        started = clock()
-        if member == "yolo":
-            results = _detect(part, members, views[member])
-        else:
-            results = _classify(member, part, members, views[member])
-        for k, (found, sentences) in zip(readable, results, strict=True):
-            predictions[k][member] = found
-            problems[k] += sentences
-        seconds[member] = clock() - started
+    for name in [m for m in members.weights if m in views and readable]:
+        started, member, weights = clock(), MEMBERS[name], members.weights[name]
+        inputs = [_inputs_of(batch[k], member, weights, members.device) for k in readable]
+        try:
+            found = member.predict(inputs, weights, views[name], members.device)
+        except Exception as error:  # a member that does not keep its word, see Member.predict
+            found = [Prediction(silence(), (Problem.of(without_frames(error), f"{name}: ", name),))] * len(readable)
+        for k, prediction in zip(readable, found, strict=True):
+            predictions[k][name] = prediction.probabilities
+            problems[k] += prediction.problems
+        seconds[name] = clock() - started
     return predictions, problems, seconds
+
+
+def _inputs_of(prepared, member, weights, device):
+    """A member's inputs of a study, made now if they were not made ahead."""
+    if member.name not in prepared.inputs:
+        prepared.inputs[member.name] = member.prepare(prepared.study, prepared.boxes, weights, device)
+    return prepared.inputs[member.name]
 
 
 def studies_to_predict(data, split):
@@ -324,6 +171,7 @@ def complete_prior(prior):
     return prior, ~usable
 
 
+_BY_CHANCE = {Kind.MEMORY, Kind.TIME, Kind.DEVICE}  # what went wrong so may go well another time
 PATIENCE_S = 900.0  # for one study to be read and located, before it is given up
 # CPU seconds for the same, checked between its steps: a usual study takes 5 and the largest that the bounds of reading
 # and locating let through 30, so more is a study that nobody foresaw. Patience is for what hangs without working.
@@ -385,7 +233,7 @@ def infer_studies(
         return f"{key} {digests[study_id]}"
 
     saved = {study_id: folder / f"{study_id}.json" for study_id in jobs}
-    results = {i: _load_result(path, i, key_of, _abouts(members)) for i, path in saved.items()}
+    results = {i: _load_result(path, i, key_of, members.weights) for i, path in saved.items()}
     finished = {study_id for study_id, result in results.items() if result and not result["dropped"]}
     journal = InFlight(Path(out) / "in_flight", "study", key_of, finished.__contains__)
     for study_id, why in journal.passed_over.items():
@@ -398,7 +246,7 @@ def infer_studies(
         print(f"the process died while it was at {len(suspects)} studies ({ids}): they come last, one at a time")
     todo = [study_id for study_id, result in results.items() if result is None and study_id not in suspects]
     again = [i for i, result in results.items() if result and result["dropped"] and i not in suspects]
-    counts = {m: max(len(_views(about, views)) for about in abouts) for m, abouts in _abouts(members).items()}
+    counts = {m: max(len(MEMBERS[m].views(own, views)) for own in known) for m, known in members.weights.items()}
     weights = {m: float(np.mean([group.get(m, 0.0) for group in ensemble["weights"].values()])) for m in counts}
     if not counts:
         raise ValueError("no member to predict with: load_members loads them")
@@ -411,13 +259,13 @@ def infer_studies(
 
     def prepare(study_id, stopped=None):
         begun = clock()
-        wanted = [scope for scope in ("level", "study") if scope in schedule.choice]
         try:
             key_of(study_id)  # before reading: files that change meanwhile are read again by a restart
             with cpu_limit(STUDY_S, stopped):
-                prepared = prepare_study(images / str(study_id), jobs[study_id], members, wanted)
+                prepared = prepare_study(images / str(study_id), jobs[study_id], members, schedule.choice)
         except Exception as error:  # nothing known does this; whoever waits for the study shall not wait in vain
-            problem = f"given up ({type(error).__name__}: {error}), every row is the prior"
+            text = f"given up ({type(error).__name__}: {error}), every row is the prior"
+            problem = Problem(kind_of_error(error, Kind.PASSED_OVER), text)
             prepared = Prepared(Study(study_id, []), None, {}, [problem], {})
         return prepared, clock() - begun
 
@@ -438,11 +286,10 @@ def infer_studies(
             extra |= {"predicting_s": round(sum(seconds.values()) / len(batch), 3), "seconds": round(share, 3)}
             extra["dropped"] = schedule.dropped() if prepared.study.volumes else []
             extra["files"] = digests.get(study_id, "")
-            sentences = prepared.problems + failed + ([failure] if failure else [])
+            every = prepared.problems + failed + ([Problem(Kind.DEVICE, failure)] if failure else [])
             # What may go better another time is not saved, and does not take the place of what was.
-            sound = bool(prepared.study.volumes) and not failure
-            sound = sound and not _out_of_memory(sentences) and not _took_too_long(sentences)
-            found.append((_result(prepared, predicted, sentences, f"{key} {extra['files']}", extra), sound))
+            sound = bool(prepared.study.volumes) and not {problem.kind for problem in every} & _BY_CHANCE
+            found.append((_result(prepared, predicted, every, f"{key} {extra['files']}", extra), sound))
         return found, seconds
 
     def keep(study_id, result, sound):
@@ -532,7 +379,8 @@ def infer_studies(
         print(f"the time is up: {len(late)} of {len(jobs)} studies are left to the prior")
     for study_id in late:  # not saved: a restart in a new session has time for them
         why = f"no time left: {schedule.used_s() / 3600:.2f} of {hours:g} h have passed, every row is the prior"
-        results[study_id] = {"predictions": {}, "levels": [], "problems": [why], "dropped": schedule.dropped()}
+        problems = [Problem(Kind.TIME, why).to_dict()]
+        results[study_id] = {"predictions": {}, "levels": [], "problems": problems, "dropped": schedule.dropped()}
     del _STARTED[clock_key]
     return _collect(jobs, results, members, ensemble, folder)
 
@@ -541,7 +389,8 @@ def _passed_over(result, why, files):
     """The result of a study that is not looked at; an earlier one of fewer views or members stands, if there is any."""
     earlier = result or {"predictions": {}, "levels": [], "problems": []}
     why = why if result else f"{why}; every row is the prior"
-    return earlier | {"problems": [*earlier["problems"], why], "dropped": [], "files": files}
+    problems = [*earlier["problems"], Problem(Kind.PASSED_OVER, why).to_dict()]
+    return earlier | {"problems": problems, "dropped": [], "files": files}
 
 
 def _hours(seconds):
@@ -557,8 +406,8 @@ def _take_batch(ahead, study_ids, schedule, prepare):
         prepared = _take(ahead, study_id, schedule)
         if not prepared.seconds:
             lost_s += schedule.clock() - begun
-        elif _out_of_memory(prepared.problems):
-            _free_memory()
+        elif any(problem.kind is Kind.MEMORY for problem in prepared.problems):
+            free_memory()
             prepared, _ = prepare(study_id)
         batch.append(prepared)
     return batch, lost_s
@@ -568,12 +417,13 @@ def _take(ahead, study_id, schedule):
     """The next Prepared study; one without images, and the reason, where preparing it hangs."""
     try:
         prepared, seconds = ahead.take(PATIENCE_S, max(1.0, schedule.limit_s - schedule.used_s()))
-        schedule.note("preparing", max(0.0, seconds - sum(prepared.cutting.values())), 1)
-        for member, cutting in prepared.cutting.items():
-            schedule.note(f"cutting {member}", cutting, 1)
+        schedule.note("preparing", max(0.0, seconds - sum(prepared.preparing.values())), 1)
+        for member, own_s in prepared.preparing.items():
+            schedule.note(f"preparing {member}", own_s, 1)
         return prepared
     except queue.Empty:
-        problem = f"given up: not read and located in {PATIENCE_S:.0f} s or before the end, every row is the prior"
+        text = f"given up: not read and located in {PATIENCE_S:.0f} s or before the end, every row is the prior"
+        problem = Problem(Kind.TIME, text)
         return Prepared(Study(study_id, []), None, {}, [problem], {})
 
 
@@ -611,7 +461,8 @@ def _collect(jobs, results, members, ensemble, folder):
     log = []
     for number, (study_id, result) in enumerate(results.items()):
         there = {m: np.isfinite(stack[m][number]).all(-1) for m in names}
-        alone = there.get("study", np.zeros(by_class.shape, bool)) & (count[number] == 1)
+        whole = [there[m] for m in names if MEMBERS[m].whole_study]
+        alone = np.any(whole, 0) & (count[number] == 1) if whole else np.zeros(by_class.shape, bool)
         rows = {
             "study model": int(alone.sum()),
             "level prior": int(((count[number] == 0) & ~by_class).sum()),
@@ -627,9 +478,9 @@ def _collect(jobs, results, members, ensemble, folder):
                 "prior_rows": int((count[number] == 0).sum()),
                 "levels": " ".join(sorted({row["source"] for row in result["levels"]})),
                 "dropped": " | ".join(result["dropped"]),
-                **{f"{step}_s": result.get(f"{step}_s", 0.0) for step in (*STEPS, "predicting")},
+                **{f"{step}_s": result.get(f"{step}_s", 0.0) for step in (*steps(), "predicting")},
                 "seconds": result.get("seconds", 0.0),
-                "problems": " | ".join(result["problems"]),
+                "problems": " | ".join(problem["text"] for problem in result["problems"]),
                 "files": result.get("files", ""),
             }
         )
@@ -647,11 +498,12 @@ def _collect(jobs, results, members, ensemble, folder):
 
 def _refuse_lost_members(members, results, stack, folder):
     """Raise RuntimeError (on Kaggle's scoring run: print) for a member that ran and said nothing of any study."""
-    for member in _abouts(members):
+    for member in members.weights:
         ran = [r for r in results.values() if member in r["predictions"]]
         if not ran or np.isfinite(stack[member]).any():
             continue
-        reason = next((p for r in ran for p in r["problems"] if p.startswith(f"{member}:")), "no reason given")
+        told = (problem["text"] for result in ran for problem in result["problems"] if problem["member"] == member)
+        reason = next(told, "no reason given")
         message = f"{member} failed in each of {len(ran)} readable studies ({reason})"
         if not os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
             for study_id in results:  # what failed for this reason must not be found as finished work

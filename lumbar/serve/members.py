@@ -4,15 +4,15 @@ May use: grade, spine, names.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..grade.classifier import load_classifier
-from ..grade.detector import load_yolo
-from ..grade.member import MEMBERS, member_weights
-from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, device_for
+from ..grade.member import Weights
+from ..grade.registry import MEMBERS, by_member, member_weights
+from ..names import CONDITIONS, LEVELS, SEVERITIES, device_for
 from ..spine.official import official_detector
 from ..spine.spinenet import load_spinenet
 
@@ -22,12 +22,14 @@ class Members:
     """Everything that inference needs, loaded from folders of weights."""
 
     spinenet: object
-    yolo: dict  # detector (scs, nfn, ss) -> list of loaded models, one a fold
-    level: list  # (model, about) of each fold
-    study: list
+    weights: dict[str, list[Weights]]  # member's name -> its weights, of those members that have any
     prior: np.ndarray  # (5, 5, 3), the training set's weighted class prior
-    detector: object = "own"  # as locate_levels takes it; "official" is loaded once
+    detector: object = "own"  # of vertebrae, as locate_levels takes it; "official" is loaded once
     device: str = "cpu"  # where the networks are
+
+    def abouts(self) -> dict[str, list]:
+        """dict member's name -> what its weights files say of themselves."""
+        return {member: [own.about for own in weights] for member, weights in self.weights.items()}
 
 
 def find_weights(folders, pattern):
@@ -40,10 +42,11 @@ def find_weights(folders, pattern):
     return [found[name] for name in sorted(found)]
 
 
-def load_members(folders, members=MEMBERS, device="auto"):
-    """Load every member's weights found in the folders, or one folder below. Returns Members.
+def load_members(folders, members: Iterable[str] = (), device="auto") -> Members:
+    """Load every member's weights found in the folders, or one folder below.
 
-    Which file stands for a fold, and which are left out: see member_weights. Prints both.
+    Which file stands for a fold, and which are left out: see member_weights. Prints both. members: names, empty for
+    all in the registry.
     Raises FileNotFoundError without a SpineNet or without any member: a submission made of nothing but a prior
     would look like a result.
     """
@@ -53,29 +56,20 @@ def load_members(folders, members=MEMBERS, device="auto"):
     if not spinenet:
         raise FileNotFoundError(f"no spinenet.safetensors in {places}: attach 02_train_spinenet's output")
     chosen, sentences = member_weights(folders)
-    wanted = {name: path for name, path in chosen.items() if name.startswith(tuple(f"{member}_" for member in members))}
-    print(*sentences, *_where(wanted | {"spinenet": spinenet[0]}), sep="\n")
-    classifiers = {
-        scope: [load_classifier(path, device) for name, path in wanted.items() if name.startswith(f"{scope}_")]
-        for scope in ("level", "study")
-    }
-    yolo = {
-        condition: [load_yolo(path, device) for name, path in wanted.items() if name.startswith(f"yolo_{condition}_")]
-        for condition in DETECTORS
-    }
-    abouts = [about for models in classifiers.values() for _, about in models]
-    if not abouts and not any(yolo.values()):
+    wanted = {m: paths for m, paths in by_member(chosen).items() if not members or m in members}
+    files = {name: path for paths in wanted.values() for name, path in paths.items()}
+    print(*sentences, *_where(files | {"spinenet": spinenet[0]}), sep="\n")
+    if not wanted:
         raise FileNotFoundError(f"no finished member's weights in {places}: attach the outputs of 03 and 04")
-    priors = [about.get("prior") for about in abouts + [model.about for models in yolo.values() for model in models]]
+    weights = {m: [MEMBERS[m].load(path, device) for path in paths.values()] for m, paths in wanted.items()}
+    priors = [own.about.get("prior") for known in weights.values() for own in known]
     priors = [np.asarray(prior, np.float64) for prior in priors if prior is not None]
     model = load_spinenet(spinenet[0], device)
     # Boxes at inference come from the detector that made those of the training.
     official = model.about.get("detector") == "official"
     return Members(
         model,
-        yolo,
-        classifiers["level"],
-        classifiers["study"],
+        weights,
         np.mean(priors, 0) if priors else np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan),
         official_detector(device) if official else "own",
         device,
@@ -114,19 +108,3 @@ def weight_folders(places):
             f"no *.safetensors in or below {', '.join(map(str, places))}: attach the outputs of 02, 03 and 04"
         )
     return found
-
-
-def _views(about, limit=-1):
-    """The views of a member's model: those that paid in training, at most `limit` of them where that is not -1."""
-    views = about.get("views") or [{}]
-    return views if limit < 0 else views[:limit]
-
-
-def _abouts(members):
-    """dict member -> the metadata of its models, of those members that were loaded."""
-    found = {
-        "yolo": [model.about for models in members.yolo.values() for model in models],
-        "level": [about for _, about in members.level],
-        "study": [about for _, about in members.study],
-    }
-    return {member: abouts for member, abouts in found.items() if abouts}

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from ..data.geometry import boxes_to_table
-from ..grade.member import MEMBERS
+from ..grade.registry import MEMBERS
 from ..in_flight import images_digest, read_left_json
 from ..names import CONDITIONS, LEVEL_TABLE_COLUMNS, LEVELS, SEVERITIES
+from ..problems import Problem
 from ..spine.fallbacks import SOURCES
 from ..spine.levels import _locating_key
 from ..storage import plain, write_json
-from .members import _abouts
 
 # ---- Finished studies ----
 
@@ -39,11 +39,11 @@ def _results_key(members, views):
     """What a study's result depends on besides its images, as a hash: the members' metadata, what locates levels."""
     detector = members.detector if isinstance(members.detector, str) else members.detector.__qualname__
     spinenet = _locating_key(members.spinenet, getattr(members.spinenet, "about", None), detector)
-    known = [_RESULTS_VERSION, views, _abouts(members), spinenet]
+    known = [_RESULTS_VERSION, views, members.abouts(), spinenet]
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 
-_RESULTS_VERSION = 3  # to be raised when the same weights give other predictions
+_RESULTS_VERSION = 4  # to be raised when the same weights give other predictions
 
 
 def _digest(result):
@@ -91,8 +91,10 @@ def _check_result(result, study_id, members):
     for name, kind in kinds.items():
         if not isinstance(result.get(name), kind):
             raise ValueError(f"{name} is no {kind.__name__}")
-    if not all(isinstance(text, str) for text in result["problems"] + result["dropped"]):
-        raise ValueError("problems or dropped are no texts")
+    if not all(isinstance(text, str) for text in result["dropped"]):
+        raise ValueError("dropped are no texts")
+    for problem in result["problems"]:
+        Problem.from_dict(problem)
     if not all(_is_number(value) for name, value in result.items() if name.endswith("_s") or name == "seconds"):
         raise ValueError("seconds are no numbers")
     for member, values in result["predictions"].items():
@@ -138,10 +140,12 @@ def _result(prepared, predictions, problems, key, extra):
         "key": key,
         "predictions": {m: np.where(np.isfinite(p), p, -1) for m, p in predictions.items()},
         "levels": boxes_to_table(prepared.study.study_id, prepared.boxes or []).to_dict("records"),
-        "problems": problems,
+        "problems": [problem.to_dict() for problem in problems],
         **{f"{step}_s": round(seconds, 3) for step, seconds in prepared.seconds.items()},
         **extra,
     }
 
 
-STEPS = ("reading", "locating", "cropping", *MEMBERS)
+def steps() -> tuple[str, ...]:
+    """What takes a study's time, in the order of the log's columns."""
+    return ("reading", "locating", "cropping", *MEMBERS)

@@ -39,7 +39,7 @@ class Schedule:
 
     def note(self, step, seconds, units):
         """A member took `seconds` for `units` studies times views; or for studies "preparing", of which that member's
-        crops apart ("cutting level", "cutting study")."""
+        inputs apart ("preparing level")."""
         if units:
             self.spent.setdefault(step, deque(maxlen=20)).append((seconds, units))
 
@@ -53,8 +53,8 @@ class Schedule:
         return sum(self.cost_s(member) * views for member, views in choice.items())
 
     def _preparing_s(self, choice):
-        cutting = sum(self.cost_s(f"cutting {member}") for member in choice)
-        return (self.cost_s("preparing") + cutting) / self.readers
+        own = sum(self.cost_s(f"preparing {member}") for member in choice)
+        return (self.cost_s("preparing") + own) / self.readers
 
     def pace_s(self, choice):
         """Seconds a study with this choice: what is slower of the networks and of preparing."""

@@ -1,23 +1,24 @@
 """A box for every level, also where bodies were not found: the prior, the axial slices, the neighbours.
 
-May use: vertebra, data.
+May use: vertebra, naming, data, names.
 """
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 
 from ..data.geometry import LevelBox
 from ..data.resample import study_box
+from ..data.volume import Study
 from ..names import LEVEL_VERTEBRAE, LEVELS, VERTEBRAE
 from .naming import _PLACE_SPREAD_MM, _capped, _chain_layout
 from .vertebra import _CHAIN, _LUMBAR, Vertebra, vertebrae_from_table
 
-# -- levels
 
-
-def study_anchors(study):
+def study_anchors(study: Study) -> dict[str, np.ndarray]:
     """Where a study's series lie: dict "sagittal", "axial" -> (3,) centre in LPS mm, as far as it has such series."""
     anchors = {}
     for plane in ("sagittal", "axial"):
@@ -27,7 +28,7 @@ def study_anchors(study):
     return anchors
 
 
-def fit_level_prior(anchors, vertebrae):
+def fit_level_prior(anchors: Mapping[int, dict], vertebrae: pd.DataFrame) -> dict:
     """The mean layout of a set of studies.
 
     anchors: dict study_id -> study_anchors(study); vertebrae: table with the columns of vertebrae.csv, true or
@@ -35,7 +36,8 @@ def fit_level_prior(anchors, vertebrae):
     series), width_mm (name -> mm), axial_mm ((3,) median centre of the axial series relative to the sagittal one's).
     Raises ValueError when a vertebra of L1 to S1 occurs in no study with a sagittal series.
     """
-    corners, widths = {}, {}
+    corners: dict[str, list[np.ndarray]] = {}
+    widths: dict[str, list[float]] = {}
     for study_id, anchor in anchors.items():
         if "sagittal" in anchor:
             for vertebra in vertebrae_from_table(vertebrae, study_id):
@@ -53,7 +55,7 @@ def fit_level_prior(anchors, vertebrae):
     }
 
 
-def refit_level_prior(anchors, vertebrae, prior, sure=0.3):
+def refit_level_prior(anchors: Mapping[int, dict], vertebrae: pd.DataFrame, prior: dict, sure: float = 0.3) -> dict:
     """The mean layout of these studies themselves, from their surely detected bodies; `prior` where they show too few.
 
     anchors: dict study_id -> study_anchors(study); vertebrae: table, as locate_studies returns it.
@@ -65,7 +67,7 @@ def refit_level_prior(anchors, vertebrae, prior, sure=0.3):
     return fit_level_prior({i: anchors[i] for i in complete.index[complete]}, seen)
 
 
-def complete_vertebrae(named, anchors, prior):
+def complete_vertebrae(named: Sequence[Vertebra], anchors: Mapping[str, np.ndarray], prior: dict) -> list[Vertebra]:
     """L1 to S1, whatever was found: list of six Vertebrae.
 
     A missing one is placed by the prior's layout, shifted, turned and scaled in the sagittal plane to fit the bodies
@@ -140,7 +142,7 @@ def _lefts(vertebrae, level):
 _STEEPEST = np.tan(np.radians(25))  # coronal tilt of a disc; more is a wrong detection
 
 
-def level_boxes(vertebrae):
+def level_boxes(vertebrae: Sequence[Vertebra]) -> list[LevelBox]:
     """The LevelBoxes between named neighbours, head to foot; levels without both neighbours are left out.
 
     Centre: between the end plates. Axes: head perpendicular to the mean of the two end plates and to the left-right
@@ -241,7 +243,7 @@ def _match_blocks(blocks, discs):
     return answer
 
 
-def axial_levels(study, prior):
+def axial_levels(study: Study, prior: dict) -> tuple[list[LevelBox], list[Vertebra]] | None:
     """Levels from where the axial slices were planned, without looking into an image.
 
     Tilted blocks, one a disc (three to seven of them): each gives its disc's plane, by centre and normal; which disc

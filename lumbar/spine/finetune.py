@@ -1,30 +1,30 @@
 """SpineNet trained further on the competition's own label points.
 
-May use: levels, level_scores, naming, fallbacks, spinenet_training, data.
+May use: levels, level_scores, naming, fallbacks, spinenet_training, spinenet, vertebra, data, names.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 
 from ..data.geometry import boxes_from_table, place_points
 from ..data.tables import some_of
-from ..data.volume import load_study
+from ..data.volume import Study, load_study
 from ..names import LEVEL_VERTEBRAE, LEVELS, progress
 from .fallbacks import complete_vertebrae, level_boxes, study_anchors
 from .level_scores import compare_with_labels
 from .levels import merge_vertebrae
 from .naming import name_vertebrae
-from .spinenet import detect_vertebrae
+from .spinenet import SpineNet, detect_vertebrae
 from .spinenet_training import spinenet_records
 from .vertebra import _LUMBAR, Vertebra
 
-# ----------------------------------------------------------------------------------------------------------------
-#  9. Fine-tuning on label points
-# ----------------------------------------------------------------------------------------------------------------
-#
 # No real lumbar image has its vertebrae's corners marked, but every study of the competition has points at its five
 # discs. So the model trained on phantoms draws the bodies, and the points say which of them to believe and what they
 # are called: a self-training whose teacher is checked by readers.
@@ -35,7 +35,7 @@ POINT_TABLE_COLUMNS = ["study_id", "series_id", "description", "used", "reason",
 POINT_TABLE_COLUMNS += ["renamed", "completed", "dropped", "slices"]
 
 
-def level_points(points_lps, levels, foraminal=None):
+def level_points(points_lps: ArrayLike, levels: ArrayLike, foraminal: ArrayLike | None = None) -> dict[str, np.ndarray]:
     """Label points of one study by level: dict level -> (n, 3) LPS mm, at the height of the disc.
 
     points_lps: (n, 3), NaN where unknown; levels: (n,) names; foraminal: (n,) bool, points in a foramen: they lie
@@ -103,7 +103,9 @@ def _beside(name, points):
     return above, points.get(LEVELS[number]) if number < len(LEVELS) else None
 
 
-def bodies_by_points(bodies, points, prior=None, tolerance_mm=6.0):
+def bodies_by_points(
+    bodies: Sequence[Vertebra], points: Mapping[str, np.ndarray], prior: dict | None = None, tolerance_mm: float = 6.0
+) -> tuple[list[Vertebra], dict[str, bool], dict[str, bool], list[Vertebra]]:
     """Name detections by label points, and say which of them the points confirm.
 
     bodies: Vertebrae of one study, their names do not count; points: from level_points; prior: from fit_level_prior
@@ -123,7 +125,7 @@ def bodies_by_points(bodies, points, prior=None, tolerance_mm=6.0):
             if offsets and max(map(abs, offsets)) < 10 and _in_front(body, *_beside(name, points)):
                 # A body between its two points is surer than one beside a single point.
                 candidates.append((np.mean(np.abs(offsets)) + 5 * (len(offsets) == 1), name, k))
-    chosen = {}
+    chosen: dict[str, int] = {}
     for _, name, k in sorted(candidates, key=lambda item: item[0]):
         if name not in chosen and k not in chosen.values():
             chosen[name] = k
@@ -168,7 +170,7 @@ def bodies_by_points(bodies, points, prior=None, tolerance_mm=6.0):
 def _beyond(named, rest):
     """Bodies above L1 and below S1, which no point confirms: those detected, and where none is, where one should be.
 
-    The network shall learn nothing there: neither that there is a body nor that there is none."""
+    The network must learn nothing there: neither that there is a body nor that there is none."""
     beyond = []
     ends = {0: [v for v in rest if v.center_lps_mm[2] > named[0].center_lps_mm[2]]}
     ends[-1] = [v for v in rest if v.center_lps_mm[2] < named[-1].center_lps_mm[2]]
@@ -186,7 +188,15 @@ def _beyond(named, rest):
     return beyond
 
 
-def point_records(study, bodies, points, resolution_mm, prior=None, tolerance_mm=6.0, least=3):
+def point_records(
+    study: Study,
+    bodies: Sequence[Vertebra],
+    points: Mapping[str, np.ndarray],
+    resolution_mm: float,
+    prior: dict | None = None,
+    tolerance_mm: float = 6.0,
+    least: int = 3,
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
     """Training images of a study without true vertebrae: the model's own, as far as label points confirm them.
 
     study: normalised; bodies: the model's Vertebrae in it, names do not count; points: from level_points; least: how
@@ -224,16 +234,49 @@ def point_records(study, bodies, points, resolution_mm, prior=None, tolerance_mm
     return records, note
 
 
-def fine_tuning_set(paths, model, coordinates, *, prior=None, limit=None, slices=12, tolerance_mm=6.0, least=3, seed=0):
-    """Training images from studies with label points.
+def fine_tuning_set(
+    paths: Mapping[int, str | Path],
+    model: SpineNet,
+    coordinates: pd.DataFrame,
+    *,
+    prior: dict | None = None,
+    limit: int | None = None,
+    slices: int = 12,
+    tolerance_mm: float = 6.0,
+    least: int = 3,
+    seed: int = 0,
+) -> tuple[list[dict[str, torch.Tensor]], pd.DataFrame]:
+    """Make training images from studies with label points.
 
-    paths: dict study_id -> volume file, without the studies held out for point_scores; model: SpineNet; coordinates:
-    from read_coordinates; prior: from fit_level_prior, default the model's; limit: number of studies, drawn at random;
-    slices: kept of each series, those without a confirmed body being at most a quarter (a study's all would be some
-    4 MB); tolerance_mm, least: see point_records.
     Each series has records of its own: its own detections, completed by the other series' (moved by what the patient
     moved in between). Label points that lie on no slice are left out and printed.
-    Returns (records, DataFrame with POINT_TABLE_COLUMNS, one row a series or unusable study).
+
+    Parameters
+    ----------
+    paths : mapping of int to path
+        study_id to volume file, without the studies held out for point_scores.
+    model : SpineNet
+        The teacher.
+    coordinates : DataFrame
+        From read_coordinates.
+    prior : dict, optional
+        From fit_level_prior; default: the model's.
+    limit : int, optional
+        Number of studies, drawn at random; default: all.
+    slices : int
+        Kept of each series, of which at most a quarter show no confirmed body (a study's all would be some 4 MB).
+    tolerance_mm : float
+        Largest distance of a level's points from its disc's plane; see bodies_by_points.
+    least : int
+        Number of levels that the points have to confirm; see point_records.
+    seed : int
+
+    Returns
+    -------
+    records : list of dict
+        As spinenet_records makes them.
+    table : DataFrame
+        POINT_TABLE_COLUMNS, one row a series or unusable study.
     """
     prior = prior if prior is not None else model.about.get("prior")
     by_study = dict(list(coordinates.groupby("study_id")))
@@ -287,13 +330,23 @@ def _study_records(study, model, points, prior, slices, tolerance_mm, least, rng
     return records, notes
 
 
-def point_scores(levels, paths, coordinates):
+def point_scores(levels: pd.DataFrame, paths: Mapping[int, str | Path], coordinates: pd.DataFrame) -> dict[str, float]:
     """How well level boxes meet the label points of canal and subarticular zone, which lie at their disc's height.
 
-    levels: table of levels.csv; paths: dict study_id -> volume file; coordinates: from read_coordinates. Give it the
-    studies held out from fine_tuning_set, before and after.
-    Returns a dict: studies, points, right_level (share of points whose nearest disc plane is their own level's),
-    median_mm and p90_mm (distance from the plane of their own level's box, along the spine), within_5mm (share).
+    Parameters
+    ----------
+    levels : DataFrame
+        levels.csv, of the studies held out from fine_tuning_set, before or after the tuning.
+    paths : mapping of int to path
+        study_id to volume file.
+    coordinates : DataFrame
+        From read_coordinates.
+
+    Returns
+    -------
+    dict of str to float
+        studies, points, right_level (share of points whose nearest disc plane is their own level's), median_mm and
+        p90_mm (distance from the plane of their own level's box, along the spine), within_5mm (share).
     """
     tables = []
     by_study = dict(list(coordinates.groupby("study_id")))
@@ -315,11 +368,20 @@ def point_scores(levels, paths, coordinates):
     }
 
 
-def tuning_helped(before, after):
-    """True if tuning made no score of the held-out studies worse and at least one better.
+def tuning_helped(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """Whether tuning made no held-out score worse and at least one better.
 
-    before, after: from point_scores. What counts: the share of points nearest to their own level's disc, the share
-    within 5 mm of it, and, if both stay as they are, the median distance. Without held-out points nothing is shown.
+    What counts: the share of points nearest to their own level's disc, the share within 5 mm of it, and, if both stay
+    as they are, the median distance. Without held-out points nothing is shown.
+
+    Parameters
+    ----------
+    before, after : mapping of str to float
+        From point_scores.
+
+    Returns
+    -------
+    bool
     """
     steps = [after[name] - before[name] for name in ("right_level", "within_5mm")]
     if not np.isfinite(steps).all() or min(steps) < 0:

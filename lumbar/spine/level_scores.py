@@ -3,23 +3,39 @@
 May use: vertebra, fallbacks, data.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..data.geometry import boxes_from_table, coordinates_to_lps
+from ..data.geometry import LevelBox, boxes_from_table, coordinates_to_lps
+from ..data.volume import Study
 from .fallbacks import _NOT_SEEN, level_boxes
 from .vertebra import _LUMBAR, VERTEBRA_TABLE_COLUMNS, vertebrae_from_table
 
-# -- how good are they
 
+def read_vertebra_truth(path: str | Path, split: str | None = None) -> pd.DataFrame:
+    """Read the phantom's true vertebrae.
 
-def read_vertebra_truth(path, split=None):
-    """The phantom's true vertebrae as a table with the columns of vertebrae.csv (source "truth").
+    Parameters
+    ----------
+    path : str or Path
+        phantom_vertebrae.csv.
+    split : str, optional
+        `train` or `test`; default: both.
 
-    path: phantom_vertebrae.csv; split: "train" or "test", default both.
-    Raises FileNotFoundError or ValueError, naming what is missing.
+    Returns
+    -------
+    DataFrame
+        The columns of vertebrae.csv (VERTEBRA_TABLE_COLUMNS), source `truth`.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file: only phantoms have true vertebrae.
+    ValueError
+        A column is missing.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: only phantom data have true vertebrae")
@@ -33,12 +49,22 @@ def read_vertebra_truth(path, split=None):
     return table[VERTEBRA_TABLE_COLUMNS].reset_index(drop=True)
 
 
-def level_errors(levels, truth):
-    """Boxes against true vertebrae.
+def level_errors(levels: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    """Compare level boxes with true vertebrae.
 
-    levels: table of levels.csv; truth: vertebra table. Returns a DataFrame, one row for each level of each study that
-    is in both: study_id, level, error_mm (between centres), along_mm (of it along the true disc's normal), angle_deg
-    (between the normals), named (the nearest true disc has this name), confidence, source.
+    Parameters
+    ----------
+    levels : DataFrame
+        levels.csv.
+    truth : DataFrame
+        From read_vertebra_truth.
+
+    Returns
+    -------
+    DataFrame
+        One row for each level of each study that is in both: study_id, level, error_mm (between centres), along_mm (of
+        it along the true disc's normal), angle_deg (between the normals), named (the nearest true disc has this name),
+        confidence, source.
     """
     rows = []
     for study_id in sorted(set(levels["study_id"]) & set(truth["study_id"])):
@@ -68,7 +94,7 @@ def level_errors(levels, truth):
     )
 
 
-def vertebra_errors(vertebrae, truth, reach_mm=12.0):
+def vertebra_errors(vertebrae: pd.DataFrame, truth: pd.DataFrame, reach_mm: float = 12.0) -> pd.DataFrame:
     """Detected bodies against true ones, L1 to S1.
 
     vertebrae, truth: vertebra tables. Returns a DataFrame, one row for each true body of each study that is in both:
@@ -91,8 +117,26 @@ def vertebra_errors(vertebrae, truth, reach_mm=12.0):
     return pd.DataFrame(rows, columns=["study_id", "vertebra", "error_mm", "found", "named"])
 
 
-def locating_scores(levels, vertebrae, truth, right_mm=4.0):
-    """The figures of level_errors and vertebra_errors in one dict; `right`: named, and the centre within right_mm."""
+def locating_scores(
+    levels: pd.DataFrame, vertebrae: pd.DataFrame, truth: pd.DataFrame, right_mm: float = 4.0
+) -> dict[str, float]:
+    """Sum level_errors and vertebra_errors up.
+
+    Parameters
+    ----------
+    levels, vertebrae : DataFrame
+        levels.csv and vertebrae.csv.
+    truth : DataFrame
+        From read_vertebra_truth.
+    right_mm : float
+        A level is right if it is named rightly and its centre lies within this distance of the true one.
+
+    Returns
+    -------
+    dict of str to float
+        studies, levels (numbers), right, named (shares), median_mm, p95_mm, median_angle_deg, vertebrae_found,
+        vertebrae_named (shares).
+    """
     boxes, bodies = level_errors(levels, truth), vertebra_errors(vertebrae, truth)
     return {
         "studies": int(boxes["study_id"].nunique()),
@@ -107,7 +151,7 @@ def locating_scores(levels, vertebrae, truth, right_mm=4.0):
     }
 
 
-def compare_with_labels(boxes, coordinates, study):
+def compare_with_labels(boxes: Sequence[LevelBox], coordinates: pd.DataFrame, study: Study) -> pd.DataFrame:
     """Boxes of one study against the competition's label points, which real data have too.
 
     coordinates: this study's rows of read_coordinates. Returns a DataFrame condition, level, head_mm, left_mm,
@@ -119,5 +163,7 @@ def compare_with_labels(boxes, coordinates, study):
     for row, point in zip(coordinates.itertuples(), coordinates_to_lps(coordinates, study)):
         if np.isfinite(point).all() and row.level in by_level:
             head_mm = {level: abs(box.from_lps(point)[0]) for level, box in by_level.items()}
-            rows.append([row.condition, row.level, *by_level[row.level].from_lps(point), min(head_mm, key=head_mm.get)])
+            rows.append(
+                [row.condition, row.level, *by_level[row.level].from_lps(point), min(head_mm, key=head_mm.__getitem__)]
+            )
     return pd.DataFrame(rows, columns=["condition", "level", "head_mm", "left_mm", "back_mm", "nearest"])

@@ -1,11 +1,12 @@
 """The levels of a study, and of every study of a split.
 
-May use: naming, fallbacks, spinenet, official, data, in_flight, limits.
+May use: naming, fallbacks, spinenet, official, vertebra, data, in_flight, problems, storage, limits, names.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,28 +15,24 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from ..data.geometry import boxes_to_table
-from ..data.volume import load_study
+from ..data.geometry import LevelBox, boxes_to_table
+from ..data.volume import Study, Volume, load_study
 from ..in_flight import read_left_json
 from ..limits import check_limit, cpu_limit
 from ..names import LEVEL_TABLE_COLUMNS, LEVELS, progress
+from ..problems import Kind, Problem, kind_of_error
 from ..storage import write_json
 from .fallbacks import _NOT_SEEN, axial_levels, complete_vertebrae, level_boxes, refit_level_prior, study_anchors
 from .naming import _doubtful, _numbered_differently, name_vertebrae
 from .official import official_detector
-from .spinenet import MAX_SEARCHED_PX, detect_vertebrae, every_nth_slice, searched_px, surest
-from .vertebra import _CHAIN, _LUMBAR, UNCERTAIN, VERTEBRA_TABLE_COLUMNS, vertebrae_to_table
+from .spinenet import MAX_SEARCHED_PX, SpineNet, detect_vertebrae, every_nth_slice, searched_px, surest
+from .vertebra import _CHAIN, _LUMBAR, UNCERTAIN, VERTEBRA_TABLE_COLUMNS, Vertebra, vertebrae_to_table
 
-# ----------------------------------------------------------------------------------------------------------------
-#  7. Levels: named vertebrae, a box for each disc level, and how good they are
-# ----------------------------------------------------------------------------------------------------------------
-#
+Detector = str | Callable[[Volume], list[Vertebra]]  # "own", "official", or a function
+
 # Detections of the sagittal series become one chain; one dynamic programme names it, counting up from the sacrum; what
 # was not seen is placed by what was, by the axial slices or by the mean layout. Every level gets a box that says how
 # sure it is and where it comes from.
-
-
-# -- one chain of two series
 
 
 def _rejoined(volumes):
@@ -120,7 +117,7 @@ def _motion_mm(first, second, reach_mm=16.0, tolerance_mm=8.0):
     return motion
 
 
-def merge_vertebrae(first, second, distance_mm=13.0):
+def merge_vertebrae(first: Sequence[Vertebra], second: Sequence[Vertebra], distance_mm: float = 13.0) -> list[Vertebra]:
     """Two series' Vertebrae as one chain in the first's place, head to foot.
 
     Between the series the patient may have moved: the second's bodies are shifted by the motion that lets most of
@@ -141,7 +138,7 @@ def merge_vertebrae(first, second, distance_mm=13.0):
             by_name = vertebra.name and other.name and UNCERTAIN not in (vertebra.name, other.name) and not contradict
             if vertebra.name == other.name if by_name else distance < distance_mm:
                 pairs.append((distance, i, k))
-    partner = {}
+    partner: dict[int, int] = {}
     for _, i, k in sorted(pairs):
         if i not in partner and k not in partner.values():
             partner[i] = k
@@ -171,7 +168,7 @@ def merge_vertebrae(first, second, distance_mm=13.0):
     return sorted(merged + rest, key=lambda v: -v.center_lps_mm[2])
 
 
-def smooth_sideways(vertebrae, trusted_mm=6.0):
+def smooth_sideways(vertebrae: Sequence[Vertebra], trusted_mm: float = 6.0) -> list[Vertebra]:
     """Vertebrae, head to foot and named, with their left-right position steadied by their neighbours'.
 
     Sagittal slices lie 4 mm apart, and the first and last slice that shows a body are a matter of chance: across the
@@ -231,23 +228,54 @@ def _searched(volumes, resolution_mm):
     return [every_nth_slice(volume, step if size else 1) for size, volume in zip(sizes_px, volumes, strict=True)]
 
 
-def locate_levels(study, model, prior=None, detector="own", layout=None, lost=None):
+def locate_levels(
+    study: Study,
+    model: SpineNet | None,
+    prior: dict | None = None,
+    detector: Detector = "own",
+    layout: dict | None = None,
+    lost: dict[Problem, list[int]] | None = None,
+) -> tuple[list[LevelBox], list[Vertebra]]:
     """Find and name a study's vertebrae and disc levels; always answers, with a confidence.
 
-    study: normalised; model: SpineNet, or None to take the prior alone; prior: from fit_level_prior, default the one
-    in model.about; detector: "own" (model), "official" (the research-only package, see official.py), or a
-    function volume -> Vertebrae, which may have names already; layout: as prior, for where nothing is seen, default
-    model.about["layout"] (how these patients lie, see locate_with_own_layout), else the prior; lost: a dict to which a
-    series is added whose search fails, as reason -> list of series ids, and the others stand; default: raise.
     Where the levels come from (`source`), in this order:
+
     - t2, t1: bodies seen in the sagittal T2/STIR and T1 series. They form one chain; where both saw a body the T2's
-      geometry counts. "official" instead where that package found them.
+      geometry counts. `official` instead where that package found them.
     - +extrapolated: a body that neither shows, placed by those seen.
     - axial: where the sagittal series show fewer than two bodies, from where the axial slices lie (axial_levels).
     - prior: the mean layout around the series' centre.
-    "+uncertain" says that the levels' names are doubtful: no sacrum in view, or contradictory looks.
-    Returns (five LevelBoxes, head to foot, list of Vertebrae, at least L1 to S1, then those named "uncertain").
-    Raises ValueError for an unknown detector, and when there is neither a prior nor a model that carries one.
+
+    `+uncertain` says that the levels' names are doubtful: no sacrum in view, or contradictory looks.
+
+    Parameters
+    ----------
+    study : Study
+        Normalised.
+    model : SpineNet or None
+        None takes the prior alone.
+    prior : dict, optional
+        From fit_level_prior; default: model.about["prior"].
+    detector : str or callable
+        `own` (the model), `official` (the research-only package, see official.py), or a function from a Volume to
+        Vertebrae, which may have names already.
+    layout : dict, optional
+        As prior, for where nothing is seen; default: model.about["layout"] (how these patients lie, see
+        locate_with_own_layout), else the prior.
+    lost : dict, optional
+        Gets the series whose search fails, as reason to list of series ids, and the others stand; default: raise.
+
+    Returns
+    -------
+    boxes : list of LevelBox
+        Five, head to foot.
+    vertebrae : list of Vertebra
+        At least L1 to S1, then those named `uncertain`.
+
+    Raises
+    ------
+    ValueError
+        An unknown detector, or neither a prior nor a model that carries one.
     """
     prior = prior if prior is not None else (model.about.get("prior") if model is not None else None)
     if prior is None:
@@ -255,7 +283,8 @@ def locate_levels(study, model, prior=None, detector="own", layout=None, lost=No
     if layout is None:
         layout = (model.about.get("layout") if model is not None else None) or prior
     detect = _detector(detector, model)
-    chain, volumes = [], []
+    chain: list[Vertebra] = []
+    volumes: list[Volume] = []
     for description in ("Sagittal T2/STIR", "Sagittal T1"):
         volumes += _rejoined([volume for volume in study.of(description) if volume.plane == "sagittal"])
     for volume in _searched(volumes, getattr(model, "resolution_mm", 2.0)):
@@ -265,16 +294,16 @@ def locate_levels(study, model, prior=None, detector="own", layout=None, lost=No
         except Exception as error:
             if lost is None:
                 raise
-            lost.setdefault(f"{type(error).__name__}: {error}", []).append(volume.series_id)
+            lost.setdefault(Problem.of(error, kind=Kind.LEVELS), []).append(volume.series_id)
     anchors = study_anchors(study)
     if not any(v.name for v in chain):
         chain = name_vertebrae(chain, prior, anchors.get("sagittal"))
     # Names of another detector may repeat: the surest body has it.
-    named = {}
+    by_name: dict[str, Vertebra] = {}
     for vertebra in sorted(chain, key=lambda v: -v.confidence):
         if vertebra.name in _CHAIN:
-            named.setdefault(vertebra.name, vertebra)
-    named = smooth_sideways(sorted(named.values(), key=lambda v: _CHAIN.index(v.name)))
+            by_name.setdefault(vertebra.name, vertebra)
+    named = smooth_sideways(sorted(by_name.values(), key=lambda v: _CHAIN.index(v.name)))
     uncertain = [replace(v, name=UNCERTAIN) for v in chain if v.name not in _CHAIN]
     others = [v for v in named if v.name not in _LUMBAR]
     planned = axial_levels(study, layout) if len(named) < 2 else None
@@ -284,8 +313,14 @@ def locate_levels(study, model, prior=None, detector="own", layout=None, lost=No
     return level_boxes(complete), sorted(complete + others, key=lambda v: _CHAIN.index(v.name)) + uncertain
 
 
-def locate_levels_surely(study, model, prior=None, detector="own", layout=None):
-    """locate_levels for a study that may be odd: (LevelBoxes, Vertebrae, None or what went wrong, as a sentence).
+def locate_levels_surely(
+    study: Study,
+    model: SpineNet | None,
+    prior: dict | None = None,
+    detector: Detector = "own",
+    layout: dict | None = None,
+) -> tuple[list[LevelBox], list[Vertebra], Problem | None]:
+    """locate_levels for a study that may be odd: (LevelBoxes, Vertebrae, None or the Problem).
 
     A series in which detection fails, or takes too long (LOCATING_S), is left out; where nothing is seen the levels
     come from the axial slices or the mean layout.
@@ -293,20 +328,22 @@ def locate_levels_surely(study, model, prior=None, detector="own", layout=None):
     """
     prior = prior if prior is not None or model is None else model.about.get("prior")
     layout = layout or (model.about.get("layout") if model is not None else None) or prior
-    lost = {}
+    lost: dict[Problem, list[int]] = {}
     try:
         with cpu_limit(LOCATING_S):
             boxes, vertebrae = locate_levels(study, model, prior, detector, layout, lost)
-        problem = None
+        sentences, kind = [], Kind.LEVELS
         if lost:
             where = [f"({reason}) in series {', '.join(map(str, sorted(set(ids))))}" for reason, ids in lost.items()]
-            problem = f"detection failed {' and '.join(where[:3])}"
-            if not _seen(vertebrae):
-                problem += "; the axial slices or the mean layout stand in"
-        sentences = [sentence for sentence in (problem, _odd_size(vertebrae)) if sentence]
-        return boxes, vertebrae, "; ".join(sentences) or None
+            stand_in = "" if _seen(vertebrae) else "; the axial slices or the mean layout stand in"
+            sentences.append(f"detection failed {' and '.join(where[:3])}{stand_in}")
+            kind = max((reason.kind for reason in lost), key=(Kind.LEVELS, Kind.MEMORY, Kind.TIME).index)
+        if odd := _odd_size(vertebrae):
+            sentences.append(odd)
+        return boxes, vertebrae, Problem(kind, "; ".join(sentences)) if sentences else None
     except Exception as error:
-        problem = f"detection failed ({type(error).__name__}: {error}); the mean layout stands in"
+        text = f"detection failed ({type(error).__name__}: {error}); the mean layout stands in"
+        problem = Problem(kind_of_error(error, Kind.LEVELS), text)
     try:
         return *locate_levels(study, None, prior, layout=layout), problem
     except Exception:  # not even the axial slices' places can be used
@@ -375,17 +412,42 @@ def _check_located(known):
         raise ValueError("some numbers are none, or not finite")
 
 
-def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="own"):
+def locate_studies(
+    paths: Mapping[int, str | Path],
+    model: SpineNet | None,
+    prior: dict | None = None,
+    folder: str | Path | None = None,
+    workers: int = 1,
+    detector: Detector = "own",
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[int, dict]]:
     """Levels and vertebrae of many studies.
 
-    paths: dict study_id -> file, as study_paths returns it; prior, detector: as locate_levels takes them; folder:
-    where each study's result is kept as <study_id>.json, so that a killed run continues (a result of other weights,
-    prior or detector is not taken; a function is known by its repr), default nowhere; workers: threads (most of the
-    time is spent outside Python's lock).
     A study whose detection fails gets its levels from the axial slices or the mean layout, which is not kept in
-    `folder`. Returns (levels table, vertebrae table, anchors: dict study_id -> study_anchors).
-    Raises RuntimeError when a file cannot be read, and when detection failed in every one of
-    three or more studies.
+    `folder`.
+
+    Parameters
+    ----------
+    paths : mapping of int to path
+        study_id to volume file, as study_paths returns it.
+    model, prior, detector
+        As locate_levels takes them.
+    folder : str or Path, optional
+        Where each study's result is kept as <study_id>.json, so that an interrupted run continues. A result of other
+        weights, prior or detector is not taken; a function is known by its repr.
+    workers : int
+        Threads; most of the time is spent outside Python's lock.
+
+    Returns
+    -------
+    levels, vertebrae : DataFrame
+        levels.csv and vertebrae.csv.
+    anchors : dict of int to dict
+        study_id to study_anchors(study).
+
+    Raises
+    ------
+    RuntimeError
+        A file cannot be read, or detection failed in every one of three or more studies.
     """
     prior = prior if prior is not None else (model.about.get("prior") if model is not None else None)
     if prior is None:
@@ -428,7 +490,7 @@ def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="o
     pool = ThreadPoolExecutor(max(int(workers), 1))
     try:
         results = list(progress(pool.map(locate, paths), "locating levels", len(paths)))
-    finally:  # a killed run shall not work off the rest first
+    finally:  # an interrupted run must not finish the queue first
         pool.shutdown(cancel_futures=True)
     if len(problems) > 2 and all(problems):  # no odd studies, but an installation that cannot work
         raise RuntimeError(f"the detector failed in all of {len(problems)} studies; the first: {problems[0]}")
@@ -441,7 +503,13 @@ def locate_studies(paths, model, prior=None, folder=None, workers=1, detector="o
     return levels, pd.DataFrame(rows, columns=VERTEBRA_TABLE_COLUMNS), anchors
 
 
-def locate_unseen(levels, vertebrae, anchors, prior, paths=None):
+def locate_unseen(
+    levels: pd.DataFrame,
+    vertebrae: pd.DataFrame,
+    anchors: Mapping[int, dict],
+    prior: dict,
+    paths: Mapping[int, str | Path] | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The two tables with the studies in which nothing was seen placed by another prior.
 
     paths: dict study_id -> volume file; with it also those placed by their axial slices, whose position within the
@@ -451,11 +519,13 @@ def locate_unseen(levels, vertebrae, anchors, prior, paths=None):
     unseen = levels.groupby("study_id")["source"].agg(lambda sources: sources.str.match(placed).all())
     for study_id in unseen.index[unseen]:
         own = levels[levels["study_id"] == study_id]
-        if own["source"].str.match("axial").any():
-            boxes, bodies = axial_levels(load_study(paths[study_id]), prior)
-        else:
+        planned = None
+        if paths is not None and own["source"].str.match("axial").any():
+            planned = axial_levels(load_study(paths[study_id]), prior)  # None where this prior does not fit the slices
+        if planned is None:
             bodies = complete_vertebrae([], anchors[study_id], prior)
-            boxes = level_boxes(bodies)
+            planned = level_boxes(bodies), bodies
+        boxes, bodies = planned
         old = vertebrae[(vertebrae["study_id"] == study_id) & (vertebrae["vertebra"] == UNCERTAIN)]
         levels = pd.concat([levels[levels["study_id"] != study_id], boxes_to_table(study_id, boxes)])
         rest = vertebrae[vertebrae["study_id"] != study_id]
@@ -463,11 +533,27 @@ def locate_unseen(levels, vertebrae, anchors, prior, paths=None):
     return levels.reset_index(drop=True), vertebrae.reset_index(drop=True)
 
 
-def locate_with_own_layout(paths, model, folder=None, workers=1, detector="own"):
+def locate_with_own_layout(
+    paths: Mapping[int, str | Path],
+    model: SpineNet,
+    folder: str | Path | None = None,
+    workers: int = 1,
+    detector: Detector = "own",
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """locate_studies; and where nothing is seen, the mean layout of these patients instead of the phantoms'.
 
     The layout goes into model.about["layout"], so that inference places its studies alike; names are given with
-    model.about["prior"] here and there. Returns (levels table, vertebrae table).
+    model.about["prior"] here and there.
+
+    Parameters
+    ----------
+    paths, model, folder, workers, detector
+        As locate_studies takes them; the model must carry a prior.
+
+    Returns
+    -------
+    levels, vertebrae : DataFrame
+        levels.csv and vertebrae.csv.
     """
     prior = model.about["prior"]
     levels, vertebrae, anchors = locate_studies(paths, model, prior, folder, workers, detector)

@@ -1,13 +1,14 @@
 """Bodies that were found, named in one chain.
 
-May use: vertebra, names.
+May use: vertebra.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from .vertebra import _CHAIN, AMBIGUOUS_SHARE, SPINE_CLASSES, UNCERTAIN, spine_class
+from .vertebra import _CHAIN, AMBIGUOUS_SHARE, SPINE_CLASSES, UNCERTAIN, Vertebra, spine_class
 
 
 def _numbered_differently(first, second):
@@ -24,9 +25,6 @@ def _numbered_differently(first, second):
 
 def _doubtful(source):
     return source if "uncertain" in source else f"{source}+uncertain"
-
-
-# -- names
 
 
 def _shapes(corners):
@@ -187,7 +185,9 @@ def _name_shares(single, pair, drop):
     return np.exp(total - _log_sum(ends.ravel(), 0))
 
 
-def name_vertebrae(vertebrae, prior, center_lps_mm=None):
+def name_vertebrae(
+    vertebrae: Sequence[Vertebra], prior: dict, center_lps_mm: np.ndarray | None = None
+) -> list[Vertebra]:
     """Name a chain of Vertebrae by one dynamic programme. Returns them head to foot, some named "uncertain".
 
     vertebrae: with `appearance`, head to foot; prior: from fit_level_prior; center_lps_mm: (3,) of the sagittal

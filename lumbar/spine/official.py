@@ -1,16 +1,16 @@
 """Vertebrae from SpineNet's official package, for those who may use it.
 
-May use: vertebra.
+May use: vertebra, data.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from ..data.volume import Volume
 from .vertebra import _CHAIN, UNCERTAIN, Vertebra, upright
 
-# ----------------------------------------------------------------------------------------------------------------
-#  10. SpineNet's official package
-# ----------------------------------------------------------------------------------------------------------------
-#
 # Package and weights (Windsor, Jamaludin, Kadir, Zisserman) may be used for research only and pin old versions of
 # Python and torch, so nothing here needs them: the import happens where a user asks for the official detector.
 
@@ -19,10 +19,24 @@ from .vertebra import _CHAIN, UNCERTAIN, Vertebra, upright
 _POLYGON_ORDER = (3, 0, 1, 2)
 
 
-def load_official_spinenet(device="cpu"):
-    """The official package's detector with its own weights.
+def load_official_spinenet(device: str = "cpu") -> Any:
+    """Load SpineNet's official package with its own weights.
 
-    Raises ImportError without the package and FileNotFoundError without its weights, both saying what to do.
+    Parameters
+    ----------
+    device : str
+
+    Returns
+    -------
+    spinenet.SpineNet
+        For detect_vertebrae_official.
+
+    Raises
+    ------
+    ImportError
+        The package is not installed.
+    FileNotFoundError
+        Its weights are missing. Both messages say what to do.
     """
     try:
         import spinenet
@@ -40,13 +54,13 @@ def load_official_spinenet(device="cpu"):
         ) from None
 
 
-def official_detector(device="cpu"):
+def official_detector(device: str = "cpu") -> Callable[[Volume], list[Vertebra]]:
     """The official detector as a function volume -> Vertebrae, which locate_levels takes; loads it once."""
     detector = load_official_spinenet(device)
     return lambda volume: detect_vertebrae_official(volume, detector)
 
 
-def detect_vertebrae_official(volume, detector=None):
+def detect_vertebrae_official(volume: Volume, detector: Any = None) -> list[Vertebra]:
     """Find and name the vertebral bodies of one sagittal volume with the official package.
 
     volume: sagittal Volume; detector: from load_official_spinenet (default: load it), anything with
@@ -92,7 +106,7 @@ def detect_vertebrae_official(volume, detector=None):
                 "official",
             )
         )
-    surest = {}
+    surest: dict[str, Vertebra] = {}
     for vertebra in sorted(vertebrae, key=lambda v: -v.confidence):
         if surest.setdefault(vertebra.name, vertebra) is not vertebra:
             vertebra.name = UNCERTAIN

@@ -1,16 +1,20 @@
 """SpineNet after Windsor et al. (MICCAI 2020), trained here: its network and weights, and how it finds bodies.
 
-May use: vertebra, weights, storage, data.
+May use: vertebra, data, weights, storage, limits, names.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.volume import Volume
 from ..limits import check_limit
 from ..names import VERTEBRAE
 from ..storage import write_tensors
@@ -18,7 +22,7 @@ from ..weights import Stated, check_network, read_weights
 from .vertebra import _LUMBAR, SPINE_CLASSES, Vertebra, polygon_iou, upright
 
 
-def sagittal_images(volume, resolution_mm):
+def sagittal_images(volume: Volume, resolution_mm: float) -> tuple[torch.Tensor, np.ndarray]:
     """A sagittal volume's slices as the network sees them: rows towards the feet, columns towards the back.
 
     Returns (images (n, 1, h, w) float32 tensor, affine (4, 4) from (slice, row, column, 1) of these images to LPS).
@@ -52,11 +56,11 @@ def _resampled_px(shape, affine, resolution_mm):
     return [max(int(round(side)), 1) for side in sides_mm / resolution_mm]
 
 
-# -- network and training
+# -- network
 
 
 class _ResidualBlock(nn.Module):
-    def __init__(self, inputs, outputs, stride=1):
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
@@ -65,11 +69,11 @@ class _ResidualBlock(nn.Module):
             nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
             nn.BatchNorm2d(outputs),
         )
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.body(x) + self.shortcut(x))
 
 
@@ -87,11 +91,15 @@ class SpineNet(nn.Module):
     rows and columns carry the same information at a quarter of the work.
     """
 
-    def __init__(self, widths=(32, 48, 64, 96), blocks=1, resolution_mm=2.0):
+    def __init__(self, widths: Sequence[int] = (32, 48, 64, 96), blocks: int = 1, resolution_mm: float = 2.0) -> None:
         super().__init__()
-        self.architecture = {"widths": list(widths), "blocks": blocks, "resolution_mm": float(resolution_mm)}
+        self.architecture: dict[str, Any] = {
+            "widths": list(widths),
+            "blocks": blocks,
+            "resolution_mm": float(resolution_mm),
+        }
         self.resolution_mm = float(resolution_mm)
-        self.about = {}
+        self.about: dict[str, Any] = {}  # prior, layout, how it was trained
         self.stem = nn.Sequential(
             nn.PixelUnshuffle(2),
             nn.Conv2d(4, widths[0], 3, 1, 1, bias=False),
@@ -114,9 +122,10 @@ class SpineNet(nn.Module):
         self.stride = 2 ** len(widths)
         # Heat maps are nearly everywhere 0: starting there saves the steps that would only learn it.
         with torch.no_grad():
-            self.head[0].bias[:20] = -4.0
+            last: Any = self.head[0]
+            last.bias[:20] = -4.0
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[2:]
         x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride))
         x = self.stem(x)
@@ -133,17 +142,40 @@ class SpineNet(nn.Module):
         return torch.cat([x[:, :5], vectors, x[:, 13:]], 1)
 
 
-def save_spinenet(model, path):
-    """Write the weights as safetensors; architecture and `about` (prior, training) as JSON in its metadata."""
+def save_spinenet(model: SpineNet, path: str | Path) -> None:
+    """Write a network's weights as safetensors, complete or not at all.
+
+    Architecture and `about` (prior, training) are JSON in its metadata.
+
+    Parameters
+    ----------
+    model : SpineNet
+    path : str or Path
+    """
     about = {"architecture": model.architecture, "classes": list(SPINE_CLASSES), "about": model.about}
     write_tensors(path, model.state_dict(), "spinenet", about)
 
 
-def load_spinenet(path, device="cpu"):
-    """Read what save_spinenet wrote: the model in eval mode on `device`.
+def load_spinenet(path: str | Path, device: str = "cpu") -> SpineNet:
+    """Read what save_spinenet wrote.
 
-    Raises FileNotFoundError, or DamagedFile (a ValueError) for a file with other contents: numbers out of range, a
-    network that its tensors do not fit, values that are not finite.
+    Parameters
+    ----------
+    path : str or Path
+    device : str
+        As PyTorch names it.
+
+    Returns
+    -------
+    SpineNet
+        In eval mode on the device.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    DamagedFile
+        It has other contents: numbers out of range, a network that its tensors do not fit, values that are not finite.
     """
     remedy = "give the file that 02_train_spinenet wrote (attach its output, or correct WEIGHTS)"
     state, about = read_weights(path, "spinenet", remedy, "SpineNet's")
@@ -163,7 +195,7 @@ def load_spinenet(path, device="cpu"):
     model = SpineNet(**architecture.about)
     model.load_state_dict(state)
     model.about = about["about"]
-    return model.to(device, memory_format=torch.channels_last).eval()
+    return model.to(device).to(memory_format=torch.channels_last).eval()
 
 
 def _check_layouts(stated):
@@ -184,7 +216,7 @@ def _check_layouts(stated):
 
 
 @torch.no_grad()
-def spinenet_maps(model, images, batch_size=8):
+def spinenet_maps(model: SpineNet, images: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
     """Run the network on images (n, 1, h, w). Returns (n, 13 + classes, h, w) float32 on the CPU; heat maps are
     probabilities."""
     device = next(model.parameters()).device
@@ -239,7 +271,13 @@ def _peaks(heat, radius_px, threshold, most):
     return where, np.column_stack([values[tuple(where.T)], position])
 
 
-def decode_slices(maps, resolution_mm, center_threshold=0.3, corner_threshold=0.1, reach_mm=12.0):
+def decode_slices(
+    maps: torch.Tensor,
+    resolution_mm: float,
+    center_threshold: float = 0.3,
+    corner_threshold: float = 0.1,
+    reach_mm: float = 12.0,
+) -> list[list[dict[str, Any]]]:
     """Vertebrae in each slice, from the network's maps (n, 13 + classes, h, w).
 
     Each peak of the centroid map takes of every corner kind the one whose position, displaced by its vector, comes
@@ -248,7 +286,7 @@ def decode_slices(maps, resolution_mm, center_threshold=0.3, corner_threshold=0.
     MAX_BODIES in a slice the highest peaks count.
     Returns a list of n lists of dicts: corners_px (4, 2) as (row, column), score 0..1, logits (classes,).
     """
-    slices = [[] for _ in range(len(maps))]
+    slices: list[list[dict[str, Any]]] = [[] for _ in range(len(maps))]
     centers, center_values = _peaks(maps[:, 4:5], max(int(round(8 / resolution_mm)), 1), center_threshold, MAX_BODIES)
     corners, corner_values = _peaks(
         maps[:, :4], max(int(round(5 / resolution_mm)), 1), corner_threshold, 2 * MAX_BODIES
@@ -284,13 +322,16 @@ def decode_slices(maps, resolution_mm, center_threshold=0.3, corner_threshold=0.
     return slices
 
 
-def link_slices(slices, min_iou=0.2, gap=1):
+def link_slices(
+    slices: Sequence[list[dict[str, Any]]], min_iou: float = 0.2, gap: int = 1
+) -> list[list[tuple[int, dict[str, Any]]]]:
     """Join the detections of neighbouring slices that overlap into vertebrae.
 
     slices: from decode_slices; gap: slices in which a vertebra may be missed. A detection joins the vertebra whose
     last polygon it overlaps most. Returns a list of lists of (slice index, detection).
     """
-    tracks, recent = [], []
+    tracks: list[list[tuple[int, dict[str, Any]]]] = []
+    recent: list[int] = []  # tracks that a slice may continue
     for index, detections in enumerate(slices):
         check_limit()
         recent = [number for number in recent if index - tracks[number][-1][0] <= gap + 1]
@@ -328,7 +369,7 @@ MAX_BODIES = 64  # a slice or a chain; a whole spine with its sacrum has 29
 _BATCH_PX = 1 << 19  # that go through the network together: 8 slices of 500 mm
 
 
-def searched_px(volume, resolution_mm):
+def searched_px(volume: Volume, resolution_mm: float) -> float:
     """Pixels of one slice of a sagittal volume once it is resampled.
 
     Raises ValueError where the slice would be larger than MAX_FIELD_MM: no spine is, and its pixel size must be wrong.
@@ -341,7 +382,7 @@ def searched_px(volume, resolution_mm):
     return math.prod(_resampled_px(array.shape, affine, resolution_mm))
 
 
-def every_nth_slice(volume, step):
+def every_nth_slice(volume: Volume, step: int) -> Volume:
     """The volume with every step-th of its slices, the first included."""
     if step == 1:
         return volume
@@ -351,7 +392,7 @@ def every_nth_slice(volume, step):
     return replace(volume, array=volume.array[::step], affine=affine, instance_numbers=numbers)
 
 
-def detect_vertebrae(model, volume, batch_size=8):
+def detect_vertebrae(model: SpineNet, volume: Volume, batch_size: int = 8) -> list[Vertebra]:
     """Find the vertebral bodies of one sagittal volume.
 
     model: SpineNet in eval mode; volume: normalised. Returns Vertebrae without names, from head to foot; source is
@@ -365,7 +406,7 @@ def detect_vertebrae(model, volume, batch_size=8):
     slice_px, count = searched_px(volume, model.resolution_mm), len(volume.array)
     volume = every_nth_slice(volume, math.ceil(max(count / MAX_SEARCHED_SLICES, count * slice_px / MAX_SEARCHED_PX, 1)))
     images, affine = sagittal_images(volume, model.resolution_mm)
-    batch_size = max(1, min(batch_size, _BATCH_PX // slice_px))
+    batch_size = int(max(1, min(batch_size, _BATCH_PX // slice_px)))
     slices = []
     for start in range(0, len(images), batch_size):
         check_limit()
@@ -410,7 +451,7 @@ def detect_vertebrae(model, volume, batch_size=8):
     return sorted(surest(vertebrae), key=lambda v: -v.center_lps_mm[2])
 
 
-def surest(vertebrae):
+def surest(vertebrae: list[Vertebra]) -> list[Vertebra]:
     """At most MAX_BODIES of the Vertebrae, those of the highest confidence, in the same order."""
     if len(vertebrae) <= MAX_BODIES:
         return list(vertebrae)

@@ -1,11 +1,13 @@
 """SpineNet's targets, loss and training.
 
-May use: spinenet, vertebra, storage.
+May use: spinenet, vertebra, data, storage, names.
 """
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,24 +15,39 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.volume import Study
 from ..names import progress
 from ..storage import DamagedFile, read_tensors, write_tensors
 from .spinenet import SpineNet, sagittal_images
-from .vertebra import project_vertebrae, spine_class
+from .vertebra import Vertebra, project_vertebrae, spine_class
 
 
-def spinenet_targets(corners_px, classes, certain, shape, sigma_px):
-    """What the network shall answer for one image.
+def spinenet_targets(
+    corners_px: torch.Tensor, classes: torch.Tensor, certain: torch.Tensor, shape: Sequence[int], sigma_px: float
+) -> dict[str, torch.Tensor]:
+    """Build the training targets of one image.
 
-    corners_px: (v, 4, 2) tensor, (row, column) of the corners in the order of CORNERS; classes: (v,) indices into
-    SPINE_CLASSES; certain: (v,) bool, False for a body whose side the slice grazes: there the heat maps do not count;
-    shape: (h, w); sigma_px: of the corners' Gaussians, the centroid's is twice as wide.
-    Returns a dict of tensors:
-      heat (5, h, w)         Gaussians of height 1: the four corners, the centroid
-      vectors (8, h, w)      for each corner kind, row and column difference in pixels from the pixel to the centroid
-      near (4, h, w) bool    where `vectors` counts: within 1.5 sigma of a corner of this kind
-      classes (h, w) int64   around a centroid the body's class, elsewhere -1
-      weight (1, h, w)       of the heat maps, 0 or 1
+    Parameters
+    ----------
+    corners_px : (v, 4, 2) tensor
+        (row, column) of the bodies' corners, in the order of CORNERS.
+    classes : (v,) int64 tensor
+        Indices into SPINE_CLASSES.
+    certain : (v,) bool tensor
+        False for a body whose side the slice grazes: there the heat maps do not count.
+    shape : (2,) sequence of int
+        (h, w) of the image.
+    sigma_px : float
+        Of the corners' Gaussians; the centroid's is twice as wide.
+
+    Returns
+    -------
+    dict of str to tensor
+        heat (5, h, w): Gaussians of height 1, of the four corners and the centroid.
+        vectors (8, h, w): for each corner, row and column difference in pixels from the pixel to the centroid.
+        near (4, h, w) bool: where `vectors` counts, within 1.5 sigma of such a corner.
+        classes (h, w) int64: around a centroid the body's class, elsewhere -1.
+        weight (1, h, w): of the heat maps, 0 or 1.
     """
     height, width = shape
     rows, columns = torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32)
@@ -62,7 +79,9 @@ def spinenet_targets(corners_px, classes, certain, shape, sigma_px):
     return targets
 
 
-def spinenet_records(study, vertebrae, resolution_mm):
+def spinenet_records(
+    study: Study, vertebrae: Sequence[Vertebra], resolution_mm: float
+) -> list[dict[str, torch.Tensor]]:
     """Training images of one study: its sagittal slices, also those beside the spine.
 
     study: normalised; vertebrae: its true Vertebrae. Returns a list of dicts: image (h, w) float16 tensor,
@@ -101,17 +120,25 @@ class SpineSlices(torch.utils.data.Dataset):
     An item is the dict of spinenet_targets with `image` (1, h, w).
     """
 
-    def __init__(self, records, length, shape, sigma_px, augment=True, seed=0):
+    def __init__(
+        self,
+        records: Sequence[dict[str, torch.Tensor]],
+        length: int,
+        shape: Sequence[int],
+        sigma_px: float,
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
         # As arrays: a tensor would take a file descriptor on its way to a worker process that is not forked.
         self.records = [{name: np.asarray(value) for name, value in record.items()} for record in records]
         self.length, self.shape = length, tuple(shape)
         self.sigma_px, self.augment, self.seed = sigma_px, augment, seed
         self.with_bodies = [k for k, record in enumerate(records) if len(record["corners_px"])]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((self.seed, index))
         if self.augment:
             # Half of the slices pass beside the spine; a few of those teach what is no vertebra.
@@ -119,8 +146,8 @@ class SpineSlices(torch.utils.data.Dataset):
             record = self.records[choice[int(rng.integers(len(choice)))]]
         else:
             record = self.records[index]
-        record = {name: torch.from_numpy(value) for name, value in record.items()}
-        image, corners_px = record["image"].float(), record["corners_px"]
+        tensors = {name: torch.from_numpy(value) for name, value in record.items()}
+        image, corners_px = tensors["image"].float(), tensors["corners_px"]
         size = torch.tensor(image.shape, dtype=torch.float32)
         middle = corners_px.mean((0, 1)) if len(corners_px) else (size - 1) / 2
         turn, zoom = 0.0, 1.0
@@ -147,7 +174,7 @@ class SpineSlices(torch.utils.data.Dataset):
         corners_px = (corners_px - middle) @ torch.linalg.inv(matrix).T + half
         if self.augment:
             image = self._contrast(image, rng)
-        item = spinenet_targets(corners_px, record["classes"], record["certain"], self.shape, self.sigma_px)
+        item = spinenet_targets(corners_px, tensors["classes"], tensors["certain"], self.shape, self.sigma_px)
         return item | {"image": image}
 
     @staticmethod
@@ -165,7 +192,9 @@ class SpineSlices(torch.utils.data.Dataset):
         return image + torch.from_numpy(noise)
 
 
-def spinenet_loss(output, targets, resolution_mm):
+def spinenet_loss(
+    output: torch.Tensor, targets: Mapping[str, torch.Tensor], resolution_mm: float
+) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of a batch: a scalar tensor, and its three parts as floats (heat, vectors, appearance).
 
     Heat: binary cross-entropy, 10 times as heavy on a peak as on the background: peaks are 1% of the pixels, but a
@@ -236,33 +265,67 @@ def _half_precision(device):
 
 
 def train_spinenet(
-    records,
-    folder,
+    records: Any,
+    folder: str | Path,
     *,
-    start=None,
-    validation=(),
-    widths=(32, 48, 64, 96),
-    blocks=1,
-    resolution_mm=2.0,
-    steps=400,
-    batch_size=8,
-    crop_px=(128, 96),
-    learning_rate=3e-3,
-    sigma_mm=3.0,
-    device="cpu",
-    workers=0,
-    seed=0,
-    save_every_s=30.0,
-):
-    """Train a SpineNet. Returns (model in eval mode, history: DataFrame step, loss, heat, vectors, appearance, split).
+    start: SpineNet | None = None,
+    validation: Any = (),
+    widths: Sequence[int] = (32, 48, 64, 96),
+    blocks: int = 1,
+    resolution_mm: float = 2.0,
+    steps: int = 400,
+    batch_size: int = 8,
+    crop_px: Sequence[int] = (128, 96),
+    learning_rate: float = 3e-3,
+    sigma_mm: float = 3.0,
+    device: str = "cpu",
+    workers: int = 0,
+    seed: int = 0,
+    save_every_s: float = 30.0,
+) -> tuple[SpineNet, pd.DataFrame]:
+    """Train a SpineNet. Safe to re-run after an interruption, to the same weights.
 
-    records: from spinenet_records at the same resolution, or a data set of steps * batch_size items, as
-    training_slices makes it; start: SpineNet whose weights are trained further, its widths, blocks and resolution
-    count then; validation: from spinenet_records, or a data set of items; folder: gets spinenet_training.safetensors
-    every save_every_s seconds, from which a killed run continues to the same weights as an uninterrupted one; steps:
-    of the optimiser; crop_px: (rows, columns); sigma_mm: of the corners' Gaussians.
-    Raises ValueError without records or with a data set of another length, RuntimeError when the loss stops being a
-    number.
+    Parameters
+    ----------
+    records : list of dict, or Dataset
+        From spinenet_records at the same resolution; or steps * batch_size items, as training_slices makes them.
+    folder : str or Path
+        Gets spinenet_training.safetensors every save_every_s seconds, from which an interrupted run continues.
+    start : SpineNet, optional
+        Trained further; its widths, blocks and resolution count then.
+    validation : list of dict, or Dataset
+        From spinenet_records, or items.
+    widths : sequence of int
+        Channels of each scale.
+    blocks : int
+        Residual blocks of each scale.
+    resolution_mm : float
+        Of a pixel.
+    steps, batch_size : int
+        Of the optimiser.
+    crop_px : (2,) sequence of int
+        Rows and columns.
+    learning_rate : float
+        The highest one.
+    sigma_mm : float
+        Of the corners' Gaussians.
+    device : str
+    workers, seed : int
+    save_every_s : float
+
+    Returns
+    -------
+    model : SpineNet
+        In eval mode.
+    history : DataFrame
+        step, loss, heat, vectors, appearance, split.
+
+    Raises
+    ------
+    ValueError
+        No records, or a data set of another length.
+    RuntimeError
+        The loss is no longer a number.
     """
     ready = isinstance(records, torch.utils.data.Dataset)
     if ready and len(records) != steps * batch_size:
@@ -274,7 +337,7 @@ def train_spinenet(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = SpineNet(widths, blocks, resolution_mm).to(device, memory_format=torch.channels_last)
+    model = SpineNet(widths, blocks, resolution_mm).to(device).to(memory_format=torch.channels_last)
     if start is not None:
         model.load_state_dict(start.state_dict())
         model.about = dict(start.about)

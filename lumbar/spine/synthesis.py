@@ -1,11 +1,15 @@
 """Training images for SpineNet: painted anatomies, random contrasts, artefacts.
 
-May use: phantom, spinenet_training, vertebra, fallbacks, storage.
+May use: spinenet_training, vertebra, fallbacks, phantom, storage, names.
 """
+
+from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,10 +23,9 @@ from .fallbacks import fit_level_prior
 from .spinenet_training import SpineSlices, spinenet_targets
 from .vertebra import Vertebra, project_vertebrae, spine_class, vertebrae_to_table
 
-# ----------------------------------------------------------------------------------------------------------------
-#  8. Domain randomisation: SpineNet's training images
-# ----------------------------------------------------------------------------------------------------------------
-#
+if TYPE_CHECKING:
+    import phantom
+
 # The idea of Billot et al., "SynthSeg" (Medical Image Analysis 86, 2023): a network that was shown every contrast,
 # resolution and artefact, far beyond what scanners make, takes a real image for one more of them. Anatomies are
 # painted once into tissue labels; each training image is a new slice through one of them, with a new grey value per
@@ -98,11 +101,22 @@ def _plan_anchors(plans):
     return anchors
 
 
-def paint_anatomies(folder, count, seed=0, workers=2):
-    """Paint `count` anatomies of all kinds for RandomisedSlices, some 10 MB each. Returns their paths.
+def paint_anatomies(folder: str | Path, count: int, seed: int = 0, workers: int = 2) -> list[Path]:
+    """Paint anatomies of all kinds for RandomisedSlices, some 10 MB each. Those that are there are not painted again.
 
-    Those that are there are not painted again. Seed k has the studies from 1_000_000_000 k + 1_000_000 on, which no
-    benchmark uses.
+    Parameters
+    ----------
+    folder : str or Path
+    count : int
+    seed : int
+        Seed k has the studies from 1_000_000_000 k + 1_000_000 on, which no benchmark uses.
+    workers : int
+        Processes.
+
+    Returns
+    -------
+    list of Path
+        Of the painted anatomies.
     """
     import multiprocessing
 
@@ -121,7 +135,7 @@ def paint_anatomies(folder, count, seed=0, workers=2):
     return paths
 
 
-def load_anatomy(path):
+def load_anatomy(path: str | Path) -> tuple[dict[str, Any], Callable[[int, int, int], phantom.TissueGrid]]:
     """(about, planes): about has seed, variant, grids (origin_mm, step_mm (3,) of x, y, z), shapes (of the grids as
     kept), vertebrae (list of Vertebra, named) and anchors (as study_anchors, lists); planes(number, first, last) reads
     the TissueGrid of grid `number`, planes first to last - 1 of it.
@@ -152,8 +166,19 @@ def load_anatomy(path):
     return about, planes
 
 
-def prior_of_anatomies(paths):
-    """fit_level_prior of painted anatomies, where their series would lie."""
+def prior_of_anatomies(paths: Iterable[str | Path]) -> dict:
+    """fit_level_prior of painted anatomies, where their series would lie.
+
+    Parameters
+    ----------
+    paths : iterable of path
+        From paint_anatomies.
+
+    Returns
+    -------
+    dict
+        As fit_level_prior returns it.
+    """
     anchors, tables = {}, []
     for number, path in enumerate(paths):
         about, _ = load_anatomy(path)
@@ -165,7 +190,7 @@ def prior_of_anatomies(paths):
 # -- grey values
 
 
-def random_greys(rng):
+def random_greys(rng: np.random.Generator) -> np.ndarray:
     """A grey value per tissue (tissue,) float32 in [0, 1.3]: physical, between and beyond two sequences, or any.
 
     Half of the tables are a sequence's with every tissue varied, a quarter lie on the line through two sequences, a
@@ -251,7 +276,13 @@ def _into_grid(grid, shape, affine, size):
     return shift
 
 
-def random_slice(about, planes, rng, shape, resolution_mm):
+def random_slice(
+    about: dict[str, Any],
+    planes: Callable[[int, int, int], phantom.TissueGrid],
+    rng: np.random.Generator,
+    shape: Sequence[int],
+    resolution_mm: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One slice through an anatomy under random grey values, not yet spoilt.
 
     shape: (h, w) in pixels of resolution_mm. Returns (image (h, w) float32, corners_px (v, 4, 2) as (row, column),
@@ -322,7 +353,9 @@ def _made_up_shapes(rng, shape, resolution_mm):
     return image * (1 + np.float32(rng.uniform(0, 0.25)) * texture)
 
 
-def spoil(image, front_px, rng, resolution_mm, scale=1.0):
+def spoil(
+    image: np.ndarray, front_px: np.ndarray, rng: np.random.Generator, resolution_mm: float, scale: float = 1.0
+) -> np.ndarray:
     """What scanners, patients and windowing do to a slice: (h, w) float32 -> (h, w) float32 around [0, 1].
 
     front_px: (h,) column of the bodies' front; scale: factor on the chances in ARTEFACTS.
@@ -422,22 +455,51 @@ def _cut(image, rng):
 
 
 class RandomisedSlices(torch.utils.data.Dataset):
-    """`length` training items rendered on the fly, the same ones whenever they are asked for.
+    """Training items rendered on the fly, the same ones whenever they are asked for.
 
-    paths: from paint_anatomies; shape: (h, w) of a crop in pixels; sigma_px: see spinenet_targets; scale: factor on
-    the chances of artefacts. An item is the dict of spinenet_targets with `image` (1, h, w) float32.
+    An item is the dict of spinenet_targets with `image` (1, h, w) float32.
+
+    Parameters
+    ----------
+    paths : iterable of path
+        From paint_anatomies.
+    length : int
+        Number of items.
+    shape : (2,) sequence of int
+        (h, w) of a crop in pixels.
+    resolution_mm : float
+        Of a pixel.
+    sigma_px : float
+        See spinenet_targets.
+    seed : int
+    scale : float
+        Factor on the chances in ARTEFACTS.
+
+    Raises
+    ------
+    ValueError
+        There are no anatomies.
     """
 
-    def __init__(self, paths, length, shape, resolution_mm, sigma_px, seed=0, scale=1.0):
+    def __init__(
+        self,
+        paths: Iterable[str | Path],
+        length: int,
+        shape: Sequence[int],
+        resolution_mm: float,
+        sigma_px: float,
+        seed: int = 0,
+        scale: float = 1.0,
+    ) -> None:
         self.paths, self.length, self.shape = list(paths), length, tuple(shape)
         self.resolution_mm, self.sigma_px, self.seed, self.scale = resolution_mm, sigma_px, seed, scale
         if not self.paths:
             raise ValueError("no painted anatomies: paint_anatomies makes them")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((self.seed, 7, index))
         about, planes = load_anatomy(self.paths[int(rng.integers(len(self.paths)))])
         image, corners_px, offset_mm, front_px = random_slice(about, planes, rng, self.shape, self.resolution_mm)
@@ -464,28 +526,61 @@ class RandomisedSlices(torch.utils.data.Dataset):
 class _Mixture(torch.utils.data.Dataset):
     """Item k comes from the first data set with probability `share`, else from the second, always the same way."""
 
-    def __init__(self, first, second, share, seed):
+    def __init__(self, first: RandomisedSlices, second: SpineSlices, share: float, seed: int) -> None:
         self.first, self.second, self.share, self.seed = first, second, share, seed
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.first)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         chosen = self.first if np.random.default_rng((self.seed, 11, index)).random() < self.share else self.second
         return chosen[index]
 
 
-def training_slices(anatomies, records, length, shape, resolution_mm, sigma_px, share=0.8, seed=0):
-    """What train_spinenet learns from: rendered slices, mixed with acquired ones.
+def training_slices(
+    anatomies: Sequence[str | Path],
+    records: Sequence[dict[str, torch.Tensor]],
+    length: int,
+    shape: Sequence[int],
+    resolution_mm: float,
+    sigma_px: float,
+    share: float = 0.8,
+    seed: int = 0,
+) -> torch.utils.data.Dataset:
+    """What train_spinenet learns from: rendered slices, mixed with acquired ones. Either source may be missing.
 
-    anatomies: from paint_anatomies; records: from spinenet_records or point_records, may be empty; share: of rendered
-    slices; the rest as train_spinenet takes them. Either source may be missing. Raises ValueError where both are.
+    Parameters
+    ----------
+    anatomies : sequence of path
+        From paint_anatomies; may be empty.
+    records : sequence of dict
+        From spinenet_records or point_records; may be empty.
+    length : int
+        Number of items.
+    shape : (2,) sequence of int
+        (h, w) of an item, in pixels of resolution_mm.
+    resolution_mm, sigma_px : float
+        As train_spinenet has them.
+    share : float
+        Of rendered slices, where there are both.
+    seed : int
+
+    Returns
+    -------
+    Dataset
+        Items as spinenet_targets gives them, with `image` (1, h, w) float32.
+
+    Raises
+    ------
+    ValueError
+        There are neither anatomies nor slices with vertebrae.
     """
     acquired = any(len(record["corners_px"]) for record in records)
     if not anatomies and not acquired:
         raise ValueError("nothing to learn from: neither painted anatomies nor slices with vertebrae")
-    second = SpineSlices(records, length, shape, sigma_px, seed=seed) if acquired else None
     if not anatomies:
-        return second
-    first = RandomisedSlices(anatomies, length, shape, resolution_mm, sigma_px, seed)
-    return _Mixture(first, second, share, seed) if acquired else first
+        return SpineSlices(records, length, shape, sigma_px, seed=seed)
+    rendered = RandomisedSlices(anatomies, length, shape, resolution_mm, sigma_px, seed)
+    if not acquired:
+        return rendered
+    return _Mixture(rendered, SpineSlices(records, length, shape, sigma_px, seed=seed), share, seed)

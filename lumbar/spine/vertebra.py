@@ -1,19 +1,18 @@
 """Vertebral bodies: their corners, names and tables.
 
-May use: data, storage, names.
+May use: data, names.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
+from ..data.volume import Volume
 from ..names import LEVEL_VERTEBRAE, VERTEBRAE
 
-# ----------------------------------------------------------------------------------------------------------------
-#  6. SpineNet: vertebral bodies by vector-field regression
-# ----------------------------------------------------------------------------------------------------------------
-#
 # The method of Windsor, Jamaludin, Kadir, Zisserman, "A Convolutional Approach to Vertebrae Detection and Labelling
 # in Whole Spine MRI" (MICCAI 2020), from its description: a network marks the four corners and the centroid of each
 # vertebral body in every sagittal slice and, at each corner, points to the centroid it belongs to; slices are linked
@@ -36,7 +35,7 @@ UNCERTAIN = "uncertain"  # the name of a detection that has no place in the chai
 AMBIGUOUS_SHARE = 0.7  # a name that fewer of all possible namings agree on is said to be uncertain
 
 
-def spine_class(name):
+def spine_class(name: str) -> int:
     """Index into SPINE_CLASSES of a vertebra's name."""
     return {"T": 0, "L": 2 if name == "L5" else 1}.get(name[0], 3 if name == "S1" else 4)
 
@@ -59,12 +58,12 @@ class Vertebra:
     appearance: np.ndarray | None = None
 
     @property
-    def center_lps_mm(self):
+    def center_lps_mm(self) -> np.ndarray:
         """(3,): mean of the corners."""
         return self.corners_lps_mm.mean(0)
 
     @property
-    def left_lps(self):
+    def left_lps(self) -> np.ndarray:
         """(3,) unit vector to the patient's left, perpendicular to the plane of the corners."""
         front_top, back_top, back_low, front_low = self.corners_lps_mm
         back = back_top + back_low - front_top - front_low
@@ -73,7 +72,7 @@ class Vertebra:
         return left / np.linalg.norm(left)
 
 
-def vertebrae_to_table(study_id, vertebrae):
+def vertebrae_to_table(study_id: int, vertebrae: Iterable[Vertebra]) -> pd.DataFrame:
     """Vertebrae of one study -> rows of vertebrae.csv."""
     rows = [
         [study_id, v.name, *v.center_lps_mm, *v.corners_lps_mm.ravel(), v.width_mm, v.confidence, v.source]
@@ -82,8 +81,20 @@ def vertebrae_to_table(study_id, vertebrae):
     return pd.DataFrame(rows, columns=VERTEBRA_TABLE_COLUMNS)
 
 
-def vertebrae_from_table(table, study_id):
-    """The Vertebrae of a study, in the table's order; an empty list where it has none."""
+def vertebrae_from_table(table: pd.DataFrame, study_id: int) -> list[Vertebra]:
+    """The vertebrae of a study.
+
+    Parameters
+    ----------
+    table : DataFrame
+        vertebrae.csv (VERTEBRA_TABLE_COLUMNS): millimetres in patient coordinates.
+    study_id : int
+
+    Returns
+    -------
+    list of Vertebra
+        In the table's order; empty where it has none.
+    """
     columns = VERTEBRA_TABLE_COLUMNS[5:17]
     return [
         Vertebra(
@@ -97,10 +108,10 @@ def vertebrae_from_table(table, study_id):
     ]
 
 
-# -- images and targets
+# -- bodies in slices
 
 
-def upright(volume):
+def upright(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     """(array (slice, row, column), affine): the volume with rows to the feet and columns to the back, not resampled."""
     array, affine = np.asarray(volume.array), np.array(volume.affine, np.float64)
     if abs(affine[2, 1]) < abs(affine[2, 2]):  # columns run along the spine
@@ -113,7 +124,7 @@ def upright(volume):
     return array, affine
 
 
-def project_vertebrae(vertebrae, affine, index):
+def project_vertebrae(vertebrae: Sequence[Vertebra], affine: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the bodies' corners lie in one slice.
 
     affine: (4, 4) from (slice, row, column, 1) to LPS; index: of the slice. The body is taken as a prism along its
@@ -149,8 +160,12 @@ def _signed_area(polygon):
     return 0.5 * sum(polygon[k - 1][0] * polygon[k][1] - polygon[k][0] * polygon[k - 1][1] for k in range(len(polygon)))
 
 
-def polygon_iou(first, second):
-    """Intersection over union of two convex polygons (k, 2), in either sense of rotation."""
+def polygon_iou(first: ArrayLike, second: ArrayLike) -> float:
+    """Intersection over union of two convex polygons (k, 2), in either sense of rotation.
+
+    >>> round(polygon_iou([(0, 0), (0, 2), (2, 2), (2, 0)], [(0, 1), (0, 3), (2, 3), (2, 1)]), 3)
+    0.333
+    """
     first, second = np.asarray(first, float), np.asarray(second, float)
     if (first.max(0) <= second.min(0)).any() or (second.max(0) <= first.min(0)).any():
         return 0.0

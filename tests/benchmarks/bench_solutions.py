@@ -485,8 +485,8 @@ def train_network(job):
         return
     settings = job["settings"]
     train, valid, test = (Grids(job["grids"], *job[part], job["crop"]) for part in ("train", "valid", "test"))
-    config = {**settings["config"], "about": {"fold": settings["fold"]}}
-    trainer.train_classifier(job["out"], job["name"], train, valid, config, settings["seed"])
+    config = trainer.TrainConfig(**settings["config"], seed=settings["seed"])
+    trainer.train_classifier(job["out"], job["name"], train, valid, config, about={"fold": settings["fold"]})
     model, _ = classifier.load_classifier(job["out"] / f"{job['name']}.safetensors", device_for())
     p = classifier.predict_dataset([model], test) if len(test) else np.zeros((0, 5, 5, 3))
     _save(target, study_ids=np.array(test.study_ids, np.int64), p=p)

@@ -97,31 +97,32 @@ def classifier_actions(scope, options, device):
     batch = options.batch or batch
     shape = [options.level if scope == "level" else options.study] * 3
     crop = {"scope": scope, "shape": shape, "extent_mm": extent_mm, "shift_mm": [0.0, 0.0, 14.0]}
-    config = {
-        "backbone": backbone,
-        "epochs": options.rounds + 1,
-        "batch": batch,
-        "learning_rate": 3e-4,
-        "weight_decay": 0.05,
-        "dropout": 0.3,
-        "strength": 1.0,
-        "ema": 0.998,
-        "precision": options.precision,
-        "recompute": not options.keep,
-    }
+    config = trainer.TrainConfig(
+        backbone=backbone,
+        epochs=options.rounds + 1,
+        batch=batch,
+        learning_rate=3e-4,
+        weight_decay=0.05,
+        dropout=0.3,
+        strength=1.0,
+        ema=0.998,
+        precision=options.precision,
+        recompute=not options.keep,
+    )
     data = RandomCrops(crop, batch)
-    training = trainer._Training(data, config, 0, device)
+    training = trainer.prepare_training(data, config, device)
     crops = data.values[None].expand(batch, -1, -1, -1, -1)
     levels = np.arange(batch) % len(names.LEVELS) if scope == "level" else None
 
     def step():
-        loss = training.epoch(data, (0, 0), 0)  # an epoch of one step
+        loss = trainer.train_epoch(training, config, crop, 0)  # an epoch of one step
         assert np.isfinite(loss), "the loss is not finite"
 
     def infer():
-        classifier.predict_crops([training.model.eval()], crops, crop, levels, batch=batch)
+        classifier.predict_crops([training.average.module], crops, crop, levels, batch=batch)
 
-    return training.model, step, infer, batch, "x".join(map(str, shape)), str(training.precision).split(".")[1]
+    precision = trainer.precision_for(options.precision, device)
+    return training.network, step, infer, batch, "x".join(map(str, shape)), str(precision).split(".")[1]
 
 
 def detector_actions(options, device):

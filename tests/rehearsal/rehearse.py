@@ -32,8 +32,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 import utils  # noqa: E402
-from lumbar.run import pipeline  # noqa: E402
-from lumbar.run.pipeline import kaggle_kernels  # noqa: E402
+from lumbar.run.pipeline import kaggle_kernels, stage_table  # noqa: E402
 from lumbar.serve.members import weight_folders  # noqa: E402
 
 # Of Kaggle's image of August 2026; without a version: it has the package, in whichever is newest.
@@ -294,7 +293,7 @@ def check_submission(submission, data):
 def predict_here(data, inputs, out):
     """The same studies and weights in this environment, for comparison."""
     folders = weight_folders([inputs])
-    members = utils.load_members(folders, utils.MEMBERS, "cpu")
+    members = utils.load_members(folders, device="cpu")
     ensemble = utils.ensemble_for(folders, data)
     return utils.infer_studies(data, "test", members, ensemble, out)[0]
 
@@ -338,17 +337,11 @@ def rehearse_scoring(python, folder, build, layout, alone):
 
 def smoke_settings():
     """Parameters for the chain, by kernel: as short as the kit's own smoke test."""
-    pass
-
-    settings = {}
-    for name, kernel in kaggle_kernels().items():
-        notebook = kernel["notebook"]
-        own = kernel["parameters"].get("CONDITION") or kernel["parameters"].get("SCOPE")
-        settings[name] = {}
-        for preset in (pipeline.DEMO, pipeline.SMOKE):
-            settings[name] |= preset.get(notebook, {}) | preset.get(f"{notebook}_{own}", {})
-        if notebook in ("02_train_spinenet", "03_train_yolo", "04_train_vit"):
-            settings[name] |= {"WORKERS": 0}
+    settings = {name: {} for name in kaggle_kernels()}
+    for stage in stage_table((0,), "smoke"):
+        settings[stage.kernel] = dict(stage.parameters)
+        if stage.gpu and stage.name != "05_inference":
+            settings[stage.kernel]["WORKERS"] = 0
     settings["inspect"]["MEMBER"] = "level"
     return settings
 

@@ -1,0 +1,179 @@
+"""The 3D networks as members: one on level crops, one on whole studies.
+
+May use: member, classifier, crops, limits, names.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..limits import check_limit
+from ..names import CONDITIONS, LEVELS, SEVERITIES
+from ..problems import Problem
+from .classifier import crops_to_studies, load_classifier, predict_crops, read_classifier_about
+from .crops import cut_crops
+from .member import Member, Prediction, Training, Weights, free_memory, together_or_alone, without_frames
+
+# Voxels that go through a network together, at most: eight crops of 128^3, one study of 256^3.
+BATCH_VOXELS = 1 << 24
+BATCH_CROPS = 16
+
+
+@dataclass
+class CropInputs:
+    """A study and those of its crops that were cut ahead: crops: dict of a crop as JSON -> cut_crops' array, or the
+    Exception that cutting raised."""
+
+    study: object
+    boxes: object
+    crops: dict = field(default_factory=dict)
+
+    def cut(self, crop, device):
+        """The crops as `crop` has them, cut unless they are there."""
+        key = json.dumps(crop, sort_keys=True)
+        if key not in self.crops:
+            try:
+                check_limit()
+                self.crops[key] = cut_crops(self.study, self.boxes, crop, device)
+            except Exception as error:
+                self.crops[key] = without_frames(error)
+        return self.crops[key]
+
+    def cut_surely(self, crop, device):
+        """cut, and once more where the device's memory was too full for it."""
+        if isinstance(self.cut(crop, device), torch.OutOfMemoryError):
+            del self.crops[json.dumps(crop, sort_keys=True)]
+            free_memory()
+        return self.cut(crop, device)
+
+
+class CropMember(Member):
+    """A 3D network of one scope, see OrdinalClassifier."""
+
+    def read_about(self, path):
+        return read_classifier_about(path)
+
+    def load(self, path, device):
+        return Weights(path.stem, *load_classifier(path, device))
+
+    def is_for_comparison(self, about):
+        return about.get("pooling") == "global"
+
+    def prepare(self, study, boxes, weights, device):
+        inputs = CropInputs(study, boxes)
+        for own in weights:
+            inputs.cut(own.about["crop"], device)
+        return inputs
+
+    def predict(self, inputs, weights, most_views, device):
+        # Folds mostly see the same crops through the same views: those go through all their models in one go.
+        groups = {}
+        for own in weights:
+            views = self.views(own, most_views)
+            key = json.dumps([own.about["crop"], views], sort_keys=True)
+            groups.setdefault(key, (own.about["crop"], views, []))[2].append(own.model)
+        logs = np.zeros((len(inputs), len(CONDITIONS), len(LEVELS), len(SEVERITIES)))
+        folds, failed = np.zeros(len(inputs)), [{} for _ in inputs]
+        for crop, views, models in groups.values():
+            cut = [own.cut_surely(crop, device) for own in inputs]
+            there = [k for k, crops in enumerate(cut) if not isinstance(crops, Exception)]
+
+            def work(numbers, crop=crop, views=views, models=models, cut=cut):
+                crops = np.concatenate([cut[k] for k in numbers])
+                levels = np.tile(np.arange(len(LEVELS)), len(numbers)) if self.name == "level" else None
+                return list(crops_to_studies(_predict(models, crops, crop, levels, views), self.name))
+
+            found = dict(zip(there, together_or_alone(work, there) if there else [], strict=True))
+            for k, crops in enumerate(cut):
+                predicted = found.get(k, crops)
+                if not isinstance(predicted, Exception) and not np.isfinite(predicted).all():
+                    predicted = ValueError("the network's answer is not finite")
+                if isinstance(predicted, Exception):
+                    problem = Problem.of(predicted, f"{self.name}: ", self.name)
+                    failed[k][problem] = True  # once, whatever the folds
+                else:
+                    logs[k] += len(models) * np.log(np.clip(predicted, 1e-12, 1))
+                    folds[k] += len(models)
+        means = np.exp(logs / np.maximum(folds, 1)[:, None, None, None])
+        means = np.where(folds[:, None, None, None] > 0, means / means.sum(-1, keepdims=True), np.nan)
+        return [Prediction(mean, tuple(problems)) for mean, problems in zip(means, failed, strict=True)]
+
+
+def _predict(models, crops, crop, levels, views):
+    """predict_crops in batches that fit the memory."""
+    batch = int(np.clip(BATCH_VOXELS // np.prod(crop["shape"]), 1, BATCH_CROPS))
+    while True:
+        try:
+            return predict_crops(models, crops, crop, levels, views, batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        torch.cuda.empty_cache()  # not inside `except`: there the error still holds what it was about
+        batch //= 2
+
+
+# Settings of the small sizes. Mixup is for longer trainings than these.
+_SMALL = {"MIX": 0.0, "ACCUMULATE": 1, "DROPOUT": 0.2, "CACHE": True}
+
+
+class LevelCrops(CropMember):
+    name, title, share = "level", "Level crops, 3D network", 0.25
+    parts = ("level",)
+    trainings = (
+        Training(
+            "04_train_vit_level",
+            "04_train_vit",
+            {"SCOPE": "level"},
+            seconds=220,
+            settings={
+                "demo": {
+                    **_SMALL,
+                    "BACKBONE": "tiny",
+                    "SHAPE": [32, 48, 48],
+                    "EXTENT_MM": [44.0, 72.0, 72.0],
+                    "EPOCHS": 14,
+                    "BATCH": 8,
+                    "LEARNING_RATE": 2.0e-3,
+                    "EMA": 0.98,
+                },
+                "hour": {
+                    "SHAPE": [32, 48, 64],
+                    "EXTENT_MM": [40.0, 64.0, 48.0],
+                    "EPOCHS": 10,
+                    "BATCH": 16,
+                    "LEARNING_RATE": 3.0e-3,
+                },
+                "smoke": {"EPOCHS": 2, "SHAPE": [16, 32, 32]},
+            },
+        ),
+    )
+
+
+class WholeStudy(CropMember):
+    name, title, share = "study", "Whole study, 3D network", 0.10
+    parts = ("study",)
+    whole_study = True
+    trainings = (
+        Training(
+            "04_train_vit_study",
+            "04_train_vit",
+            {"SCOPE": "study"},
+            seconds=100,
+            settings={
+                "demo": {
+                    **_SMALL,
+                    "BACKBONE": "tiny_stride8",
+                    "SHAPE": [96, 64, 32],
+                    "EXTENT_MM": [230.0, 80.0, 130.0],
+                    "EPOCHS": 40,  # it looks for the levels first: little shows before some 300 steps
+                    "BATCH": 4,
+                    "LEARNING_RATE": 3.0e-3,
+                    "EMA": 0.95,
+                },
+                "hour": {"EPOCHS": 16, "BATCH": 8},
+                "smoke": {"EPOCHS": 2, "SHAPE": [48, 32, 16]},
+            },
+        ),
+    )
