@@ -18,7 +18,6 @@ ROWS = (
     ("look", "run", "serve", "spine", "phantom", "data", BASE),
     ("look", "run", "serve", "grade", "data", BASE),
 )
-UNSURE = ("grade", "serve", "look", "run")
 NOTHING = "nothing of the kit"
 
 
@@ -93,7 +92,6 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
 
 
 # A package's __init__ takes from its modules what it shows; they do not take it back.
-@pytest.mark.xfail(strict=False, reason="the trainer and its launcher import each other")
 def test_no_module_imports_itself_by_way_of_others():
     assert circles({name: imports_of(name, path) for name, path in kit().items()}) == []
 
@@ -135,15 +133,7 @@ def allowed_by(docstring: str, name: str) -> set[str]:
     return allowed
 
 
-def described():
-    """The kit's modules as parameters; docstrings of rooms in UNSURE may still say less than is used."""
-    unsure = pytest.mark.xfail(strict=False, reason="this room's docstrings are not all complete yet")
-    for name, path in kit().items():
-        if path.name != "__init__.py":
-            yield pytest.param(name, marks=[unsure] if room(name) in UNSURE else [])
-
-
-@pytest.mark.parametrize("name", described())
+@pytest.mark.parametrize("name", [name for name, path in kit().items() if path.name != "__init__.py"])
 def test_docstrings_say_what_is_used(name):
     docstring = ast.get_docstring(ast.parse(kit()[name].read_text(encoding="utf-8"))) or ""
     allowed = allowed_by(docstring, name)

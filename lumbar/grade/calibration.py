@@ -1,6 +1,6 @@
 """A detector's scores to probabilities: shift and scale for each condition, side and level.
 
-May use: data.metric, names.
+May use: data.metric, names, tta.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """The 3D networks as members: one on level crops, one on whole studies.
 
-May use: member, classifier, crops, limits, names.
+May use: member, classifier, crops, limits, names, problems.
 """
 
 import json

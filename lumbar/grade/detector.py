@@ -1,6 +1,6 @@
 """A detector of severities: its weights, its dense class scores in every slice, and a study's probabilities.
 
-May use: detector_weights, detector_data, calibration, tta, data, names.
+May use: detector_weights, detector_data, calibration, tta, data, names, member, storage, weights.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The three detectors as one member.
 
-May use: member, detector, detector_weights, names.
+May use: member, detector, detector_weights, names, problems.
 """
 
 from functools import partial

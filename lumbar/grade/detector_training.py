@@ -1,6 +1,6 @@
 """The training of a detector by ultralytics.
 
-May use: detector_weights, detector_data, storage, names.
+May use: detector_weights, detector_data, storage, names, detector_trainer, weights.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The registry of members, and which weights files stand for them.
 
-May use: member and the modules of the members, storage.
+May use: storage, crop_members, detector_member, member.
 """
 
 from collections.abc import Iterable, Mapping

@@ -3,7 +3,7 @@
 accelerate sees to devices, mixed precision, accumulation and several processes, timm to the schedule, the weight decay
 and the averaged weights. Both are imported where they are used, because they take seconds.
 
-May use: classifier, crops, ordinal, distributed, data, storage.
+May use: classifier, crops, ordinal, distributed, data, storage, names.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Tables of scores and the report as a page.
 
-May use: slices, grade, spine, data, run.stages, storage.
+May use: slices, grade, spine, data, run.stages, storage, names, run.
 """
 
 import html

@@ -4,7 +4,7 @@ Both are the same page. The kernel reads a study and sends its slices, outlines 
 browser draws (viewer.js), so that nothing waits for the kernel, the page also works without one, and neither needs
 a library beyond what shows an HTML page.
 
-May use: slices, report, plots, serve, grade, spine, data.
+May use: slices, report, plots, serve, grade, spine, data, names.
 """
 
 import base64

@@ -1,6 +1,6 @@
 """Files, runs and code known by their content.
 
-May use: storage.
+May use: storage, parameters.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """A notebook's parameters, checked before anything runs.
 
-May use: names; grade.trainer for what is installed here.
+May use: names, grade.
 """
 
 import ast

@@ -1,6 +1,6 @@
 """The stages in their order, here and as Kaggle kernels, and notebooks run one after another.
 
-May use: stages, parameters, mounts, grade.registry, data.
+May use: stages, parameters, mounts, grade.registry, data, grade, fingerprint, storage.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Staging and pushing kernels and data sets to Kaggle.
 
-May use: pipeline, parameters, serve.members, storage.
+May use: pipeline, parameters, serve.members, storage, grade, mounts.
 """
 
 import importlib.util

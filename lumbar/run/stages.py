@@ -1,6 +1,6 @@
 """One folder and one manifest a stage: finished work is found, unfinished work goes on.
 
-May use: fingerprint, parameters, mounts, storage.
+May use: fingerprint, parameters, mounts, storage, serve.
 """
 
 import hashlib

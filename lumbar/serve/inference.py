@@ -1,6 +1,6 @@
 """A study in, 25 rows out, whatever is broken.
 
-May use: members, read_ahead, results, schedule, grade, spine, data, in_flight, limits.
+May use: members, read_ahead, results, schedule, grade, spine, data, in_flight, limits, names, problems.
 """
 
 import os

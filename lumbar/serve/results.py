@@ -1,6 +1,6 @@
 """What was predicted of a study, kept so that a second start finds it.
 
-May use: data, in_flight, storage.
+May use: data, in_flight, storage, grade, names, problems, spine.
 """
 
 import hashlib
