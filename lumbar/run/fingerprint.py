@@ -22,7 +22,9 @@ def versions():
     found = {"python": platform.python_version()}
     for name in (
         "torch",
+        "timm",
         "timm_3d",
+        "accelerate",
         "spacecutter",
         "ultralytics-opencv-headless",
         "ultralytics",
