@@ -15,6 +15,7 @@ from lumbar.data.geometry import boxes_to_table
 from lumbar.data.resample import study_box
 from lumbar.data.volume import Study, Volume
 from lumbar.names import VERTEBRAE
+from lumbar.problems import Kind
 from lumbar.spine import levels as levels_module
 from lumbar.spine import spinenet
 from lumbar.spine.fallbacks import complete_vertebrae, fit_level_prior, level_boxes, refit_level_prior, study_anchors
@@ -373,7 +374,7 @@ def test_a_series_that_cannot_be_searched_costs_itself():
     alone, _, said = locate_levels_surely(Study(7, study.volumes[:1]), oracle, PRIOR)
     assert said is None
     both, _, said = locate_levels_surely(Study(7, [wide, study.volumes[0]]), oracle, PRIOR)
-    assert said.startswith("detection failed (ValueError: slices of") and said.endswith("in series 9")
+    assert said.text.startswith("detection failed (ValueError: slices of") and said.text.endswith("in series 9")
     np.testing.assert_allclose([b.center_lps_mm for b in both], [b.center_lps_mm for b in alone], atol=1.0)
     boxes, _, said = locate_levels_surely(Study(7, [wide]), oracle, PRIOR)
     assert said.endswith("the axial slices or the mean layout stand in") and len(boxes) == 5
@@ -384,7 +385,8 @@ def test_locating_ends_when_its_time_is_over(monkeypatch):
     study = Study(7, [many_slices(9), replace(many_slices(9), series_id=2)])
     boxes, _, said = locate_levels_surely(study, Noise())
     assert len(boxes) == 5 and {box.source for box in boxes} == {"prior"}
-    assert said.startswith("detection failed (TookTooLong: more than 0 s of CPU time) in series 1, 2;")
+    assert said.text.startswith("detection failed (TookTooLong: more than 0 s of CPU time) in series 1, 2;")
+    assert said.kind is Kind.TIME
 
 
 def test_limits_nest_and_end_with_their_blocks():
