@@ -377,7 +377,7 @@ def test_a_series_that_cannot_be_searched_costs_itself():
     assert said.text.startswith("detection failed (ValueError: slices of") and said.text.endswith("in series 9")
     np.testing.assert_allclose([b.center_lps_mm for b in both], [b.center_lps_mm for b in alone], atol=1.0)
     boxes, _, said = locate_levels_surely(Study(7, [wide]), oracle, PRIOR)
-    assert said.endswith("the axial slices or the mean layout stand in") and len(boxes) == 5
+    assert said.text.endswith("the axial slices or the mean layout stand in") and len(boxes) == 5
 
 
 def test_locating_ends_when_its_time_is_over(monkeypatch):

@@ -100,8 +100,6 @@ def mean_of_folds(said):
 
 def plainly(data, split, members, views):
     """One study, slice, patch and level at a time: as stream."""
-    from lumbar.serve.members import _views
-
     started, seconds = time.perf_counter(), dict.fromkeys(STEPS, 0.0)
     jobs = studies_to_predict(data, split)
     answers = {m: np.full((len(jobs), 5, 5, 3), np.nan) for m in utils.MEMBERS}
@@ -124,28 +122,34 @@ def plainly(data, split, members, views):
                 study, members.spinenet, detector=lambda volume: detect_vertebrae(members.spinenet, volume, 1)
             )[0],
         )
-        for condition, models in members.yolo.items():
+        for condition in utils.DETECTORS:
             folds = []
-            for model in models:
+            for own in [own for own in members.weights.get("yolo", []) if own.model.condition == condition]:
                 (found,) = timed(
                     "yolo",
-                    lambda model=model, study=study, boxes=boxes: yolo_studies(
-                        model, [study], [boxes], _views(model.about, views), batch=1
+                    lambda own=own, study=study, boxes=boxes: yolo_studies(
+                        own.model, [study], [boxes], utils.MEMBERS["yolo"].views(own, views), batch=1
                     ),
                 )
                 folds.append(found)
             if folds:
                 answers["yolo"][number, list(utils.DETECTORS[condition][1])] = mean_of_folds(folds)
         folds = []
-        for model, about in members.level:
+        for own in members.weights.get("level", []):
+            model, about = own.model, own.about
             said = []
             for level, box in enumerate(boxes):
                 crops = crops_of("level", about, study, [box])
                 said.append(
                     timed(
                         "level",
-                        lambda crops=crops, level=level, model=model, about=about: predict_crops(
-                            [model], crops, about["crop"], np.array([level]), _views(about, views), 1
+                        lambda crops=crops, level=level, model=model, about=about, own=own: predict_crops(
+                            [model],
+                            crops,
+                            about["crop"],
+                            np.array([level]),
+                            utils.MEMBERS["level"].views(own, views),
+                            1,
                         ),
                     )[0]
                 )
@@ -153,12 +157,13 @@ def plainly(data, split, members, views):
         if folds:
             answers["level"][number] = mean_of_folds(folds)
         folds = []
-        for model, about in members.study:
+        for own in members.weights.get("study", []):
+            model, about = own.model, own.about
             crops = crops_of("study", about, study, boxes)
             (found,) = timed(
                 "study",
-                lambda crops=crops, model=model, about=about: predict_crops(
-                    [model], crops, about["crop"], None, _views(about, views), 1
+                lambda crops=crops, model=model, about=about, own=own: predict_crops(
+                    [model], crops, about["crop"], None, utils.MEMBERS["study"].views(own, views), 1
                 ),
             )
             folds.append(found)
