@@ -1,4 +1,4 @@
-"""The notebooks' front: what they use of the kit, by chapter. Everything is reached as `utils.name`.
+"""The kit's front for notebooks and scripts: what they use of it, by chapter. Everything is reached as `utils.name`.
 
 Frames: patient coordinates are DICOM LPS in millimetres (x to the patient's left, y to the back, z to the head);
 names end in _lps or _mm. Arrays have the axes (slice, row, column); pixel coordinates in tables are x = column and
@@ -8,14 +8,16 @@ left). Probabilities have the axes (study, condition, level, severity).
 
 # Words and files
 # Data: studies, tables, the metric, geometry
-from lumbar.data.competition import class_prior, from_submission, labels_to_array, make_folds, to_submission
-from lumbar.data.dicom import read_study
-from lumbar.data.geometry import boxes_from_table, nearest_slice
-from lumbar.data.greys import normalise_study
+from lumbar.data.competition import class_prior, from_submission, labels_to_array, make_folds, row_ids, to_submission
+from lumbar.data.dicom import read_slice, read_slices, read_study
+from lumbar.data.geometry import LevelBox, boxes_from_table, boxes_to_table, nearest_slice
+from lumbar.data.greys import normalise_study, normalise_volume
 from lumbar.data.metric import competition_score, score_arrays
+from lumbar.data.pixels import DicomProblem
 from lumbar.data.preprocess import preprocess_studies
-from lumbar.data.tables import read_coordinates, read_folds, read_labels
-from lumbar.data.volume import load_study, study_paths
+from lumbar.data.resample import crop_level, crop_study
+from lumbar.data.tables import read_coordinates, read_descriptions, read_folds, read_labels
+from lumbar.data.volume import Study, Volume, load_study, save_study, study_paths
 
 # Stage 2: networks and their ensemble
 from lumbar.grade.calibration import yolo_loss_against_prior
@@ -26,9 +28,17 @@ from lumbar.grade.detector_data import DETECTOR_VIEWS, SCHEMES, fit_point_offset
 from lumbar.grade.detector_training import train_yolo
 from lumbar.grade.detector_weights import find_yolo_description
 from lumbar.grade.distributed import bytes_of, loader_memory, processes_for
-from lumbar.grade.ensemble import combine_tables, cross_validate_ensemble, ensemble_for, fit_ensemble
-from lumbar.grade.registry import MEMBERS
-from lumbar.grade.tables import align_members, read_out_of_fold
+from lumbar.grade.ensemble import (
+    combine_members,
+    combine_tables,
+    cross_validate_ensemble,
+    default_ensemble,
+    ensemble_for,
+    equal_ensemble,
+    fit_ensemble,
+)
+from lumbar.grade.registry import MEMBERS, member_weights
+from lumbar.grade.tables import align_members, check_predictions, read_out_of_fold
 from lumbar.grade.trainer import TrainConfig, train_classifier
 from lumbar.grade.tta import TTA_VIEWS
 
@@ -79,7 +89,18 @@ from lumbar.look.report import (
 )
 from lumbar.look.slices import CONDITION_NAMES, LEVEL_NAMES, MEMBER_COLOURS
 from lumbar.look.viewer import inspect_study, read_inspection, study_html
-from lumbar.names import CONDITIONS, DESCRIPTIONS, DETECTORS, GRADES, GROUPS, LEVELS, SEVERITIES, device_for
+from lumbar.names import (
+    CONDITIONS,
+    DESCRIPTIONS,
+    DETECTORS,
+    GRADES,
+    GROUPS,
+    LABEL_COLUMNS,
+    LEVELS,
+    SEVERITIES,
+    SUBMISSION_COLUMNS,
+    device_for,
+)
 
 # Running: parameters, stages, pipelines, Kaggle
 from lumbar.run.mounts import find_input
@@ -87,6 +108,7 @@ from lumbar.run.notebook import start_notebook
 from lumbar.run.pipeline import (
     check_folds,
     choose_stages,
+    kaggle_kernels,
     member_folder,
     pipeline_stages,
     run_stages,
@@ -96,20 +118,20 @@ from lumbar.run.publish import kaggle_publish, stage_kaggle
 from lumbar.run.stages import open_stage, time_limit
 
 # Inference
-from lumbar.serve.inference import infer_studies, out_of_fold_table, studies_to_predict
-from lumbar.serve.members import load_members
+from lumbar.serve.inference import infer_studies, out_of_fold_table, predict_studies, prepare_study, studies_to_predict
+from lumbar.serve.members import load_members, weight_folders
 from lumbar.serve.results import mended_studies
 
 # Stage 1: vertebrae and levels
 from lumbar.spine.finetune import fine_tuning_set, point_scores, tuning_helped
 from lumbar.spine.level_scores import level_errors, locating_scores, read_vertebra_truth
-from lumbar.spine.levels import locate_levels, locate_studies, locate_with_own_layout
+from lumbar.spine.levels import locate_levels, locate_levels_surely, locate_studies, locate_with_own_layout
 from lumbar.spine.official import load_official_spinenet
-from lumbar.spine.spinenet import load_spinenet, save_spinenet
+from lumbar.spine.spinenet import SpineNet, load_spinenet, save_spinenet
 from lumbar.spine.spinenet_training import train_spinenet
 from lumbar.spine.synthesis import RandomisedSlices, paint_anatomies, prior_of_anatomies, training_slices
-from lumbar.spine.vertebra import vertebrae_from_table
-from lumbar.storage import read_json, write_csv, write_json, write_text
+from lumbar.spine.vertebra import Vertebra, vertebrae_from_table, vertebrae_to_table
+from lumbar.storage import DamagedFile, read_json, write_csv, write_json, write_text
 
 __all__ = [
     "CONDITIONS",
@@ -118,35 +140,51 @@ __all__ = [
     "DESCRIPTIONS",
     "DETECTORS",
     "DETECTOR_VIEWS",
+    "DamagedFile",
+    "DicomProblem",
     "GRADES",
     "GROUPS",
+    "LABEL_COLUMNS",
     "LEVELS",
     "LEVEL_NAMES",
+    "LevelBox",
     "MEMBERS",
     "MEMBER_COLOURS",
     "RandomisedSlices",
     "SCHEMES",
     "SEVERITIES",
     "SMALL_BACKBONES",
+    "SUBMISSION_COLUMNS",
+    "SpineNet",
+    "Study",
     "TERM_NAMES",
-    "TrainConfig",
     "TTA_VIEWS",
+    "TrainConfig",
+    "Vertebra",
+    "Volume",
     "align_members",
     "augment_crops",
     "backbone_config",
     "boxes_from_table",
+    "boxes_to_table",
     "bytes_of",
     "cell_losses",
     "check_folds",
+    "check_predictions",
     "choose_stages",
     "class_prior",
+    "combine_members",
     "combine_tables",
     "competition_score",
+    "crop_level",
+    "crop_study",
     "cross_validate_ensemble",
+    "default_ensemble",
     "dense_scores",
     "device_for",
     "ensemble_for",
     "ensemble_table",
+    "equal_ensemble",
     "expand_view",
     "export_html",
     "find_input",
@@ -157,6 +195,7 @@ __all__ = [
     "from_submission",
     "infer_studies",
     "inspect_study",
+    "kaggle_kernels",
     "kaggle_publish",
     "labels_to_array",
     "level_centers",
@@ -170,16 +209,19 @@ __all__ = [
     "load_yolo",
     "loader_memory",
     "locate_levels",
+    "locate_levels_surely",
     "locate_studies",
     "locate_with_own_layout",
     "locating_scores",
     "make_folds",
     "margin_shape",
     "member_folder",
+    "member_weights",
     "mended_studies",
     "nearest_slice",
     "nested_folds",
     "normalise_study",
+    "normalise_volume",
     "open_stage",
     "out_of_fold_prior",
     "out_of_fold_table",
@@ -207,11 +249,14 @@ __all__ = [
     "plot_vertebrae",
     "plot_yolo_training",
     "point_scores",
+    "predict_studies",
+    "prepare_study",
     "preprocess_studies",
     "prior_of_anatomies",
     "problem_table",
     "processes_for",
     "read_coordinates",
+    "read_descriptions",
     "read_folds",
     "read_histories",
     "read_inspection",
@@ -219,11 +264,15 @@ __all__ = [
     "read_labels",
     "read_manifests",
     "read_out_of_fold",
+    "read_slice",
+    "read_slices",
     "read_study",
     "read_vertebra_truth",
     "read_views",
+    "row_ids",
     "run_stages",
     "save_spinenet",
+    "save_study",
     "score_arrays",
     "score_studies",
     "score_table",
@@ -247,8 +296,10 @@ __all__ = [
     "training_slices",
     "tuning_helped",
     "vertebrae_from_table",
+    "vertebrae_to_table",
     "view_crops",
     "view_name",
+    "weight_folders",
     "worst_rows",
     "write_csv",
     "write_json",

@@ -149,10 +149,10 @@ def test_rooms_say_what_they_are_for():
 
 @cache
 def used_of_utils() -> frozenset[str]:
-    """The names that notebooks and README take from `utils`."""
+    """The names that notebooks, README and test_front.py, which stands for users' scripts, take from `utils`."""
     notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     texts = ["".join(cell["source"]) for notebook in notebooks for cell in notebook["cells"]]
-    texts.append((ROOT / "README.md").read_text(encoding="utf-8"))
+    texts += [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "tests/test_front.py")]
     return frozenset(re.findall(r"(?<![\w./])utils\.(?!py\b)([A-Za-z_]\w*)", "\n".join(texts)))
 
 
