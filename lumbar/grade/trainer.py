@@ -334,7 +334,8 @@ def predict_held_out(training: Training, valid: CropDataset, workers: int = 0) -
     for statistic in network.buffers():  # each process saw its own batches; the first one's are kept
         broadcast(statistic)
     mine = range(accelerator.process_index, len(valid.study_ids), accelerator.num_processes)
-    log_p = measure_views([network], valid, numbers=mine, workers=workers)[0]  # 0 where another process predicts
+    plain = ({},)  # views are chosen when the training has ended
+    log_p = measure_views([network], valid, plain, mine, workers)[0]  # 0 where another process predicts
     log_p = accelerator.reduce(torch.from_numpy(log_p).float().to(accelerator.device))
     return log_p.cpu().double().softmax(-1).numpy()
 
