@@ -415,6 +415,14 @@ def steps_of(train, config, epoch=0, training=None):
     return training, loss, training.step - before
 
 
+def test_held_out_studies_are_seen_through_one_view_while_training(monkeypatch):
+    seen, view_crops = [], classifier.view_crops
+    monkeypatch.setattr(classifier, "view_crops", lambda *given, **how: seen.append(how) or view_crops(*given, **how))
+    p = trainer.predict_held_out(trainer.prepare_training(Blobs(2, 0), CONFIG, "cpu"), Blobs(2, 1))
+    np.testing.assert_allclose(p.sum(-1), 1, atol=1e-6)
+    assert len(seen) == 2  # one for each study
+
+
 def test_the_steps_of_an_epoch(monkeypatch):
     train, seen = Blobs(3, 0), []  # fifteen items
     augment = trainer.augment_crops
