@@ -31,11 +31,12 @@ from lumbar.in_flight import images_digest
 from lumbar.names import LABEL_COLUMNS
 from lumbar.problems import Kind, Problem
 from lumbar.run.pipeline import run_notebook
-from lumbar.serve import inference, read_ahead, results
+from lumbar.serve import inference, ledger, read_ahead, results, tables, worker
 from lumbar.serve import members as members_module
-from lumbar.serve.inference import predict_studies, prepare_study, studies_to_predict
+from lumbar.serve import study as study_module
 from lumbar.serve.members import Members, weight_folders
 from lumbar.serve.schedule import Schedule
+from lumbar.serve.study import predict_studies, prepare_study, studies_to_predict
 from lumbar.spine.spinenet import SpineNet
 
 PRIOR = np.random.default_rng(0).dirichlet((5, 2, 1), (5, 5))
@@ -71,8 +72,8 @@ def networks(monkeypatch):
     def predict_crops(models, crops, *_):
         return np.tile(SAYS, (len(crops), 5, 1))
 
-    monkeypatch.setattr(inference, "read_study", read_study)
-    monkeypatch.setattr(inference, "locate_levels_surely", lambda study, model, detector: ([box] * 5, [], None))
+    monkeypatch.setattr(study_module, "read_study", read_study)
+    monkeypatch.setattr(study_module, "locate_levels_surely", lambda study, model, detector: ([box] * 5, [], None))
     monkeypatch.setattr(crop_members, "cut_crops", lambda study, boxes, crop, device: np.zeros(5) + study.study_id)
     monkeypatch.setattr(crop_members, "predict_crops", predict_crops)
     return reads
@@ -121,14 +122,14 @@ def test_a_table_with_empty_cells_and_odd_names_loses_no_study(data, networks, t
 
 
 def test_what_preparing_raises_costs_one_study(data, networks, tmp_path, monkeypatch):
-    prepare = inference.prepare_study
+    prepare = worker.prepare_study
 
     def broken(folder, *rest):
         if folder.name == "1":
             raise MemoryError("no room")
         return prepare(folder, *rest)
 
-    monkeypatch.setattr(inference, "prepare_study", broken)
+    monkeypatch.setattr(worker, "prepare_study", broken)
     found, log, _ = infer(data, members(), tmp_path / "out")
     np.testing.assert_allclose(found[1], PRIOR, atol=1e-9)
     np.testing.assert_allclose(found[2], np.tile(SAYS, (5, 5, 1)), atol=1e-9)
@@ -149,14 +150,14 @@ def test_a_failing_member_costs_its_own_contribution(data, networks, tmp_path, m
 
 
 def test_a_study_that_cannot_be_read_does_not_stop_the_others(data, networks, tmp_path, monkeypatch):
-    read = inference.read_study
+    read = study_module.read_study
 
     def broken(folder, descriptions):
         if folder.name == "1":
             raise OSError("permission denied")
         return read(folder, descriptions)
 
-    monkeypatch.setattr(inference, "read_study", broken)
+    monkeypatch.setattr(study_module, "read_study", broken)
     found, log, _ = infer(data, members(), tmp_path / "out")
     np.testing.assert_allclose(found[1], PRIOR, atol=1e-9)
     np.testing.assert_allclose(found[2], np.tile(SAYS, (5, 5, 1)), atol=1e-9)
@@ -187,8 +188,8 @@ def test_a_mended_study_is_done_again(tmp_path, data, monkeypatch):
         path.write_bytes(content)
     assert utils.mended_studies(root, "test", log) == [7]
 
-    read, reads = inference.read_study, []
-    monkeypatch.setattr(inference, "read_study", lambda folder, d: reads.append(folder.name) or read(folder, d))
+    read, reads = study_module.read_study, []
+    monkeypatch.setattr(study_module, "read_study", lambda folder, d: reads.append(folder.name) or read(folder, d))
     again, _, _ = infer(root, loaded, tmp_path / "out")
     np.testing.assert_allclose(again[7], whole[7], atol=1e-5)
     assert reads == ["7"]
@@ -358,7 +359,7 @@ def test_a_crash_keeps_what_was_finished(data, networks, tmp_path, monkeypatch):
     monkeypatch.setattr(crop_members, "cut_crops", cut_crops)
     with pytest.raises(KeyboardInterrupt):
         # Cut in the main thread, as a member is that was dropped when the study was read.
-        monkeypatch.setattr(inference, "prepare_study", without_crops(inference.prepare_study))
+        monkeypatch.setattr(worker, "prepare_study", without_crops(worker.prepare_study))
         infer(data, members(), tmp_path / "out", batch_studies=1)
     assert [path.stem for path in (tmp_path / "out" / "studies").glob("*.json")] == ["1"]
 
@@ -392,7 +393,7 @@ def test_the_order_of_fallbacks(data, networks, tmp_path, monkeypatch):
     np.testing.assert_allclose(found[2], np.tile(SAYS[::-1], (5, 5, 1)), atol=1e-9)
     np.testing.assert_allclose(found[3][1], PRIOR[1], atol=1e-9)
     np.testing.assert_allclose(found[3][0, 2], PRIOR[0, [0, 1, 3, 4]].mean(0), atol=1e-9)
-    counts = np.array(inference.CLASS_COUNTS["subarticular"]) * (1, 2, 4)
+    counts = np.array(tables.CLASS_COUNTS["subarticular"]) * (1, 2, 4)
     np.testing.assert_allclose(found[3][3], np.tile(counts / counts.sum(), (5, 1)), atol=1e-9)
     assert log["rows_from"].to_dict() == {
         1: "ensemble 25",
@@ -460,30 +461,29 @@ def test_reading_ahead_is_bounded(data, networks, tmp_path, monkeypatch):
     table.to_csv(data / "test_series_descriptions.csv", index=False)
     (data / "sample_submission.csv").unlink()
     finished, most = [], []
-    save = results._save_result
+    save = results.save_result
 
     def counted(path, result):
         finished.append(path)
         most.append(len(networks) - len(finished))
         return save(path, result)
 
-    monkeypatch.setattr(inference, "_save_result", counted)
+    monkeypatch.setattr(ledger, "save_result", counted)
     found, _, _ = infer(data, members(), tmp_path / "out", batch_studies=3, readers=2)
     assert len(found) == 61 and max(most) <= 2 * 3 + 2
 
 
 def test_a_study_that_hangs_is_given_up(data, networks, tmp_path, monkeypatch):
     hanging = threading.Event()
-    read = inference.read_study
-    monkeypatch.setattr(inference, "PATIENCE_S", 0.3)
+    read = study_module.read_study
 
     def hang(folder, descriptions):
         if folder.name == "1":
             hanging.wait(30)
         return read(folder, descriptions)
 
-    monkeypatch.setattr(inference, "read_study", hang)
-    found, log, _ = infer(data, members(), tmp_path / "out", readers=1)
+    monkeypatch.setattr(study_module, "read_study", hang)
+    found, log, _ = infer(data, members(), tmp_path / "out", readers=1, patience_s=0.3)
     hanging.set()
     np.testing.assert_allclose(found[1], PRIOR, atol=1e-9)
     np.testing.assert_allclose(found[2], np.tile(SAYS, (5, 5, 1)), atol=1e-9)
@@ -594,7 +594,7 @@ def test_the_reserve_stays(timed):
 
 
 def test_the_limit_runs_on_in_this_process_and_anew_in_another(timed, monkeypatch, tmp_path):
-    real, done = results._save_result, []
+    real, done = results.save_result, []
 
     def killed(path, result):
         done.append(path)
@@ -602,10 +602,10 @@ def test_the_limit_runs_on_in_this_process_and_anew_in_another(timed, monkeypatc
             raise KeyboardInterrupt
         return real(path, result)
 
-    monkeypatch.setattr(inference, "_save_result", killed)
+    monkeypatch.setattr(ledger, "save_result", killed)
     with pytest.raises(KeyboardInterrupt):
         timed(9.0)  # uses .37 h
-    monkeypatch.setattr(inference, "_save_result", real)
+    monkeypatch.setattr(ledger, "save_result", real)
     used, log = timed(0.8)  # .43 h are left for 40 studies that take .71 h
     assert used <= 0.45 and log["dropped"].str.contains("1 of 2 views").any()
     assert (log["dropped"].iloc[:20] == "").all()  # finished before, and counted
@@ -809,7 +809,7 @@ def test_folds_of_a_detector_are_averaged_as_logs_where_they_speak(data, network
 
 def test_waiting_for_a_study_that_hangs_is_no_pace(timed, monkeypatch):
     hanging = threading.Event()
-    read, take = inference.read_study, read_ahead._Ahead.take
+    read, take = study_module.read_study, read_ahead.ReadAhead.take
     clock = timed.clock
 
     def hang(folder, descriptions):
@@ -824,10 +824,9 @@ def test_waiting_for_a_study_that_hangs_is_no_pace(timed, monkeypatch):
             clock.now += 900
             raise
 
-    monkeypatch.setattr(inference, "PATIENCE_S", 0.3)
-    monkeypatch.setattr(inference, "read_study", hang)
-    monkeypatch.setattr(read_ahead._Ahead, "take", slowly)
-    used, log = timed(2.0, readers=2)  # 1.08 h of work and .25 h of waiting
+    monkeypatch.setattr(study_module, "read_study", hang)
+    monkeypatch.setattr(read_ahead.ReadAhead, "take", slowly)
+    used, log = timed(2.0, readers=2, patience_s=0.3)  # 1.08 h of work and .25 h of waiting
     hanging.set()
     assert "given up" in log.loc[106, "problems"]
     assert used > 1.25 and (log["dropped"] == "").all()
@@ -876,10 +875,10 @@ def test_those_without_a_result_come_before_those_that_were_short(timed, network
 
 
 def test_patience_begins_with_the_work():
-    ahead = read_ahead._Ahead([1], lambda job: job + 1, 0, 1)
+    ahead = read_ahead.ReadAhead([1], lambda job, stopped: job + 1, 0, 1)
     threading.Timer(0.4, ahead._start).start()
     assert ahead.take(0.1) == 2
-    waiting = read_ahead._Ahead([1], lambda job: job, 0, 1)
+    waiting = read_ahead.ReadAhead([1], lambda job, stopped: job, 0, 1)
     with pytest.raises(queue.Empty):
         waiting.take(10.0, 0.1)
     waiting.close(1)
@@ -888,7 +887,7 @@ def test_patience_begins_with_the_work():
 
 def test_studies_that_hang_together_are_given_up_together():
     hanging = threading.Event()
-    ahead = read_ahead._Ahead([1, 2, 3, 4, 5], lambda job: hanging.wait(30 if job < 5 else 0), 4, 5)
+    ahead = read_ahead.ReadAhead([1, 2, 3, 4, 5], lambda job, stopped: hanging.wait(30 if job < 5 else 0), 4, 5)
     started = time.monotonic()
     for _ in range(4):
         with pytest.raises(queue.Empty):
@@ -935,7 +934,7 @@ def many(data, networks, monkeypatch):
 
 def at(study_id, do):
     """read_study that does something at one study."""
-    read = inference.read_study
+    read = study_module.read_study
     return lambda folder, series: (do() if folder.name == str(study_id) else None, read(folder, series))[1]
 
 
@@ -954,7 +953,7 @@ def kill(number):
 def test_a_study_that_kills_the_process_is_passed_over_at_the_second_start(many, tmp_path, monkeypatch, how, words):
     clean, out = many(tmp_path / "clean"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(inference, "read_study", at(DEADLY, how))
+        patch.setattr(study_module, "read_study", at(DEADLY, how))
         with pytest.raises(in_flight.ChildDied):
             many(out)
         for _ in range(2):
@@ -975,7 +974,7 @@ def test_a_study_that_kills_the_process_is_passed_over_at_the_second_start(many,
 def test_where_there_can_be_no_child_it_is_passed_over_at_the_third_start(many, tmp_path, monkeypatch, readers):
     clean = many(tmp_path / "clean")
     monkeypatch.setattr(inference, "can_run_in_child", lambda: False)
-    monkeypatch.setattr(inference, "read_study", at(DEADLY, lambda: os._exit(3)))
+    monkeypatch.setattr(study_module, "read_study", at(DEADLY, lambda: os._exit(3)))
     for _ in range(2):
         with pytest.raises(in_flight.ChildDied):
             many(tmp_path / "out", readers=readers)
@@ -1001,7 +1000,7 @@ def test_a_study_whose_prediction_kills_the_process_is_passed_over_too(many, tmp
 @pytest.mark.slow
 def test_kills_from_outside_cost_no_study(many, tmp_path, monkeypatch):
     """Whatever is in flight when somebody kills the process again and again; the parent and its child alike."""
-    clean, read, deaths = many(tmp_path / "clean"), inference.read_study, 0
+    clean, read, deaths = many(tmp_path / "clean"), study_module.read_study, 0
     for number in (101, 104, 107, 110, 111):
         parent = []
 
@@ -1011,7 +1010,7 @@ def test_kills_from_outside_cost_no_study(many, tmp_path, monkeypatch):
                 time.sleep(5)
             return read(folder, series)
 
-        monkeypatch.setattr(inference, "read_study", killed)
+        monkeypatch.setattr(study_module, "read_study", killed)
         start = inference.InFlight
         monkeypatch.setattr(inference, "InFlight", lambda *a, p=parent, s=start: (p.append(os.getpid()), s(*a))[1])
         try:  # how far the others were when it was killed is chance: this study may be finished already
@@ -1020,7 +1019,7 @@ def test_kills_from_outside_cost_no_study(many, tmp_path, monkeypatch):
             deaths += 1
         monkeypatch.setattr(inference, "InFlight", start)
     assert deaths >= 1
-    monkeypatch.setattr(inference, "read_study", read)
+    monkeypatch.setattr(study_module, "read_study", read)
     assert many(tmp_path / "out") == clean and not (tmp_path / "out" / "in_flight").exists()
 
 
@@ -1030,9 +1029,9 @@ def test_an_orderly_end_makes_no_suspects(many, tmp_path, monkeypatch, number):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), number)
 
-    save = results._save_result
+    save = results.save_result
     with monkeypatch.context() as patch:
-        patch.setattr(inference, "_save_result", lambda *a: (stop() if a[0].stem == "106" else None, save(*a))[1])
+        patch.setattr(ledger, "save_result", lambda *a: (stop() if a[0].stem == "106" else None, save(*a))[1])
         with pytest.raises(in_flight.ChildDied, match="SIGTERM" if number == signal.SIGTERM else "exit status 1"):
             many(tmp_path / "out")
     assert (tmp_path / "out" / "studies" / "104.json").is_file() and not (tmp_path / "out" / "in_flight").exists()
@@ -1046,7 +1045,7 @@ def test_a_passed_over_study_keeps_what_it_had(many, tmp_path, monkeypatch):
     result = json.loads(path.read_text())["result"] | {"dropped": ["study: not run"]}
     path.write_text(json.dumps({"result": result, "sha256": results._digest(result)}))
     first = many(tmp_path / "clean")[str(DEADLY)][0]
-    monkeypatch.setattr(inference, "read_study", at(DEADLY, lambda: os._exit(1)))
+    monkeypatch.setattr(study_module, "read_study", at(DEADLY, lambda: os._exit(1)))
     with pytest.raises(in_flight.ChildDied):
         many(out)
     rows, problems = many(out)[str(DEADLY)]
@@ -1062,9 +1061,8 @@ def test_a_study_that_works_too_long_is_given_up(data, networks, tmp_path, monke
             limits_module.check_limit()
         return [LevelBox("l1_l2", np.zeros(3), np.eye(3), np.ones(3), 1.0, "t2")] * 5, [], None
 
-    monkeypatch.setattr(inference, "STUDY_S", 0.2)
-    monkeypatch.setattr(inference, "locate_levels_surely", long_work)
-    found, log, _ = infer(data, members(), tmp_path / "out")
+    monkeypatch.setattr(study_module, "locate_levels_surely", long_work)
+    found, log, _ = infer(data, members(), tmp_path / "out", study_s=0.2)
     np.testing.assert_allclose(found[2], np.tile(SAYS, (5, 5, 1)), atol=1e-9)
     assert "TookTooLong: more than 0.2 s of CPU time" in log.loc[1, "problems"]
     assert not (tmp_path / "out" / "studies" / "1.json").exists()  # a faster machine may finish it
@@ -1083,7 +1081,7 @@ def test_threads_end_with_the_run(data, networks, tmp_path, monkeypatch):
             ended.append(str(error))
             raise
 
-    monkeypatch.setattr(inference, "locate_levels_surely", long_work)
+    monkeypatch.setattr(study_module, "locate_levels_surely", long_work)
     _, log, _ = infer(data, members(), tmp_path / "out", hours=0.0003, reserve=0.0, readers=2)
     assert ended == ["no longer wanted: the run has ended"] * 2
     assert not [t for t in threading.enumerate() if t.name.endswith("(_run)")]
@@ -1092,14 +1090,14 @@ def test_threads_end_with_the_run(data, networks, tmp_path, monkeypatch):
 def test_threads_that_nobody_closed_are_waited_for_when_the_process_exits():
     begun, ended = threading.Event(), []
 
-    def work(job):
+    def work(job, stopped):
         begun.set()
-        while not ahead.stopped:
+        while not stopped():
             time.sleep(0.001)
         time.sleep(0.05)  # a last call into PyTorch
         ended.append(job)
 
-    ahead = read_ahead._Ahead([1, 2], work, 1, 2)
+    ahead = read_ahead.ReadAhead([1, 2], work, 1, 2)
     with pytest.raises(queue.Empty):  # the first is given up
         ahead.take(0.02)
     with pytest.raises(queue.Empty):
@@ -1133,7 +1131,7 @@ def test_crops_that_found_the_memory_full_are_cut_again(data, networks, tmp_path
 
 
 def test_levels_that_found_the_memory_full_are_located_again(data, networks, tmp_path, monkeypatch):
-    locate, calls = inference.locate_levels_surely, []
+    locate, calls = study_module.locate_levels_surely, []
 
     def short(study, model, detector):
         boxes, vertebrae, _ = locate(study, model, detector)
@@ -1141,7 +1139,7 @@ def test_levels_that_found_the_memory_full_are_located_again(data, networks, tmp
         full_ = study.study_id == 2 and calls.count(2) == 1
         return boxes, vertebrae, Problem.of(full(), "detection failed ", kind=Kind.LEVELS) if full_ else None
 
-    monkeypatch.setattr(inference, "locate_levels_surely", short)
+    monkeypatch.setattr(study_module, "locate_levels_surely", short)
     found, log, _ = infer(data, members(), tmp_path / "out")
     assert calls.count(2) == 2 and "Memory" not in log.loc[2, "problems"] and log.loc[2, "members"] == "level"
 
@@ -1229,18 +1227,18 @@ def test_a_device_that_fails_ends_the_run_with_nothing_of_it_saved(data, network
 
 def test_results_belong_to_what_located_the_levels():
     loaded = members()
-    keys = [results._results_key(loaded, -1)]
+    keys = [results.results_key(loaded, -1)]
     for spinenet, detector in ((SimpleNamespace(about={"steps": 30}), "own"), (None, lambda volume: [])):
         loaded.spinenet, loaded.detector = spinenet, detector
-        keys.append(results._results_key(loaded, -1))
-        assert results._results_key(loaded, -1) == keys[-1]
+        keys.append(results.results_key(loaded, -1))
+        assert results.results_key(loaded, -1) == keys[-1]
     network = SpineNet(widths=(8, 8, 8))
     for step in range(2):
         network.about = {}
         with torch.no_grad():
             network.head[0].weight.add_(step)
         loaded.spinenet, loaded.detector = network, "own"
-        keys.append(results._results_key(loaded, -1))
+        keys.append(results.results_key(loaded, -1))
     assert len(set(keys)) == len(keys)
 
 

@@ -36,8 +36,8 @@ from lumbar.grade.classifier import predict_crops  # noqa: E402
 from lumbar.grade.crops import cut_crops  # noqa: E402
 from lumbar.grade.detector import yolo_studies  # noqa: E402
 from lumbar.grade.ensemble import combine_members, default_ensemble  # noqa: E402
-from lumbar.serve.inference import studies_to_predict  # noqa: E402
 from lumbar.serve.members import weight_folders  # noqa: E402
+from lumbar.serve.study import studies_to_predict  # noqa: E402
 from lumbar.spine.levels import locate_levels_surely  # noqa: E402
 from lumbar.spine.spinenet import detect_vertebrae  # noqa: E402
 
