@@ -1,5 +1,19 @@
 """A split's studies in, 25 rows of each out, whatever is broken.
 
+Each finished study is saved in `out`/studies, so a restart continues; a damaged one, one of other weights, or one whose
+files have changed is done again. One predicted with less for want of time is saved, too, and a restart does it again
+with everything, as far as there is time after those without a result. One without a readable image is not saved, nor
+one that was given up, took longer than study_s or found the device's memory full: these may go better another time.
+Should the process be killed, the next start finds out which study it died of, passes it over and says so in the log
+(see InFlight).
+
+Memory does not grow with the number of studies: at most 2 * batch_studies + readers of them are held, and what one may
+hold is bounded too (see dicom.MAX_SLICES). Results do not depend on batch composition, up to rounding in the networks.
+
+What is left of the ensemble where a member fails, or has no time: the others carry its weight; where only the study
+model is left, which needs no levels, it stands alone; where none is, the training set's prior for the condition and
+level; and if the weights carry none, the class prior (complete_prior).
+
 May use: ledger, members, results, schedule, study, tables, worker, grade, data, in_flight, names.
 """
 
@@ -31,7 +45,9 @@ PATIENCE_S = 900.0  # for one study to be read and located, before it is given u
 # and locating let through 30, so more is a study that nobody foresaw. Patience is for what hangs without working.
 STUDY_S = 60.0
 
-_STARTED: dict[str, float] = {}  # folder of results -> the clock when this process began to work in it
+# Folder of results -> the clock when this process began to work in it: a notebook's cell that is run again does not
+# start the limit anew; a new process (on Kaggle a new session, with a clock of its own) does.
+_STARTED: dict[str, float] = {}
 
 
 def infer_studies(
@@ -51,30 +67,14 @@ def infer_studies(
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, pd.DataFrame], pd.DataFrame]:
     """Predict every study of a split, see studies_to_predict: 25 rows each, whatever is broken.
 
-    Each finished study is saved in out/studies, so a restart continues; a damaged one, one of other weights, or one
-    whose files have changed is done again. One predicted with less for want of time is saved, too, and a restart does
-    it again with everything, as far as there is time after those without a result. One without a readable image is not
-    saved, nor one that was given up, took longer than study_s or found the device's memory full: these may go better
-    another time. Should the process be killed, the next start finds out which study it died of, passes it over and says
-    so in the log (see InFlight).
-    Memory does not grow with the number of studies: at most 2 * batch_studies + readers of them are held, and what one
-    may hold is bounded too (see dicom.MAX_SLICES). Results do not depend on batch composition, up to rounding in the
-    networks.
-
-    What is left of the ensemble where a member fails, or has no time: the others carry its weight; where only the
-    study model is left, which needs no levels, it stands alone; where none is, the training set's prior for the
-    condition and level; and if the weights carry none, the class prior (complete_prior).
+    What is kept in `out`, and what stands where a member fails, the module's docstring says.
 
     Parameters
     ----------
-    data : path
-        Competition folder.
-    split : str
-        `test` or `train`.
-    members : Members
-        Of load_members.
-    ensemble : dict
-        Of ensemble_for or default_ensemble.
+    data, split : path, str
+        Competition folder; `test` or `train`.
+    members, ensemble : Members, dict
+        Of load_members; of ensemble_for or default_ensemble.
     out : path
         The stage's folder.
     views : int
@@ -82,25 +82,19 @@ def infer_studies(
     batch_studies : int
         Studies that go through the networks together.
     hours, reserve : float
-        See Schedule. The limit runs from the first call of this process for this `out` until a call has finished, so
-        that a cell that is run again does not start it anew; a new process (on Kaggle a new session, with a clock of
-        its own) does.
+        See Schedule; the limit runs from the first call of this process for this `out` until a call has finished.
     readers : int, optional
         Threads that read, locate and cut the studies to come; default: as many as the CPU has cores, at most 4.
     clock : callable
         Seconds, from anywhere.
-    patience_s : float
-        For one study to be read and located, before it is given up.
-    study_s : float
-        CPU seconds for the same.
+    patience_s, study_s : float
+        For one study to be read and located, before it is given up: seconds; CPU seconds.
 
     Returns
     -------
     submission : DataFrame
     log : DataFrame
-        Which members, and why: columns study_id; members, partial (those that say something of all rows, of some);
-        rows_from; prior_rows (of both priors); levels; dropped (for want of time); *_s seconds, of which `seconds` is
-        the study's share of the whole run's time; problems; files (images_digest).
+        Which members each study's rows are from, and why; the columns: see tables.collect.
     tables : dict
         Member's name -> its own submission.
     levels : DataFrame
@@ -134,12 +128,7 @@ def infer_studies(
         in_time = worker.work_off(batches, readers, batch_studies + readers)
         for number, study_id in enumerate(suspects):
             in_time = in_time and _work_off_suspect(worker, study_id, len(suspects) - number)
-    late = ledger.missing()
-    if late:
-        print(f"the time is up: {len(late)} of {len(jobs)} studies are left to the prior")
-    for study_id in late:
-        why = f"no time left: {schedule.used_s() / 3600:.2f} of {hours:g} h have passed, every row is the prior"
-        ledger.leave(study_id, why, schedule.dropped())
+    _leave_late(ledger, schedule)
     del _STARTED[clock_key]
     return collect(ledger.entries(), members, ensemble, folder)
 
@@ -216,6 +205,17 @@ def _work_off_suspect(worker: Worker, study_id: int, left: int) -> bool:
             return worker.work_off([batch], readers=1, ahead=1)
     worker.bar.update(1)
     return True
+
+
+def _leave_late(ledger: Ledger, schedule: Schedule) -> None:
+    """Leave the studies that there was no time for to the prior, and say so."""
+    late = ledger.missing()
+    if late:
+        print(f"the time is up: {len(late)} of {len(ledger.results)} studies are left to the prior")
+    for study_id in late:
+        used_h = schedule.used_s() / 3600
+        why = f"no time left: {used_h:.2f} of {schedule.hours:g} h have passed, every row is the prior"
+        ledger.leave(study_id, why, schedule.dropped())
 
 
 def _do_study(worker: Worker, study_id: int) -> tuple[Result, bool]:

@@ -51,6 +51,9 @@ def collect(
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, pd.DataFrame], pd.DataFrame]:
     """infer_studies' tables from the results of all studies; folder: where each has its file.
 
+    The log has the columns study_id; members, partial (those that say something of all rows, of some); rows_from;
+    prior_rows (of both priors); levels; dropped (for want of time); *_s seconds, of which `seconds` is the study's
+    share of the whole run's time; problems; files (images_digest).
     Raises RuntimeError for a member that failed in every study, see infer_studies.
     """
     prior, by_class = complete_prior(members.prior)
