@@ -62,8 +62,7 @@ class Inspection:
         study = path() if callable(path) else load_study(path)
         there = self.levels is not None and (self.levels["study_id"] == study_id).any()
         boxes = boxes_from_table(self.levels, study_id) if there else []
-        if detections and callable(self.detectors):
-            self.detectors = self.detectors()
+        found = study_detections(self._drawing(), study, boxes) if detections and boxes else None
         text = study_html(
             study,
             boxes,
@@ -71,10 +70,16 @@ class Inspection:
             {name: own[study_id] for name, own in self.predicted.items() if study_id in own},
             self.truths.get(study_id),
             vertebrae=vertebrae_from_table(self.vertebrae, study_id) if self.vertebrae is not None else None,
-            detections=study_detections(self.detectors, study, boxes) if detections and boxes else None,
+            detections=found,
             **options,
         )
         return text, study.problems
+
+    def _drawing(self) -> Drawing:
+        """The members that draw boxes, loaded when they are asked for the first time."""
+        if callable(self.detectors):
+            self.detectors = self.detectors()
+        return self.detectors
 
 
 def read_inspection(
@@ -145,7 +150,7 @@ def fallen_back(levels: pd.DataFrame | None = None, log: pd.DataFrame | None = N
     levels: levels.csv as a table: levels that no sagittal image showed, or whose naming is in doubt; log:
     inference_log.csv: rows left to a prior or to the whole-study network alone, members lost, what was reported.
     """
-    reasons = {}
+    reasons: dict[int, list[str]] = {}
     if log is not None:
         log = log.fillna("")
         for row in log.to_dict("records"):

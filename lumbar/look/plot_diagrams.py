@@ -47,8 +47,16 @@ def plot_pipeline(ax: Axes, here: tuple[str, ...] = ()) -> Axes:
         ax.annotate("", (x1 - 0.42, y1), (x0 + 0.42, y0), arrowprops=style)
     for name, (x, y, text) in _STEPS.items():
         face, edge = ("#FFE3B0", MEMBER_COLOURS[1]) if name in here else ("#EAF3FA", MEMBER_COLOURS[0])
-        box = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": face, "edgecolor": edge}
-        ax.add_patch(FancyBboxPatch((x - 0.42, y - 0.27), 0.84, 0.54, mutation_aspect=1.5, **box))
+        box = FancyBboxPatch(
+            (x - 0.42, y - 0.27),
+            0.84,
+            0.54,
+            "round,pad=0,rounding_size=0.06",
+            mutation_aspect=1.5,
+            facecolor=face,
+            edgecolor=edge,
+        )
+        ax.add_patch(box)
         ax.text(x, y, text, ha="center", va="center", fontsize=8, linespacing=1.4)
     ax.set_xlim(-0.5, 5.5)
     ax.set_ylim(2.45, -0.45)

@@ -7,7 +7,7 @@ May use: slices, plot_scores, spine, data, names.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ def plot_slice(
         interpolation="bilinear",
     )
     _, down, right = slice_axes(volume)
-    style = dict(color="white", fontsize=9, alpha=0.8, ha="center", va="center")
+    style: dict[str, Any] = dict(color="white", fontsize=9, alpha=0.8, ha="center", va="center")
     ax.text(0.03, 0.5, direction_letter(-right), transform=ax.transAxes, **style)
     ax.text(0.97, 0.5, direction_letter(right), transform=ax.transAxes, **style)
     ax.text(0.5, 0.97, direction_letter(-down), transform=ax.transAxes, **style)
@@ -224,7 +224,8 @@ def plot_detections(
                 ec=colors[int(grade) % 3],
             )
         )
-    best, shown = scores.max(axis=1), []
+    shown: list[int] = []
+    best = scores.max(axis=1)
     for anchor in np.argsort(-best):
         if len(shown) >= top or best[anchor] < threshold:
             break
@@ -322,7 +323,7 @@ def plot_findings(axes: np.ndarray, study: Study, boxes: list[LevelBox], probabi
     plot_slice(axes[0], volume, index, boxes=boxes)
     plot_level_boxes(axes[0], boxes, volume, index)
     expected = np.asarray(probabilities) @ np.arange(3)
-    condition, level = np.unravel_index(np.argmax(expected), expected.shape)
+    condition, level = map(int, np.unravel_index(np.argmax(expected), expected.shape))
     plot_case(axes[1], study, boxes[level], condition)
     p = probabilities[condition, level]
     guess = int(np.argmax(p))

@@ -34,7 +34,7 @@ def plot_scores(
     (low, high), drawn as whiskers.
     """
     scores = {name: value for name, value in scores.items() if np.isfinite(value)}
-    order = sorted(scores, key=scores.get, reverse=True)
+    order = sorted(scores, key=lambda name: scores[name], reverse=True)
     ax.barh(range(len(order)), [scores[name] for name in order], height=0.6, color=MEMBER_COLOURS[0])
     ends = [scores[name] for name in order]
     for position, name in enumerate(order):
@@ -222,7 +222,7 @@ def plot_level_errors(ax: Axes, errors: pd.DataFrame, held_out: Iterable[int] = 
     errors: from level_errors; held_out: study ids.
     """
     apart = errors["study_id"].isin(held_out)
-    bins = np.linspace(0, max(10.0, min(errors["error_mm"].max(), 30.0)), 41)
+    bins = np.linspace(0, max(10.0, min(errors["error_mm"].max(), 30.0)), 41).tolist()
     rest = "training studies" if apart.any() else "all studies"
     for part, name in ((errors[~apart], rest), (errors[apart], "held out")):
         if len(part):

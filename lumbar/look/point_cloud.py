@@ -3,20 +3,29 @@
 May use: slices, data, names.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.geometry import _open3d
+from ..data.geometry import LevelBox, _open3d
 from ..data.resample import study_box
+from ..data.volume import Study
 from ..names import DESCRIPTIONS, LEVELS
 from .slices import LEVEL_COLOURS, level_name
 
+if TYPE_CHECKING:
+    import open3d
+    from plotly.graph_objects import Figure
 
-def point_cloud(study, every=2):
+
+def point_cloud(study: Study, every: int = 2) -> open3d.geometry.PointCloud:
     """The study as an open3d.geometry.PointCloud in LPS millimetres, to look at in Open3D.
 
     A point per voxel (every `every`-th row and column) brighter than 5% of the scale; the colour's red, green and
@@ -39,7 +48,7 @@ def point_cloud(study, every=2):
     return cloud
 
 
-def smeared_cloud(study, step_mm=1.0):
+def smeared_cloud(study: Study, step_mm: float = 1.0) -> open3d.geometry.PointCloud:
     """Every voxel of a study as coloured points of an open3d.geometry.PointCloud in LPS millimetres.
 
     A voxel becomes ceil(slice thickness / step_mm) points, spread over the slice thickness along the slice normal. The
@@ -54,7 +63,7 @@ def smeared_cloud(study, step_mm=1.0):
     for volume, smear in zip(study.volumes, smears, strict=True):
         normal = np.cross(volume.affine[:3, 2], volume.affine[:3, 1])
         normal *= volume.thickness_mm / np.linalg.norm(normal)
-        centers = volume.voxel_to_lps(np.stack(np.indices(volume.array.shape), -1)).reshape(-1, 3)
+        centers = volume.voxel_to_lps(np.moveaxis(np.indices(volume.array.shape), 0, -1)).reshape(-1, 3)
         for share in (np.arange(smear) + 0.5) / smear - 0.5:
             np.add(centers, normal * share, out=points[at : at + len(centers)])
             at += len(centers)
@@ -71,8 +80,15 @@ def smeared_cloud(study, step_mm=1.0):
 
 
 def voxelise_point_cloud(
-    study, box=None, shape=None, extent_mm=None, shift_mm=None, pooling="max", voxel_mm=1.0, cloud=None
-):
+    study: Study,
+    box: LevelBox | None = None,
+    shape: Sequence[int] | None = None,
+    extent_mm: Sequence[float] | None = None,
+    shift_mm: Sequence[float] | None = None,
+    pooling: str = "max",
+    voxel_mm: float = 1.0,
+    cloud: open3d.geometry.PointCloud | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """The same crop the point-cloud way: what crop_level and crop_study are compared with, and why they are not this.
 
     Points (smeared_cloud) inside the oriented box fall into voxels of voxel_mm, each of which keeps their brightest
@@ -108,13 +124,13 @@ def voxelise_point_cloud(
         colour = np.array([voxel.color for voxel in voxels])
         inside = (index < cells).all(1)  # a point on the far face
         dense[(slice(None), *index[inside].T)] = colour[inside].T
-    dense = torch.from_numpy(dense)[None]
-    crop = F.interpolate(dense, shape, mode="trilinear", align_corners=False)[0]
-    occupied = F.interpolate((dense > 0).float(), shape, mode="nearest-exact")[0]
+    filled = torch.from_numpy(dense)[None]
+    crop = F.interpolate(filled, shape, mode="trilinear", align_corners=False)[0]
+    occupied = F.interpolate((filled > 0).float(), shape, mode="nearest-exact")[0]
     return crop.half().numpy(), (occupied > 0).numpy()
 
 
-def study_figure(study, boxes=(), points=40_000, seed=0):
+def study_figure(study: Study, boxes: Sequence[LevelBox] = (), points: int = 40_000, seed: int = 0) -> Figure:
     """The study in space as a plotly Figure to turn: Open3D's cloud of its bright voxels, and the level boxes.
 
     With boxes, of the voxels only those in and near them are shown (half a box more to every side): the rest would
@@ -135,7 +151,9 @@ def study_figure(study, boxes=(), points=40_000, seed=0):
     marker = {"size": 1.5, "color": shown, "opacity": 0.5}
     traces.append(go.Scatter3d(**_lps(xyz[chosen]), mode="markers", marker=marker, name="voxels", hoverinfo="skip"))
     style = {"showbackground": False, "gridcolor": "#444", "color": "#bbb"}
-    scene = {f"{axis}axis": style | {"title": {"text": text}} for axis, text in zip("xyz", ("left", "back", "head"))}
+    scene: dict[str, Any] = {
+        f"{axis}axis": style | {"title": {"text": text}} for axis, text in zip("xyz", ("left", "back", "head"))
+    }
     camera = {"eye": {"x": 1.9, "y": 1.1, "z": 0.3}, "up": {"x": 0, "y": 0, "z": 1}}
     scene |= {"aspectmode": "data", "bgcolor": "black", "camera": camera}
     return go.Figure(traces, {"scene": scene, "height": 700, "margin": {"l": 0, "r": 0, "t": 30, "b": 0}})

@@ -204,9 +204,9 @@ def vertebra_prism(vertebra: Vertebra) -> np.ndarray:
     return np.array([c + s * half for s in (-1, 1) for c in (front_low, front_top, back_low, back_top)])
 
 
-def _picture_mm(xy_px: ArrayLike, pixel_mm: ArrayLike) -> list:
+def _picture_mm(xy_px: ArrayLike, pixel_mm: tuple[float, float]) -> list:
     """(..., 2) x_px, y_px of pixel centres -> list of millimetres from the picture's upper left corner."""
-    return ((np.asarray(xy_px, np.float64) + 0.5) * pixel_mm).round(2).tolist()
+    return ((np.asarray(xy_px, np.float64) + 0.5) * np.asarray(pixel_mm)).round(2).tolist()
 
 
 def _slice_marks(volume, k, pixel_mm, boxes, prisms, points, detections):
