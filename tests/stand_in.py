@@ -87,19 +87,19 @@ def members(*names, views=None, detector=see_nothing):
 
 
 @cache
-def _image():
-    """The bytes of a sagittal T1 slice of 8 x 8 pixels."""
+def _image(number):
+    """The bytes of slice `number` (from 1) of a sagittal T1 series of 8 x 8 pixels."""
     plan = SeriesPlan(
         description="Sagittal T1",
         contrast="T1",
-        position_mm=np.zeros((1, 3)),
+        position_mm=np.array([[-4.0 * number, 0.0, 0.0]]),
         row_cosine=np.array([[0.0, 1.0, 0.0]]),
         column_cosine=np.array([[0.0, 0.0, -1.0]]),
         spacing_mm=(4.0, 4.0),
         shape=(8, 8),
         thickness_mm=4.0,
         gap_mm=4.0,
-        instances=np.array([1]),
+        instances=np.array([number]),
         series_id=11,
     )
     rng = np.random.default_rng(0)
@@ -109,15 +109,16 @@ def _image():
         return next(Path(folder).glob("*.dcm")).read_bytes()
 
 
-def write_studies(data, series):
-    """Studies of one series with one image each, and their table; series: dict study_id -> series_id."""
+def write_studies(data, series, slices=1):
+    """Studies of one series each, and their table; series: dict study_id -> series_id; slices: files of each."""
     rows = [(study_id, series_id, "Sagittal T1") for study_id, series_id in series.items()]
     table = pd.DataFrame(rows, columns=["study_id", "series_id", "series_description"])
     table.to_csv(data / "test_series_descriptions.csv", index=False)
     for study_id, series_id in series.items():
         folder = data / "test_images" / str(study_id) / str(series_id)
         folder.mkdir(parents=True)
-        (folder / "1.dcm").write_bytes(_image())
+        for number in range(1, slices + 1):
+            (folder / f"{number}.dcm").write_bytes(_image(number))
 
 
 def infer(data, loaded, out, **options):

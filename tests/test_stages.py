@@ -12,7 +12,6 @@ import pytest
 
 import utils
 from lumbar.run.parameters import assigned_literals, check_notebook_parameters, check_values, notebook_parameters
-from lumbar.run.pipeline import run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +73,8 @@ def test_two_processes_share_finished_work_and_nothing_else(tmp_path):
     (stage.dir / "x").write_text("x")
     stage.close(outputs=["x"])
     utils.open_stage(tmp_path, "running", {"A": 1})
-    other = "import sys, utils\nfor name in ('finished', 'running'): utils.open_stage(sys.argv[1], name, {'A': 1})"
+    other = "import sys\nfrom lumbar.run.stages import open_stage\n"  # not utils, whose imports take seconds
+    other += "for name in ('finished', 'running'): open_stage(sys.argv[1], name, {'A': 1})"
     done = subprocess.run([sys.executable, "-c", other, str(tmp_path)], cwd=ROOT, text=True, capture_output=True)
     assert "finished: already finished" in done.stdout
     assert "another process is working in" in done.stderr and "running" in done.stderr.splitlines()[-1]
@@ -90,11 +90,15 @@ def write_notebook(path, body):
     return path
 
 
-def test_stages_run_side_by_side_in_order(tmp_path, capfd):
+def test_stages_run_side_by_side_in_order_and_parameters_arrive_as_they_were_given(tmp_path, capfd):
+    """a and b each wait until both have begun, which they would do in vain one after the other."""
     notebook = write_notebook(
         tmp_path / "n.ipynb",
-        "import time\nstart = time.time()\ntime.sleep(WAIT)\nprint('said')\n"
-        "open(OUT, 'w').write(f'{start} {time.time()}')",
+        "import json, time\nfrom pathlib import Path\nstart, out = time.time(), Path(OUT)\n"
+        "out.with_suffix('.begun').touch()\n"
+        "while WAIT == 1 and len(list(out.parent.glob('*.begun'))) < 2:\n"
+        "    assert time.time() < start + 300, 'alone'\n    time.sleep(0.05)\n"
+        "print('said')\nout.write_text(json.dumps([start, time.time(), WAIT, type(WAIT).__name__]))",
     )
     stages = [
         {
@@ -102,23 +106,15 @@ def test_stages_run_side_by_side_in_order(tmp_path, capfd):
             "notebook": notebook,
             "after": after,
             "threads": 1,
-            "parameters": {"OUT": str(tmp_path / name), "WAIT": 4.0 if name in "ab" else 0.0},
+            "parameters": {"OUT": str(tmp_path / f"00{name}"), "WAIT": wait},
         }
-        for name, after in (("a", []), ("b", []), ("c", ["a", "b"]))
+        for name, after, wait in (("1", [], 1.0), ("2", [], 1.0), ("3", ["1", "2"], 1e-5))
     ]
     seconds = utils.run_stages(stages, tmp_path / "runs", workers=2)
-    times = {name: [float(v) for v in (tmp_path / name).read_text().split()] for name in "abc"}
-    assert list(seconds)[-1] == "c" and times["c"][0] > max(times["a"][1], times["b"][1])
-    assert max(times["a"][0], times["b"][0]) < min(times["a"][1], times["b"][1])
-    assert "[a] said" in capfd.readouterr().out
-
-
-def test_parameters_arrive_as_they_were_given(tmp_path):
-    notebook = write_notebook(
-        tmp_path / "n.ipynb", "import json\nopen(OUT, 'w').write(json.dumps([WAIT, type(WAIT).__name__]))"
-    )
-    run_notebook(notebook, tmp_path / "runs" / "n.ipynb", {"OUT": str(tmp_path / "0012"), "WAIT": 1e-5})
-    assert json.loads((tmp_path / "0012").read_text()) == [1e-5, "float"]
+    found = {name: json.loads((tmp_path / f"00{name}").read_text()) for name in "123"}
+    assert list(seconds)[-1] == "3" and found["3"][0] > max(found["1"][1], found["2"][1])
+    assert found["3"][2:] == [1e-5, "float"]
+    assert "[1] said" in capfd.readouterr().out
 
 
 def test_a_failing_stage_stops_the_run_with_its_reason(tmp_path):

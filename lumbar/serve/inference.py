@@ -67,7 +67,7 @@ def infer_studies(
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, pd.DataFrame], pd.DataFrame]:
     """Predict every study of a split, see studies_to_predict: 25 rows each, whatever is broken.
 
-    What is kept in `out`, and what stands where a member fails, the module's docstring says.
+    What is kept in `out`, and what stands where a member fails: see the module's docstring.
 
     Parameters
     ----------
@@ -88,13 +88,12 @@ def infer_studies(
     clock : callable
         Seconds, from anywhere.
     patience_s, study_s : float
-        For one study to be read and located, before it is given up: seconds; CPU seconds.
+        Seconds, and CPU seconds, for one study to be read and located before it is given up.
 
     Returns
     -------
-    submission : DataFrame
-    log : DataFrame
-        Which members each study's rows are from, and why; the columns: see tables.collect.
+    submission, log : DataFrame
+        The log says which members each study's rows are from, and why; its columns: see tables.collect.
     tables : dict
         Member's name -> its own submission.
     levels : DataFrame
