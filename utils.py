@@ -9,6 +9,7 @@ left). Probabilities have the axes (study, condition, level, severity).
 # Words and files
 # Data: studies, tables, the metric, geometry
 from lumbar.data.competition import class_prior, from_submission, labels_to_array, make_folds, row_ids, to_submission
+from lumbar.data.crop import Crop
 from lumbar.data.dicom import read_slice, read_slices, read_study
 from lumbar.data.geometry import LevelBox, boxes_from_table, boxes_to_table, nearest_slice
 from lumbar.data.greys import normalise_study, normalise_volume
@@ -136,6 +137,7 @@ from lumbar.storage import DamagedFile, read_json, write_csv, write_json, write_
 __all__ = [
     "CONDITIONS",
     "CONDITION_NAMES",
+    "Crop",
     "CropDataset",
     "DESCRIPTIONS",
     "DETECTORS",

@@ -6,6 +6,7 @@ import queue
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 import utils
 from lumbar import in_flight
 from lumbar import limits as limits_module
+from lumbar.data.crop import Crop
 from lumbar.data.geometry import LevelBox
 from lumbar.data.volume import Study, Volume
 from lumbar.grade import crop_members, detector_member
@@ -39,7 +41,7 @@ from lumbar.serve.schedule import Schedule
 from lumbar.spine.spinenet import SpineNet
 
 PRIOR = np.random.default_rng(0).dirichlet((5, 2, 1), (5, 5))
-CROP = {"scope": "level", "shape": [8, 8, 8], "extent_mm": [8.0, 8.0, 8.0], "shift_mm": [0.0, 0.0, 0.0]}
+CROP = Crop("level", (8, 8, 8), (8.0, 8.0, 8.0))
 SAYS = np.array([0.2, 0.3, 0.5])
 
 
@@ -369,16 +371,16 @@ def without_crops(prepare):
 
 def test_the_order_of_fallbacks(data, networks, tmp_path, monkeypatch):
     """Ensemble, then what is left of it, then the study model alone, then the prior, then the class prior."""
-    study_crop = CROP | {"scope": "study"}
+    study_crop = replace(CROP, scope="study")
 
     def cut_crops(study, boxes, crop, device):
-        if crop["scope"] == "level" and study.study_id == 2:
+        if crop.scope == "level" and study.study_id == 2:
             raise ValueError("no crop")
-        return np.zeros(5 if crop["scope"] == "level" else 1)
+        return np.zeros(5 if crop.scope == "level" else 1)
 
     def predict_crops(models, crops, crop, *_):
-        shape = (len(crops), 5, 1) if crop["scope"] == "level" else (len(crops), 5, 5, 1)
-        return np.tile(SAYS if crop["scope"] == "level" else SAYS[::-1], shape)
+        shape = (len(crops), 5, 1) if crop.scope == "level" else (len(crops), 5, 5, 1)
+        return np.tile(SAYS if crop.scope == "level" else SAYS[::-1], shape)
 
     monkeypatch.setattr(crop_members, "cut_crops", cut_crops)
     monkeypatch.setattr(crop_members, "predict_crops", predict_crops)
@@ -512,11 +514,11 @@ def timed(data, networks, tmp_path, monkeypatch):
     clock, costs_s = Clock(), {"yolo": 20.0, "level": 10.0, "study": 5.0}
 
     def predict_crops(models, crops, crop, levels, views, batch):
-        clock.now += costs_s[crop["scope"]] * len(views) * len(crops) / (5 if crop["scope"] == "level" else 1)
-        return np.tile(SAYS, (len(crops), 5, 1) if crop["scope"] == "level" else (len(crops), 5, 5, 1))
+        clock.now += costs_s[crop.scope] * len(views) * len(crops) / (5 if crop.scope == "level" else 1)
+        return np.tile(SAYS, (len(crops), 5, 1) if crop.scope == "level" else (len(crops), 5, 5, 1))
 
     def cut_crops(study, boxes, crop, device):
-        return np.zeros(5 if crop["scope"] == "level" else 1)
+        return np.zeros(5 if crop.scope == "level" else 1)
 
     def yolo_studies(detector, studies, boxes, views):
         clock.now += costs_s["yolo"] * len(views) * len(studies)
@@ -528,7 +530,7 @@ def timed(data, networks, tmp_path, monkeypatch):
     two = [{}, {"mirror": True}]
     own = {"yolo": [detector(views=two)]}
     own |= {
-        s: [Weights(f"{s}_0", "network", {"crop": CROP | {"scope": s}, "views": v})]
+        s: [Weights(f"{s}_0", "network", {"crop": replace(CROP, scope=s), "views": v})]
         for s, v in (("level", two), ("study", [{}]))
     }
     loaded = Members(None, own, PRIOR)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
+from ..data.crop import CROP_AXES, Crop
 from ..data.geometry import boxes_from_table
 from ..data.resample import study_box
 from ..data.volume import load_study
@@ -215,7 +216,10 @@ def _same_statistics(block):
 
 
 def save_classifier(path, model, about):
-    """Write a classifier's state and everything needed to rebuild and feed it, as safetensors."""
+    """Write a classifier's state and everything needed to rebuild and feed it, as safetensors. about: `crop`, a Crop,
+    and what else is to be known of it."""
+    if isinstance(about.get("crop"), Crop):
+        about = {**about, "crop": about["crop"].to_json()}
     write_tensors(path, model.state_dict(), "classifier", {**model.config, **about})
 
 
@@ -224,7 +228,7 @@ _REMEDY = "give a classifier's file as 04_train_vit wrote it (attach its output 
 
 
 def load_classifier(path, device="cpu"):
-    """(model in evaluation mode, about): what save_classifier wrote.
+    """(model in evaluation mode, about): what save_classifier wrote, `crop` in it a Crop.
 
     Raises FileNotFoundError, or DamagedFile (a ValueError) for a file with other contents: numbers out of range, a
     network that its tensors do not fit, values that are not finite.
@@ -238,6 +242,8 @@ def load_classifier(path, device="cpu"):
     check_network(path, lambda: OrdinalClassifier(*arguments), state, _REMEDY)
     model = OrdinalClassifier(*arguments)
     model.load_state_dict(state)
+    if "crop" in about:
+        about["crop"] = Crop.from_json(about["crop"])
     return model.to(device).eval(), about
 
 
@@ -267,6 +273,7 @@ def _check_classifier(stated):
         crop.choice("shape", (sizes,))
         crop.numbers("extent_mm", (3,), 1, 2000)
         crop.numbers("shift_mm", (3,), -1000, 1000)
+        crop.choice("axes", (CROP_AXES,), optional=True)
     for view in stated.parts("views", 100, optional=True):
         view.keys(("rotation_deg", "shift_mm", "scale", "mirror"))
         view.numbers("rotation_deg", (3,), -180, 180, optional=True)
@@ -278,13 +285,13 @@ def _check_classifier(stated):
 def level_centers(paths, levels_table, crop):
     """(5,) mean places of the levels in the whole-study grid, as fractions from its upper end. See LevelAttention.
 
-    paths: dict study_id -> volumes; levels_table: levels.csv; crop: dict with extent_mm.
+    paths: dict study_id -> volumes; levels_table: levels.csv; crop: Crop.
     """
     found = []
     for study_id, path in paths.items():
         center_lps, _ = study_box(load_study(path))
         z_mm = np.array([box.center_lps_mm[2] for box in boxes_from_table(levels_table, study_id)])
-        found.append(0.5 - (z_mm - center_lps[2]) / crop["extent_mm"][0])
+        found.append(0.5 - (z_mm - center_lps[2]) / crop.extent_mm[0])
     return np.mean(found, 0).tolist()
 
 
@@ -369,7 +376,7 @@ def measure_views(models, dataset, views=TTA_VIEWS, numbers=None, workers=0):
     for number, crops in zip(numbers, loader, strict=True):
         levels = np.arange(len(crops)) if dataset.per_study > 1 else None
         for view, log_p in enumerate(predict_views(models, crops.numpy(), dataset.crop, levels, views)):
-            result[view, number] = crops_to_studies(log_p, dataset.crop["scope"])[0]
+            result[view, number] = crops_to_studies(log_p, dataset.crop.scope)[0]
     return result
 
 

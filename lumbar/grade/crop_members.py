@@ -23,8 +23,8 @@ BATCH_CROPS = 16
 
 @dataclass
 class CropInputs:
-    """A study and those of its crops that were cut ahead: crops: dict of a crop as JSON -> cut_crops' array, or the
-    Exception that cutting raised."""
+    """A study and those of its crops that were cut ahead: crops: dict Crop -> cut_crops' array, or the Exception that
+    cutting raised."""
 
     study: object
     boxes: object
@@ -32,19 +32,18 @@ class CropInputs:
 
     def cut(self, crop, device):
         """The crops as `crop` has them, cut unless they are there."""
-        key = json.dumps(crop, sort_keys=True)
-        if key not in self.crops:
+        if crop not in self.crops:
             try:
                 check_limit()
-                self.crops[key] = cut_crops(self.study, self.boxes, crop, device)
+                self.crops[crop] = cut_crops(self.study, self.boxes, crop, device)
             except Exception as error:
-                self.crops[key] = without_frames(error)
-        return self.crops[key]
+                self.crops[crop] = without_frames(error)
+        return self.crops[crop]
 
     def cut_surely(self, crop, device):
         """cut, and once more where the device's memory was too full for it."""
         if isinstance(self.cut(crop, device), torch.OutOfMemoryError):
-            del self.crops[json.dumps(crop, sort_keys=True)]
+            del self.crops[crop]
             free_memory()
         return self.cut(crop, device)
 
@@ -72,7 +71,7 @@ class CropMember(Member):
         groups = {}
         for own in weights:
             views = self.views(own, most_views)
-            key = json.dumps([own.about["crop"], views], sort_keys=True)
+            key = own.about["crop"], json.dumps(views, sort_keys=True)
             groups.setdefault(key, (own.about["crop"], views, []))[2].append(own.model)
         logs = np.zeros((len(inputs), len(CONDITIONS), len(LEVELS), len(SEVERITIES)))
         folds, failed = np.zeros(len(inputs)), [{} for _ in inputs]
@@ -103,7 +102,7 @@ class CropMember(Member):
 
 def _predict(models, crops, crop, levels, views):
     """predict_crops in batches that fit the memory."""
-    batch = int(np.clip(BATCH_VOXELS // np.prod(crop["shape"]), 1, BATCH_CROPS))
+    batch = int(np.clip(BATCH_VOXELS // np.prod(crop.shape), 1, BATCH_CROPS))
     while True:
         try:
             return predict_crops(models, crops, crop, levels, views, batch)
@@ -140,7 +139,7 @@ class LevelCrops(CropMember):
                 },
                 "hour": {
                     "SHAPE": [32, 48, 64],
-                    "EXTENT_MM": [40.0, 64.0, 48.0],
+                    "EXTENT_MM": [40.0, 48.0, 64.0],
                     "EPOCHS": 10,
                     "BATCH": 16,
                     "LEARNING_RATE": 3.0e-3,
@@ -166,7 +165,7 @@ class WholeStudy(CropMember):
                     **_SMALL,
                     "BACKBONE": "tiny_stride8",
                     "SHAPE": [96, 64, 32],
-                    "EXTENT_MM": [230.0, 80.0, 130.0],
+                    "EXTENT_MM": [230.0, 130.0, 80.0],
                     "EPOCHS": 40,  # it looks for the levels first: little shows before some 300 steps
                     "BATCH": 4,
                     "LEARNING_RATE": 3.0e-3,

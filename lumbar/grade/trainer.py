@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..data.competition import class_prior
+from ..data.crop import Crop
 from ..data.metric import score_arrays
 from ..names import GROUPS, device_for, progress
 from ..storage import read_checkpoint, write_csv, write_whole
@@ -226,7 +227,7 @@ def prepare_training(
     torch.manual_seed(config.seed)
     crop, prior = train.crop, class_prior(train.grades)
     network = OrdinalClassifier(
-        crop["scope"], config.backbone, crop["shape"], prior, config.dropout, config.level_centers, config.pooling
+        crop.scope, config.backbone, crop.shape, prior, config.dropout, config.level_centers, config.pooling
     ).to(accelerator.device)
     network.recompute = config.recompute
     average = ModelEmaV3(network, decay=config.ema)
@@ -275,7 +276,7 @@ def _accelerator(config, device, processes, tracker, tracking):
         )
 
 
-def train_epoch(training: Training, config: TrainConfig, crop: dict, epoch: int) -> float:
+def train_epoch(training: Training, config: TrainConfig, crop: Crop, epoch: int) -> float:
     """One epoch over this process' batches. Returns the mean loss of the steps that did not overflow (NaN: all did).
 
     The loss of a step is the weighted mean over all its labels, as if its batches, in however many processes, were one.

@@ -5,13 +5,16 @@ May use: slices, data, names.
 
 import math
 from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.geometry import _open3d
-from ..data.resample import study_box
+from ..data.crop import Crop
+from ..data.geometry import LevelBox, _open3d
+from ..data.resample import crop_center, study_box
+from ..data.volume import Study
 from ..names import DESCRIPTIONS, LEVELS
 from .slices import LEVEL_COLOURS, level_name
 
@@ -71,30 +74,29 @@ def smeared_cloud(study, step_mm=1.0):
 
 
 def voxelise_point_cloud(
-    study, box=None, shape=None, extent_mm=None, shift_mm=None, pooling="max", voxel_mm=1.0, cloud=None
-):
+    study: Study,
+    box: LevelBox | None,
+    crop: Crop,
+    pooling: Literal["max", "average"] = "max",
+    voxel_mm: float = 1.0,
+    cloud: Any = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """The same crop the point-cloud way: what crop_level and crop_study are compared with, and why they are not this.
 
     Points (smeared_cloud) inside the oriented box fall into voxels of voxel_mm, each of which keeps their brightest
     (pooling "max") or mean ("average") colour; the grid is then resized to `shape`. Voxels that no point falls into are
     holes; the mean mixes black from the other series' points into each channel.
-    box: LevelBox, None for the whole study; shape, extent_mm, shift_mm: as in crop_level or crop_study, whose defaults
-    they have; cloud: smeared_cloud(study), if it is at hand. Returns (crop (3, d, h, w) float16, occupied (3, d, h, w)
-    bool: brighter than 0 in the nearest voxel). Needs Open3D (ImportError).
+    box: None for the whole study; cloud: smeared_cloud(study), if it is at hand.
+    Returns (crop (3, d, h, w) float16, occupied (3, d, h, w) bool: brighter than 0 in the nearest voxel). Needs Open3D
+    (ImportError).
     """
     o3d = _open3d()
     mode = getattr(o3d.geometry.VoxelGrid.VoxelPoolingMode, {"max": "MAX", "average": "AVG"}[pooling])
-    if box is None:
-        shape, extent_mm = shape or (256, 256, 256), extent_mm or (256.0, 128.0, 160.0)
-        center, axes = study_box(study)
-        center = center + np.array(shift_mm or (0.0, 0.0, 0.0)) @ axes
-    else:
-        shape, extent_mm = shape or (128, 128, 128), extent_mm or (56.0, 96.0, 96.0)
-        center, axes = box.to_lps(shift_mm or (0.0, 0.0, 14.0)), np.asarray(box.axes)
+    center, axes = study_box(study) if box is None else (crop_center(box, crop), np.asarray(box.axes))
     cloud = smeared_cloud(study, voxel_mm) if cloud is None else cloud
-    part = cloud.crop(o3d.geometry.OrientedBoundingBox(center, axes.T, np.asarray(extent_mm, np.float64)))
+    part = cloud.crop(o3d.geometry.OrientedBoundingBox(center, axes.T, np.asarray(crop.extent_mm)[[0, 2, 1]]))
     # Into the crop's axes: head to foot, front to back, right to left, from the box's corner.
-    size = np.array([extent_mm[0], extent_mm[2], extent_mm[1]], np.float64)
+    size = np.asarray(crop.extent_mm)
     to_crop = np.eye(4)
     to_crop[:3, :3] = np.stack([-axes[0], axes[2], axes[1]])
     to_crop[:3, 3] = size / 2 - to_crop[:3, :3] @ center
@@ -109,9 +111,9 @@ def voxelise_point_cloud(
         inside = (index < cells).all(1)  # a point on the far face
         dense[(slice(None), *index[inside].T)] = colour[inside].T
     dense = torch.from_numpy(dense)[None]
-    crop = F.interpolate(dense, shape, mode="trilinear", align_corners=False)[0]
-    occupied = F.interpolate((dense > 0).float(), shape, mode="nearest-exact")[0]
-    return crop.half().numpy(), (occupied > 0).numpy()
+    colours = F.interpolate(dense, crop.shape, mode="trilinear", align_corners=False)[0]
+    occupied = F.interpolate((dense > 0).float(), crop.shape, mode="nearest-exact")[0]
+    return colours.half().numpy(), (occupied > 0).numpy()
 
 
 def study_figure(study, boxes=(), points=40_000, seed=0):

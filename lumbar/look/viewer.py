@@ -158,7 +158,7 @@ def _crop_plane(study, box, offset_mm, across):
     extent[across] = 1.0
     head_px, left_px, back_px = (max(1, round(mm / CROP_PX)) if a != across else 1 for a, mm in enumerate(extent))
     centre = box.to_lps(offset_mm)
-    crop, covered = sample_box(study, centre, box.axes, extent, (head_px, back_px, left_px))
+    crop, covered = sample_box(study, centre, box.axes, extent[[0, 2, 1]], (head_px, back_px, left_px))
     head, left, back = box.axes
     right, down, wide, tall = (
         (left, back, extent[1], extent[2]),

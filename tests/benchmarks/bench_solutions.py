@@ -73,6 +73,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import phantom  # noqa: E402
 from lumbar.data.competition import class_prior, labels_to_array  # noqa: E402
+from lumbar.data.crop import Crop  # noqa: E402
 from lumbar.data.preprocess import preprocess_studies  # noqa: E402
 from lumbar.data.tables import read_coordinates, read_folds, read_labels  # noqa: E402
 from lumbar.data.volume import load_study, study_paths  # noqa: E402
@@ -327,7 +328,7 @@ def classifier_settings(run, scope):
     config = {key.lower(): parameters[key] for key in ("EPOCHS", "BATCH", "LEARNING_RATE", "WEIGHT_DECAY", "DROPOUT")}
     config |= {"accumulate": parameters.get("ACCUMULATE", 1)}
     config |= {"ema": parameters["EMA"], "backbone": about["backbone"], "strength": 0.0, "pooling": "global"}
-    return {"config": config, "shape": list(about["crop"]["shape"]), "fold": fold, "seed": parameters["SEED"] + fold}
+    return {"config": config, "shape": list(about["crop"].shape), "fold": fold, "seed": parameters["SEED"] + fold}
 
 
 def detector_settings(run, condition):
@@ -451,7 +452,7 @@ class Grids(torch.utils.data.Dataset):
     def __init__(self, folder, study_ids, grades, crop):
         self.folder, self.study_ids, self.grades = Path(folder), [int(i) for i in study_ids], np.asarray(grades)
         self.crop = crop
-        self.per_study = len(LEVELS) if crop["scope"] == "level" else 1
+        self.per_study = len(LEVELS) if crop.scope == "level" else 1
 
     def __len__(self):
         return len(self.study_ids) * self.per_study
@@ -588,7 +589,7 @@ def train_all(run, out, settings, paths, centers, workers):
             "name": name,
             "out": out,
             "grids": out / "grids" / scope,
-            "crop": {"scope": scope, "shape": shape, "extent_mm": [1.0] * 3, "shift_mm": [0.0] * 3},
+            "crop": Crop(scope, shape, (1.0, 1.0, 1.0)),
             "settings": settings[scope],
             "train": (study_ids[use & ~held_out], grades[use & ~held_out]),
             "valid": (study_ids[use & held_out], grades[use & held_out]),
