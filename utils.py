@@ -126,7 +126,8 @@ from lumbar.serve.results import mended_studies
 # Stage 1: vertebrae and levels
 from lumbar.spine.finetune import fine_tuning_set, point_scores, tuning_helped
 from lumbar.spine.level_scores import level_errors, locating_scores, read_vertebra_truth
-from lumbar.spine.levels import locate_levels, locate_levels_surely, locate_studies, locate_with_own_layout
+from lumbar.spine.levels import locate_levels, locate_levels_surely
+from lumbar.spine.locating import locate_studies, locate_with_own_layout
 from lumbar.spine.official import load_official_spinenet
 from lumbar.spine.spinenet import SpineNet, load_spinenet, save_spinenet
 from lumbar.spine.spinenet_training import train_spinenet

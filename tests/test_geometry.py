@@ -34,6 +34,7 @@ from lumbar.data.geometry import LevelBox, axial_slices_near, boxes_to_table, co
 from lumbar.data.greys import normalise_study
 from lumbar.data.pixels import DECODERS, DicomProblem
 from lumbar.data.resample import crop_affine, crop_level, crop_study, resample, sample_box
+from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume, save_study
 from lumbar.limits import TookTooLong, cpu_limit
 from lumbar.look.point_cloud import point_cloud, voxelise_point_cloud
@@ -345,7 +346,8 @@ def test_boxes_table_round_trip():
     rng = np.random.default_rng(0)
     axes = rotation(rng)
     boxes = [
-        LevelBox(level, rng.uniform(-50, 50, 3), axes, np.array([20.0, 50, 40]), 0.5, "t2") for level in utils.LEVELS
+        LevelBox(level, rng.uniform(-50, 50, 3), axes, np.array([20.0, 50, 40]), 0.5, Source.T2)
+        for level in utils.LEVELS
     ]
     table = boxes_to_table(7, boxes)
     again = utils.boxes_from_table(table, 7)

@@ -22,6 +22,7 @@ from lumbar import in_flight
 from lumbar import limits as limits_module
 from lumbar.data.crop import Crop
 from lumbar.data.geometry import LevelBox
+from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume
 from lumbar.grade import crop_members, detector_member
 from lumbar.grade import detector as detector_module
@@ -63,7 +64,7 @@ def data(tmp_path):
 def networks(monkeypatch):
     """Stand-ins: studies 1 and 2 can be read, the level network says SAYS of every row. Counts what is read."""
     reads = []
-    box = LevelBox("l1_l2", np.zeros(3), np.eye(3), np.ones(3), 1.0, "t2")
+    box = LevelBox("l1_l2", np.zeros(3), np.eye(3), np.ones(3), 1.0, Source.T2)
 
     def read_study(folder, descriptions):
         reads.append(folder.name)
@@ -1062,7 +1063,7 @@ def test_a_study_that_works_too_long_is_given_up(data, networks, tmp_path, monke
     def long_work(study, model, detector):
         while study.study_id == 1:
             limits_module.check_limit()
-        return [LevelBox("l1_l2", np.zeros(3), np.eye(3), np.ones(3), 1.0, "t2")] * 5, [], None
+        return [LevelBox("l1_l2", np.zeros(3), np.eye(3), np.ones(3), 1.0, Source.T2)] * 5, [], None
 
     monkeypatch.setattr(inference, "STUDY_S", 0.2)
     monkeypatch.setattr(inference, "locate_levels_surely", long_work)

@@ -801,8 +801,8 @@ def test_the_viewer_shows_texts_as_they_are():
 
     def view(text):
         study = Study(1, [Volume(array, affine, 1, 5, "Sagittal T1", 0, np.arange(3))], [text])
-        boxes = [LevelBox(level, np.zeros(3), axes, np.full(3, 20.0), 1.0, text) for level in utils.LEVELS]
-        vertebrae = [Vertebra(np.eye(4, 3) * 9, 9.0, name=text, source=text)]
+        boxes = [LevelBox(level, np.zeros(3), axes, np.full(3, 20.0)) for level in utils.LEVELS]
+        vertebrae = [Vertebra(np.eye(4, 3) * 9, 9.0, name=text)]
         probabilities = {text: np.full((5, 5, 3), 1 / 3), text + "2": np.full((5, 5, 3), 1 / 3)}
         return utils.study_html(
             study, boxes, None, probabilities, np.zeros((5, 5), int), text, page=True, vertebrae=vertebrae

@@ -17,6 +17,7 @@ import torch
 
 import utils
 from lumbar.data.geometry import LevelBox
+from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume, save_study
 from lumbar.grade import detector_weights
 from lumbar.grade.calibration import (
@@ -56,7 +57,7 @@ def boxes():
     """Five level boxes along patient z; label points lie 20 mm behind them, +-12 mm to the side."""
     axes = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
     return [
-        LevelBox(level, np.array([0.0, -20.0, z]), axes, np.array([20.0, 40, 30]), 1.0, "labels")
+        LevelBox(level, np.array([0.0, -20.0, z]), axes, np.array([20.0, 40, 30]), 1.0, Source.POINTS)
         for level, z in zip(utils.LEVELS, LEVEL_Z_MM)
     ]
 

@@ -1,6 +1,6 @@
 """Level boxes and label points in patient space, and where they lie in slices.
 
-May use: tables, volume, names.
+May use: source, tables, volume, names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from ..names import LEVEL_TABLE_COLUMNS, LEVELS
+from .source import Source
 from .tables import whole_number
 from .volume import Study, Volume
 
@@ -40,7 +41,7 @@ class LevelBox:
     axes: np.ndarray
     extent_mm: np.ndarray
     confidence: float = 1.0
-    source: str = ""
+    source: Source = Source(0)
 
     def to_lps(self, head_left_back_mm: ArrayLike) -> np.ndarray:
         """(..., 3) offsets from the centre along head, left, back -> (..., 3) LPS millimetres."""
@@ -79,7 +80,7 @@ def boxes_to_table(study_id: int, boxes: Iterable[LevelBox]) -> pd.DataFrame:
             *np.ravel(box.axes),
             *box.extent_mm,
             box.confidence,
-            box.source,
+            str(box.source),
         ]
         rows.append(dict(zip(LEVEL_TABLE_COLUMNS, values)))
     return pd.DataFrame(rows, columns=LEVEL_TABLE_COLUMNS)
@@ -103,6 +104,8 @@ def boxes_from_table(table: pd.DataFrame, study_id: int) -> list[LevelBox]:
     ------
     KeyError
         A level is absent.
+    ValueError
+        A source that is none, see Source.
     """
     rows = table[table["study_id"] == study_id].set_index("level")
     boxes = []
@@ -117,7 +120,7 @@ def boxes_from_table(table: pd.DataFrame, study_id: int) -> list[LevelBox]:
                 row[[f"r{i}{j}" for i in range(3) for j in range(3)]].to_numpy(np.float64).reshape(3, 3),
                 row[["extent_head_mm", "extent_left_mm", "extent_back_mm"]].to_numpy(np.float64),
                 float(row["confidence"]),
-                str(row["source"]),
+                Source.parse(row["source"]),
             )
         )
     return boxes

@@ -25,6 +25,7 @@ from ..data.dicom import read_study
 from ..data.geometry import boxes_from_table
 from ..data.greys import normalise_study
 from ..data.resample import sample_box
+from ..data.source import Source
 from ..data.tables import read_coordinates, read_labels
 from ..data.volume import load_study, study_paths
 from ..grade.member import Member, Weights
@@ -332,7 +333,7 @@ def _viewer_data(study, boxes, points, vertebrae, detections, max_bytes):
         "bones": [
             {
                 "name": vertebra.name,
-                "seen": int(not any(word in vertebra.source for word in ("extrapolated", "prior", "axial"))),
+                "seen": int(vertebra.source.seen),
                 "corners": prism.round(1).tolist(),
             }
             for vertebra, prism in zip(vertebrae, prisms, strict=True)
@@ -461,7 +462,8 @@ def _below(data, boxes):
             + ("" if data["members"] else "<p>No prediction of this study was given.</p>")
         )
     found = "".join(
-        f"<tr><th scope=row>{html.escape(level_name(box.level))}</th><td>{html.escape(box.source or 'unknown')}</td>"
+        f"<tr><th scope=row>{html.escape(level_name(box.level))}</th>"
+        f"<td>{html.escape(str(box.source) or 'unknown')}</td>"
         f"<td>{box.confidence:.2f}</td><td>{tilt_caption(box)}</td></tr>"
         for box in boxes
     )
@@ -622,7 +624,7 @@ def fallen_back(levels=None, log=None):
                 reasons.setdefault(int(row["study_id"]), []).extend(why)
     if levels is not None:
         for study_id, rows in levels.groupby("study_id", sort=False):
-            odd = rows[~rows["source"].isin(["t2", "t1", "official", "truth"])]
+            odd = rows[~rows["source"].map(lambda source: Source.parse(source).sure)]
             if len(odd):
                 names = ", ".join(f"{level_name(level)} {source}" for level, source in zip(odd["level"], odd["source"]))
                 reasons.setdefault(int(study_id), []).append(f"levels: {names}")

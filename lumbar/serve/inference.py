@@ -37,6 +37,7 @@ from ..names import (
 )
 from ..problems import Kind, Problem, kind_of_error
 from ..spine.levels import locate_levels_surely
+from ..spine.placement import Placement
 from .read_ahead import _STARTED, _Ahead
 from .results import _load_result, _result, _results_key, _save_result, steps
 from .schedule import Schedule
@@ -78,7 +79,7 @@ def prepare_study(folder, descriptions, members, wanted=None):
         problems.append(Problem(Kind.IMAGES, "no readable image: every row is the prior"))
         return Prepared(study, boxes, inputs, problems, seconds)
     try:
-        boxes, _, problem = locate_levels_surely(study, members.spinenet, detector=members.detector)
+        boxes, _, problem = locate_levels_surely(study, Placement.of(members.spinenet, members.detector))
     except Exception as error:
         problem = Problem.of(error, "no level can be placed: ", kind=Kind.LEVELS)
     if problem:

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from ..data.geometry import boxes_to_table
+from ..data.source import Source
 from ..grade.registry import MEMBERS
 from ..in_flight import images_digest, read_left_json
 from ..names import CONDITIONS, LEVEL_TABLE_COLUMNS, LEVELS, SEVERITIES
 from ..problems import Problem
-from ..spine.fallbacks import SOURCES
-from ..spine.levels import _locating_key
+from ..spine.placement import Placement
 from ..storage import plain, write_json
 
 # ---- Finished studies ----
@@ -37,9 +37,10 @@ def mended_studies(data, split, log):
 
 def _results_key(members, views):
     """What a study's result depends on besides its images, as a hash: the members' metadata, what locates levels."""
-    detector = members.detector if isinstance(members.detector, str) else members.detector.__qualname__
-    spinenet = _locating_key(members.spinenet, getattr(members.spinenet, "about", None), detector)
-    known = [_RESULTS_VERSION, views, members.abouts(), spinenet]
+    known = [_RESULTS_VERSION, views, members.abouts()]
+    if members.spinenet is not None:
+        placement = Placement.of(members.spinenet, members.detector)
+        known += [placement.key(), placement.layout]
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 
@@ -112,10 +113,10 @@ def _check_result(result, study_id, members):
             and row["study_id"] == study_id
             and row["level"] in LEVELS
             and isinstance(row["source"], str)
-            and set(row["source"].split("+")) <= {*SOURCES, ""}
             and all(_is_number(row[name]) for name in numbers)
         ):
             raise ValueError("a level is no box")
+        Source.parse(row["source"])
 
 
 def _is_number(value):

@@ -75,6 +75,7 @@ import phantom  # noqa: E402
 from lumbar.data.competition import class_prior, labels_to_array  # noqa: E402
 from lumbar.data.crop import Crop  # noqa: E402
 from lumbar.data.preprocess import preprocess_studies  # noqa: E402
+from lumbar.data.source import Source  # noqa: E402
 from lumbar.data.tables import read_coordinates, read_folds, read_labels  # noqa: E402
 from lumbar.data.volume import load_study, study_paths  # noqa: E402
 from lumbar.grade import classifier, crops, detector_data, detector_training, trainer  # noqa: E402
@@ -83,7 +84,8 @@ from lumbar.grade import tables as tables_module  # noqa: E402
 from lumbar.look.report import TERM_NAMES, resampled_scores, score_table  # noqa: E402
 from lumbar.names import DESCRIPTIONS, DETECTORS, LEVELS, device_for, progress  # noqa: E402
 from lumbar.run.stages import open_stage  # noqa: E402
-from lumbar.spine.levels import locate_studies  # noqa: E402
+from lumbar.spine.locating import locate_studies  # noqa: E402
+from lumbar.spine.placement import Placement  # noqa: E402
 from lumbar.spine.spinenet import detect_vertebrae, load_spinenet  # noqa: E402
 from lumbar.storage import write_csv, write_json  # noqa: E402
 
@@ -387,7 +389,7 @@ def six_centers(vertebrae):
 
     vertebrae: table of locate_studies.
     """
-    seen = vertebrae[~vertebrae["source"].str.contains("extrapolated|prior|axial") & vertebrae["vertebra"].isin(SIX)]
+    seen = vertebrae[vertebrae["source"].map(lambda s: Source.parse(s).seen) & vertebrae["vertebra"].isin(SIX)]
     centers = {}
     for study_id, rows in seen.groupby("study_id"):
         rows = rows.set_index("vertebra")
@@ -404,7 +406,7 @@ def prepare(run, out, workers):
     table = out / "vertebrae.csv"
     if not table.is_file():
         model = load_spinenet(run / "02_train_spinenet" / "spinenet.safetensors")
-        _, vertebrae, _ = locate_studies(paths, model, folder=out / "located", workers=workers, detector=OnT1(model))
+        _, vertebrae, _ = locate_studies(paths, Placement.of(model, OnT1(model)), out / "located", workers)
         write_csv(table, vertebrae)
     return paths, six_centers(pd.read_csv(table, dtype={"source": str, "vertebra": str}))
 
