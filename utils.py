@@ -119,9 +119,10 @@ from lumbar.run.publish import kaggle_publish, stage_kaggle
 from lumbar.run.stages import open_stage, time_limit
 
 # Inference
-from lumbar.serve.inference import infer_studies, out_of_fold_table, predict_studies, prepare_study, studies_to_predict
-from lumbar.serve.members import load_members, weight_folders
+from lumbar.serve.inference import infer_studies
+from lumbar.serve.members import load_members, out_of_fold_table, weight_folders
 from lumbar.serve.results import mended_studies
+from lumbar.serve.study import predict_studies, prepare_study, studies_to_predict
 
 # Stage 1: vertebrae and levels
 from lumbar.spine.finetune import fine_tuning_set, point_scores, tuning_helped

@@ -22,7 +22,6 @@ from lumbar.data import pixels as pixels_module
 from lumbar.data.competition import row_ids
 from lumbar.data.dicom import read_study
 from lumbar.grade.ensemble import default_ensemble
-from lumbar.serve import inference
 
 GOOD = (7, 1505, 9000)  # before, between and after the broken ones
 T1, AXIAL, T2 = tiny.SERIES
@@ -337,12 +336,11 @@ def runs(tmp_path_factory):
         described = dict.fromkeys(GOOD, tiny.SERIES) | {IDS[name]: describe(name) for name, _, _ in BROKEN}
         write_table(root / "together", described)
         members = utils.load_members([tiny.write_members(root / "weights", random_spinenet=True)], device="cpu")
-        patch.setattr(inference, "PATIENCE_S", 60.0)
         results = {}
         for place in ("alone", "together"):
             started = time.time()
             results[place] = utils.infer_studies(
-                root / place, "test", members, default_ensemble(), root / "out" / place, hours=9.0
+                root / place, "test", members, default_ensemble(), root / "out" / place, hours=9.0, patience_s=60.0
             )
         return results, time.time() - started
 

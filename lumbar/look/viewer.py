@@ -32,8 +32,8 @@ from ..grade.member import Member, Weights
 from ..grade.registry import MEMBERS, by_member, member_weights
 from ..grade.tables import read_out_of_fold
 from ..names import CONDITIONS, DESCRIPTIONS, DETECTION_COLUMNS, GRADES, LEVELS, SEVERITIES
-from ..serve.inference import studies_to_predict
 from ..serve.members import weight_folders
+from ..serve.study import studies_to_predict
 from ..spine.vertebra import vertebrae_from_table
 from .report import worst_rows
 from .slices import (

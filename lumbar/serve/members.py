@@ -1,19 +1,21 @@
-"""Folders of weights to loaded members.
+"""What folders of weights hold: loaded members, and their out-of-fold predictions.
 
 May use: grade, spine, names.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ..grade.member import Weights
 from ..grade.registry import MEMBERS, by_member, member_weights
-from ..names import CONDITIONS, LEVELS, SEVERITIES, device_for
-from ..spine.official import official_detector
+from ..grade.tables import read_out_of_fold
+from ..names import CONDITIONS, LEVELS, SEVERITIES, SUBMISSION_COLUMNS, device_for
+from ..spine.placement import Placement
 from ..spine.spinenet import load_spinenet
 
 
@@ -21,10 +23,9 @@ from ..spine.spinenet import load_spinenet
 class Members:
     """Everything that inference needs, loaded from folders of weights."""
 
-    spinenet: object
+    placement: Placement  # of the levels
     weights: dict[str, list[Weights]]  # member's name -> its weights, of those members that have any
     prior: np.ndarray  # (5, 5, 3), the training set's weighted class prior
-    detector: object = "own"  # of vertebrae, as locate_levels takes it; "official" is loaded once
     device: str = "cpu"  # where the networks are
 
     def abouts(self) -> dict[str, list]:
@@ -32,9 +33,9 @@ class Members:
         return {member: [own.about for own in weights] for member, weights in self.weights.items()}
 
 
-def find_weights(folders, pattern):
+def find_weights(folders: Iterable[str | Path], pattern: str) -> list[Path]:
     """Files of that name in the folders or one folder below, by name; of two with one name the first found."""
-    found = {}
+    found: dict[str, Path] = {}
     for folder in folders:
         for path in sorted({*Path(folder).glob(pattern), *Path(folder).glob("*/" + pattern)}):
             if not any(".old-" in part for part in path.parts):
@@ -42,7 +43,7 @@ def find_weights(folders, pattern):
     return [found[name] for name in sorted(found)]
 
 
-def load_members(folders, members: Iterable[str] = (), device="auto") -> Members:
+def load_members(folders: Sequence[str | Path], members: Collection[str] = (), device: str | int = "auto") -> Members:
     """Load every member's weights found in the folders, or one folder below.
 
     Which file stands for a fold, and which are left out: see member_weights. Prints both. members: names, empty for
@@ -62,29 +63,31 @@ def load_members(folders, members: Iterable[str] = (), device="auto") -> Members
     if not wanted:
         raise FileNotFoundError(f"no finished member's weights in {places}: attach the outputs of 03 and 04")
     weights = {m: [MEMBERS[m].load(path, device) for path in paths.values()] for m, paths in wanted.items()}
-    priors = [own.about.get("prior") for known in weights.values() for own in known]
-    priors = [np.asarray(prior, np.float64) for prior in priors if prior is not None]
+    stated = [own.about.get("prior") for known in weights.values() for own in known]
+    priors = [np.asarray(prior, np.float64) for prior in stated if prior is not None]
     model = load_spinenet(spinenet[0], device)
     # Boxes at inference come from the detector that made those of the training.
-    official = model.about.get("detector") == "official"
+    try:
+        placement = Placement.of(model, "official" if model.about.get("detector") == "official" else "own")
+    except ValueError as error:
+        raise ValueError(f"{spinenet[0]}: {error}") from None
     return Members(
-        model,
+        placement,
         weights,
         np.mean(priors, 0) if priors else np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan),
-        official_detector(device) if official else "own",
         device,
     )
 
 
-def _where(chosen):
+def _where(chosen: Mapping[str, Path]) -> list[str]:
     """Lines that say which weights are from which folder."""
-    folders = {}
+    folders: dict[Path, list[str]] = {}
     for name, path in chosen.items():
         folders.setdefault(path.parent, []).append(name)
     return [f"{', '.join(names)} from {folder}" for folder, names in folders.items()]
 
 
-def weight_folders(places):
+def weight_folders(places: Sequence[str | Path]) -> list[Path]:
     """Folders with trained weights in or below the given ones, in the order found.
 
     places: paths. Image folders and finished stages' caches are not searched: /kaggle/input may hold 150,000 files; nor
@@ -108,3 +111,11 @@ def weight_folders(places):
             f"no *.safetensors in or below {', '.join(map(str, places))}: attach the outputs of 02, 03 and 04"
         )
     return found
+
+
+def out_of_fold_table(folders: Sequence[str | Path]) -> pd.DataFrame:
+    """All members' out-of-fold predictions that lie with the weights, as one table: row_id, the three severities, fold,
+    member. folders: as weight_folders finds them. Without any the table is empty."""
+    columns = [*SUBMISSION_COLUMNS, "fold", "member"]
+    tables = [table.assign(member=member) for member, table in read_out_of_fold(folders, verbose=False).items()]
+    return pd.concat(tables, ignore_index=True).reindex(columns=columns) if tables else pd.DataFrame(columns=columns)

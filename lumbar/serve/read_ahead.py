@@ -1,6 +1,6 @@
-"""Studies read and located by other processes or threads while this one predicts.
+"""Work that other threads do ahead, while this one uses what they have finished.
 
-May use: spine, data, limits.
+May use: nothing of the kit.
 """
 
 import atexit
@@ -10,11 +10,8 @@ import threading
 import time
 import weakref
 from collections import deque
-
-_STARTED = {}  # stage folder -> when this process first worked in it
-
-
-# ---- Reading ahead ----
+from collections.abc import Callable, Iterable
+from typing import Any
 
 CLOSING_S = 10.0  # for threads to end: the next check of a study's limit is a second away at most
 
@@ -23,22 +20,29 @@ class _Slot:
     """One job's place: whether (begun) and since when (since_s, of time.monotonic) it is worked on, by which
     thread, and its result."""
 
-    def __init__(self, job):
-        self.job, self.begun, self.since_s, self.result = job, threading.Event(), 0.0, queue.SimpleQueue()
-        self.thread = None
+    def __init__(self, job: Any) -> None:
+        self.job, self.begun, self.since_s = job, threading.Event(), 0.0
+        self.result: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
 
 
-class _Ahead:
+class ReadAhead:
     """Work on jobs in threads, a bounded number of them ahead of who takes the results, in the jobs' order.
 
-    jobs: list; work: function of one job that does not raise; threads: how many jobs are worked on at a time; ahead:
+    jobs: iterable; work: function of one job, and of a function that says whether the result is no longer wanted, which
+    does not raise; threads: how many jobs are worked on at a time; ahead:
     how many are being worked on or waiting. The threads are daemons: one that hangs does not keep the process alive.
     """
 
-    def __init__(self, jobs, work, threads, ahead):
+    def __init__(
+        self, jobs: Iterable[Any], work: Callable[[Any, Callable[[], bool]], Any], threads: int, ahead: int
+    ) -> None:
         self.jobs, self.work, self.ahead = deque(jobs), work, ahead
-        self.tasks, self.slots, self.stopped = queue.SimpleQueue(), deque(), False
-        self.threads, self.given_up = [], []
+        self.tasks: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
+        self.slots: deque[_Slot] = deque()
+        self.stopped = False
+        self.threads: list[threading.Thread] = []
+        self.given_up: list[threading.Thread] = []
         _AT_WORK.add(self)
         for _ in range(threads):
             self._start()
@@ -52,9 +56,9 @@ class _Ahead:
         while (slot := self.tasks.get()) is not None and not self.stopped:
             slot.since_s, slot.thread = time.monotonic(), threading.current_thread()
             slot.begun.set()
-            slot.result.put(self.work(slot.job))
+            slot.result.put(self.work(slot.job, lambda: self.stopped))
 
-    def take(self, patience_s, wait_s=math.inf):
+    def take(self, patience_s: float, wait_s: float = math.inf) -> Any:
         """The next job's result. Raises queue.Empty when it has been worked on for patience_s seconds, or was waited
         for wait_s seconds here; then another thread takes the place of the one that hangs, and the job is passed over.
         """
@@ -73,12 +77,13 @@ class _Ahead:
             self._start()
             raise
 
-    def close(self, patience_s=CLOSING_S):
+    def close(self, patience_s: float = CLOSING_S) -> None:
         """Work off nothing more; wait for what is being worked on, but no longer than patience_s.
 
         Python ends daemon threads wherever they are when the interpreter exits, and one that is then inside PyTorch
         takes the process with it ("terminate called without an active exception"). So they are waited for, and `work`
-        should return early when `stopped` is set. Those that were given up get their time when the process exits.
+        should return early when its result is no longer wanted. Those that were given up get their time when the
+        process exits.
         """
         self.stopped = True
         for _ in (*self.threads, *self.given_up):
@@ -86,12 +91,14 @@ class _Ahead:
         _join(self.threads, patience_s)
 
 
-_AT_WORK = weakref.WeakSet()  # all _Ahead; one with threads at work stays in it, since they refer to it
+_AT_WORK: weakref.WeakSet[ReadAhead] = (
+    weakref.WeakSet()
+)  # all ReadAhead; one with threads at work stays in it, since they refer to it
 
 
 @atexit.register
 def _close_all():
-    """Wait once more, for threads that were given up or whose _Ahead nobody closed: see _Ahead.close."""
+    """Wait once more, for threads that were given up or whose ReadAhead nobody closed: see ReadAhead.close."""
     aheads = list(_AT_WORK)
     for ahead in aheads:
         ahead.close(0)

@@ -1,14 +1,17 @@
 """What was predicted of a study, kept so that a second start finds it.
 
-May use: data, in_flight, storage, grade, names, problems, spine.
+May use: members, study, data, in_flight, storage, grade, names, problems.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..data.geometry import boxes_to_table
 from ..data.source import Source
@@ -16,14 +19,17 @@ from ..grade.registry import MEMBERS
 from ..in_flight import images_digest, read_left_json
 from ..names import CONDITIONS, LEVEL_TABLE_COLUMNS, LEVELS, SEVERITIES
 from ..problems import Problem
-from ..spine.placement import Placement
 from ..storage import plain, write_json
+from .members import Members
+from .study import Prepared
+
+Result = dict[str, Any]  # of make_result, and as JSON gives it back
 
 # ---- Finished studies ----
 
 
-def mended_studies(data, split, log):
-    """Ids (list of int) of the studies that had problems when `log` was written, and whose files are others now.
+def mended_studies(data: str | Path, split: str, log: pd.DataFrame) -> list[int]:
+    """Ids (list of int) of the studies that had problems when `log` was written, and whose files have changed since.
 
     log: infer_studies' log or its CSV; without its column `files` (of an earlier version) nothing can be told.
     """
@@ -35,12 +41,9 @@ def mended_studies(data, split, log):
     return [int(study_id) for study_id, files in pairs if images_digest(folder / str(study_id)) != files]
 
 
-def _results_key(members, views):
+def results_key(members: Members, views: int) -> str:
     """What a study's result depends on besides its images, as a hash: the members' metadata, what locates levels."""
-    known = [_RESULTS_VERSION, views, members.abouts()]
-    if members.spinenet is not None:
-        placement = Placement.of(members.spinenet, members.detector)
-        known += [placement.key(), placement.layout]
+    known = [_RESULTS_VERSION, views, members.abouts(), members.placement.key(), members.placement.layout]
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 
@@ -51,7 +54,7 @@ def _digest(result):
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
-def _save_result(path, result):
+def save_result(path: Path | None, result: Result) -> Result:
     """Write a finished study (path None: do not) with a hash of its contents; returns it as it would be read.
 
     A disk that is full costs the restart, not the run.
@@ -65,8 +68,8 @@ def _save_result(path, result):
     return result
 
 
-def _load_result(path, study_id, key_of, members):
-    """What _save_result wrote; None where there is none, it is damaged (which is printed), or other weights made it.
+def load_result(path: Path, study_id: int, key_of: Callable[[int], str], members: Collection[str]) -> Result | None:
+    """What save_result wrote; None where there is none, it is damaged (which is printed), or other weights made it.
 
     key_of: study_id -> what the result must have been made of; members: the names that it may have predictions of.
     """
@@ -87,7 +90,7 @@ def _load_result(path, study_id, key_of, members):
 
 
 def _check_result(result, study_id, members):
-    """Raise ValueError where a dict is not what _result makes: whatever it holds goes into the submission."""
+    """Raise ValueError where a dict is not what make_result makes: whatever it holds goes into the submission."""
     kinds = {"predictions": dict, "levels": list, "problems": list, "dropped": list, "files": str}
     for name, kind in kinds.items():
         if not isinstance(result.get(name), kind):
@@ -136,7 +139,18 @@ def _are_probabilities(values):
     return bool((silent | sums_to_one).all())
 
 
-def _result(prepared, predictions, problems, key, extra):
+def make_result(
+    prepared: Prepared,
+    predictions: Mapping[str, np.ndarray],
+    problems: Collection[Problem],
+    key: str,
+    extra: Mapping[str, Any],
+) -> Result:
+    """What is kept of a study, in plain values.
+
+    predictions: dict member -> (5, 5, 3) probabilities, NaN where it has nothing to say, which is kept as -1; key: of
+    what the result depends on; extra: seconds, what was dropped, the files' digest.
+    """
     return {
         "key": key,
         "predictions": {m: np.where(np.isfinite(p), p, -1) for m, p in predictions.items()},

@@ -1,14 +1,13 @@
 """Which members still fit into the time that is left.
 
-May use: names.
+May use: nothing of the kit.
 """
 
 import itertools
 import math
 import time
 from collections import deque
-
-# ---- Time ----
+from collections.abc import Callable, Iterator, Mapping
 
 
 class Schedule:
@@ -25,25 +24,35 @@ class Schedule:
     is made anew for each batch.
     """
 
-    def __init__(self, views, weights, hours=9.0, reserve=0.5, readers=1, clock=time.monotonic, started=None):
+    def __init__(
+        self,
+        views: Mapping[str, int],
+        weights: Mapping[str, float],
+        hours: float = 9.0,
+        reserve: float = 0.5,
+        readers: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        started: float | None = None,
+    ) -> None:
         self.views, self.weights, self.readers, self.clock = dict(views), weights, readers, clock
         self.hours, self.limit_s = hours, (hours - reserve) * 3600 if hours > 0 else math.inf
         self.started = clock() if started is None else started
-        self.spent = {}
-        self.batches, self.expected = 0, deque(maxlen=20)
+        self.spent: dict[str, deque[tuple[float, int]]] = {}
+        self.batches = 0
+        self.expected: deque[tuple[float, float]] = deque(maxlen=20)
         self.choice, self.reason = dict(views), ""
 
-    def used_s(self):
+    def used_s(self) -> float:
         """Seconds of the limit that have passed."""
         return self.clock() - self.started
 
-    def note(self, step, seconds, units):
+    def note(self, step: str, seconds: float, units: int) -> None:
         """A member took `seconds` for `units` studies times views; or for studies "preparing", of which that member's
         inputs apart ("preparing level")."""
         if units:
             self.spent.setdefault(step, deque(maxlen=20)).append((seconds, units))
 
-    def cost_s(self, step):
+    def cost_s(self, step: str) -> float:
         """Seconds a unit of late; the first time does not count where there are others: it has loading in it."""
         known = list(self.spent.get(step, ()))
         known = known[1:] or known
@@ -56,13 +65,13 @@ class Schedule:
         own = sum(self.cost_s(f"preparing {member}") for member in choice)
         return (self.cost_s("preparing") + own) / self.readers
 
-    def pace_s(self, choice):
+    def pace_s(self, choice: Mapping[str, int]) -> float:
         """Seconds a study with this choice: what is slower of the networks and of preparing."""
         pace = max(self._network_s(choice), self._preparing_s(choice))
         real, thought = (sum(values) for values in zip(*self.expected, strict=True)) if self.expected else (0, 0)
         return pace * max(1.0, real / thought if thought else 1.0)
 
-    def note_batch(self, seconds, studies):
+    def note_batch(self, seconds: float, studies: int) -> None:
         """A batch took `seconds`: where that is more than the sum of what is measured, projections heed it.
 
         What was waited for studies that were given up does not belong to it: it says nothing of those to come.
@@ -72,7 +81,7 @@ class Schedule:
             thought = max(self._network_s(self.choice), self._preparing_s(self.choice)) * studies
             self.expected.append((seconds, thought))
 
-    def plan(self, left, batch=1, whole=False):
+    def plan(self, left: int, batch: int = 1, whole: bool = False) -> dict[str, int]:
         """The choice for the next `batch` of `left` studies: dict member -> number of views, empty for none at all.
 
         whole: everything or nothing. `.choice` and `.reason` keep it.
@@ -92,7 +101,7 @@ class Schedule:
         self.choice = choice
         return choice
 
-    def _choices(self):
+    def _choices(self) -> Iterator[dict[str, int]]:
         """All members or some, with all views or the first ones."""
         for most in range(max(self.views.values()), 0, -1):
             for count in range(len(self.views), 0, -1):
@@ -102,7 +111,7 @@ class Schedule:
     def _weight(self, choice):
         return sum(self.weights.get(member, 0.0) for member in choice)
 
-    def dropped(self):
+    def dropped(self) -> list[str]:
         """The last plan's losses, in words."""
         lost = [
             f"{member}: not run" if member not in self.choice else f"{member}: {self.choice[member]} of {views} views"

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -36,8 +37,8 @@ from lumbar.grade.classifier import predict_crops  # noqa: E402
 from lumbar.grade.crops import cut_crops  # noqa: E402
 from lumbar.grade.detector import yolo_studies  # noqa: E402
 from lumbar.grade.ensemble import combine_members, default_ensemble  # noqa: E402
-from lumbar.serve.inference import studies_to_predict  # noqa: E402
 from lumbar.serve.members import weight_folders  # noqa: E402
+from lumbar.serve.study import studies_to_predict  # noqa: E402
 from lumbar.spine.levels import locate_levels_surely  # noqa: E402
 from lumbar.spine.spinenet import detect_vertebrae  # noqa: E402
 
@@ -119,7 +120,8 @@ def plainly(data, split, members, views):
         boxes = timed(
             "locating",
             lambda study=study: locate_levels_surely(
-                study, members.spinenet, detector=lambda volume: detect_vertebrae(members.spinenet, volume, 1)
+                study,
+                replace(members.placement, detector=lambda v: detect_vertebrae(members.placement.network, v, 1)),
             )[0],
         )
         for condition in utils.DETECTORS:

@@ -1,0 +1,134 @@
+"""Studies on their way to the members: which there are, one made ready, a batch predicted.
+
+May use: members, grade, spine, data, names, problems.
+"""
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.dicom import read_study
+from ..data.geometry import LevelBox
+from ..data.greys import normalise_study
+from ..data.tables import described_series, sample_studies, whole_number
+from ..data.volume import Study
+from ..grade.member import Member, Prediction, Weights, silence, without_frames
+from ..grade.registry import MEMBERS
+from ..problems import Kind, Problem, kind_of_error
+from ..spine.levels import locate_levels_surely
+from .members import Members
+
+
+def studies_to_predict(data: str | Path, split: str) -> dict[int, dict[int, str]]:
+    """dict study_id -> dict series_id -> description: every study that a submission must have rows of.
+
+    The descriptions table names the series; studies that only have a folder in {split}_images, rows in
+    sample_submission.csv or bad rows in the descriptions table come with no series, and so with the prior.
+    """
+    jobs = described_series(data, split)
+    named = (whole_number(path.name) for path in (Path(data) / f"{split}_images").glob("*"))
+    others = {study_id for study_id in named if study_id is not None}
+    sample = Path(data) / "sample_submission.csv"
+    if split == "test" and sample.is_file():
+        others |= set(sample_studies(sample))
+    unlisted: dict[int, dict[int, str]] = {study_id: {} for study_id in sorted(others - set(jobs))}
+    return jobs | unlisted
+
+
+@dataclass
+class Prepared:
+    """A study made ready for the members: read, its levels found, their inputs made.
+
+    boxes: five LevelBoxes, None without a readable image; inputs: dict member's name -> what its `prepare` made;
+    seconds: dict of reading, locating and cropping, empty where the work was given up; preparing: how much of the
+    cropping was for which member.
+    """
+
+    study: Study
+    boxes: list[LevelBox] | None
+    inputs: dict[str, Any]
+    problems: list[Problem]
+    seconds: dict[str, float]
+    preparing: dict[str, float] = field(default_factory=dict)
+
+
+def prepare_study(
+    folder: str | Path, descriptions: Mapping[int, str], members: Members, wanted: Collection[str] | None = None
+) -> Prepared:
+    """Everything about a study that needs no network of a member: Prepared. Never raises because of what the study is.
+
+    folder, descriptions: as read_study takes them; wanted: names of the members whose inputs are made; None: all.
+    """
+    seconds = dict.fromkeys(("reading", "locating", "cropping"), 0.0)
+    boxes: list[LevelBox] | None = None
+    inputs: dict[str, Any] = {}
+    started = time.perf_counter()
+    try:
+        study = normalise_study(read_study(folder, descriptions))
+        problems = [Problem(Kind.IMAGES, text) for text in study.problems]
+    except Exception as error:
+        study_id = int(Path(folder).name)
+        text = f"study {study_id} cannot be read ({type(error).__name__}: {error})"
+        study, problems = Study(study_id, [], [text]), [Problem(kind_of_error(error, Kind.IMAGES), text)]
+    seconds["reading"], started = time.perf_counter() - started, time.perf_counter()
+    if not study.volumes:
+        problems.append(Problem(Kind.IMAGES, "no readable image: every row is the prior"))
+        return Prepared(study, boxes, inputs, problems, seconds)
+    problem: Problem | None
+    try:
+        boxes, _, problem = locate_levels_surely(study, members.placement)
+    except Exception as error:
+        problem = Problem.of(error, "no level can be placed: ", kind=Kind.LEVELS)
+    if problem:
+        problems.append(replace(problem, text=f"levels: {problem}"))
+    seconds["locating"] = time.perf_counter() - started
+    preparing: dict[str, float] = {}
+    for member, weights in members.weights.items():
+        if wanted is None or member in wanted:
+            started = time.perf_counter()
+            inputs[member] = MEMBERS[member].prepare(study, boxes, weights, members.device)
+            preparing[member] = time.perf_counter() - started
+    seconds["cropping"] = sum(preparing.values())
+    return Prepared(study, boxes, inputs, problems, seconds, preparing)
+
+
+def predict_studies(
+    batch: Sequence[Prepared],
+    members: Members,
+    views: Mapping[str, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[dict[str, np.ndarray]], list[list[Problem]], dict[str, float]]:
+    """The members on several Prepared studies at once: (list of dicts member -> (5, 5, 3) probabilities, NaN where it
+    has nothing to say; list of lists of Problems; dict member -> seconds).
+
+    views: dict member -> at most how many of its views, -1 all; members that it lacks are not run; None: everything.
+    A study, or a member, that fails costs only its own contribution.
+    """
+    views = dict.fromkeys(members.weights, -1) if views is None else views
+    predictions: list[dict[str, np.ndarray]] = [{} for _ in batch]
+    problems: list[list[Problem]] = [[] for _ in batch]
+    seconds: dict[str, float] = {}
+    readable = [k for k, prepared in enumerate(batch) if prepared.study.volumes]
+    for name in [m for m in members.weights if m in views and readable]:
+        started, member, weights = clock(), MEMBERS[name], members.weights[name]
+        inputs = [_inputs_of(batch[k], member, weights, members.device) for k in readable]
+        try:
+            found = member.predict(inputs, weights, views[name], members.device)
+        except Exception as error:  # a member that does not keep its word, see Member.predict
+            found = [Prediction(silence(), (Problem.of(without_frames(error), f"{name}: ", name),))] * len(readable)
+        for k, prediction in zip(readable, found, strict=True):
+            predictions[k][name] = prediction.probabilities
+            problems[k] += prediction.problems
+        seconds[name] = clock() - started
+    return predictions, problems, seconds
+
+
+def _inputs_of(prepared: Prepared, member: Member, weights: Sequence[Weights], device: str) -> Any:
+    """A member's inputs of a study, made now if they were not made ahead."""
+    if member.name not in prepared.inputs:
+        prepared.inputs[member.name] = member.prepare(prepared.study, prepared.boxes, weights, device)
+    return prepared.inputs[member.name]
