@@ -152,13 +152,6 @@ def cross_fitted_probabilities(scores, grades, used):
     return result
 
 
-def original_probabilities(scores):
-    """Best confidences (..., 3) of the original scheme, normalised over the severities; 1/3 where nothing is said."""
-    scores = np.nan_to_num(np.asarray(scores, dtype=np.float64))
-    total = scores.sum(axis=-1, keepdims=True)
-    return np.where(total > 0, scores / np.where(total > 0, total, 1), 1 / len(SEVERITIES))
-
-
 def yolo_loss_against_prior(grades, probabilities, folds):
     """Weighted log loss of held-out probabilities, and of the class prior on the same rows.
 

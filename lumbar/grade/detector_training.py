@@ -45,9 +45,6 @@ YOLO_SETTINGS = {
     "auto_augment": None,
     "patience": 0,
 }
-# ultralytics' usual flip, which the original scheme left on. It is wrong there: the picture changes sides, the class
-# names do not, so that half of all axial examples teach the other side. Kept, because this is what is compared.
-ORIGINAL_SETTINGS = {"fliplr": 0.5}
 
 
 def yolo_device(device, batch):
@@ -102,7 +99,7 @@ def train_yolo(
             raise FileNotFoundError(f"{listing}: no images in this list; folds of the data set: {info['folds']}")
     device = yolo_device(device, batch)
     scheme = info.get("scheme", "severity")
-    chosen = YOLO_SETTINGS | (ORIGINAL_SETTINGS if scheme == "original" else {}) | (settings or {})
+    chosen = YOLO_SETTINGS | (settings or {})
     arguments = {
         "dataset": info,
         "fold": int(fold),

@@ -53,9 +53,7 @@ def stage_inputs(parameters, name=""):
             found[key] = weight_folders(places)
         elif key == "RUN":
             stages = [p.parent for place in places for p in sorted(place.glob("*/manifest.json"))]
-            extra = [place / "solutions" / "predictions.npz" for place in places]  # of tests/benchmarks
             found[key] = [p for p in stages if p.name != name and ".old-" not in p.name and read_manifest(p)]
-            found[key] += [p for p in extra if p.is_file()]
         else:
             found[key] = places if isinstance(value, list) else places[0]
     return found
