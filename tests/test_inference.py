@@ -28,7 +28,7 @@ from lumbar.grade.ensemble import default_ensemble
 from lumbar.grade.member import Weights, together_or_alone
 from lumbar.grade.registry import member_of, member_weights
 from lumbar.in_flight import images_digest
-from lumbar.names import LABEL_COLUMNS
+from lumbar.names import CLASS_COUNTS, LABEL_COLUMNS
 from lumbar.problems import Kind, Problem
 from lumbar.run.pipeline import run_notebook
 from lumbar.serve import inference, read_ahead, results
@@ -393,7 +393,7 @@ def test_the_order_of_fallbacks(data, networks, tmp_path, monkeypatch):
     np.testing.assert_allclose(found[2], np.tile(SAYS[::-1], (5, 5, 1)), atol=1e-9)
     np.testing.assert_allclose(found[3][1], PRIOR[1], atol=1e-9)
     np.testing.assert_allclose(found[3][0, 2], PRIOR[0, [0, 1, 3, 4]].mean(0), atol=1e-9)
-    counts = np.array(inference.CLASS_COUNTS["subarticular"]) * (1, 2, 4)
+    counts = np.sum(CLASS_COUNTS[3], 0) * (1, 2, 4)
     np.testing.assert_allclose(found[3][3], np.tile(counts / counts.sum(), (5, 1)), atol=1e-9)
     assert log["rows_from"].to_dict() == {
         1: "ensemble 25",

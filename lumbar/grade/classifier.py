@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from scipy.special import softmax
 from torch import nn
 
 from ..data.geometry import boxes_from_table
@@ -313,11 +314,7 @@ def predict_crops(models, crops, crop, levels=None, views=({},), batch=16):
 
     The arguments are predict_views'.
     """
-    return _softmax(predict_views(models, crops, crop, levels, views, batch).mean(0))
-
-
-def _softmax(logits):
-    return F.softmax(torch.from_numpy(logits), -1).numpy()
+    return softmax(predict_views(models, crops, crop, levels, views, batch).mean(0), -1)
 
 
 def crops_to_studies(predicted, scope):
@@ -368,7 +365,7 @@ def predict_dataset(models, dataset, views=({},), numbers=None, workers=0):
 
     The arguments are measure_views'.
     """
-    return _softmax(measure_views(models, dataset, views, numbers, workers).mean(0))
+    return softmax(measure_views(models, dataset, views, numbers, workers).mean(0), -1)
 
 
 def settle_views(out, held_out, device="auto", views=TTA_VIEWS, workers=0):
@@ -391,4 +388,4 @@ def settle_views(out, held_out, device="auto", views=TTA_VIEWS, workers=0):
     used = cross_fitted_views(grades, log_p, views, deal_parts(np.ones(len(grades), bool)))
     share = (used / used.sum(1, keepdims=True)).T[..., None, None, None]
     ends = np.cumsum([len(dataset.study_ids) for dataset in held_out.values()])
-    return dict(zip(held_out, np.split(_softmax((log_p * share).sum(0)), ends[:-1]), strict=True)), table
+    return dict(zip(held_out, np.split(softmax((log_p * share).sum(0), -1), ends[:-1]), strict=True)), table
