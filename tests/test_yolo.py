@@ -513,6 +513,16 @@ def test_dataset_is_left_alone_when_finished(dataset):
     assert before == sorted((p.name, p.stat().st_mtime_ns) for p in (dataset["dir"] / "images").iterdir())
 
 
+@pytest.mark.parametrize("damage", ["{", "[1]", ""])
+def test_a_dataset_whose_description_is_damaged_is_made_again(dataset, tmp_path, damage):
+    shutil.copytree(dataset["dir"], tmp_path / "nfn")
+    (tmp_path / "nfn" / "dataset.json").write_text(damage)
+    (tmp_path / "nfn" / "images" / "old.png").touch()
+    again = utils.write_yolo_dataset(tmp_path / "nfn", *dataset["arguments"], imgsz=96, view=dataset["view"])
+    assert again == json.loads((tmp_path / "nfn" / "dataset.json").read_text()) == dataset["info"]
+    assert not (tmp_path / "nfn" / "images" / "old.png").exists()
+
+
 def test_a_point_on_no_slice_costs_itself_and_a_mended_table_counts(dataset, tmp_path, capsys):
     condition, volumes, coordinates, ids, grades, folds = dataset["arguments"]
     good = coordinates[coordinates["instance_number"] != 999]

@@ -6,8 +6,10 @@ May use: data, storage, names.
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +20,7 @@ from ..data.geometry import place_points
 from ..data.tables import some_of
 from ..data.volume import load_study, study_about
 from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, progress
-from ..storage import write_json
+from ..storage import DamagedFile, read_json, write_csv, write_json, write_text
 
 # A detector's classes are the three severities and nothing else. One sagittal slice cannot show its side and one
 # axial slice barely shows its level, so both come from patient coordinates. It also makes a horizontal flip of an
@@ -221,107 +223,146 @@ class SeverityImages:
 
 
 def write_yolo_dataset(
-    out_dir,
-    condition,
-    volumes_dir,
-    coordinates,
-    study_ids,
-    grades,
-    folds,
-    imgsz=384,
-    view=None,
-    images=None,
-):
-    """Write one detector's data set in YOLO's folder layout.
+    out_dir: str | Path,
+    condition: str,
+    volumes_dir: str | Path,
+    coordinates: pd.DataFrame,
+    study_ids: Iterable[int],
+    grades: np.ndarray,
+    folds: pd.DataFrame,
+    imgsz: int = 384,
+    view: YoloView | None = None,
+    images: SeverityImages | None = None,
+) -> dict[str, Any]:
+    """Write one detector's data set in YOLO's folder layout. Returns the content of its dataset.json.
 
     out_dir gets images/*.png (8-bit grey, all of one shape), labels/*.txt (class xc yc w h, relative), points.csv
     (every label point in LPS mm), train_<fold>.txt and val_<fold>.txt (paths relative to the list: the folder can be
-    moved), and dataset.json, written last.
+    moved), and dataset.json, written last. A point that lies on no slice of its study (see place_points), and a study
+    without a volume file, costs only itself: it is left out, counted (without_slice) and printed. A finished folder of
+    the same settings, points and volumes is left alone.
 
-    condition: a key of DETECTORS. volumes_dir: folder of <study_id>.safetensors (save_study). coordinates: table of
-    read_coordinates. study_ids, grades: of labels_to_array. folds: table study_id, fold.
-    imgsz, view: of SeverityImages; images: another one in its place.
-    A point that lies on no slice of its study (see place_points), and a study without a volume file, costs only itself:
-    it is left out, counted (without_slice) and printed.
-    A finished folder of the same settings, points and volumes is left alone. Returns the content of dataset.json.
-    Raises FileNotFoundError when no study has a volume file, ValueError when nothing could be labelled.
+    Parameters
+    ----------
+    condition : str
+        A key of DETECTORS.
+    volumes_dir : path
+        Folder of <study_id>.safetensors (save_study).
+    coordinates, study_ids, grades
+        Of read_coordinates and labels_to_array.
+    folds : DataFrame
+        study_id, fold.
+    imgsz, view
+        Of SeverityImages; images: what stands in its place.
+
+    Raises
+    ------
+    FileNotFoundError
+        No study has a volume file.
+    ValueError
+        Nothing could be labelled.
     """
-    from PIL import Image
-
     images = images or SeverityImages(condition, imgsz, view)
     out_dir, volumes_dir = Path(out_dir), Path(volumes_dir)
-    points = yolo_examples(coordinates, study_ids, grades, condition)
     fold_of = dict(zip(folds["study_id"].astype(int), folds["fold"].astype(int)))
+    points = yolo_examples(coordinates, study_ids, grades, condition)
     points = points[points["study_id"].isin(fold_of)]
     paths = {study_id: volumes_dir / f"{study_id}.safetensors" for study_id in sorted(points["study_id"].unique())}
-    without_volumes = [study_id for study_id, path in paths.items() if not path.is_file()]
-    if paths and len(without_volumes) == len(paths):
+    there = {study_id: path for study_id, path in paths.items() if path.is_file()}
+    if paths and not there:
         raise FileNotFoundError(
-            f"{paths[without_volumes[0]]}: no volumes for a labelled study; run 01_preprocess for it first"
+            f"{next(iter(paths.values()))}: no volumes for a labelled study; run 01_preprocess for it first"
         )
-    shape_px = images.shape_px
     settings = images.about | {
         "condition": condition,
         "scheme": images.scheme,
-        "imgsz": max(shape_px),
-        "shape_px": list(shape_px),
+        "imgsz": max(images.shape_px),
+        "shape_px": list(images.shape_px),
         "mm_per_px": images.mm_per_px,
         "points": len(points),
         "folds": sorted(set(fold_of.values())),
         "studies": len(fold_of),
-        "content": _content(points, fold_of, [path for path in paths.values() if path.is_file()]),
+        "content": _content(points, fold_of, there.values()),
     }
     done = out_dir / "dataset.json"
-    if done.exists():
-        old = {"scheme": SeverityImages.scheme} | json.loads(done.read_text())
-        if all(old.get(key) == value for key, value in settings.items()):
-            return old
-    for name in ("images", "labels"):
-        shutil.rmtree(out_dir / name, ignore_errors=True)
-        (out_dir / name).mkdir(parents=True)
+    known = _read_finished(done, settings)
+    if known is not None:
+        return known
     done.unlink(missing_ok=True)
-    lists = {fold: {"train": [], "val": []} for fold in settings["folds"]}
-    located, outside, unplaced = [], 0, []
-    for study_id, of_study in progress(points.groupby("study_id"), f"yolo {condition}", points["study_id"].nunique()):
-        if study_id in without_volumes:
-            unplaced += [f"study {study_id}: no volumes"] * len(of_study)
-            continue
-        study = load_study(paths[study_id], [DETECTORS[condition][0]])
-        here, problems = _locate_examples(study, of_study)
-        unplaced += problems
-        if here.empty:
-            continue
-        located.append(here)
-        for volume, k, image, classes, xy in images.of_study(study, here):
-            inside = ((xy >= 0) & (xy <= np.array(shape_px[::-1]) - 1)).all(axis=1)
-            outside += int((~inside).sum())
-            if not inside.any():
-                continue
-            name = f"{study_id}_{volume.series_id}_{volume.block}_{int(volume.instance_numbers[k])}"
-            Image.fromarray(image).save(out_dir / "images" / f"{name}.png")
-            lines = _label_lines(classes[inside], xy[inside], images.box_px, shape_px)
-            (out_dir / "labels" / f"{name}.txt").write_text("\n".join(lines) + "\n")
-            for fold in lists:
-                lists[fold]["val" if fold_of[int(study_id)] == fold else "train"].append(f"./images/{name}.png")
-    which = some_of(dict.fromkeys(unplaced), between="; ")
+    located, written, outside, left_out = _write_images(out_dir, condition, images, points, there)
+    which = some_of(dict.fromkeys(left_out), between="; ")
     if not located:
         raise ValueError(
             f"no label point of '{condition}' lies in a cached series of {volumes_dir} ({which or 'none graded'}): "
             "check that series and instance numbers of the coordinates match the volumes"
         )
-    if unplaced:
-        print(f"yolo {condition}: {len(unplaced)} of {len(points)} label points are left out: {which}")
-    pd.concat(located).drop(columns=["volume", "slice"]).to_csv(out_dir / "points.csv", index=False)
-    for fold, parts in lists.items():
-        for part, names in parts.items():
-            (out_dir / f"{part}_{fold}.txt").write_text("\n".join(sorted(names)) + "\n")
-    result = settings | {
-        "images": sum(len(p["val"]) for p in lists.values()),
-        "outside_field": outside,
-        "without_slice": len(unplaced),
-    }
-    write_json(done, result)
-    return result
+    if left_out:
+        print(f"yolo {condition}: {len(left_out)} of {len(points)} label points are left out: {which}")
+    write_csv(out_dir / "points.csv", pd.concat(located).drop(columns=["volume", "slice"]))
+    _write_lists(out_dir, written, fold_of)
+    counts = {"images": sum(map(len, written.values())), "outside_field": outside, "without_slice": len(left_out)}
+    write_json(done, settings | counts)
+    return settings | counts
+
+
+def _read_finished(path, settings):
+    """The content of a finished dataset.json of these settings; None without one."""
+    try:
+        known = {"scheme": SeverityImages.scheme} | read_json(path)
+    except (FileNotFoundError, DamagedFile):
+        return None
+    return known if all(known.get(key) == value for key, value in settings.items()) else None
+
+
+def _write_images(out_dir, condition, images, points, paths):
+    """Write images and labels of all studies, in place of what is there.
+
+    points: of yolo_examples; paths: dict study_id -> volumes, of the studies that have any. Returns (list of
+    _locate_examples' tables; dict study_id -> its images, as the lists name them; how many labels lie outside of an
+    image that was cut for others; for each point that is left out, why).
+    """
+    from PIL import Image
+
+    for name in ("images", "labels"):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+        (out_dir / name).mkdir(parents=True)
+    located, written, outside, left_out = [], {}, 0, []
+    limits = np.array(images.shape_px[::-1]) - 1
+    for study_id, of_study in progress(points.groupby("study_id"), f"yolo {condition}", points["study_id"].nunique()):
+        if study_id not in paths:
+            left_out += [f"study {study_id}: no volumes"] * len(of_study)
+            continue
+        study = load_study(paths[study_id], [DETECTORS[condition][0]])
+        here, problems = _locate_examples(study, of_study)
+        left_out += problems
+        if here.empty:
+            continue
+        located.append(here)
+        names = written.setdefault(int(study_id), [])
+        for volume, k, image, classes, xy in images.of_study(study, here):
+            inside = ((xy >= 0) & (xy <= limits)).all(axis=1)
+            outside += int((~inside).sum())
+            if not inside.any():
+                continue
+            name = f"{study_id}_{volume.series_id}_{volume.block}_{int(volume.instance_numbers[k])}"
+            Image.fromarray(image).save(out_dir / "images" / f"{name}.png")
+            lines = _label_lines(classes[inside], xy[inside], images.box_px, images.shape_px)
+            (out_dir / "labels" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+            names.append(f"./images/{name}.png")
+    return located, written, outside, left_out
+
+
+def _write_lists(out_dir, written, fold_of):
+    """Write the lists of images to train on and to hold out, for each fold. written: dict study_id -> images."""
+    for fold in sorted(set(fold_of.values())):
+        for part in ("train", "val"):
+            names = [
+                name
+                for study_id, own in written.items()
+                if (fold_of[study_id] == fold) == (part == "val")
+                for name in own
+            ]
+            write_text(out_dir / f"{part}_{fold}.txt", "\n".join(sorted(names)) + "\n")
 
 
 def _content(points, fold_of, paths):
