@@ -25,7 +25,7 @@ from lumbar.grade.calibration import yolo_loss_against_prior
 from lumbar.grade.classifier import SMALL_BACKBONES, backbone_config, level_centers, load_classifier, settle_views
 from lumbar.grade.crops import CropDataset, augment_crops, expand_view, margin_shape, view_crops
 from lumbar.grade.detector import dense_scores, load_yolo, score_studies, settle_detectors, yolo_table
-from lumbar.grade.detector_data import DETECTOR_VIEWS, SCHEMES, fit_point_offsets, write_yolo_dataset
+from lumbar.grade.detector_data import DETECTOR_VIEWS, fit_point_offsets, write_yolo_dataset
 from lumbar.grade.detector_training import train_yolo
 from lumbar.grade.detector_weights import find_yolo_description
 from lumbar.grade.distributed import bytes_of, loader_memory, processes_for
@@ -155,7 +155,6 @@ __all__ = [
     "MEMBERS",
     "MEMBER_COLOURS",
     "RandomisedSlices",
-    "SCHEMES",
     "SEVERITIES",
     "SMALL_BACKBONES",
     "SUBMISSION_COLUMNS",

@@ -139,9 +139,9 @@ class FormerHeads(nn.Module):
         return torch.stack([self.first, self.first + 0.15 + nn.functional.softplus(self.gap)], -1)
 
 
-@pytest.mark.parametrize("scope, pooling", [("level", "grid"), ("study", "grid"), ("level", "global")])
-def test_weights_of_earlier_versions_predict_what_they_did(tmp_path, scope, pooling):
-    model = OrdinalClassifier(scope, "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3), pooling=pooling).eval()
+@pytest.mark.parametrize("scope", ["level", "study"])
+def test_weights_of_earlier_versions_predict_what_they_did(tmp_path, scope):
+    model = OrdinalClassifier(scope, "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
     model.heads = FormerHeads(model.heads.shape)
     save_classifier(tmp_path / "a.safetensors", model, {})
     again, _ = load_classifier(tmp_path / "a.safetensors")
@@ -682,30 +682,6 @@ def test_half_precision_trains_alike_and_heads_stay_full(tmp_path):
         log_p = model(torch.zeros(2, 3, 32, 32, 32), torch.tensor([0, 1]))
     assert log_p.dtype == torch.float32
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(2, 5), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("scope", ["level", "study"])
-def test_pooling_is_kept_with_the_weights(tmp_path, scope):
-    prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
-    x, level = torch.randn(3, 3, 32, 32, 32), torch.tensor([0, 2, 4])
-    for pooling in ("grid", "global"):
-        model = OrdinalClassifier(scope, "tiny", (32, 32, 32), prior, pooling=pooling).eval()
-        log_p = model(x, level)
-        assert log_p.shape == ((3, 5, 3) if scope == "level" else (3, 5, 5, 3))
-        save_classifier(tmp_path / "a.safetensors", model, {"fold": 0})
-        again, about = load_classifier(tmp_path / "a.safetensors")
-        assert about["pooling"] == again.pooling == pooling
-        torch.testing.assert_close(again(x, level), log_p)
-    # One vector for the whole volume: what stands where in the features does not matter.
-    turned = torch.flip(model.backbone.forward_features(x), (2, 3, 4))
-    model.backbone.forward_features = lambda _: turned
-    torch.testing.assert_close(model(x, level), log_p, atol=1e-4, rtol=1e-4)
-    if scope == "level":
-        torch.testing.assert_close(model(x, torch.zeros_like(level)), log_p, atol=1e-4, rtol=1e-4)
-    else:
-        assert model.score.out_features == 25 and not hasattr(model, "attention")
-    with pytest.raises(ValueError, match="POOLING"):
-        OrdinalClassifier(scope, "tiny", (32, 32, 32), prior, pooling="max")
 
 
 def test_weights_from_before_there_was_a_choice_of_pooling(tmp_path):

@@ -9,6 +9,7 @@ import pydicom
 import pytest
 import small_study
 import torch
+from benchmarks.baselines import voxelise_point_cloud
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
@@ -30,14 +31,14 @@ import utils
 from lumbar.data import resample as resample_module
 from lumbar.data.crop import Crop
 from lumbar.data.dicom import read_slice, read_slices, read_study
-from lumbar.data.geometry import LevelBox, axial_slices_near, boxes_to_table, coordinates_to_lps
+from lumbar.data.geometry import LevelBox, boxes_to_table, coordinates_to_lps
 from lumbar.data.greys import normalise_study
 from lumbar.data.pixels import DECODERS, DicomProblem
 from lumbar.data.resample import crop_affine, crop_level, crop_study, resample, sample_box
 from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume, save_study
 from lumbar.limits import TookTooLong, cpu_limit
-from lumbar.look.point_cloud import point_cloud, voxelise_point_cloud
+from lumbar.look.point_cloud import point_cloud
 
 
 def rotation(rng):
@@ -735,50 +736,6 @@ def test_the_whole_study_as_a_point_cloud():
     mean, _ = voxelise_point_cloud(study, None, whole, pooling="average")
     both = occupied[0] & occupied[1]
     assert mean[0][both].mean() < 0.4 < crop[0][both].mean()
-
-
-# ---- From sagittal points to axial slices ----
-
-
-def test_axial_slices_near_a_sagittal_point():
-    rng = np.random.default_rng(3)
-    sagittal = Volume(np.zeros((9, 90, 90)), random_affine(rng), 1, 10, "Sagittal T1", 0, np.arange(9))
-    volumes = [sagittal]
-    middle = sagittal.voxel_to_lps([4, 45, 45])
-    for block, instances in enumerate((np.arange(30, 20, -1), np.arange(3, 13))):
-        affine = random_affine(rng, plane="Axial")
-        # One stack steps aside: its slices' origins do not follow the normal.
-        affine[:3, 0] += affine[:3, 1] * block
-        affine[:3, 3] = middle - affine[:3, :3] @ [4.3, 50, 40]
-        volumes.append(Volume(np.zeros((10, 100, 80)), affine, 1, 12, "Axial T2", block, instances))
-    study = Study(1, volumes)
-    points = np.stack([middle, middle + [0, 0, 300.0], [np.nan] * 3, sagittal.voxel_to_lps([3, 40, 48])])
-    table = axial_slices_near(study, points, reach_mm=5.0)
-    assert set(table["point"]) == {0, 3} and set(table["block"]) == {0, 1}
-    # Every slice of every stack, the long way round.
-    expected = 0
-    for volume in volumes[1:]:
-        normal = np.cross(volume.affine[:3, 2], volume.affine[:3, 1])
-        normal /= np.linalg.norm(normal)
-        for point in (0, 3):
-            for index in range(10):
-                distance = (points[point] - volume.voxel_to_lps([index, 0, 0])) @ normal
-                if abs(distance) > 5:
-                    continue
-                expected += 1
-                foot = volume.lps_to_voxel(points[point] - distance * normal)
-                row = table[(table["point"] == point) & (table["block"] == volume.block) & (table["slice"] == index)]
-                (row,) = row.itertuples()
-                assert row.series_id == 12 and row.instance_number == volume.instance_numbers[index]
-                assert foot == pytest.approx([index, row.row_px, row.column_px], abs=1e-6)
-                assert row.distance_mm == pytest.approx(abs(distance), abs=1e-6)
-    assert len(table) == expected >= 6
-    assert table.groupby("point")["distance_mm"].is_monotonic_increasing.all()
-    # Beside the image nothing is near, however close the plane; without axial series the table is empty.
-    beside = volumes[1].voxel_to_lps([4, 50, 200])
-    assert not (axial_slices_near(study, beside)["block"] == 0).any()
-    empty = axial_slices_near(Study(1, [sagittal]), points)
-    assert len(empty) == 0 and list(empty) == list(table)
 
 
 def test_sampling_on_a_gpu_is_the_same():

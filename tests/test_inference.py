@@ -19,8 +19,9 @@ from lumbar import limits
 from lumbar.grade.detector_member import Detectors
 from lumbar.grade.ensemble import default_ensemble
 from lumbar.in_flight import images_digest
+from lumbar.names import CLASS_COUNTS
 from lumbar.run.pipeline import run_notebook
-from lumbar.serve import results, tables
+from lumbar.serve import results
 from lumbar.serve.study import prepare_study, studies_to_predict
 from lumbar.spine.placement import Placement
 from lumbar.spine.spinenet import SpineNet
@@ -358,7 +359,7 @@ def test_the_order_of_fallbacks(data, level, tmp_path, monkeypatch):
     is_said(found[2], SAYS[::-1])
     np.testing.assert_allclose(found[3][1], PRIOR[1], atol=1e-9)
     np.testing.assert_allclose(found[3][0, 2], PRIOR[0, [0, 1, 3, 4]].mean(0), atol=1e-9)
-    counts = np.array(tables.CLASS_COUNTS["subarticular"]) * (1, 2, 4)
+    counts = np.sum(CLASS_COUNTS[3], 0) * (1, 2, 4)
     np.testing.assert_allclose(found[3][3], np.tile(counts / counts.sum(), (5, 1)), atol=1e-9)
     assert log["rows_from"].to_dict() == {
         1: "ensemble 25",

@@ -20,7 +20,7 @@ from lumbar.data.resample import crop_level
 from lumbar.grade.ensemble import default_ensemble
 from lumbar.look.gallery import make_gallery
 from lumbar.look.plots import plot_case, plot_label_points, plot_level_boxes, plot_slice
-from lumbar.look.report import resampled_scores, row_losses
+from lumbar.look.report import known_losses, resampled_scores
 from lumbar.look.slices import box_on_slice, direction_letter, slice_axes, slice_caption
 from lumbar.names import LABEL_COLUMNS, SEVERITY_WEIGHTS
 
@@ -228,7 +228,7 @@ def test_score_table_agrees_with_the_metric(graded):
 
 def test_cell_losses_pool_to_the_metric(graded):
     truth, probabilities = graded
-    weight, _ = row_losses(truth, probabilities)
+    weight, _ = known_losses(truth, probabilities)
     losses = utils.cell_losses(truth, probabilities)
     pooled = (losses[0] * weight.sum(0)[0]).sum() / weight.sum(0)[0].sum()
     assert pooled == pytest.approx(utils.score_arrays(truth, probabilities)["spinal"])

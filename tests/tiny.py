@@ -59,7 +59,6 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
     shape: voxels along each side of both crops; imgsz: of the detectors; fold: in the files' names, other numbers are
     other weights; the detectors of fold 1 and on have a second view.
     """
-    pass
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

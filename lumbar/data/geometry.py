@@ -157,51 +157,6 @@ def nearest_slice(volume: Volume, xyz_mm: ArrayLike) -> tuple[int, float, float,
     return index, float(distance), float(ijk[1]), float(ijk[2])
 
 
-def axial_slices_near(study: Study, points_lps_mm: ArrayLike, reach_mm: float = 5.0) -> pd.DataFrame:
-    """The axial slices that cover points and lie near them, e.g. to find on axial slices what was seen on a sagittal.
-
-    points_lps_mm: (n, 3) LPS millimetres (NaN: found nowhere); reach_mm: largest distance along the slice normal.
-    Returns a DataFrame, a row for each point and slice: point (index into points), series_id, block, slice (index
-    into the Volume), instance_number, distance_mm (along the normal, positive), row_px, column_px (where the point's
-    foot on that slice lies, pixel centres at whole numbers; inside the image). Nearest first for each point. Slices
-    of all axial series and blocks count, so that a point between two stacks finds slices of both.
-    """
-    points = np.asarray(points_lps_mm, np.float64).reshape(-1, 3)
-    tables = []
-    for volume in study.volumes:
-        if volume.plane != "axial":
-            continue
-        count, rows, columns = volume.array.shape
-        down, along = volume.affine[:3, 1], volume.affine[:3, 2]
-        normal = np.cross(along, down)
-        normal /= np.linalg.norm(normal)
-        origin = volume.affine[:3, 3] + np.arange(count)[:, None] * volume.affine[:3, 0]
-        offset = points[:, None] - origin  # (n, slices, 3): stacks may step aside, so each slice has its own origin
-        distance = np.abs(offset @ normal)
-        row, column = offset @ down / (down @ down), offset @ along / (along @ along)
-        near = (distance <= reach_mm) & (np.abs(row - (rows - 1) / 2) <= rows / 2)
-        near &= np.abs(column - (columns - 1) / 2) <= columns / 2
-        point, index = np.nonzero(near)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "point": point,
-                    "series_id": volume.series_id,
-                    "block": volume.block,
-                    "slice": index,
-                    "instance_number": volume.instance_numbers[index],
-                    "distance_mm": distance[near],
-                    "row_px": row[near],
-                    "column_px": column[near],
-                }
-            )
-        )
-    if not tables:
-        names = ("point", "series_id", "block", "slice", "instance_number", "distance_mm", "row_px", "column_px")
-        return pd.DataFrame({name: np.zeros(0, float if name[-2:] in ("mm", "px") else int) for name in names})
-    return pd.concat(tables).sort_values(["point", "distance_mm"], kind="stable", ignore_index=True)
-
-
 def on_image(volume: Volume, x_px: Any, y_px: Any) -> Any:
     """Whether pixel coordinates (numbers or arrays) lie on a volume's slices; a pixel beyond the edge still does, for
     tools that count from a corner. False for NaN."""

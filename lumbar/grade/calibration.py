@@ -1,11 +1,14 @@
 """A detector's scores to probabilities: shift and scale for each condition, side and level.
 
-May use: data.metric, names, tta.
+May use: data, names, tta.
 """
 
 import numpy as np
+from scipy.special import log_softmax, softmax
 
-from ..names import LEVELS, SEVERITIES, SEVERITY_WEIGHTS
+from ..data.competition import class_prior
+from ..data.metric import row_losses
+from ..names import LEVELS, SEVERITY_WEIGHTS
 from .tta import deal_parts
 
 
@@ -86,8 +89,7 @@ def fit_yolo_calibration(scores, grades, prior, ridges=(1.0, 3.0, 10.0, 30.0, 10
         base, z = bases[trust]
         logits, x = base[part].copy(), np.c_[np.ones(len(part)), z[part]]
         logits[:, 1:] += x @ flat.reshape(2, 3).T
-        logits -= logits.max(axis=1, keepdims=True)
-        logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        logp = log_softmax(logits, 1)
         at = np.arange(len(part)), y[part]
         residual = np.exp(logp)
         residual[at] -= 1
@@ -120,11 +122,11 @@ def yolo_probabilities(scores, calibration=None):
     safe = np.where(missing[..., None], 1.0, scores)
     if calibration is None:
         p = np.clip(safe, 1e-6, None) * np.array(SEVERITY_WEIGHTS, float)
+        p /= p.sum(axis=-1, keepdims=True)
     else:
         level = np.broadcast_to(np.arange(len(LEVELS))[:, None], missing.shape)
         logits = _calibration_logits(safe.reshape(-1, 3), level.ravel(), calibration)[0].reshape(safe.shape)
-        p = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
+        p = softmax(logits, -1)
     return np.where(missing[..., None], np.nan, p)
 
 
@@ -152,13 +154,6 @@ def cross_fitted_probabilities(scores, grades, used):
     return result
 
 
-def original_probabilities(scores):
-    """Best confidences (..., 3) of the original scheme, normalised over the severities; 1/3 where nothing is said."""
-    scores = np.nan_to_num(np.asarray(scores, dtype=np.float64))
-    total = scores.sum(axis=-1, keepdims=True)
-    return np.where(total > 0, scores / np.where(total > 0, total, 1), 1 / len(SEVERITIES))
-
-
 def yolo_loss_against_prior(grades, probabilities, folds):
     """Weighted log loss of held-out probabilities, and of the class prior on the same rows.
 
@@ -170,12 +165,7 @@ def yolo_loss_against_prior(grades, probabilities, folds):
         return {"weighted_log_loss": float("nan"), "class_prior": float("nan"), "gain": float("nan"), "rows": 0}
     prior = np.zeros(probabilities.shape)
     for fold in np.unique(folds):
-        counts = np.stack([(grades[folds != fold] == k).sum(axis=0) + 1.0 for k in range(len(SEVERITIES))], axis=-1)
-        counts *= np.array(SEVERITY_WEIGHTS)
-        prior[folds == fold] = counts / counts.sum(axis=-1, keepdims=True)
-    weight = np.array(SEVERITY_WEIGHTS, float)[grades[use]]
-    at = np.arange(int(use.sum())), grades[use]
-    loss, base = (
-        float((weight * -np.log(np.clip(p[use][at], 1e-15, 1))).sum() / weight.sum()) for p in (probabilities, prior)
-    )
+        prior[folds == fold] = class_prior(grades[folds != fold])
+    rows = (row_losses(grades[use], p[use]) for p in (probabilities, prior))
+    loss, base = (float((weight * losses).sum() / weight.sum()) for weight, losses in rows)
     return {"weighted_log_loss": loss, "class_prior": base, "gain": 1 - loss / base, "rows": int(use.sum())}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from scipy.special import softmax
 from torch import nn
 
 from ..data.crop import CROP_AXES, Crop
@@ -110,11 +111,11 @@ class OrdinalClassifier(nn.Module):
     means along the head-foot axis (LevelAttention), so that a level learns from all others. In both the cut points
     differ by level: a crop does not tell how common a grade is at its level.
 
-    pooling `grid`: features are pooled to a coarse grid across the body and not to one vector: convolutions and
-    relative attention alone hardly know left from right, and which side a narrowing is on is half of the question.
-    `global` is the plain way, to compare with: one mean over the whole volume; for scope `level` 5 heads whose cut
-    points all levels share, for scope `study` 25 outputs of the one vector, each with its own cut points.
+    Features are pooled to a coarse grid across the body and not to one vector: convolutions and relative attention
+    alone hardly know left from right, and which side a narrowing is on is half of the question.
     """
+
+    pooling = "grid"  # weights files name it, because there are networks that pool otherwise
 
     def __init__(
         self,
@@ -124,13 +125,10 @@ class OrdinalClassifier(nn.Module):
         prior,
         dropout=0.2,
         level_centers=USUAL_LEVEL_CENTERS,
-        pooling="grid",
     ):
         super().__init__()
         if scope not in ("level", "study"):
             raise ValueError(f"SCOPE must be level or study, not {scope!r}")
-        if pooling not in ("grid", "global"):
-            raise ValueError(f"POOLING must be grid or global, not {pooling!r}")
         self.config = {
             "scope": scope,
             "backbone": backbone,
@@ -138,27 +136,22 @@ class OrdinalClassifier(nn.Module):
             "prior": np.asarray(prior).tolist(),
             "dropout": dropout,
             "level_centers": list(level_centers),
-            "pooling": pooling,
+            "pooling": self.pooling,
         }
-        self.scope, self.pooling = scope, pooling
+        self.scope = scope
         self.recompute = False  # in training: a block's activations are not kept but computed again for its gradients
         self.backbone = make_backbone(backbone, img_size)
         channels, stride = self.backbone.num_features, 2 ** (1 + len(self.backbone.stages))
-        outputs = len(CONDITIONS)
-        if pooling == "global":
-            self.pool, cells = (1, 1, 1), 1
-            outputs *= len(LEVELS) if scope == "study" else 1
-        elif scope == "level":
+        if scope == "level":
             self.pool, cells = (1, 2, 4), 8
         else:
             self.pool, cells = (img_size[0] // stride, 1, 4), 4
             self.attention = LevelAttention(channels * cells, self.pool[0], level_centers)
         self.dropout = nn.Dropout(dropout)
-        self.score = nn.Linear(channels * cells, outputs)
+        self.score = nn.Linear(channels * cells, len(CONDITIONS))
         nn.init.normal_(self.score.weight, std=0.03)  # a score near 0: about the prior
         nn.init.zeros_(self.score.bias)
-        shared = pooling == "global" and scope == "level"
-        self.heads = CumulativeHeads(np.mean(prior, 1) if shared else prior)
+        self.heads = CumulativeHeads(prior)
 
     def forward(self, x, level=None):
         """x: (B, 3, d, h, w) float; level: (B,) int64, index into LEVELS, for scope `level` only.
@@ -170,7 +163,7 @@ class OrdinalClassifier(nn.Module):
         # Under mixed precision only the backbone is: scores and cut points keep all their digits.
         with torch.autocast(x.device.type, enabled=False):
             features = F.adaptive_avg_pool3d(features.float(), self.pool)
-            if self.scope == "study" and self.pooling == "grid":
+            if self.scope == "study":
                 # (B, channels x right-left, head-foot) -> (B, 5 levels, channels x right-left)
                 features = self.attention(features.transpose(2, 4).flatten(1, 3))
                 score = self.score(self.dropout(features)).transpose(1, 2)
@@ -181,9 +174,7 @@ class OrdinalClassifier(nn.Module):
                 return cumulative_log_probabilities(score.view(len(x), *cutpoints.shape[:2]), cutpoints)
             if level.ndim == 2:
                 score = score[:, None].expand(-1, level.shape[1], -1)
-            if self.pooling == "grid":
-                cutpoints = cutpoints[:, level].movedim(0, -2)
-            return cumulative_log_probabilities(score, cutpoints)
+            return cumulative_log_probabilities(score, cutpoints[:, level].movedim(0, -2))
 
     def _features(self, x):
         if not (self.recompute and self.training):
@@ -227,20 +218,21 @@ def save_classifier(path, model, about):
 _REMEDY = "give a classifier's file as 04_train_vit wrote it (attach its output again, or train again)"
 
 
-def load_classifier(path, device="cpu"):
-    """(model in evaluation mode, about): what save_classifier wrote, `crop` in it a Crop.
+def load_classifier(path, device="cpu", network=OrdinalClassifier):
+    """(model in evaluation mode, about): what save_classifier wrote of a model of the class `network`, `crop` in it a
+    Crop.
 
     Raises FileNotFoundError, or DamagedFile (a ValueError) for a file with other contents: numbers out of range, a
     network that its tensors do not fit, values that are not finite.
     """
     state, about = read_weights(path, "classifier", _REMEDY, "a classifier's")
     about |= read_settled(path)
-    _check_classifier(Stated(path, about, _REMEDY))
+    _check_classifier(Stated(path, about, _REMEDY), network)
     names = ("scope", "backbone", "img_size", "prior", "dropout", "level_centers")
-    arguments = (*(about[name] for name in names), about.get("pooling", "grid"))
+    arguments = [about[name] for name in names]
     state = current_heads(state)
-    check_network(path, lambda: OrdinalClassifier(*arguments), state, _REMEDY)
-    model = OrdinalClassifier(*arguments)
+    check_network(path, lambda: network(*arguments), state, _REMEDY)
+    model = network(*arguments)
     model.load_state_dict(state)
     if "crop" in about:
         about["crop"] = Crop.from_json(about["crop"])
@@ -253,10 +245,10 @@ def read_classifier_about(path):
         return about | read_settled(path)
 
 
-def _check_classifier(stated):
-    """Refuse a file of which OrdinalClassifier, cut_crops or view_crops would make something else than was trained."""
+def _check_classifier(stated, network):
+    """Refuse a file of which the network, cut_crops or view_crops would make something else than was trained."""
     scope = stated.choice("scope", ("level", "study"))
-    stated.choice("pooling", ("grid", "global"), optional=True)
+    stated.choice("pooling", (network.pooling,), optional=True)
     sizes = stated.numbers("img_size", (3,), 1, 512, whole=True)
     if math.prod(sizes) > 320**3:
         stated.refuse("img_size", "less than 320 x 320 x 320 voxels")
@@ -330,11 +322,7 @@ def predict_crops(models, crops, crop, levels=None, views=({},), batch=16):
 
     The arguments are predict_views'.
     """
-    return _softmax(predict_views(models, crops, crop, levels, views, batch).mean(0))
-
-
-def _softmax(logits):
-    return F.softmax(torch.from_numpy(logits), -1).numpy()
+    return softmax(predict_views(models, crops, crop, levels, views, batch).mean(0), -1)
 
 
 def crops_to_studies(predicted, scope):
@@ -385,7 +373,7 @@ def predict_dataset(models, dataset, views=({},), numbers=None, workers=0):
 
     The arguments are measure_views'.
     """
-    return _softmax(measure_views(models, dataset, views, numbers, workers).mean(0))
+    return softmax(measure_views(models, dataset, views, numbers, workers).mean(0), -1)
 
 
 def settle_views(out, held_out, device="auto", views=TTA_VIEWS, workers=0):
@@ -408,4 +396,4 @@ def settle_views(out, held_out, device="auto", views=TTA_VIEWS, workers=0):
     used = cross_fitted_views(grades, log_p, views, deal_parts(np.ones(len(grades), bool)))
     share = (used / used.sum(1, keepdims=True)).T[..., None, None, None]
     ends = np.cumsum([len(dataset.study_ids) for dataset in held_out.values()])
-    return dict(zip(held_out, np.split(_softmax((log_p * share).sum(0)), ends[:-1]), strict=True)), table
+    return dict(zip(held_out, np.split(softmax((log_p * share).sum(0), -1), ends[:-1]), strict=True)), table

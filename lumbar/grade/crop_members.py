@@ -1,6 +1,6 @@
 """The 3D networks as members: one on level crops, one on whole studies.
 
-May use: member, classifier, crops, limits, names, problems.
+May use: member, classifier, crops, limits, names, problems, weights.
 """
 
 import json
@@ -12,7 +12,15 @@ import torch
 from ..limits import check_limit
 from ..names import CONDITIONS, LEVELS, SEVERITIES
 from ..problems import Problem
-from .classifier import crops_to_studies, load_classifier, predict_crops, read_classifier_about
+from ..weights import Stated
+from .classifier import (
+    _REMEDY,
+    OrdinalClassifier,
+    crops_to_studies,
+    load_classifier,
+    predict_crops,
+    read_classifier_about,
+)
 from .crops import cut_crops
 from .member import Member, Prediction, Training, Weights, free_memory, together_or_alone, without_frames
 
@@ -52,13 +60,12 @@ class CropMember(Member):
     """A 3D network of one scope, see OrdinalClassifier."""
 
     def read_about(self, path):
-        return read_classifier_about(path)
+        about = read_classifier_about(path)
+        Stated(path, about, _REMEDY).choice("pooling", (OrdinalClassifier.pooling,), optional=True)
+        return about
 
     def load(self, path, device):
         return Weights(path.stem, *load_classifier(path, device))
-
-    def is_for_comparison(self, about):
-        return about.get("pooling") == "global"
 
     def prepare(self, study, boxes, weights, device):
         inputs = CropInputs(study, boxes)

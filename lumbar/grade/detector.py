@@ -22,11 +22,10 @@ from .calibration import (
     cross_fitted_probabilities,
     fit_yolo_calibration,
     mean_scores,
-    original_probabilities,
     severity_prior,
     yolo_probabilities,
 )
-from .detector_data import SCHEMES, YOLO_VIEWS, _side_sign, letterbox_slice, original_names, slice_patch
+from .detector_data import YOLO_VIEWS, SeverityImages, _side_sign, slice_patch
 from .detector_weights import (
     _REMEDY,
     _shipped_cfg,
@@ -51,11 +50,6 @@ class YoloDetector:
         return self.about["condition"]
 
     @property
-    def original(self):
-        """True of a detector that was trained in the original scheme."""
-        return self.about.get("scheme") == "original"
-
-    @property
     def view(self):
         """Its YoloView, with point_mm from the training labels where they were fitted."""
         offsets = self.about.get("point_offsets")
@@ -68,16 +62,26 @@ def load_yolo(path, device="cpu", config_dir=None):
 
     The network is one that ultralytics ships: of the file only its name and numbers count, and nothing is evaluated.
     config_dir: writable folder for ultralytics' settings, by default one in the system's temporary folder.
-    Raises FileNotFoundError when there is no file, DamagedFile (a ValueError) when it is no detector, describes another
-    network than ultralytics does, states numbers out of range, or has values that are not finite.
+    Raises FileNotFoundError when there is no file, DamagedFile (a ValueError) when it is no detector, one whose classes
+    are not the severities, describes another network than ultralytics does, states numbers out of range, or has values
+    that are not finite.
     """
-    import tempfile
-
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such weights file; run 03_train_yolo or name the weights folder")
     state, meta = read_weights(path, "metadata", _REMEDY, "a detector's")
     meta |= read_settled(path)
     _check_yolo(Stated(path, meta, _REMEDY))
+    return rebuild_detector(path, state, meta, device, config_dir)
+
+
+def rebuild_detector(path, state, meta, device="cpu", config_dir=None):
+    """The YoloDetector of a weights file's tensors and metadata, which are taken as they are but for the network.
+
+    path: names the file in errors. Raises DamagedFile for a network that ultralytics does not ship, or that the tensors
+    do not fit.
+    """
+    import tempfile
+
     cfg = _known_cfg(path, meta)
     prepare_ultralytics(config_dir or Path(tempfile.gettempdir()) / "ultralytics_config")
     from ultralytics.nn.tasks import DetectionModel, parse_model
@@ -95,15 +99,15 @@ def load_yolo(path, device="cpu", config_dir=None):
 def _check_yolo(stated):
     """Refuse a file of which yolo_views or yolo_scores would make something else than was trained."""
     stated.choice("kind", ("yolo",))
-    condition = stated.choice("condition", tuple(DETECTORS))
-    scheme = stated.choice("scheme", SCHEMES, optional=True)
-    stated.choice("names", (original_names(condition) if scheme == "original" else list(SEVERITIES),))
+    stated.choice("condition", tuple(DETECTORS))
+    stated.choice("scheme", (SeverityImages.scheme,), optional=True)
+    stated.choice("names", (list(SEVERITIES),))
     stated.choice("channels", (1,))
     for side in stated.numbers("shape_px", (2,), 32, 2048, whole=True):
         if side % 32:
             stated.refuse("shape_px", "multiples of 32")
-    stated.number("mm_per_px", 0.01, 100, optional=scheme == "original")
-    stated.number("imgsz", 32, 2048, whole=True, optional=scheme != "original")
+    stated.number("mm_per_px", 0.01, 100)
+    stated.number("imgsz", 32, 2048, whole=True, optional=True)
     stated.numbers("prior", (len(CONDITIONS), len(LEVELS), len(SEVERITIES)), 0, 1, optional=True)
     offsets = stated.part("point_offsets", optional=True)
     if offsets is not None:
@@ -248,15 +252,11 @@ def yolo_views(detector, study, boxes, change=None):
 
 def _study_patches(detector, study, boxes, views):
     """One study's patches under each view: list of (number of the view, patch (rows, columns) uint8, its use)."""
-    if not detector.original:
-        return [
-            (number, patch, seen)
-            for number, change in enumerate(views)
-            for patch, seen in zip(*yolo_views(detector, study, boxes, change), strict=True)
-        ]
-    description, imgsz = DETECTORS[detector.condition][0], detector.about["imgsz"]
-    own = [volume for volume in study.volumes if volume.description == description]
-    return [(0, letterbox_slice(volume, k, imgsz)[0], None) for volume in own for k in range(len(volume.array))]
+    return [
+        (number, patch, seen)
+        for number, change in enumerate(views)
+        for patch, seen in zip(*yolo_views(detector, study, boxes, change), strict=True)
+    ]
 
 
 def _add_severity_scores(detector, study, seen, scores, centers, total, weight):
@@ -285,11 +285,7 @@ def _pooled_scores(detector, studies, patches, views, batch):
     for start in range(0, len(queue), batch):
         chunk = queue[start : start + batch]
         for (n, view, _, seen), scores in zip(chunk, _network_scores(detector, np.stack([item[2] for item in chunk]))):
-            if detector.original:
-                best = scores.max(axis=0).reshape(shape[2], shape[1], shape[3]).transpose(1, 0, 2)
-                total[n, view], weight[n, view] = np.maximum(total[n, view], best), 1
-            else:
-                _add_severity_scores(detector, studies[n], seen, scores, centers, total[n, view], weight[n, view])
+            _add_severity_scores(detector, studies[n], seen, scores, centers, total[n, view], weight[n, view])
     with np.errstate(invalid="ignore", divide="ignore"):
         return list(np.where(weight > 0, total / weight, np.nan))
 
@@ -301,11 +297,10 @@ def yolo_scores(detector, studies, boxes, views=({},), batch=16):
     Every anchor of every slice within reach of a level counts, weighted by a Gaussian of its in-slice distance from
     the place where the condition's points lie at that level (patient mm, so side and level follow from geometry).
     Per slice and class the weighted scores are summed; slices are averaged with a Gaussian weight of their distance.
-    A detector of the original scheme gives the best score of each class over all anchors and slices: no geometry.
-    Sides are in the order of DETECTORS[condition]: canal one, else left and right. boxes: five LevelBox a study (the
-    original scheme needs none: None). The network sees the patches of all studies in common batches of `batch`.
+    Sides are in the order of DETECTORS[condition]: canal one, else left and right. boxes: five LevelBox a study. The
+    network sees the patches of all studies in common batches of `batch`.
     """
-    views = [{}] if detector.original else list(views)
+    views = list(views)
     result = []
     for study, own in zip(studies, boxes, strict=True):
         try:
@@ -360,17 +355,13 @@ def settle_detectors(weights, grades, scores, views):
     the plain one first. Stored is what all of these studies say. The predictions are cross-fitted in both: a study's
     own label chose none of its views and calibrated nothing of it. Returns ((n, 5 levels, sides, 3) probabilities, NaN
     where the scores are; table of choose_views). Done again after a kill it ends the same.
-    A detector of the original scheme has one view, no calibration, and 1/3 where the scores are NaN.
     """
     about = read_detector_about(weights[0])
     own = grades[:, list(DETECTORS[about["condition"]][1])].transpose(0, 2, 1)
     kept, table, used = choose_detector_views(grades, scores, about["condition"], views)
     mean = mean_scores(np.moveaxis(scores[:, table["kept"].to_numpy()], 1, 0))
-    if about["scheme"] == "original":
-        p, calibration = original_probabilities(mean), None
-    else:
-        p = cross_fitted_probabilities(scores, own, used)
-        calibration = fit_yolo_calibration(mean, own, severity_prior(own))
+    p = cross_fitted_probabilities(scores, own, used)
+    calibration = fit_yolo_calibration(mean, own, severity_prior(own))
     for path in weights:
         store_settled(path, {"calibration": calibration, "views": kept})
     return p, table
@@ -379,8 +370,8 @@ def settle_detectors(weights, grades, scores, views):
 def score_studies(detector, paths, levels, study_ids, views=({},), batch=16):
     """Raw scores of cached studies: (n, views, 5 levels, sides, 3), see yolo_scores.
 
-    paths: dict study_id -> file, of study_paths; levels: table of levels.csv (the original scheme needs none: None). A
-    study that is not cached, or fails, gives NaN; the latter is printed.
+    paths: dict study_id -> file, of study_paths; levels: table of levels.csv. A study that is not cached,
+    or fails, gives NaN; the latter is printed.
     """
     description, conditions = DETECTORS[detector.condition]
     scores = np.full((len(study_ids), len(views), len(LEVELS), len(conditions), len(SEVERITIES)), np.nan)
@@ -389,7 +380,7 @@ def score_studies(detector, paths, levels, study_ids, views=({},), batch=16):
     for part in progress(parts, f"scores {detector.condition}", len(parts)):
         ids = [int(study_ids[n]) for n in part]
         studies = [load_study(paths[study_id], [description]) for study_id in ids]
-        boxes = [None if levels is None else boxes_from_table(levels, study_id) for study_id in ids]
+        boxes = [boxes_from_table(levels, study_id) for study_id in ids]
         for n, found in zip(part, yolo_scores(detector, studies, boxes, views, batch)):
             if isinstance(found, Exception):
                 print(f"study {study_ids[n]}: no scores of {detector.condition} ({type(found).__name__}: {found})")
@@ -404,15 +395,13 @@ def yolo_studies(detector, studies, boxes, views=None, batch=16):
 
     Conditions are in the order of DETECTORS; rows are NaN where no slice shows a level. The calibration is the one that
     the weights carry, and so are the views by default (a list of dicts, see DETECTOR_VIEWS). studies, boxes, batch: see
-    yolo_scores. A detector of the original scheme knows no calibration, views or boxes, and no NaN.
+    yolo_scores.
     """
     views = detector.about.get("views") or [{}] if views is None else views
     result = []
     for scores in yolo_scores(detector, studies, boxes, views, batch):
         if not isinstance(scores, Exception):
-            mean = mean_scores(scores)
-            calibration = detector.about.get("calibration")
-            p = original_probabilities(mean) if detector.original else yolo_probabilities(mean, calibration)
+            p = yolo_probabilities(mean_scores(scores), detector.about.get("calibration"))
             scores = p.transpose(1, 0, 2)
         result.append(scores)
     return result

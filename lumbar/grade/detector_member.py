@@ -1,6 +1,6 @@
 """The three detectors as one member.
 
-May use: member, detector, detector_weights, names, problems.
+May use: member, detector, detector_data, detector_weights, names, problems, weights.
 """
 
 from functools import partial
@@ -11,8 +11,10 @@ import torch
 
 from ..names import CONDITIONS, DETECTION_COLUMNS, DETECTORS, LEVELS
 from ..problems import Kind, Problem
+from ..weights import Stated
 from .detector import dense_scores, load_yolo, yolo_studies, yolo_views
-from .detector_weights import read_detector_about
+from .detector_data import SeverityImages
+from .detector_weights import _REMEDY, read_detector_about
 from .member import Member, Prediction, Training, Weights, free_memory, silence, together_or_alone
 
 FEW_PATCHES = 4  # that go through a detector together where memory is short
@@ -42,17 +44,16 @@ class Detectors(Member):
     trainings = (_training("ss", 200, EPOCHS=4, BATCH=8), _training("nfn", 180), _training("scs", 120))
 
     def read_about(self, path):
-        return read_detector_about(path)
+        about = read_detector_about(path)
+        Stated(path, about, _REMEDY).choice("scheme", (SeverityImages.scheme,), optional=True)
+        return about
 
     def load(self, path, device):
         detector = load_yolo(path, device)
         return Weights(path.stem, detector, detector.about)
 
     def is_finished(self, about):
-        return self.is_for_comparison(about) or about.get("calibration") is not None
-
-    def is_for_comparison(self, about):
-        return about.get("scheme") == "original"
+        return about.get("calibration") is not None
 
     def predict(self, inputs, weights, most_views, device):
         probabilities, problems = [silence() for _ in inputs], [[] for _ in inputs]
@@ -90,15 +91,14 @@ class Detectors(Member):
     def draw(self, weights, study, boxes):
         """The box that a detector would draw for each place it judges, with its scores: table of DETECTION_COLUMNS.
 
-        Of several folds of one condition the first; none of the original scheme. On every slice within reach of a
-        condition's place at a level this is the anchor with the highest score times the weight that its distance from
-        the place gives it, as in yolo_scores; left out below LEAST_SCORE. x_px and y_px are the box's centre, width_px
-        and height_px its sides, in the slice's pixels; the severities' columns are raw scores, 0 to 1.
+        Of several folds of one condition the first. On every slice within reach of a condition's place at a level this
+        is the anchor with the highest score times the weight that its distance from the place gives it, as in
+        yolo_scores; left out below LEAST_SCORE. x_px and y_px are the box's centre, width_px and height_px its sides,
+        in the slice's pixels; the severities' columns are raw scores, 0 to 1.
         """
         chosen = {}
         for own in weights:
-            if not own.model.original:
-                chosen.setdefault(own.model.condition, own.model)
+            chosen.setdefault(own.model.condition, own.model)
         rows = [row for detector in chosen.values() for row in _drawn(detector, study, boxes)]
         return pd.DataFrame(rows, columns=DETECTION_COLUMNS)
 

@@ -1,22 +1,24 @@
 """Members combined: shares by condition, scaling, what each step gains on studies that it was not fitted on.
 
 Members are combined in three steps, each fitted on out-of-fold predictions under the competition's own terms and each
-pulled to doing nothing: weights per group of conditions; temperature, class bias and a share of the prior per group;
-and a correction of each cell's log odds by those of its neighbours. cross_validate_ensemble says what each step gains.
+regularised towards the identity: weights per group of conditions; temperature, class bias and a share of the prior per
+group; and a correction of each cell's log odds by those of its neighbours. cross_validate_ensemble says what each step
+gains.
 
 May use: stacker, tables, registry, data, storage, names.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from ..data.competition import class_prior, to_submission
 from ..data.metric import paired_gain, score_arrays
 from ..data.tables import read_labels
 from ..names import GROUPS
+from ..storage import read_json
 from .registry import MEMBERS, by_member, member_weights
 from .stacker import (
     FLOOR_UNIT,
@@ -24,7 +26,6 @@ from .stacker import (
     WEIGHT_SHARE,
     _deal,
     _log_probabilities,
-    _softmax,
     _Target,
     apply_stacker,
     fit_stacker,
@@ -99,7 +100,7 @@ def combine_members(predictions, ensemble, prior):
         weight = np.where(weight.sum(0) > 0, weight, there[:, :, conditions].astype(np.float64))
         mean = (weight[..., None] * log_p[:, :, conditions]).sum(0) / np.maximum(weight.sum(0), 1e-12)[..., None]
         logits = mean / ensemble["temperature"][group] + np.asarray(ensemble["bias"][group])
-        result[:, conditions] = _softmax(logits)
+        result[:, conditions] = softmax(logits, -1)
         floor = ensemble.get("floor", {}).get(group, 0.0)
         if floor:
             result[:, conditions] = (1 - floor) * result[:, conditions] + floor * prior[conditions]
@@ -220,7 +221,7 @@ def _fit_group(log_p, there, prior, target, start, strength, scaling):
         share /= np.maximum(share.sum(0), 1e-12)
         mean = np.einsum("mncl,mnclk->nclk", share, log_p)
         cold, floor = np.exp(-values[count]), FLOOR_UNIT * values[-1]
-        p = _softmax(mean * cold + np.array([0.0, *values[count + 1 : -1]]))
+        p = softmax(mean * cold + np.array([0.0, *values[count + 1 : -1]]), -1)
         mixed = (1 - floor) * p + floor * prior
         value, by_log = target.loss(np.log(mixed))
         by_floor = (by_log * (prior - p) / mixed).sum()
@@ -335,9 +336,10 @@ def ensemble_for(folders, data, members=MEMBERS):
     members = [m for m in MEMBERS if m in members]
     attached = [m for m in by_member(member_weights(folders)[0]) if m in members]
     for folder in folders:
-        if (Path(folder) / "ensemble.json").is_file():
-            print(f"the ensemble's weights are those of {Path(folder) / 'ensemble.json'}")
-            return _with_default_shares(json.loads((Path(folder) / "ensemble.json").read_text()), attached)
+        path = Path(folder) / "ensemble.json"
+        if path.is_file():
+            print(f"the ensemble's weights are those of {path}")
+            return _with_default_shares(read_json(path, "delete it, or take that of a finished 05_inference"), attached)
     tables = {m: t for m, t in read_out_of_fold(folders, verbose=False).items() if m in members}
     labels = Path(data) / "train.csv"
     if not tables or not labels.is_file():

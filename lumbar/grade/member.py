@@ -82,7 +82,8 @@ class Member(ABC):
 
     @abstractmethod
     def read_about(self, path: Path) -> Mapping[str, Any]:
-        """What a weights file says of itself. Raises DamagedFile or OSError."""
+        """What a weights file says of itself. Raises OSError, and DamagedFile also for a kind of network that is none
+        of the member's."""
 
     @abstractmethod
     def load(self, path: Path, device: str) -> Weights:
@@ -91,10 +92,6 @@ class Member(ABC):
     def is_finished(self, about: Mapping[str, Any]) -> bool:
         """False for weights that a training has written and not settled yet."""
         return True
-
-    def is_for_comparison(self, about: Mapping[str, Any]) -> bool:
-        """True for weights that were trained as others do it: they stand only where there are no other ones."""
-        return False
 
     def views(self, weights: Weights, most: int = -1) -> list[dict]:
         """Its test-time views that paid in training, the plain one first: at most `most` where that is not -1."""

@@ -5,6 +5,7 @@ May use: data, names.
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from ..data.competition import make_folds
 from ..data.metric import EPS, paired_gain
@@ -24,12 +25,6 @@ STACKER_ERRORS = 2.0
 # What another cell says is a shift along the scale of severity; anything else pays this many times the penalty.
 OFF_SCALE = 10.0
 OWN_FEATURES = ("own", "level", "worst")  # how the names of a cell's own features begin
-
-
-def _softmax(logits):
-    """(..., 3) -> the same, rows sum to 1."""
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
 
 
 def _log_probabilities(predictions):
@@ -61,8 +56,7 @@ class _Target:
 
     def loss(self, logits):
         """logits (n, conditions, 5, 3) -> (the group's term(s) of the metric, its slope by logits, same shape)."""
-        p = np.exp(logits - logits.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
+        p = softmax(logits, -1)
         total = self.weight.sum()
         value = -(self.weight * np.log(np.maximum((p * self.one_hot).sum(-1), EPS))).sum() / total
         slope = (self.weight / total)[..., None] * (p - self.one_hot)
@@ -140,8 +134,7 @@ def _worst_features(severe):
     and its weights differ: the worst level's share (a sharp softmax, so that two alike share it), the same times how
     much likelier "any" is than that level by itself (levels taken as independent), and times its own log odds.
     """
-    share = np.exp(3 * (severe - severe.max(-1, keepdims=True)))
-    share /= share.sum(-1, keepdims=True)
+    share = softmax(3 * severe, -1)
     none = -np.logaddexp(0, severe).sum(-1, keepdims=True)  # log of the product of 1 - p
     some = np.log(-np.expm1(np.minimum(none, -1e-9))) - none
     top = severe.max(-1, keepdims=True)
@@ -163,7 +156,7 @@ def apply_stacker(stacker, probabilities):
         conditions = list(GROUPS[group])
         logits = np.log(np.clip(result[:, conditions], 1e-9, 1))
         logits[..., 1:] += features @ np.asarray(stacker["coefficients"][group])
-        result[:, conditions] = _softmax(logits)
+        result[:, conditions] = softmax(logits, -1)
     return result
 
 
@@ -234,7 +227,7 @@ def _try_strengths(case, own, grades, conditions, part, strengths, spinal):
             corrected = logits[inside].copy()
             corrected[..., 1:] += features[inside] @ found
             block = trials[number, inside]
-            block[:, conditions] = _softmax(corrected)
+            block[:, conditions] = softmax(corrected, -1)
             trials[number, inside] = block
     return trials
 

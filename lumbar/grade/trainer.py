@@ -48,7 +48,6 @@ class TrainConfig:
     mix: float = 0.0  # share of batches that mix_crops blends
     precision: str = "auto"  # see precision_for
     recompute: bool = False  # activations again in the backward pass: a third more time, a fraction of the memory
-    pooling: str = "grid"  # of OrdinalClassifier
     level_centers: tuple[float, ...] = USUAL_LEVEL_CENTERS  # of OrdinalClassifier
     seed: int = 0  # of initialisation, order and augmentation
 
@@ -71,6 +70,7 @@ def train_classifier(
     workers: int = 0,
     processes: int = 1,
     tracker: Any = "",
+    network: type[OrdinalClassifier] = OrdinalClassifier,
 ) -> pd.DataFrame:
     """Train one fold of a classifier: out/<name>.safetensors and out/<name>_history.csv.
 
@@ -91,6 +91,8 @@ def train_classifier(
         is best a multiple of their number, otherwise it is rounded up to one.
     tracker : str or accelerate.tracking.GeneralTracker
         Where the curves go as well: the name of one of accelerate's trackers ("tensorboard", "wandb", ...), or "".
+    network : class
+        What is trained: OrdinalClassifier, or a class derived from it.
 
     Returns
     -------
@@ -117,7 +119,7 @@ def train_classifier(
         )
     check_tracker(tracker)
     processes, device = processes_for(processes, device), device_for(device)
-    arguments = (out, name, train, valid, config, about or {}, device, workers, processes, tracker)
+    arguments = (out, name, train, valid, config, about or {}, device, workers, processes, tracker, network)
     if processes == 1:
         _train(*arguments)
     else:
@@ -130,10 +132,10 @@ def _is_trained(out, name):
     return [path.is_file() for path in paths] == [True, True, False]
 
 
-def _train(out, name, train, valid, config, about, device, workers, processes, tracker):
+def _train(out, name, train, valid, config, about, device, workers, processes, tracker, network):
     """train_classifier in this process, one of `processes`."""
     final, checkpoint = out / f"{name}.safetensors", out / f"{name}.checkpoint"
-    training = prepare_training(train, config, device, workers, processes, tracker, out / "tracking")
+    training = prepare_training(train, config, device, workers, processes, tracker, out / "tracking", network)
     accelerator = training.accelerator
     history, best, first_epoch = [], math.inf, 0
     saved = read_checkpoint(checkpoint)
@@ -213,6 +215,7 @@ def prepare_training(
     processes: int = 1,
     tracker: Any = "",
     tracking: Path | None = None,
+    network_class: type[OrdinalClassifier] = OrdinalClassifier,
 ) -> Training:
     """Make what train_epoch needs: AdamW, 10% warm-up, cosine decay, averaged weights and statistics.
 
@@ -226,9 +229,9 @@ def prepare_training(
     accelerator = _accelerator(config, device, processes, tracker, tracking)
     torch.manual_seed(config.seed)
     crop, prior = train.crop, class_prior(train.grades)
-    network = OrdinalClassifier(
-        crop.scope, config.backbone, crop.shape, prior, config.dropout, config.level_centers, config.pooling
-    ).to(accelerator.device)
+    network = network_class(crop.scope, config.backbone, crop.shape, prior, config.dropout, config.level_centers).to(
+        accelerator.device
+    )
     network.recompute = config.recompute
     average = ModelEmaV3(network, decay=config.ema)
     groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=["attention.position"])

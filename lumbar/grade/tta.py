@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from ..data.metric import EPS, paired_gain, term_sums
 
@@ -108,8 +109,7 @@ def _mean_of_views(log_p, there, numbers):
     """Probabilities (n, 5, 5, 3) of the mean log p over these views; 1/3 where none of them says anything."""
     there = there[numbers][..., None]
     mean = np.where(there, log_p[numbers], 0.0).sum(0) / np.maximum(there.sum(0), 1)
-    p = np.exp(mean - mean.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
+    return softmax(mean, -1)
 
 
 def _score_of_view(grades, log_p, there):

@@ -134,8 +134,7 @@ def plot_detections(ax, patch, scores, centers_px, box_px, truth=(), threshold=0
     """Show a patch with the strongest anchors of dense_scores and, dashed, the label boxes. Returns ax.
 
     patch: (rows, columns) uint8; scores: (anchors, 3); centers_px: (anchors, 2); box_px: side of the square drawn;
-    truth: rows (class, xc, yc, w, h) as in YOLO's label files. Also (anchors, classes) of the original scheme, whose
-    classes' severity is their number modulo 3.
+    truth: rows (class, xc, yc, w, h) as in YOLO's label files.
     """
     from matplotlib.patches import Rectangle
 

@@ -90,11 +90,10 @@ def _where(chosen: Mapping[str, Path]) -> list[str]:
 def weight_folders(places: Sequence[str | Path]) -> list[Path]:
     """Folders with trained weights in or below the given ones, in the order found.
 
-    places: paths. Image folders and finished stages' caches are not searched: /kaggle/input may hold 150,000 files; nor
-    is `solutions`, where tests/benchmarks/bench_solutions.py keeps the members of others, unless it is a place itself.
+    places: paths. Image folders and finished stages' caches are not searched: /kaggle/input may hold 150,000 files.
     Raises FileNotFoundError naming the places if there is none.
     """
-    skipped = {"train_images", "test_images", "volumes", "crops", "yolo", "images", "labels", "studies", "solutions"}
+    skipped = {"train_images", "test_images", "volumes", "crops", "yolo", "images", "labels", "studies"}
     found = []
     for place in places:
         for folder, below, files in os.walk(place):

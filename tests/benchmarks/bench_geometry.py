@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+from baselines import smeared_cloud, voxelise_point_cloud  # noqa: E402
 
 import phantom  # noqa: E402
 from lumbar.data import dicom, geometry, resample  # noqa: E402
 from lumbar.data.crop import FULL_SIZE  # noqa: E402
 from lumbar.data.greys import normalise_study  # noqa: E402
-from lumbar.look import point_cloud  # noqa: E402
 from lumbar.names import DESCRIPTIONS, LEVELS  # noqa: E402
 
 DESCRIPTION_OF = dict(zip((1, 2, 3), DESCRIPTIONS, strict=True))  # series number in the folder -> description
@@ -100,12 +100,12 @@ def ours_study(study, boxes):
 
 
 def cloud_levels(study, boxes):
-    cloud = point_cloud.smeared_cloud(study)
-    return [point_cloud.voxelise_point_cloud(study, box, LEVEL, cloud=cloud)[0] for box in boxes]
+    cloud = smeared_cloud(study)
+    return [voxelise_point_cloud(study, box, LEVEL, cloud=cloud)[0] for box in boxes]
 
 
 def cloud_study(study, boxes):
-    return [point_cloud.voxelise_point_cloud(study, None, STUDY)[0]]
+    return [voxelise_point_cloud(study, None, STUDY)[0]]
 
 
 def sitk_images(study):
@@ -257,7 +257,7 @@ def accuracy(study, boxes):
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
     truth = (index @ affine[:3, :3].T + affine[:3, 3] - center) @ slope + 0.5
     crop, covered = resample.crop_level(study, box, LEVEL)
-    cloud, occupied = point_cloud.voxelise_point_cloud(study, box, LEVEL)
+    cloud, occupied = voxelise_point_cloud(study, box, LEVEL)
     rows = {}
     for name, values, filled in (("this kit", crop, covered), ("point cloud", cloud, occupied)):
         error = np.abs(values - truth)[covered] / np.ptp(truth)
