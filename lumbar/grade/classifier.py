@@ -7,11 +7,16 @@ import contextlib
 import functools
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from numpy.typing import ArrayLike
 from scipy.special import softmax
 from torch import nn
 
@@ -22,19 +27,19 @@ from ..data.volume import load_study
 from ..names import CONDITIONS, DESCRIPTIONS, LEVELS, SEVERITIES, device_for, progress
 from ..storage import open_tensors, write_tensors
 from ..weights import Stated, check_network, read_settled, read_weights, store_settled
-from .crops import expand_view, mirror_conditions, view_crops
+from .crops import CropDataset, View, expand_view, mirror_conditions, view_crops
 from .ordinal import CumulativeHeads, cumulative_log_probabilities, current_heads
 from .tta import TTA_VIEWS, choose_views, cross_fitted_views, deal_parts
 
 # The demo's backbones, small enough for minutes on a CPU: a CoAtNet of three stages for crops, and one of two stages
 # for whole studies, whose smaller stride still tells neighbouring levels apart.
-SMALL_BACKBONES = {
+SMALL_BACKBONES: dict[str, dict[str, Any]] = {
     "tiny": dict(embed_dim=(24, 48, 96), depths=(1, 1, 1), block_type=("C", "C", "T"), stem_width=(12, 24)),
     "tiny_stride8": dict(embed_dim=(24, 64), depths=(1, 1), block_type=("C", "T"), stem_width=(12, 24)),
 }
 
 
-def backbone_config(name, img_size):
+def backbone_config(name: str, img_size: Sequence[int]) -> Any:
     """timm_3d's configuration of a MaxxVit.
 
     name: a key of SMALL_BACKBONES or of timm_3d's MaxxVit configurations (coatnet_rmlp_3_rw, maxvit_rmlp_tiny_rw, ...);
@@ -65,7 +70,7 @@ def backbone_config(name, img_size):
     return config
 
 
-def make_backbone(name, img_size):
+def make_backbone(name: str, img_size: Sequence[int]) -> nn.Module:
     """A timm_3d MaxxVit without its head: (B, 3, d, h, w) -> (B, features, d', h', w'). Arguments and errors are those
     of backbone_config."""
     config = backbone_config(name, img_size)
@@ -85,16 +90,16 @@ class LevelAttention(nn.Module):
     position's part, a Gaussian of about half the distance between levels.
     """
 
-    def __init__(self, channels, length, centers):
+    def __init__(self, channels: int, length: int, centers: ArrayLike) -> None:
         super().__init__()
         place = (torch.arange(length) + 0.5) / length
         distance = place[None] - torch.as_tensor(centers, dtype=torch.float32)[:, None]
         self.position = nn.Parameter(-0.5 * (distance / 0.08) ** 2)
         self.content = nn.Conv1d(channels, len(LEVELS), 1)
-        nn.init.zeros_(self.content.weight)
-        nn.init.zeros_(self.content.bias)
+        for parameter in self.content.parameters():
+            nn.init.zeros_(parameter)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, channels, length) -> (B, 5, channels)."""
         weight = F.softmax(self.position + self.content(x), -1)
         return weight @ x.transpose(1, 2)
@@ -153,7 +158,7 @@ class OrdinalClassifier(nn.Module):
         nn.init.zeros_(self.score.bias)
         self.heads = CumulativeHeads(prior)
 
-    def forward(self, x, level=None):
+    def forward(self, x: torch.Tensor, level: torch.Tensor | None = None) -> torch.Tensor:
         """x: (B, 3, d, h, w) float; level: (B,) int64, index into LEVELS, for scope `level` only.
 
         Returns float32 log probabilities: (B, 5 conditions, 3), or (B, 5 conditions, 5 levels, 3) for `study`.
@@ -172,6 +177,8 @@ class OrdinalClassifier(nn.Module):
             cutpoints = self.heads.cutpoints
             if self.scope == "study":
                 return cumulative_log_probabilities(score.view(len(x), *cutpoints.shape[:2]), cutpoints)
+            if level is None:
+                raise ValueError("scope level needs to know which level a crop is of")
             if level.ndim == 2:
                 score = score[:, None].expand(-1, level.shape[1], -1)
             return cumulative_log_probabilities(score, cutpoints[:, level].movedim(0, -2))
@@ -206,7 +213,7 @@ def _same_statistics(block):
             norm.momentum = momentum
 
 
-def save_classifier(path, model, about):
+def save_classifier(path: str | Path, model: OrdinalClassifier, about: Mapping[str, Any]) -> None:
     """Write a classifier's state and everything needed to rebuild and feed it, as safetensors. about: `crop`, a Crop,
     and what else is to be known of it."""
     if isinstance(about.get("crop"), Crop):
@@ -274,7 +281,7 @@ def _check_classifier(stated, network):
         view.choice("mirror", (True, False), optional=True)
 
 
-def level_centers(paths, levels_table, crop):
+def level_centers(paths: Mapping[int, str | Path], levels_table: pd.DataFrame, crop: Crop) -> list[float]:
     """(5,) mean places of the levels in the whole-study grid, as fractions from its upper end. See LevelAttention.
 
     paths: dict study_id -> volumes; levels_table: levels.csv; crop: Crop.
@@ -288,7 +295,14 @@ def level_centers(paths, levels_table, crop):
 
 
 @torch.no_grad()
-def predict_views(models, crops, crop, levels=None, views=({},), batch=16):
+def predict_views(
+    models: Sequence[OrdinalClassifier],
+    crops: np.ndarray,
+    crop: Crop,
+    levels: np.ndarray | None = None,
+    views: Sequence[View] = ({},),
+    batch: int = 16,
+) -> np.ndarray:
     """Log probabilities of each view, the mean over models: (views, N, 5, [5,] 3) float64, left and right in place.
 
     models: OrdinalClassifiers; crops: (N, 3, D, H, W) with margin; levels: (N,) for scope `level`; views: dicts of
@@ -317,7 +331,14 @@ def _log_p(model, inputs, level):
     return model(*arguments) if half and not torch.isfinite(log_p).all() else log_p
 
 
-def predict_crops(models, crops, crop, levels=None, views=({},), batch=16):
+def predict_crops(
+    models: Sequence[OrdinalClassifier],
+    crops: np.ndarray,
+    crop: Crop,
+    levels: np.ndarray | None = None,
+    views: Sequence[View] = ({},),
+    batch: int = 16,
+) -> np.ndarray:
     """Mean log probabilities of models over views, renormalised: (N, 5, [5,] 3) float64 probabilities.
 
     The arguments are predict_views'.
@@ -325,7 +346,7 @@ def predict_crops(models, crops, crop, levels=None, views=({},), batch=16):
     return softmax(predict_views(models, crops, crop, levels, views, batch).mean(0), -1)
 
 
-def crops_to_studies(predicted, scope):
+def crops_to_studies(predicted: np.ndarray, scope: str) -> np.ndarray:
     """predict_crops' output -> (n studies, 5 conditions, 5 levels, 3)."""
     if scope == "study":
         return predicted
@@ -345,7 +366,13 @@ class _Studies(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(self.dataset.crops_of(self.dataset.study_ids[self.numbers[place]])))
 
 
-def measure_views(models, dataset, views=TTA_VIEWS, numbers=None, workers=0):
+def measure_views(
+    models: Sequence[OrdinalClassifier],
+    dataset: CropDataset,
+    views: Sequence[View] = TTA_VIEWS,
+    numbers: Sequence[int] | np.ndarray | None = None,
+    workers: int = 0,
+) -> np.ndarray:
     """Log probabilities of each view for a CropDataset: (views, n studies, 5, 5, 3), as choose_views takes them.
 
     A study at a time, so that memory stays small; its crops are cut once for all views, by `workers` other processes
@@ -368,7 +395,13 @@ def measure_views(models, dataset, views=TTA_VIEWS, numbers=None, workers=0):
     return result
 
 
-def predict_dataset(models, dataset, views=({},), numbers=None, workers=0):
+def predict_dataset(
+    models: Sequence[OrdinalClassifier],
+    dataset: CropDataset,
+    views: Sequence[View] = ({},),
+    numbers: Sequence[int] | np.ndarray | None = None,
+    workers: int = 0,
+) -> np.ndarray:
     """(n studies, 5, 5, 3) probabilities for a CropDataset; rows of studies not among `numbers` are uniform.
 
     The arguments are measure_views'.
@@ -376,7 +409,13 @@ def predict_dataset(models, dataset, views=({},), numbers=None, workers=0):
     return softmax(measure_views(models, dataset, views, numbers, workers).mean(0), -1)
 
 
-def settle_views(out, held_out, device="auto", views=TTA_VIEWS, workers=0):
+def settle_views(
+    out: str | Path,
+    held_out: Mapping[str, CropDataset],
+    device: str | int = "auto",
+    views: Sequence[View] = TTA_VIEWS,
+    workers: int = 0,
+) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
     """Choose the test-time views on held-out studies, store them beside the weights, predict these studies.
 
     out: folder with <name>.safetensors; held_out: dict name -> CropDataset of the studies that these weights were not

@@ -1,14 +1,20 @@
 """The 3D networks as members: one on level crops, one on whole studies.
 
-May use: member, classifier, crops, limits, names, problems, weights.
+May use: member, classifier, crops, data, limits, names, problems, weights.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..data.crop import Crop
+from ..data.geometry import LevelBox
+from ..data.volume import Study
 from ..limits import check_limit
 from ..names import CONDITIONS, LEVELS, SEVERITIES
 from ..problems import Problem
@@ -34,11 +40,11 @@ class CropInputs:
     """A study and those of its crops that were cut ahead: crops: dict Crop -> cut_crops' array, or the Exception that
     cutting raised."""
 
-    study: object
-    boxes: object
-    crops: dict = field(default_factory=dict)
+    study: Study
+    boxes: Sequence[LevelBox] | None
+    crops: dict[Crop, Any] = field(default_factory=dict)
 
-    def cut(self, crop, device):
+    def cut(self, crop: Crop, device: str) -> Any:
         """The crops as `crop` has them, cut unless they are there."""
         if crop not in self.crops:
             try:
@@ -48,7 +54,7 @@ class CropInputs:
                 self.crops[crop] = without_frames(error)
         return self.crops[crop]
 
-    def cut_surely(self, crop, device):
+    def cut_surely(self, crop: Crop, device: str) -> Any:
         """cut, and once more where the device's memory was too full for it."""
         if isinstance(self.cut(crop, device), torch.OutOfMemoryError):
             del self.crops[crop]
@@ -59,29 +65,34 @@ class CropInputs:
 class CropMember(Member):
     """A 3D network of one scope, see OrdinalClassifier."""
 
-    def read_about(self, path):
+    def read_about(self, path: Path) -> Mapping[str, Any]:
         about = read_classifier_about(path)
         Stated(path, about, _REMEDY).choice("pooling", (OrdinalClassifier.pooling,), optional=True)
         return about
 
-    def load(self, path, device):
+    def load(self, path: Path, device: str) -> Weights:
         return Weights(path.stem, *load_classifier(path, device))
 
-    def prepare(self, study, boxes, weights, device):
+    def prepare(
+        self, study: Study, boxes: Sequence[LevelBox] | None, weights: Sequence[Weights], device: str
+    ) -> CropInputs:
         inputs = CropInputs(study, boxes)
         for own in weights:
             inputs.cut(own.about["crop"], device)
         return inputs
 
-    def predict(self, inputs, weights, most_views, device):
+    def predict(
+        self, inputs: Sequence[CropInputs], weights: Sequence[Weights], most_views: int, device: str
+    ) -> list[Prediction]:
         # Folds mostly see the same crops through the same views: those go through all their models in one go.
-        groups = {}
+        groups: dict[Any, tuple[Crop, list[dict], list]] = {}
         for own in weights:
             views = self.views(own, most_views)
             key = own.about["crop"], json.dumps(views, sort_keys=True)
             groups.setdefault(key, (own.about["crop"], views, []))[2].append(own.model)
         logs = np.zeros((len(inputs), len(CONDITIONS), len(LEVELS), len(SEVERITIES)))
-        folds, failed = np.zeros(len(inputs)), [{} for _ in inputs]
+        folds = np.zeros(len(inputs))
+        failed: list[dict[Problem, bool]] = [{} for _ in inputs]
         for crop, views, models in groups.values():
             cut = [own.cut_surely(crop, device) for own in inputs]
             there = [k for k, crops in enumerate(cut) if not isinstance(crops, Exception)]

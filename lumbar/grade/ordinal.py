@@ -61,25 +61,28 @@ class CumulativeHeads(nn.Module):
 
     def __init__(self, prior: np.ndarray):
         super().__init__()
-        prior = torch.as_tensor(np.asarray(prior), dtype=torch.float64)
-        first, second = torch.logit(prior.cumsum(-1)[..., :-1].clamp(1e-4, 1 - 1e-4)).unbind(-1)
+        p = torch.as_tensor(np.asarray(prior), dtype=torch.float64)
+        first, second = torch.logit(p.cumsum(-1)[..., :-1].clamp(1e-4, 1 - 1e-4)).unbind(-1)
         cutpoints = torch.stack([first, torch.maximum(second, first + MARGIN)], -1).float()
-        self.shape = prior.shape[:-1]
-        self.links = nn.ModuleList(LogisticCumulativeLink(prior.shape[-1]) for _ in range(self.shape.numel()))
+        self.shape = p.shape[:-1]
+        self.links = nn.ModuleList(LogisticCumulativeLink(p.shape[-1]) for _ in range(self.shape.numel()))
         for link, cut in zip(self.links, cutpoints.view(-1, 2), strict=True):
             link.cutpoints = nn.Parameter(cut.clone())
 
     @property
     def cutpoints(self) -> torch.Tensor:
         """(*shape, 2) tensor, ascending along the last axis."""
-        return torch.stack([link.cutpoints for link in self.links]).view(*self.shape, 2)
+        return torch.stack(self._rows()).view(*self.shape, 2)
 
     @torch.no_grad()
     def keep_ascending(self) -> None:
         """Keep each head's cut points MARGIN apart, as spacecutter's AscensionCallback for skorch does. Call it after
         every step of the optimizer, which does not know that they are ordered."""
-        for link in self.links:
-            link.cutpoints[0].clamp_(max=link.cutpoints[1] - MARGIN)
+        for cut in self._rows():
+            cut[0].clamp_(max=cut[1] - MARGIN)
+
+    def _rows(self) -> list[torch.Tensor]:
+        return [link.get_parameter("cutpoints") for link in self.links]
 
 
 def current_heads(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
