@@ -44,28 +44,26 @@ from lumbar.grade.trainer import TrainConfig, train_classifier
 from lumbar.grade.tta import TTA_VIEWS
 
 # Looking
-from lumbar.look.plots import (
-    plot_class_counts,
-    plot_confusion,
-    plot_crop_gallery,
-    plot_cumulative_logits,
+from lumbar.look.inspection import read_inspection
+from lumbar.look.plot_crops import plot_crop_gallery, plot_level_crop, view_name
+from lumbar.look.plot_curves import plot_learning_curves, plot_spinenet_history, plot_yolo_training
+from lumbar.look.plot_diagrams import plot_cumulative_logits, plot_pipeline
+from lumbar.look.plot_images import (
     plot_detections,
     plot_example,
     plot_findings,
-    plot_grid,
     plot_label_points,
-    plot_learning_curves,
-    plot_level_crop,
-    plot_level_errors,
-    plot_pipeline,
-    plot_reliability,
-    plot_scores,
     plot_slice,
-    plot_spinenet_history,
     plot_spinenet_target,
     plot_vertebrae,
-    plot_yolo_training,
-    view_name,
+)
+from lumbar.look.plot_scores import (
+    plot_class_counts,
+    plot_confusion,
+    plot_grid,
+    plot_level_errors,
+    plot_reliability,
+    plot_scores,
 )
 from lumbar.look.point_cloud import study_figure
 from lumbar.look.report import (
@@ -89,7 +87,8 @@ from lumbar.look.report import (
     worst_rows,
 )
 from lumbar.look.slices import CONDITION_NAMES, LEVEL_NAMES, MEMBER_COLOURS
-from lumbar.look.viewer import inspect_study, read_inspection, study_html
+from lumbar.look.viewer_page import study_html
+from lumbar.look.viewer_widget import inspect_study
 from lumbar.names import (
     CONDITIONS,
     DESCRIPTIONS,

@@ -19,7 +19,7 @@ from lumbar.data.crop import Crop
 from lumbar.data.resample import crop_level
 from lumbar.grade.ensemble import default_ensemble
 from lumbar.look.gallery import make_gallery
-from lumbar.look.plots import plot_case, plot_label_points, plot_level_boxes, plot_slice
+from lumbar.look.plot_images import plot_case, plot_label_points, plot_level_boxes, plot_slice
 from lumbar.look.report import known_losses, resampled_scores
 from lumbar.look.slices import box_on_slice, direction_letter, slice_axes, slice_caption
 from lumbar.names import LABEL_COLUMNS, SEVERITY_WEIGHTS

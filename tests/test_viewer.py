@@ -25,14 +25,9 @@ from lumbar.grade import detector_member
 from lumbar.grade.detector import yolo_views
 from lumbar.grade.detector_data import YOLO_VIEWS
 from lumbar.grade.member import Weights
+from lumbar.look.inspection import Inspection, fallen_back, study_detections
 from lumbar.look.slices import condition_point
-from lumbar.look.viewer import (
-    Inspection,
-    fallen_back,
-    study_detections,
-    tilt_caption,
-    vertebra_prism,
-)
+from lumbar.look.viewer_data import tilt_caption, vertebra_prism
 from lumbar.names import DETECTION_COLUMNS
 from lumbar.spine.vertebra import vertebrae_to_table
 

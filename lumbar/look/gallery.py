@@ -105,8 +105,15 @@ def _replacements(notebook: dict[str, Any], run: Path) -> Callable[[str], str]:
     for cell in notebook["cells"]:
         if "injected-parameters" in cell["metadata"].get("tags", ()):
             for node in ast.parse(_text(cell["source"])).body:
-                value = node.value.value if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) else 0
-                if isinstance(value, str) and node.targets[0].id in ("OUT", "RUN") and Path(value).is_absolute():
+                if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)):
+                    continue
+                value, target = node.value.value, node.targets[0]
+                if (
+                    isinstance(value, str)
+                    and isinstance(target, ast.Name)
+                    and target.id in ("OUT", "RUN")
+                    and Path(value).is_absolute()
+                ):
                     places[Path(value)] = str(shown)
                     if value.endswith(f"/{shown}"):
                         places[Path(value.removesuffix(f"/{shown}"))] = "."
@@ -123,7 +130,7 @@ def _replacements(notebook: dict[str, Any], run: Path) -> Callable[[str], str]:
 
 def _clean_outputs(outputs: list[dict[str, Any]], replace: Callable[[str], str]) -> list[dict[str, Any]]:
     """What a reader should see of a cell's outputs: no stderr, no widgets, no scripts."""
-    kept = []
+    kept: list[dict[str, Any]] = []
     for output in outputs:
         if output["output_type"] == "stream":
             if output["name"] == "stdout":
@@ -187,8 +194,8 @@ def _shrink(picture: bytes, width_px: int, quality: int) -> tuple[str, bytes]:
         image = image.resize((width_px, round(image.height * width_px / image.width)), Image.Resampling.LANCZOS)
     made = []
     for kind, form, options in (
-        ("image/png", image.quantize(128), {"format": "PNG", "optimize": True}),
-        ("image/jpeg", image, {"format": "JPEG", "quality": quality, "optimize": True}),
+        ("image/png", image.quantize(128), dict[str, Any](format="PNG", optimize=True)),
+        ("image/jpeg", image, dict[str, Any](format="JPEG", quality=quality, optimize=True)),
     ):
         file = io.BytesIO()
         form.save(file, **options)
@@ -199,5 +206,5 @@ def _shrink(picture: bytes, width_px: int, quality: int) -> tuple[str, bytes]:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m lumbar.look.gallery RUN FOLDER, e.g. runs/demo docs/gallery")
-    for path in make_gallery(*sys.argv[1:]):
+    for path in make_gallery(sys.argv[1], sys.argv[2]):
         print(f"{path}: {path.stat().st_size / 1000:,.0f} kB")

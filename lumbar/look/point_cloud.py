@@ -3,16 +3,25 @@
 May use: slices, data, names.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.geometry import _open3d
+from ..data.geometry import LevelBox, _open3d
+from ..data.volume import Study
 from ..names import DESCRIPTIONS, LEVELS
 from .slices import LEVEL_COLOURS, level_name
 
+if TYPE_CHECKING:
+    import open3d
+    from plotly.graph_objects import Figure
 
-def point_cloud(study, every=2):
+
+def point_cloud(study: Study, every: int = 2) -> open3d.geometry.PointCloud:
     """The study as an open3d.geometry.PointCloud in LPS millimetres, to look at in Open3D.
 
     A point per voxel (every `every`-th row and column) brighter than 5% of the scale; the colour's red, green and
@@ -35,7 +44,7 @@ def point_cloud(study, every=2):
     return cloud
 
 
-def study_figure(study, boxes=(), points=40_000, seed=0):
+def study_figure(study: Study, boxes: Sequence[LevelBox] = (), points: int = 40_000, seed: int = 0) -> Figure:
     """The study in space as a plotly Figure to turn: Open3D's cloud of its bright voxels, and the level boxes.
 
     With boxes, of the voxels only those in and near them are shown (half a box more to every side): the rest would
@@ -56,7 +65,9 @@ def study_figure(study, boxes=(), points=40_000, seed=0):
     marker = {"size": 1.5, "color": shown, "opacity": 0.5}
     traces.append(go.Scatter3d(**_lps(xyz[chosen]), mode="markers", marker=marker, name="voxels", hoverinfo="skip"))
     style = {"showbackground": False, "gridcolor": "#444", "color": "#bbb"}
-    scene = {f"{axis}axis": style | {"title": {"text": text}} for axis, text in zip("xyz", ("left", "back", "head"))}
+    scene: dict[str, Any] = {
+        f"{axis}axis": style | {"title": {"text": text}} for axis, text in zip("xyz", ("left", "back", "head"))
+    }
     camera = {"eye": {"x": 1.9, "y": 1.1, "z": 0.3}, "up": {"x": 0, "y": 0, "z": 1}}
     scene |= {"aspectmode": "data", "bgcolor": "black", "camera": camera}
     return go.Figure(traces, {"scene": scene, "height": 700, "margin": {"l": 0, "r": 0, "t": 30, "b": 0}})

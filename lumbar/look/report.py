@@ -5,7 +5,9 @@ May use: slices, grade, spine, data, run.stages, storage, names, run.
 
 import html
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,7 +35,7 @@ TERM_NAMES = {
 # -- numbers for tables and plots
 
 
-def cell_losses(grades, probabilities):
+def cell_losses(grades: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Weighted log loss of each condition and level: (5, 5), NaN where nothing is graded.
 
     grades: (n, 5, 5), -1 missing; probabilities: (n, 5, 5, 3), NaN (left out) or rows that sum to 1.
@@ -43,14 +45,16 @@ def cell_losses(grades, probabilities):
     return np.where(total > 0, (weight * loss).sum(0) / np.where(total > 0, total, 1), np.nan)
 
 
-def known_losses(grades, probabilities):
+def known_losses(grades: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """metric.row_losses, both (n, 5, 5), where there is no prediction 0 as well."""
     weight, loss = row_losses(grades, probabilities)
     known = np.isfinite(loss)
     return np.where(known, weight, 0), np.where(known, loss, 0)
 
 
-def worst_rows(study_ids, grades, probabilities, count=6):
+def worst_rows(
+    study_ids: Sequence[int] | np.ndarray, grades: np.ndarray, probabilities: np.ndarray, count: int = 6
+) -> pd.DataFrame:
     """The most wrong predictions, at most one a study: DataFrame study_id, condition, level (indices), grade, loss.
 
     Ordered by weight times log loss, what a row costs in the metric.
@@ -58,7 +62,8 @@ def worst_rows(study_ids, grades, probabilities, count=6):
     weight, loss = known_losses(grades, probabilities)
     cost = weight * loss
     order = np.dstack(np.unravel_index(np.argsort(-cost, axis=None), cost.shape))[0]
-    rows, seen = [], set()
+    rows: list[list] = []
+    seen = set()
     for n, condition, level in order:
         if len(rows) == count or cost[n, condition, level] == 0:
             break
@@ -68,7 +73,7 @@ def worst_rows(study_ids, grades, probabilities, count=6):
     return pd.DataFrame(rows, columns=["study_id", "condition", "level", "grade", "loss"])
 
 
-def score_table(grades, predictions, draws=0):
+def score_table(grades: np.ndarray, predictions: Mapping[str, np.ndarray], draws: int = 0) -> pd.DataFrame:
     """The metric's terms of several predictions: DataFrame, one row a name, columns of TERM_NAMES and rows.
 
     predictions: dict name -> (n, 5, 5, 3), NaN where there is none. A member that grades only some conditions or
@@ -99,7 +104,9 @@ def _graded_rows(grades, probabilities):
     return np.where(there, grades, -1), np.where(there[..., None], probabilities, 1 / 3)
 
 
-def resampled_scores(grades, predictions, draws=1000, seed=0):
+def resampled_scores(
+    grades: np.ndarray, predictions: Mapping[str, np.ndarray], draws: int = 1000, seed: int = 0
+) -> dict[str, np.ndarray]:
     """The score on studies drawn anew with replacement, the bootstrap: dict name -> (draws, 5), TERM_NAMES' terms.
 
     predictions as in score_table. All of them meet the same draws, so that differences between two of them can be
@@ -117,18 +124,20 @@ def resampled_scores(grades, predictions, draws=1000, seed=0):
     return scores
 
 
-def percentiles(values, percent):
+def percentiles(values: np.ndarray, percent: float | Sequence[float]) -> np.ndarray:
     """Percentile(s) of each column of values (n, k), NaN left out: ([p,] k), NaN for a column that has nothing else."""
     known = np.isfinite(values).any(0)
     return np.where(known, np.nanpercentile(np.where(known, values, 0), percent, axis=0), np.nan)
 
 
-def interval_text(low, high, digits=3):
+def interval_text(low: float, high: float, digits: int = 3) -> str:
     """`0.31 to 0.38`, or a dash."""
     return f"{low:.{digits}f} to {high:.{digits}f}" if np.isfinite(low) and np.isfinite(high) else "\N{EN DASH}"
 
 
-def term_table(grades, predictions, name, reference, draws=1000):
+def term_table(
+    grades: np.ndarray, predictions: Mapping[str, np.ndarray], name: str, reference: str, draws: int = 1000
+) -> pd.DataFrame:
     """One prediction's terms beside a reference's: DataFrame by term with 95% intervals over resampled studies.
 
     predictions as in score_table; name, reference: keys of it. Columns: the reference's and the prediction's score,
@@ -150,13 +159,13 @@ def term_table(grades, predictions, name, reference, draws=1000):
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("Term")
 
 
-def problem_table(sentences):
+def problem_table(sentences: Iterable[str]) -> pd.DataFrame:
     """What was left out or doubtful, counted: DataFrame what, times, example, the most frequent first.
 
     sentences: problems of read_study, as series.csv and inference_log.csv have them. Those that differ only in
     studies, series, files and numbers count as one.
     """
-    rows = {}
+    rows: dict[str, tuple[int, str]] = {}
     for sentence in sentences:
         what = re.sub(r"^study \d+(, series \d+)?: ", "", sentence)
         what = re.sub(r"\S+\.dcm\b", "a file", what)
@@ -168,12 +177,14 @@ def problem_table(sentences):
     return pd.DataFrame(table, columns=["what", "times", "example"])
 
 
-def out_of_fold_prior(grades, folds):
+def out_of_fold_prior(grades: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """For each study the weighted class prior of the studies in other folds: (n, 5, 5, 3). folds: (n,) int."""
     return np.stack([class_prior(grades[folds != fold]) for fold in folds])
 
 
-def nested_folds(labels, folds, tables, parts=5):
+def nested_folds(
+    labels: pd.DataFrame, folds: np.ndarray, tables: Mapping[str, pd.DataFrame], parts: int = 5
+) -> pd.DataFrame:
     """The folds in which the ensemble is judged: DataFrame study_id, fold of the predicted studies.
 
     labels: train.csv's wide form; folds: (n,) fold of each of its rows; tables: dict member -> out-of-fold table.
@@ -188,7 +199,7 @@ def nested_folds(labels, folds, tables, parts=5):
     return found
 
 
-def read_views(run):
+def read_views(run: str | Path) -> pd.DataFrame:
     """The views.csv of the members' stages below `run`, one below the other: DataFrame stage, view, alone, gain, ..."""
     paths = [p for p in sorted(Path(run).glob("*/views.csv")) if ".old-" not in p.parent.name]
     tables = [pd.read_csv(path) for path in paths]
@@ -197,7 +208,7 @@ def read_views(run):
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def ensemble_table(ensemble):
+def ensemble_table(ensemble: Mapping[str, Any]) -> pd.DataFrame:
     """What ensemble.json holds, for people: DataFrame, one row a group of conditions."""
     groups = list(ensemble["weights"])
     table = pd.DataFrame(ensemble["weights"]).T
@@ -210,7 +221,9 @@ def ensemble_table(ensemble):
     return table
 
 
-def level_label_table(paths, levels, coordinates, limit=200):
+def level_label_table(
+    paths: Mapping[int, Path], levels: pd.DataFrame, coordinates: pd.DataFrame, limit: int = 200
+) -> pd.DataFrame:
     """How well the level boxes meet the label points: one row a point, see compare_with_labels, with study_id.
 
     paths: dict study_id -> volume file; levels: levels.csv as a table; limit: studies looked at, spread evenly.
@@ -228,7 +241,7 @@ def level_label_table(paths, levels, coordinates, limit=200):
     )
 
 
-def summarise_levels(compared, levels):
+def summarise_levels(compared: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
     """Per level: label points, those at the right level, how far the disc plane is from the canal and subarticular
     points (which lie at the disc's height; foraminal ones lie above it), and where the boxes came from."""
     rows = []
@@ -255,15 +268,15 @@ def summarise_levels(compared, levels):
     return pd.DataFrame(rows)
 
 
-def read_manifests(out):
+def read_manifests(out: str | Path) -> dict[str, dict[str, Any]]:
     """dict stage -> manifest of every complete stage in a folder, in the order of their names; see read_manifest."""
     folders = [path.parent for path in sorted(Path(out).glob("*/manifest.json")) if ".old-" not in path.parent.name]
     return {folder.name: manifest for folder in folders if (manifest := read_manifest(folder)) is not None}
 
 
-def read_histories(out):
+def read_histories(out: str | Path) -> dict[str, dict[str, pd.DataFrame]]:
     """dict stage -> dict run -> training history: *history*.csv of our own training, results.csv of ultralytics."""
-    found = {}
+    found: dict[str, dict[str, pd.DataFrame]] = {}
     for path in sorted({*Path(out).glob("*/*history*.csv"), *Path(out).glob("*/**/results.csv")}):
         stage = path.relative_to(out).parts[0]
         if ".old-" not in stage:
@@ -286,7 +299,7 @@ def read_histories(out):
 # -- pages and viewers
 
 
-def short(value, digits=3):
+def short(value: object, digits: int = 3) -> str:
     """A value of a parameters or counts table as short text: rounded numbers, lists in brackets."""
     if isinstance(value, float):
         return f"{value:.{digits}g}"
@@ -295,13 +308,15 @@ def short(value, digits=3):
     return str(value)
 
 
-def paragraph_html(text):
+def paragraph_html(text: object) -> str:
     """Any text as a paragraph of a page that shows just this text: for all that comes from files, such as names,
     versions and problems. In Markdown it would be obeyed: HTML, links, images, formulas."""
     return f"<p>{html.escape(str(text))}</p>"
 
 
-def table_html(table, caption="", decimals=3, names=None):
+def table_html(
+    table: pd.DataFrame, caption: str = "", decimals: int = 3, names: Mapping[str, str] | None = None
+) -> str:
     """A DataFrame as a clean HTML table: numbers to the right and rounded, missing ones as a dash, text escaped.
 
     caption: a sentence above the table; names: dict column -> heading. The index is shown if it has a name.
@@ -348,7 +363,7 @@ pre{white-space:pre-wrap;font-size:13px;color:var(--soft)}code{font-size:.92em}
 """
 
 
-def export_html(notebook, page, title=None, printed=False):
+def export_html(notebook: str | Path, page: str | Path, title: str | None = None, printed: bool = False) -> Path:
     """An executed notebook as one HTML page without its code that needs no network: for readers, not for editing.
 
     notebook: .ipynb; page: the .html to write; title: of the browser's tab (default: the notebook's first heading);

@@ -4,10 +4,14 @@ May use: data, names.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
 
-from ..data.geometry import nearest_slice, on_image
+from ..data.geometry import LevelBox, nearest_slice, on_image
+from ..data.volume import Volume
 from ..names import LEVELS
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness. Severity is also always written.
@@ -21,21 +25,21 @@ CONDITION_NAMES = ("Spinal canal", "Left foramen", "Right foramen", "Left subart
 CONDITION_OFFSETS_MM = ((0, 0, 23), (5, 17, 20), (5, -17, 20), (0, 9, 20), (0, -9, 20))
 
 
-def direction_letter(vector):
+def direction_letter(vector: ArrayLike) -> str:
     """Letter of the side of the body that an LPS vector (3,) points to: L R P A H F (head, foot)."""
     vector = np.asarray(vector, dtype=float)
     axis = int(np.argmax(np.abs(vector)))
     return (("R", "L"), ("A", "P"), ("F", "H"))[axis][int(vector[axis] > 0)]
 
 
-def slice_axes(volume):
+def slice_axes(volume: Volume) -> np.ndarray:
     """Unit vectors (LPS) of a volume's slice normal, rows (downwards) and columns (rightwards): (3, 3)."""
     down, right = (volume.affine[:3, axis] / np.linalg.norm(volume.affine[:3, axis]) for axis in (1, 2))
     normal = np.cross(right, down)
     return np.stack([normal / np.linalg.norm(normal), down, right])
 
 
-def nearest_volume(volumes, xyz_mm):
+def nearest_volume(volumes: Sequence[Volume], xyz_mm: np.ndarray) -> Volume:
     """The volume of a list whose images come nearest to an LPS point (3,); of equals the one with the nearest slice."""
 
     def distance_mm(volume):
@@ -46,12 +50,12 @@ def nearest_volume(volumes, xyz_mm):
     return min(volumes, key=distance_mm)
 
 
-def condition_point(box, condition):
+def condition_point(box: LevelBox, condition: int) -> np.ndarray:
     """Point (3,) in LPS mm where condition number `condition` is to be seen at a LevelBox's level."""
     return box.to_lps(CONDITION_OFFSETS_MM[condition])
 
 
-def corners_on_slice(corners_lps, volume, index):
+def corners_on_slice(corners_lps: np.ndarray, volume: Volume, index: int) -> np.ndarray:
     """Where a slice cuts a prism: polygon (n, 2) as x_px, y_px of pixel centres in order, n = 0 if it does not.
 
     corners_lps: (8, 3) in LPS mm, numbered in binary as LevelBox.corners_lps has them.
@@ -70,12 +74,12 @@ def corners_on_slice(corners_lps, volume, index):
     return polygon[np.argsort(np.arctan2(around[:, 1], around[:, 0]))]
 
 
-def box_on_slice(box, volume, index):
+def box_on_slice(box: LevelBox, volume: Volume, index: int) -> np.ndarray:
     """Where a slice cuts a LevelBox: polygon (n, 2) as x_px, y_px of pixel centres in order, n = 0 if it does not."""
     return corners_on_slice(box.corners_lps(), volume, index)
 
 
-def points_on_slice(points, volume, index):
+def points_on_slice(points: pd.DataFrame, volume: Volume, index: int) -> pd.DataFrame:
     """Rows of a table of label points (see read_coordinates) that lie on one slice of a volume."""
     return points[
         (points["series_id"] == volume.series_id)
@@ -84,15 +88,16 @@ def points_on_slice(points, volume, index):
     ]
 
 
-def level_name(level):
+def level_name(level: str) -> str:
     """`l4_l5` -> `L4/L5`."""
     return level.upper().replace("_", "/")
 
 
-def slice_caption(volume, index, boxes=None):
+def slice_caption(volume: Volume, index: int, boxes: Sequence[LevelBox] | None = None) -> str:
     """Where a slice lies, in words: beside the spine's middle (sagittal), above or below a disc (axial)."""
     caption = f"slice {index + 1} of {len(volume.array)}"
     axis = {"sagittal": 0, "axial": 2}.get(volume.plane)
+    boxes = boxes or ()
     if axis is None or (axis == 2 and not boxes):
         return caption
     normal = slice_axes(volume)[0]
@@ -100,7 +105,7 @@ def slice_caption(volume, index, boxes=None):
     middle_px = (np.array(volume.array.shape) - 1) / 2
     here = volume.voxel_to_lps([index, *middle_px[1:]])
     if axis == 0:
-        centres = [box.center_lps_mm for box in boxes or ()] or [volume.voxel_to_lps(middle_px)]
+        centres = [box.center_lps_mm for box in boxes] or [volume.voxel_to_lps(middle_px)]
         names, sides = ["the spine's middle" if boxes else "the stack's middle"], ("left of", "right of")
         beside = [(here - np.mean(centres, 0)) @ normal]
     else:

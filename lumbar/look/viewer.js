@@ -1,5 +1,5 @@
-// The viewer of one study. viewer.py fills in the two names in capitals on the line after the next, and says what the
-// data are. Lengths are in mm.
+// The viewer of one study. viewer_page.py fills in the two names in capitals on the line after the next, viewer_data.py
+// says what the data are. Lengths are in mm.
 (() => {
 const root = document.getElementById(ROOT_ID), data = DATA;
 const dot = (a, b) => a[0]*b[0] + a[1]*b[1] + a[2]*b[2];

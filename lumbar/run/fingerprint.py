@@ -12,12 +12,13 @@ import platform
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
+from typing import Any
 
 from ..storage import read_json
 from .parameters import PATH_PARAMETERS
 
 
-def versions():
+def versions() -> dict[str, str]:
     """Versions of what decides the results: a dict package -> version."""
     found = {"python": platform.python_version()}
     for name in (
@@ -51,7 +52,7 @@ def _digest_of(path, size, changed_ns, inode):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_digest(path):
+def file_digest(path: str | Path) -> str:
     """The SHA-256 of a file's contents, as hexadecimal digits. Computed once in a process, unless the file changes."""
     status = os.stat(path)
     # ctime and not mtime: nobody can set it back.
@@ -87,7 +88,7 @@ def _content(path):
     return sum(size for _, size in files), hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint(path):
+def fingerprint(path: str | Path) -> str:
     """A short hash of what a stage reads, which changes when its content does: not when it is copied or moved.
 
     A file is known by its bytes. Of a folder these count: the bytes of the tables, weights and ensemble.json in it, the
@@ -149,7 +150,7 @@ def _work(known):
     }
 
 
-def code_fingerprint():
+def code_fingerprint() -> str:
     """A short hash of the kit's modules, to tell results of an older version."""
     digest = hashlib.sha256()
     kit = Path(__file__).parents[1]
@@ -206,7 +207,7 @@ def _read_identity(path, expected=_OF_IDENTITY):
     return known
 
 
-def read_manifest(folder):
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest of a finished stage's folder, a dict; None where there is none.
 
     One that is damaged, foreign, or lists outputs outside the folder counts as none, and a line says so.

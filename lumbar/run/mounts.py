@@ -11,7 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 KAGGLE_INPUT = "/kaggle/input"
 KAGGLE_WORKING = "/kaggle/working"
@@ -20,12 +22,12 @@ KAGGLE_WORKING = "/kaggle/working"
 # ---- Inputs: what a kernel finds where ----
 
 
-def input_root():
+def input_root() -> Path:
     """The folder in which inputs are mounted: /kaggle/input, or what KAGGLE_INPUT_DIR names, to try things out."""
     return Path(os.environ.get("KAGGLE_INPUT_DIR", KAGGLE_INPUT))
 
 
-def find_input(name, roots=None):
+def find_input(name: str | Path, roots: str | Path | Iterable[str | Path] | None = None) -> Path:
     """Folder (or file) of an input, wherever this machine keeps it.
 
     name: what the input is called: a path that exists or is meant below a root, the slug of a data set, competition
@@ -38,17 +40,17 @@ def find_input(name, roots=None):
     several owners' inputs have the same slug.
     """
     roots = [input_root()] if roots is None else [roots] if isinstance(roots, (str, Path)) else roots
-    name, roots = str(name), [Path(root) for root in roots]
+    name, places = str(name), [Path(root) for root in roots]
     if name and os.path.exists(name):
         return Path(name)
-    if os.path.isabs(name) and not any(Path(name).is_relative_to(root) for root in (*roots, KAGGLE_INPUT)):
+    if os.path.isabs(name) and not any(Path(name).is_relative_to(root) for root in (*places, Path(KAGGLE_INPUT))):
         raise FileNotFoundError(f"{name} does not exist: correct the path")
-    for root in (*roots, KAGGLE_INPUT):  # /kaggle/input/<slug> may be mounted as /kaggle/input/competitions/<slug>
+    for root in (*places, KAGGLE_INPUT):  # /kaggle/input/<slug> may be mounted as /kaggle/input/competitions/<slug>
         name = name.removeprefix(f"{root}/")
     name = name.strip("/")
     owner, _, slug = name.rpartition("/")
     looked = []
-    for root in roots:
+    for root in places:
         patterns = [name, f"competitions/{name}"]
         if name.count("/") == 2:
             patterns = [f"{name}/*", f"models/*/{name}/*"]
@@ -100,12 +102,12 @@ def _folders(root, depth=5):
         yield from level
 
 
-def attached_stages(root=None):
+def attached_stages(root: str | Path | None = None) -> dict[str, Path]:
     """dict stage name -> folder, of all finished stages below the root (default input_root()).
 
     Outputs of several kernels each bring some; of two with the same name the first found counts, and it is said.
     """
-    found = {}
+    found: dict[str, Path] = {}
     for folder in _folders(root or input_root()):
         if re.match(r"\d\d_\w+$", folder.name) and (folder / "manifest.json").is_file():
             if folder.name in found:
@@ -114,13 +116,13 @@ def attached_stages(root=None):
     return dict(sorted(found.items()))
 
 
-def unfinished_stages(name, root=None):
+def unfinished_stages(name: str, root: str | Path | None = None) -> list[Path]:
     """The folders of a stage below the root (default input_root()) that were begun and not finished."""
     found = [folder for folder in _folders(root or input_root()) if folder.name == name]
     return [f for f in found if (f / "begun.json").is_file() and not (f / "manifest.json").is_file()]
 
 
-def gather_stages(stages):
+def gather_stages(stages: Mapping[str, Path]) -> Path:
     """One folder with links to the folders of stages, as a run has them side by side. Returns it.
 
     stages: dict name -> folder, as attached_stages returns it. The folder lies with the temporary files.
@@ -135,7 +137,7 @@ def gather_stages(stages):
     return folder
 
 
-def find_inputs(parameters):
+def find_inputs(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Where this machine has what a notebook's parameters call /kaggle/input/...: dict name -> value.
 
     parameters: dict, as notebook_parameters returns it. Only texts, and lists of texts, that begin with /kaggle/input
@@ -182,7 +184,7 @@ NEEDED = {"timm_3d": "timm-3d", "ultralytics": "ultralytics-opencv-headless", "p
 KAGGLE_HAS = ("pydicom",)
 
 
-def install_missing(needed=NEEDED, root=None):
+def install_missing(needed: Mapping[str, str] = NEEDED, root: str | Path | None = None) -> list[str]:
     """Install the packages that are not there from wheels in an attached data set, without network.
 
     needed: module -> package; root: where data sets are mounted, default input_root(). Does nothing where all modules

@@ -7,7 +7,9 @@ import ast
 import difflib
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..names import device_for
 
@@ -87,7 +89,7 @@ ITEM_TYPES = {  # of lists that are empty by default
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
-def assigned_literals(source):
+def assigned_literals(source: str) -> dict[str, Any]:
     """The names a parameters cell assigns, with their literal values.
 
     source: the text of the cell. Returns a dict name -> value, in order.
@@ -98,13 +100,13 @@ def assigned_literals(source):
     for node in ast.parse(source).body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        if not isinstance(node, ast.Assign) or not isinstance(target, ast.Name):
             raise ValueError(f"parameters cell, line {node.lineno}: write one `NAME = literal` a line")
         try:
-            values[targets[0].id] = _literal(node.value)
+            values[target.id] = _literal(node.value)
         except ValueError:
-            raise ValueError(f"parameters cell: {targets[0].id} must be a literal") from None
+            raise ValueError(f"parameters cell: {target.id} must be a literal") from None
     return values
 
 
@@ -115,7 +117,7 @@ def _literal(node):
     return ast.literal_eval(node)
 
 
-def check_values(defaults, given, where="parameters"):
+def check_values(defaults: Mapping[str, Any], given: Mapping[str, Any], where: str = "parameters") -> dict[str, Any]:
     """Refuse names that do not exist, values of another type than the default's, and values that cannot be meant.
 
     defaults, given: dicts name -> value. Returns `defaults` updated with `given` (an int is welcome where a float
@@ -201,7 +203,7 @@ def _within(default, least, most):
     return all(least <= item <= most for item in (default if isinstance(default, list) else [default]))
 
 
-def check_device_name(name, where="parameters"):
+def check_device_name(name: str, where: str = "parameters") -> None:
     """Refuse a DEVICE that names none on any machine: a misspelt one. Whether it is here: see names.device_for."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|\d+(,\d+)*", name):
         close = difflib.get_close_matches(name.lower(), ("auto", "cpu", "cuda", "mps"), n=1, cutoff=0.5)
@@ -209,14 +211,14 @@ def check_device_name(name, where="parameters"):
         raise ValueError(f"{where}: DEVICE is auto, cpu, cuda or the number of a GPU (0), not {name!r}.{hint}")
 
 
-def check_device_here(name):
+def check_device_here(name: str) -> None:
     """Refuse a DEVICE that this machine does not have; several GPUs are written as 0,1."""
     for part in name.split(","):
         if part not in ("auto", "cpu"):  # torch is not loaded for these
             device_for(part)
 
 
-def check_tracker_name(name, where="parameters"):
+def check_tracker_name(name: str, where: str = "parameters") -> None:
     """Refuse a TRACKER that accelerate does not have. Whether it is installed here: see check_tracker_here."""
     if name and name not in TRACKERS:
         close = difflib.get_close_matches(name.lower(), TRACKERS, n=1, cutoff=0.5)
@@ -224,7 +226,7 @@ def check_tracker_name(name, where="parameters"):
         raise ValueError(f"{where}: TRACKER is empty or one of {', '.join(TRACKERS)}, not {name!r}.{hint}")
 
 
-def check_tracker_here(name):
+def check_tracker_here(name: str) -> None:
     """Refuse a TRACKER whose package is not installed, before anything runs. Raises ImportError."""
     if name:
         from ..grade.trainer import check_tracker
@@ -232,7 +234,7 @@ def check_tracker_here(name):
         check_tracker(name)
 
 
-def notebook_parameters(history, namespace):
+def notebook_parameters(history: Sequence[str], namespace: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters in force in the running notebook, checked.
 
     history: IPython's `In`; namespace: `globals()`. papermill warns of a mistyped parameter and runs on with the
@@ -252,7 +254,7 @@ def notebook_parameters(history, namespace):
     return parameters
 
 
-def check_notebook_parameters(notebook, given):
+def check_notebook_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse parameters that a notebook does not have, before it starts. See check_values."""
     import nbformat
 

@@ -8,10 +8,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..data.tables import read_folds
 from ..grade.member import Training
@@ -23,7 +24,7 @@ from .parameters import check_device_here, check_notebook_parameters
 from .stages import _identity, _state, stage_inputs
 
 
-def member_folder(name, folds):
+def member_folder(name: str, folds: Sequence[int]) -> str:
     """The folder of a stage that trains these folds: with one fold only, its number is added.
 
     Jobs of single folds, on one machine or many, can so share an OUT; later stages read all folders that they find.
@@ -31,7 +32,7 @@ def member_folder(name, folds):
     return f"{name}_{folds[0]}" if len(folds) == 1 else name
 
 
-def check_folds(folds, preprocessed):
+def check_folds(folds: Iterable[int], preprocessed: str | Path) -> None:
     """Refuse folds that the folds.csv of 01_preprocess (its folder) does not have, before a stage begins."""
     path = Path(preprocessed) / "folds.csv"
     if not path.is_file():
@@ -44,7 +45,7 @@ def check_folds(folds, preprocessed):
         raise ValueError(f"FOLDS must be some of {', '.join(map(str, known))}, not {list(folds)}")
 
 
-def is_finished(stage):
+def is_finished(stage: Mapping[str, Any]) -> bool:
     """True if a stage of the table has a manifest with these parameters and with inputs of the same content."""
     folder = Path(stage["parameters"].get("OUT", "")) / stage["name"]
     if not (folder / "manifest.json").is_file():
@@ -56,7 +57,10 @@ def is_finished(stage):
         return False
     if _state(folder, identity, places)[0] != "finished":
         return False
-    if read_manifest(folder)["code"] != code_fingerprint():
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return False
+    if manifest["code"] != code_fingerprint():
         print(f"{stage['name']}: finished by another version of lumbar/; delete {folder} to do it again")
     return True
 
@@ -73,7 +77,7 @@ _LOG_NOISE = (
 )
 
 
-def run_notebook(notebook, output, parameters, threads=1):
+def run_notebook(notebook: str | Path, output: str | Path, parameters: Mapping[str, Any], threads: int = 1) -> None:
     """Run a notebook by papermill in a process of its own; its log goes to this process' stdout, a line at a time.
 
     A process and not papermill's function: stages can then run side by side with their own number of threads.
@@ -110,7 +114,7 @@ def run_notebook(notebook, output, parameters, threads=1):
     ]
     # A run that is killed outright takes its stages with it (prctl's PR_SET_PDEATHSIG is 1): they would go on unseen.
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    tail = []
+    tail: list[str] = []
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -120,7 +124,7 @@ def run_notebook(notebook, output, parameters, threads=1):
         env=environment,
         preexec_fn=(lambda: libc.prctl(1, signal.SIGTERM)) if libc else None,
     ) as process:
-        for line in process.stdout:
+        for line in process.stdout or ():
             line = line.rstrip().split("\r")[-1]
             if line and not line.startswith(_LOG_NOISE):
                 tail = [*tail[-29:], line]
@@ -129,7 +133,7 @@ def run_notebook(notebook, output, parameters, threads=1):
         raise RuntimeError(f"{notebook} failed; see {output}. Its last lines:\n" + "\n".join(tail))
 
 
-def run_stages(stages, runs, workers=2):
+def run_stages(stages: Sequence[dict[str, Any]], runs: str | Path, workers: int = 2) -> dict[str, float]:
     """Run a table of stages, side by side where they do not need each other.
 
     stages: list of dicts: name, notebook, parameters, after (names of stages to wait for), threads.
@@ -140,7 +144,10 @@ def run_stages(stages, runs, workers=2):
 
     for stage in stages:
         check_device_here(check_notebook_parameters(stage["notebook"], stage["parameters"]).get("DEVICE", "auto"))
-    seconds, finished, running, waiting, failure = {}, set(), {}, list(stages), None
+    seconds: dict[str, float] = {}
+    finished: set[str] = set()
+    running: dict[Future[float], dict[str, Any]] = {}
+    waiting, failure = list(stages), None
 
     def run(stage):
         started = time.monotonic()
@@ -191,8 +198,8 @@ class Stage:
 
     name: str
     notebook: str
-    reads: dict[str, str | list[str]] = field(default_factory=dict)
-    parameters: dict = field(default_factory=dict)
+    reads: Mapping[str, str | list[str]] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()
     gpu: bool = False
     training: bool = False
@@ -284,7 +291,15 @@ def stage_table(folds: Sequence[int], size: str = "full") -> list[Stage]:
     return table
 
 
-def pipeline_stages(notebooks, data, out, size="demo", folds=(), seed=0, workers=2):
+def pipeline_stages(
+    notebooks: str | Path,
+    data: str | Path,
+    out: str | Path,
+    size: str = "demo",
+    folds: Sequence[int] = (),
+    seed: int = 0,
+    workers: int = 2,
+) -> list[dict[str, Any]]:
     """The table of stages as run_stages takes it.
 
     size: `demo`, `smoke` (the same, as short as possible) and `hour` train fold 0 with the small settings, `full` every
@@ -297,7 +312,7 @@ def pipeline_stages(notebooks, data, out, size="demo", folds=(), seed=0, workers
             key: f"{out}/{names}" if isinstance(names, str) else [f"{out}/{name}" for name in names]
             for key, names in stage.reads.items()
         }
-        parameters = {"OUT": str(out), "DATA": str(data), **reads}
+        parameters: dict[str, Any] = {"OUT": str(out), "DATA": str(data), **reads}
         if stage.name == "01_preprocess":
             parameters |= {"SEED": seed, "WORKERS": workers}
         elif stage.name == "06_report":
@@ -318,7 +333,7 @@ def pipeline_stages(notebooks, data, out, size="demo", folds=(), seed=0, workers
     return stages
 
 
-def choose_stages(stages, names):
+def choose_stages(stages: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """The stages with these names (all, if none is given). What they wait for must be finished or chosen too.
 
     A training's name without a fold (04_train_vit_level) is all of its folds.
@@ -336,7 +351,9 @@ def choose_stages(stages, names):
     return [{**stage, "after": [a for a in stage["after"] if a in [s["name"] for s in chosen]]} for stage in chosen]
 
 
-def write_run_manifest(out, parameters, seconds, wall_seconds):
+def write_run_manifest(
+    out: str | Path, parameters: Mapping[str, Any], seconds: Mapping[str, float], wall_seconds: float
+) -> dict[str, Any]:
     """OUT/manifest.json: the run's parameters and every finished stage's manifest. Returns it.
 
     seconds: of the stages that ran this time, as run_stages returns them; wall_seconds: of the whole run. Stages run
@@ -368,7 +385,7 @@ def write_run_manifest(out, parameters, seconds, wall_seconds):
 TRAINING_HOURS = 10.5  # of the 12 that Kaggle gives a kernel: the rest is for what comes before and after
 
 
-def kaggle_kernels(base="lumbar-spine", folds=(0,)):
+def kaggle_kernels(base: str = "lumbar-spine", folds: Sequence[int] = (0,)) -> dict[str, dict[str, Any]]:
     """The table of stages as kernels on Kaggle, in their order: dict name -> dict.
 
     base: what all slugs begin with; folds: to train, a kernel for each fold of each training, see Stage.kernel. One
@@ -384,7 +401,7 @@ def kaggle_kernels(base="lumbar-spine", folds=(0,)):
 
     # Outputs are found below what is attached, whichever there are. A kernel's own output holds 20 GB and is slow to
     # attach with 100,000 files.
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "01_preprocess": {"BITS": 8, "DETECTOR_IMAGES": False},
         "05_inference": {"WEIGHTS": [KAGGLE_INPUT]},
         "06_report": {"RUN": KAGGLE_INPUT},

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..grade.registry import MEMBERS
 from ..storage import write_json
@@ -22,7 +24,7 @@ from .pipeline import kaggle_kernels
 KAGGLE_OWNER_PLACEHOLDER = "your-kaggle-user"
 
 
-def staged_notebook(notebook, parameters):
+def staged_notebook(notebook: str | Path, parameters: Mapping[str, Any]) -> str:
     """A notebook's JSON text with the parameters injected as papermill does it, without outputs or traces of a run.
 
     Raises ValueError or TypeError for a parameter that the notebook does not have, see check_notebook_parameters.
@@ -62,7 +64,16 @@ def _title(slug):
     return slug.replace("-", " ").title()
 
 
-def stage_kaggle(user, build, repository=".", folds=(0,), weights=(), parameters=None, wheels=True, continued=()):
+def stage_kaggle(
+    user: str,
+    build: str | Path,
+    repository: str | Path = ".",
+    folds: Sequence[int] = (0,),
+    weights: Sequence[str | Path] = (),
+    parameters: Mapping[str, Mapping[str, Any]] | None = None,
+    wheels: bool = True,
+    continued: Iterable[str] = (),
+) -> list[Path]:
     """Lay out everything that Kaggle needs in folders: kernels/<name> and datasets/<slug>. Returns the list of folders.
 
     user: your Kaggle user name. build: folder, made new. repository: the kit's folder; its kernel-metadata.json, the
@@ -132,7 +143,7 @@ def stage_kaggle(user, build, repository=".", folds=(0,), weights=(), parameters
     return staged
 
 
-def stage_code(folder, repository="."):
+def stage_code(folder: str | Path, repository: str | Path = ".") -> Path:
     """Copy what the notebooks import, and the shipped weights, into the folder of a data set. Returns the folder."""
     folder, repository = Path(folder), Path(repository)
     folder.mkdir(parents=True)
@@ -144,7 +155,7 @@ def stage_code(folder, repository="."):
     return folder
 
 
-def stage_weights(folder, places):
+def stage_weights(folder: str | Path, places: Sequence[str | Path]) -> Path:
     """Copy what 05_inference reads of a run, stage by stage, into the folder of a data set. Returns the folder.
 
     places: folders with a run's stages (its OUT), or such stages.
@@ -176,14 +187,14 @@ def stage_weights(folder, places):
     return folder
 
 
-def kaggle_packages():
+def kaggle_packages() -> list[str]:
     """The packages that Kaggle's image lacks, in the versions that are installed here: those that are tested."""
     from importlib.metadata import version
 
     return [f"{package}=={version(package)}" for module, package in NEEDED.items() if module not in KAGGLE_HAS]
 
 
-def stage_wheels(folder, packages=None, python="3.12"):
+def stage_wheels(folder: str | Path, packages: Sequence[str] | None = None, python: str = "3.12") -> Path:
     """Download wheels for Kaggle's Python into the folder of a data set. Returns the folder.
 
     packages: default kaggle_packages(). Without their dependencies, which the image has: its torch, numpy and pandas
@@ -276,7 +287,7 @@ def _refusal(what, status, said):
     return RuntimeError(f"{what} failed (exit status {status}): {said}{advice}")
 
 
-def kaggle_push(folder, owner=None, environment=None):
+def kaggle_push(folder: str | Path, owner: str | None = None, environment: Mapping[str, str] | None = None) -> str:
     """Send the notebook that folder/kernel-metadata.json names to Kaggle, which runs it.
 
     folder: folder of kernel-metadata.json; code_file is relative to it.
@@ -305,7 +316,7 @@ def kaggle_push(folder, owner=None, environment=None):
         )
 
 
-def kaggle_upload(folder, environment=None):
+def kaggle_upload(folder: str | Path, environment: Mapping[str, str] | None = None) -> str:
     """Send the folder of a data set to Kaggle: a new private data set, or a new version of the one that is there.
 
     folder: with dataset-metadata.json; folders in it travel as archives, which Kaggle unpacks.
@@ -332,7 +343,7 @@ def kaggle_upload(folder, environment=None):
     return _client_or_raise("kaggle datasets version", arguments, environment, "is being created")
 
 
-def kaggle_status(kind, ref, environment=None):
+def kaggle_status(kind: str, ref: str, environment: Mapping[str, str] | None = None) -> str:
     """What Kaggle says of a data set ("ready") or kernel ("complete", "error", "running", ...); "" where it knows none.
 
     kind: "datasets" or "kernels"; ref: owner/slug.
@@ -347,7 +358,13 @@ def _ask(kind, ref, environment):
     return (found[1].lower() if found and not status else ""), status, said
 
 
-def kaggle_publish(build, names, environment=None, at_once=2, pause_s=60.0):
+def kaggle_publish(
+    build: str | Path,
+    names: Iterable[str],
+    environment: Mapping[str, str] | None = None,
+    at_once: int = 2,
+    pause_s: float = 60.0,
+) -> dict[str, str]:
     """Upload staged data sets, then run staged kernels on Kaggle, each after those whose outputs it reads.
 
     build: folder that stage_kaggle made; names: data sets (their slugs, or the part after the last hyphen) and kernels
@@ -377,7 +394,8 @@ def kaggle_publish(build, names, environment=None, at_once=2, pause_s=60.0):
         for name in chosen
         if name in kernels
     }
-    waiting, running = list(metadata), {}
+    waiting = list(metadata)
+    running: dict[str, str] = {}
     while waiting or running:
         unfinished = {metadata[name]["id"] for name in (*waiting, *running)}
         for name in list(waiting):

@@ -11,8 +11,11 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any, NoReturn, Self
 
 from ..storage import is_dead_part, is_part, plain, remove_parts, write_json
 from .fingerprint import (
@@ -32,7 +35,7 @@ from .fingerprint import (
 from .parameters import READ_PATHS
 
 
-def stage_inputs(parameters, name=""):
+def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     """What a stage of these parameters reads: dict parameter -> path, or list of paths, in their order.
 
     parameters: as notebook_parameters returns them; name: of the stage, which does not read itself. Of READ_PATHS those
@@ -141,11 +144,11 @@ class Stage:
     dir: Path
     name: str
     done: bool
-    identity: dict
+    identity: dict[str, Any]
     started: float
-    inputs: dict = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
-    def pause(self):
+    def pause(self) -> NoReturn:
         """End the notebook here, without a manifest and without a failure: time is up, the next start goes on.
 
         Raises SystemExit(0), which papermill (and with it Kaggle) takes for a notebook that ended well.
@@ -156,7 +159,12 @@ class Stage:
         )
         sys.exit(0)
 
-    def close(self, outputs=(), scores=None, counts=None):
+    def close(
+        self,
+        outputs: Sequence[str | Path] = (),
+        scores: Mapping[str, Any] | None = None,
+        counts: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Write manifest.json, the sign that the stage is complete. Returns the manifest.
 
         outputs: files and folders (relative to this stage's, and below it); each must exist. Their contents are read
@@ -166,14 +174,14 @@ class Stage:
             manifest = read_manifest(self.dir)
             if manifest is not None:
                 return manifest
-        outputs = list(map(str, outputs))
-        outside = [name for name in outputs if not _is_below(name)]
+        names = list(map(str, outputs))
+        outside = [name for name in names if not _is_below(name)]
         if outside:
             raise ValueError(f"{self.name}: outputs must lie in its own folder, not at {', '.join(outside)}")
-        missing = [name for name in outputs if not (self.dir / name).exists()]
+        missing = [name for name in names if not (self.dir / name).exists()]
         if missing:
             raise FileNotFoundError(f"{self.name} did not write {', '.join(missing)} in {self.dir}")
-        contents = {name: _content(self.dir / name) for name in outputs}
+        contents = {name: _content(self.dir / name) for name in names}
         manifest = {
             "stage": self.name,
             **self.identity,
@@ -191,7 +199,7 @@ class Stage:
         return manifest
 
 
-def peak_memory_mb():
+def peak_memory_mb() -> float:
     """The largest resident memory of this process or one of its children so far, in MB (Linux: ru_maxrss is in KiB)."""
     import resource
 
@@ -234,7 +242,7 @@ def _state(folder, identity, places):
     return ("begun", f"{problem}: it is done again") if problem else ("finished", "")
 
 
-_LOCKS = {}  # stage folder -> open file, kept for as long as this process lives
+_LOCKS: dict[Path, IO[str]] = {}  # stage folder -> open file, kept for as long as this process lives
 
 
 def _lock(folder):
@@ -274,7 +282,12 @@ def _remove_parts(folder):
             path.unlink(missing_ok=True)
 
 
-def open_stage(out, name, parameters, inputs=()):
+def open_stage(
+    out: str | Path,
+    name: str,
+    parameters: Mapping[str, Any],
+    inputs: Sequence[str | Path] | Mapping[str, str | Path] = (),
+) -> Stage:
     """Open the folder OUT/name of a stage: new, to be continued, or finished.
 
     parameters: dict, as notebook_parameters returns it. What a stage reads is found by those of them that are paths
@@ -373,19 +386,21 @@ class time_limit:
     class TimeIsUp(BaseException):
         """Not an Exception: libraries that catch those must let it through."""
 
-    def __init__(self, hours):
+    def __init__(self, hours: float) -> None:
         self.hours, self.reached = hours, False
 
-    def _ring(self, *_):
+    def _ring(self, number: int, frame: FrameType | None) -> NoReturn:
         raise self.TimeIsUp
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.hours > 0:
             self.before = signal.signal(signal.SIGALRM, self._ring)
             signal.setitimer(signal.ITIMER_REAL, max(3600 * self.hours, 1e-3))
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if self.hours > 0:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self.before)

@@ -43,7 +43,7 @@ from lumbar.data.geometry import boxes_to_table  # noqa: E402
 from lumbar.data.greys import normalise_study  # noqa: E402
 from lumbar.data.source import Source  # noqa: E402
 from lumbar.data.volume import Study, load_study, save_study  # noqa: E402
-from lumbar.look import plots  # noqa: E402
+from lumbar.look import plot_images  # noqa: E402
 from lumbar.names import VERTEBRAE, progress  # noqa: E402
 from lumbar.spine import fallbacks, level_scores, spinenet  # noqa: E402
 from lumbar.spine import levels as levels_module  # noqa: E402
@@ -655,7 +655,7 @@ def draw_case(ax, case, truth, score):
             front = corners[[0, 3]].mean(0)
             beside = front - 4 * (center - front) / np.linalg.norm((center - front) * volume.spacing_mm[1:])
             ax.text(beside[1], beside[0], body.name, color="lime", fontsize=7, ha="right", va="center")
-    plots.plot_vertebrae(ax, volume, index, [v for v in case["bodies"] if v.name != vertebra_module.UNCERTAIN])
+    plot_images.plot_vertebrae(ax, volume, index, [v for v in case["bodies"] if v.name != vertebra_module.UNCERTAIN])
     for body in case["bodies"]:
         if body.name == vertebra_module.UNCERTAIN:
             corners = volume.lps_to_voxel(body.corners_lps_mm)[[0, 1, 2, 3, 0]]
