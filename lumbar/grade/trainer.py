@@ -195,11 +195,11 @@ class Training:
         parts = {"network": self.network, "average": self.average, "optimizer": self.optimizer}
         return parts | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
         """What continues the training after an epoch, as tensors and plain values; random numbers start from seeds."""
         return {"step": self.step, **{name: part.state_dict() for name, part in self._parts().items()}}
 
-    def load_state(self, saved):
+    def load_state(self, saved: dict[str, Any]) -> None:
         self.step = saved["step"]
         for name, part in self._parts().items():
             part.load_state_dict(saved[name])
@@ -337,7 +337,7 @@ def predict_held_out(training: Training, valid: CropDataset, workers: int = 0) -
     for statistic in network.buffers():  # each process saw its own batches; the first one's are kept
         broadcast(statistic)
     mine = range(accelerator.process_index, len(valid.study_ids), accelerator.num_processes)
-    plain = ({},)  # views are chosen when the training has ended
+    plain: tuple[dict] = ({},)  # views are chosen when the training has ended
     log_p = measure_views([network], valid, plain, mine, workers)[0]  # 0 where another process predicts
     log_p = accelerator.reduce(torch.from_numpy(log_p).float().to(accelerator.device))
     return log_p.cpu().double().softmax(-1).numpy()

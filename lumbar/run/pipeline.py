@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,7 +191,7 @@ class Stage:
 
     name: str
     notebook: str
-    reads: dict[str, str | list[str]] = field(default_factory=dict)
+    reads: Mapping[str, str | list[str]] = field(default_factory=dict)
     parameters: dict = field(default_factory=dict)
     after: tuple[str, ...] = ()
     gpu: bool = False

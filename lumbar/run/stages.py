@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from ..storage import is_dead_part, is_part, plain, remove_parts, write_json
 from .fingerprint import (
@@ -234,7 +235,7 @@ def _state(folder, identity, places):
     return ("begun", f"{problem}: it is done again") if problem else ("finished", "")
 
 
-_LOCKS = {}  # stage folder -> open file, kept for as long as this process lives
+_LOCKS: dict[Path, IO] = {}  # stage folder -> open file, kept for as long as this process lives
 
 
 def _lock(folder):
