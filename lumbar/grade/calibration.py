@@ -140,7 +140,7 @@ def yolo_probabilities(scores: ArrayLike, calibration: Mapping[str, Any] | None 
 
 
 def _has_scores(scores):
-    """(n, ...) -> (n,) bool: the studies that a detector held out, and has a word on."""
+    """(n, ...) -> (n,) bool: the studies that a detector held out and has scores of."""
     return np.isfinite(scores).any(axis=tuple(range(1, np.ndim(scores))))
 
 

@@ -36,7 +36,7 @@ from .detector_weights import (
     prepare_ultralytics,
     read_detector_about,
 )
-from .member import without_frames
+from .member import together_or_alone, without_frames
 from .tta import View, choose_views, cross_fitted_views, deal_parts
 
 
@@ -328,18 +328,7 @@ def yolo_scores(
     def pooled(numbers):
         return _pooled_scores(detector, [studies[n] for n in numbers], [result[n] for n in numbers], views, batch)
 
-    try:
-        found = pooled(good)
-    except Exception:  # whose fault it was shows one by one, and not in here, where its tensors are still held
-        found = None
-    if found is None:
-        found = []
-        for n in good:
-            try:
-                found += pooled([n])
-            except Exception as error:
-                found.append(without_frames(error))
-    for n, scores in zip(good, found):
+    for n, scores in zip(good, together_or_alone(pooled, good), strict=True):
         result[n] = scores
     return result
 

@@ -140,11 +140,11 @@ def fit_ensemble(
 
     labels: train.csv's wide form; tables: dict member -> submission-like DataFrame (any rows may be missing).
     The competition's own terms are minimised (canal together with any-severe), plus a penalty of `strength` over the
-    number of studies that pulls toward the start: a few dozen studies must not decide alone.
-    members: the order of the names; others follow. towards: "defaults" (DEFAULT_WEIGHTS) or "equal", the weights that
-    the penalty pulls to. scaling: whether temperature, bias and floor are tried, stacker: whether fit_stacker is: both
-    are kept only in groups where cross-validation within these studies says that they gain (scaling: with
-    SCALING_STUDIES or more always).
+    number of studies that keeps them near the start: a few dozen studies must not decide alone.
+    members: the order of the names; others follow. towards: "defaults" (default_share) or "equal", the weights that
+    the penalty regularises towards. scaling: whether temperature, bias and floor are tried, stacker: whether
+    fit_stacker is: both are kept only in groups where cross-validation within these studies says that they gain
+    (scaling: with SCALING_STUDIES or more always).
     Returns a dict like default_ensemble's, with the scores before and after in `found`, and `stacker` where it gains.
     Deterministic, whatever the order of the rows. Raises ValueError on tables that check_predictions refuses, and on
     one that predicts none of the labelled studies.
