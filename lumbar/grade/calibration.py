@@ -3,7 +3,11 @@
 May use: data, names, tta.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import log_softmax, softmax
 
 from ..data.competition import class_prior
@@ -12,7 +16,7 @@ from ..names import LEVELS, SEVERITY_WEIGHTS
 from .tta import deal_parts
 
 
-def mean_scores(scores):
+def mean_scores(scores: ArrayLike) -> np.ndarray:
     """Geometric mean over views: scores (views, ...) -> (...), of those that say anything; NaN where none does.
 
     A calibration's logits are linear in the log scores, so calibrating this mean is the same as averaging the log
@@ -25,7 +29,7 @@ def mean_scores(scores):
     return np.where(count > 0, mean, np.nan)
 
 
-def severity_prior(grades, strength=10.0):
+def severity_prior(grades: ArrayLike, strength: float = 10.0) -> np.ndarray:
     """Frequencies of the severities per level, (5, 3), from grades (n, 5, sides) with -1 missing, drawn towards the
     pooled frequencies by `strength` pseudo-observations (and those by one a class), so that none is 0."""
     grades = np.asarray(grades)
@@ -52,7 +56,12 @@ def _calibration_logits(scores, level, calibration):
     return base, z
 
 
-def fit_yolo_calibration(scores, grades, prior, ridges=(1.0, 3.0, 10.0, 30.0, 100.0, 1e4)):
+def fit_yolo_calibration(
+    scores: ArrayLike,
+    grades: ArrayLike,
+    prior: ArrayLike,
+    ridges: Sequence[float] = (1.0, 3.0, 10.0, 30.0, 100.0, 1e4),
+) -> dict[str, Any]:
     """Fit scores -> probabilities by weighted log loss (weights 1/2/4) on out-of-fold rows.
 
     scores: (n, 5, sides, 3) of yolo_scores; grades: (n, 5, sides), -1 missing; prior: (5, 3) of severity_prior.
@@ -111,7 +120,7 @@ def fit_yolo_calibration(scores, grades, prior, ridges=(1.0, 3.0, 10.0, 30.0, 10
     return start | {"trust": trust, "matrix": theta[:, 1:].tolist(), "bias": theta[:, 0].tolist(), "ridge": ridge}
 
 
-def yolo_probabilities(scores, calibration=None):
+def yolo_probabilities(scores: ArrayLike, calibration: Mapping[str, Any] | None = None) -> np.ndarray:
     """Severity probabilities (..., 5 levels, sides, 3) float64 from raw scores of that shape; rows sum to 1.
 
     calibration: of fit_yolo_calibration; None: scores times the weights 1/2/4, normalised (the weighted log loss is
@@ -131,11 +140,11 @@ def yolo_probabilities(scores, calibration=None):
 
 
 def _has_scores(scores):
-    """(n, ...) -> (n,) bool: the studies that a detector held out, and has a word on."""
+    """(n, ...) -> (n,) bool: the studies that a detector held out and has scores of."""
     return np.isfinite(scores).any(axis=tuple(range(1, np.ndim(scores))))
 
 
-def cross_fitted_probabilities(scores, grades, used):
+def cross_fitted_probabilities(scores: ArrayLike, grades: ArrayLike, used: np.ndarray) -> np.ndarray:
     """Calibrated probabilities in which no study saw its own labels, neither in the network nor in the calibration.
 
     scores: (n, views, 5, sides, 3) out of fold, NaN throughout for studies that no detector held out: these serve the
@@ -154,7 +163,7 @@ def cross_fitted_probabilities(scores, grades, used):
     return result
 
 
-def yolo_loss_against_prior(grades, probabilities, folds):
+def yolo_loss_against_prior(grades: np.ndarray, probabilities: np.ndarray, folds: np.ndarray) -> dict[str, float]:
     """Weighted log loss of held-out probabilities, and of the class prior on the same rows.
 
     grades (n, 5, sides), probabilities (n, 5, sides, 3) with NaN rows left out, folds (n,): each study's prior is

@@ -4,16 +4,18 @@ May use: detector_weights, detector_data, calibration, tta, data, names, member,
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ..data.geometry import boxes_from_table
-from ..data.volume import load_study
+from ..data.geometry import LevelBox, boxes_from_table
+from ..data.volume import Study, load_study
 from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, progress
 from ..storage import DamagedFile
 from ..weights import Stated, check_network, read_settled, read_weights, store_settled
@@ -25,7 +27,7 @@ from .calibration import (
     severity_prior,
     yolo_probabilities,
 )
-from .detector_data import YOLO_VIEWS, SeverityImages, _side_sign, slice_patch
+from .detector_data import YOLO_VIEWS, SeverityImages, YoloView, _side_sign, slice_patch
 from .detector_weights import (
     _REMEDY,
     _shipped_cfg,
@@ -34,30 +36,30 @@ from .detector_weights import (
     prepare_ultralytics,
     read_detector_about,
 )
-from .member import without_frames
-from .tta import choose_views, cross_fitted_views, deal_parts
+from .member import together_or_alone, without_frames
+from .tta import View, choose_views, cross_fitted_views, deal_parts
 
 
 @dataclass
 class YoloDetector:
     """A loaded detector: net (ultralytics DetectionModel in eval mode), about (the file's metadata)."""
 
-    net: torch.nn.Module
-    about: dict
+    net: Any
+    about: dict[str, Any]
 
     @property
-    def condition(self):
+    def condition(self) -> str:
         return self.about["condition"]
 
     @property
-    def view(self):
+    def view(self) -> YoloView:
         """Its YoloView, with point_mm from the training labels where they were fitted."""
         offsets = self.about.get("point_offsets")
         default = YOLO_VIEWS[self.condition]
         return replace(default, point_mm=tuple(offsets["point_mm"])) if offsets else default
 
 
-def load_yolo(path, device="cpu", config_dir=None):
+def load_yolo(path: str | Path, device: str = "cpu", config_dir: str | Path | None = None) -> YoloDetector:
     """Rebuild a detector from a file of train_yolo. Returns YoloDetector.
 
     The network is one that ultralytics ships: of the file only its name and numbers count, and nothing is evaluated.
@@ -74,7 +76,13 @@ def load_yolo(path, device="cpu", config_dir=None):
     return rebuild_detector(path, state, meta, device, config_dir)
 
 
-def rebuild_detector(path, state, meta, device="cpu", config_dir=None):
+def rebuild_detector(
+    path: str | Path,
+    state: Mapping[str, torch.Tensor],
+    meta: dict[str, Any],
+    device: str = "cpu",
+    config_dir: str | Path | None = None,
+) -> YoloDetector:
     """The YoloDetector of a weights file's tensors and metadata, which are taken as they are but for the network.
 
     path: names the file in errors. Raises DamagedFile for a network that ultralytics does not ship, or that the tensors
@@ -186,7 +194,7 @@ def _network_scores(detector, patches):
         return torch.stack([h.sigmoid() for h in heads]).mean(0).permute(0, 2, 1).float().cpu().numpy()
 
 
-def dense_scores(detector, patches, batch=16):
+def dense_scores(detector: YoloDetector, patches: np.ndarray, batch: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """Class scores of every anchor, without threshold or NMS.
 
     patches: (n, rows, columns) uint8. Returns (scores (n, anchors, classes) float32 in 0..1, centers_px (anchors, 2):
@@ -199,7 +207,9 @@ def dense_scores(detector, patches, batch=16):
     return (np.concatenate(found) if found else empty), centers
 
 
-def yolo_views(detector, study, boxes, change=None):
+def yolo_views(
+    detector: YoloDetector, study: Study, boxes: Sequence[LevelBox], change: View | None = None
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """The patches a detector needs to judge a study, and what each is for.
 
     boxes: five LevelBox in the order of LEVELS; change: a dict as in DETECTOR_VIEWS, by default none. Returns
@@ -226,7 +236,7 @@ def yolo_views(detector, study, boxes, change=None):
         if volume.description != description:
             continue
         n, height, width = volume.array.shape
-        wanted = {}
+        wanted: dict[tuple[int, int], list] = {}
         for level in range(len(LEVELS)):
             for side in range(len(conditions)):
                 slice_, row, column = volume.lps_to_voxel(expected[level, side])
@@ -235,9 +245,9 @@ def yolo_views(detector, study, boxes, change=None):
                 reach = max(view.reach_mm * change.get("reach", 1.0), 0.51 * volume.spacing_mm[0])
                 if not (0 <= row < height and 0 <= column < width):
                     continue
-                for k in np.flatnonzero(away <= reach):
-                    key = (int(k), level if volume.plane == "axial" else -1)
-                    wanted.setdefault(key, []).append((level, side, expected[level, side], float(away[k])))
+                for near in np.flatnonzero(away <= reach):
+                    key = (int(near), level if volume.plane == "axial" else -1)
+                    wanted.setdefault(key, []).append((level, side, expected[level, side], float(away[near])))
         for (k, level), targets in sorted(wanted.items()):
             center = expected.mean(axis=(0, 1)) if level < 0 else expected[level].mean(axis=0)
             patch, to_slice = slice_patch(volume, k, center, shape_px, mm_per_px, shift_px)
@@ -290,7 +300,13 @@ def _pooled_scores(detector, studies, patches, views, batch):
         return list(np.where(weight > 0, total / weight, np.nan))
 
 
-def yolo_scores(detector, studies, boxes, views=({},), batch=16):
+def yolo_scores(
+    detector: YoloDetector,
+    studies: Sequence[Study],
+    boxes: Sequence[Sequence[LevelBox]],
+    views: Sequence[View] = ({},),
+    batch: int = 16,
+) -> list[Any]:
     """Raw severity scores of studies under each view: list of (views, 5 levels, sides, 3 severities) float64, NaN where
     no slice shows a level. An entry is the Exception instead where that study failed; the others are not harmed.
 
@@ -312,23 +328,14 @@ def yolo_scores(detector, studies, boxes, views=({},), batch=16):
     def pooled(numbers):
         return _pooled_scores(detector, [studies[n] for n in numbers], [result[n] for n in numbers], views, batch)
 
-    try:
-        found = pooled(good)
-    except Exception:  # whose fault it was shows one by one, and not in here, where its tensors are still held
-        found = None
-    if found is None:
-        found = []
-        for n in good:
-            try:
-                found += pooled([n])
-            except Exception as error:
-                found.append(without_frames(error))
-    for n, scores in zip(good, found):
+    for n, scores in zip(good, together_or_alone(pooled, good), strict=True):
         result[n] = scores
     return result
 
 
-def choose_detector_views(grades, scores, condition, views):
+def choose_detector_views(
+    grades: np.ndarray, scores: np.ndarray, condition: str, views: Sequence[View]
+) -> tuple[list[dict], pd.DataFrame, np.ndarray]:
     """Which of a detector's test-time views pay on held-out studies. See choose_views and cross_fitted_views.
 
     grades: (n, 5 conditions, 5 levels), -1 missing; scores: (n, views, 5 levels, sides, 3) out of fold, NaN where there
@@ -346,7 +353,9 @@ def choose_detector_views(grades, scores, condition, views):
     return kept, table, cross_fitted_views(grades, log_p, views, deal_parts(_has_scores(scores)))
 
 
-def settle_detectors(weights, grades, scores, views):
+def settle_detectors(
+    weights: Sequence[str | Path], grades: np.ndarray, scores: np.ndarray, views: Sequence[View]
+) -> tuple[np.ndarray, pd.DataFrame]:
     """Choose the test-time views and the calibration of a condition's detectors on their held-out studies, store both
     beside the weights, predict these studies.
 
@@ -354,7 +363,7 @@ def settle_detectors(weights, grades, scores, views):
     levels, sides, 3) of score_studies by the detector that held the study out, NaN where there are none; views: dicts,
     the plain one first. Stored is what all of these studies say. The predictions are cross-fitted in both: a study's
     own label chose none of its views and calibrated nothing of it. Returns ((n, 5 levels, sides, 3) probabilities, NaN
-    where the scores are; table of choose_views). Done again after a kill it ends the same.
+    where the scores are; table of choose_views). Safe to re-run after an interruption.
     """
     about = read_detector_about(weights[0])
     own = grades[:, list(DETECTORS[about["condition"]][1])].transpose(0, 2, 1)
@@ -367,7 +376,14 @@ def settle_detectors(weights, grades, scores, views):
     return p, table
 
 
-def score_studies(detector, paths, levels, study_ids, views=({},), batch=16):
+def score_studies(
+    detector: YoloDetector,
+    paths: Mapping[int, Path],
+    levels: pd.DataFrame,
+    study_ids: Sequence[int],
+    views: Sequence[View] = ({},),
+    batch: int = 16,
+) -> np.ndarray:
     """Raw scores of cached studies: (n, views, 5 levels, sides, 3), see yolo_scores.
 
     paths: dict study_id -> file, of study_paths; levels: table of levels.csv. A study that is not cached,
@@ -389,9 +405,17 @@ def score_studies(detector, paths, levels, study_ids, views=({},), batch=16):
     return scores
 
 
-def yolo_studies(detector, studies, boxes, views=None, batch=16):
-    """One detector's word on studies: list with an entry a study, (conditions, 5 levels, 3) probabilities or the
-    Exception that this study raised, which harms no other.
+def yolo_studies(
+    detector: YoloDetector,
+    studies: Sequence[Study],
+    boxes: Sequence[Sequence[LevelBox]],
+    views: Sequence[View] | None = None,
+    batch: int = 16,
+) -> list[Any]:
+    """Predict several studies with one detector.
+
+    Returns a list with an entry a study: (conditions, 5 levels, 3) probabilities, or the Exception that this study
+    raised, which harms no other.
 
     Conditions are in the order of DETECTORS; rows are NaN where no slice shows a level. The calibration is the one that
     the weights carry, and so are the views by default (a list of dicts, see DETECTOR_VIEWS). studies, boxes, batch: see
@@ -407,7 +431,7 @@ def yolo_studies(detector, studies, boxes, views=None, batch=16):
     return result
 
 
-def yolo_table(study_ids, probabilities, condition):
+def yolo_table(study_ids: Sequence[int], probabilities: np.ndarray, condition: str) -> pd.DataFrame:
     """Rows of a detector's conditions: table study_id, row_id, normal_mild, moderate, severe, sorted by row_id.
 
     probabilities: (n, 5 levels, sides, 3); rows that are NaN are left out.

@@ -6,7 +6,7 @@ May use: data, storage, names.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 
-from ..data.geometry import place_points
+from ..data.geometry import LevelBox, place_points
 from ..data.tables import some_of
-from ..data.volume import load_study, study_about
+from ..data.volume import Study, Volume, load_study, study_about
 from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, progress
 from ..storage import DamagedFile, read_json, write_csv, write_json, write_text
 
@@ -42,11 +43,11 @@ class YoloView:
     most discs that a patch shows would be unlabelled, and the detector would learn that they are background.
     """
 
-    field_mm: tuple
+    field_mm: tuple[float, float]
     detail: float
     box_mm: float
     label_reach_mm: float
-    point_mm: tuple
+    point_mm: tuple[float, ...]
     reach_mm: float
     gate_mm: float
 
@@ -79,7 +80,7 @@ YOLO_VIEWS = {
 }
 
 
-def yolo_shape_px(view, imgsz):
+def yolo_shape_px(view: YoloView, imgsz: int) -> tuple[tuple[int, int], float]:
     """Shape of a detector's patches: ((rows, columns) in px, multiples of 32; mm per px).
 
     imgsz: rows of a sagittal patch in px; the other detectors follow from their view's field and detail.
@@ -88,10 +89,18 @@ def yolo_shape_px(view, imgsz):
     if imgsz <= 0 or imgsz % 32:
         raise ValueError(f"image size {imgsz}: must be a positive multiple of 32, the detectors' largest stride")
     mm_per_px = SAGITTAL_FIELD_MM / imgsz / view.detail
-    return tuple(int(32 * np.ceil(side / mm_per_px / 32 - 1e-6)) for side in view.field_mm), mm_per_px
+    rows, columns = (int(32 * np.ceil(side / mm_per_px / 32 - 1e-6)) for side in view.field_mm)
+    return (rows, columns), mm_per_px
 
 
-def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px, shift_px=(0, 0)):
+def slice_patch(
+    volume: Volume,
+    index: int,
+    center_lps_mm: ArrayLike,
+    shape_px: tuple[int, int],
+    mm_per_px: float,
+    shift_px: Sequence[int] | np.ndarray = (0, 0),
+) -> tuple[np.ndarray, np.ndarray]:
     """Cut an 8-bit patch with square pixels from one slice, turned so that rows run to the feet (sagittal) or to the
     back (axial) and columns to the back (sagittal) or to the patient's left (axial), however the series is stored.
 
@@ -109,9 +118,9 @@ def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px, shift_px=(0, 
     height, width = volume.array.shape[1:]
     spacing_row, spacing_column = volume.spacing_mm[1:]
     new = max(1, round(height * spacing_row / mm_per_px)), max(1, round(width * spacing_column / mm_per_px))
-    image = torch.from_numpy(np.asarray(volume.array[index], dtype=np.float32))[None, None]
+    whole = torch.from_numpy(np.asarray(volume.array[index], dtype=np.float32))[None, None]
     # Antialiasing matters: real matrices are up to three times finer than the patch.
-    image = F.interpolate(image, size=new, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
+    image = F.interpolate(whole, size=new, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
     scale_x, scale_y = width / new[1], height / new[0]
     to_slice = np.array([[scale_x, 0, 0.5 * scale_x - 0.5], [0, scale_y, 0.5 * scale_y - 0.5], [0, 0, 1.0]])
     if step_row @ down < 0:
@@ -133,7 +142,9 @@ def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px, shift_px=(0, 
     return (np.clip(patch, 0, 1) * 255 + 0.5).astype(np.uint8), to_slice
 
 
-def yolo_examples(coordinates, study_ids, grades, condition):
+def yolo_examples(
+    coordinates: pd.DataFrame, study_ids: Iterable[int], grades: ArrayLike, condition: str
+) -> pd.DataFrame:
     """Label points of one detector that have a grade.
 
     coordinates: table of read_coordinates; study_ids, grades: result of labels_to_array (grades (n, 5, 5), -1
@@ -190,7 +201,7 @@ class SeverityImages:
 
     scheme = "severity"
 
-    def __init__(self, condition, imgsz=384, view=None):
+    def __init__(self, condition: str, imgsz: int = 384, view: YoloView | None = None) -> None:
         """condition: a key of DETECTORS; imgsz: as in yolo_shape_px; view: a YoloView, that of YOLO_VIEWS if None."""
         self.view = view or YOLO_VIEWS[condition]
         self.shape_px, self.mm_per_px = yolo_shape_px(self.view, imgsz)
@@ -198,7 +209,9 @@ class SeverityImages:
         own = {"box_mm": self.view.box_mm, "label_reach_mm": self.view.label_reach_mm}
         self.about = {"names": list(SEVERITIES), **own}
 
-    def of_study(self, study, here):
+    def of_study(
+        self, study: Study, here: pd.DataFrame
+    ) -> Iterator[tuple[Volume, int, np.ndarray, np.ndarray, np.ndarray]]:
         """One study's images. here: of _locate_examples.
 
         Yields (volume, slice, image (rows, columns) uint8, class of each box (n,), its middle (n, 2) x, y in px).
@@ -206,7 +219,7 @@ class SeverityImages:
         xyz = here[["x_mm", "y_mm", "z_mm"]].to_numpy()
         # Middle of the canal: left and right points of a level averaged, so that one-sided slices stay centred.
         midline = here.groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().to_numpy()
-        shown = {}
+        shown: dict[tuple[int, int], list[int]] = {}
         for row, (v, k) in enumerate(zip(here["volume"], here["slice"])):
             for near in _near_slices(study.volumes[v], k, self.view.label_reach_mm):
                 shown.setdefault((v, near), []).append(row)
@@ -385,7 +398,7 @@ def _label_lines(classes, xy, side_px, shape_px):
     return list(dict.fromkeys(lines))
 
 
-def fit_point_offsets(points, boxes):
+def fit_point_offsets(points: pd.DataFrame, boxes: Mapping[int, Sequence[LevelBox]]) -> dict[str, Any] | None:
     """Where a detector's label points lie relative to the located levels.
 
     points: points.csv of write_yolo_dataset; boxes: dict study_id -> list of five LevelBox. Returns
@@ -393,14 +406,14 @@ def fit_point_offsets(points, boxes):
     lateral counted towards the point's own side. Points more than 40 mm from their box are left out (wrong level
     names exist). Returns None with fewer than 10 usable points.
     """
-    offsets = []
+    found = []
     for row in points.itertuples():
         if int(row.study_id) not in boxes:
             continue
         box = boxes[int(row.study_id)][int(row.level)]
         head, left, back = box.from_lps([row.x_mm, row.y_mm, row.z_mm])
-        offsets.append((head, left * _side_sign(int(row.condition)), back))
-    offsets = np.array(offsets).reshape(-1, 3)
+        found.append((head, left * _side_sign(int(row.condition)), back))
+    offsets = np.array(found).reshape(-1, 3)
     offsets = offsets[np.linalg.norm(offsets, axis=1) < 40]
     if len(offsets) < 10:
         return None

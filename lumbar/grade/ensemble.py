@@ -8,10 +8,13 @@ gains.
 May use: stacker, tables, registry, data, storage, names.
 """
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.special import softmax
 
 from ..data.competition import class_prior, to_submission
@@ -52,7 +55,7 @@ def default_share(member: str) -> float:
     return MEMBERS[member].share if member in MEMBERS else 0.1
 
 
-def default_ensemble(members=MEMBERS):
+def default_ensemble(members: Iterable[str] = MEMBERS) -> dict[str, Any]:
     """The ensemble without out-of-fold predictions: default weights, no calibration."""
     return {
         "weights": {group: {m: default_share(m) for m in members} for group in GROUPS},
@@ -63,7 +66,7 @@ def default_ensemble(members=MEMBERS):
     }
 
 
-def equal_ensemble(members):
+def equal_ensemble(members: Collection[str]) -> dict[str, Any]:
     """The ensemble that trusts all members alike: no weights, no calibration."""
     return default_ensemble(members) | {
         "weights": {group: {m: 1 / len(members) for m in members} for group in GROUPS},
@@ -71,7 +74,9 @@ def equal_ensemble(members):
     }
 
 
-def combine_members(predictions, ensemble, prior):
+def combine_members(
+    predictions: Mapping[str, ArrayLike], ensemble: Mapping[str, Any], prior: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Weighted mean of log probabilities, calibrated per group of conditions; then the stacker, if there is one.
 
     Per group p = (1 - floor) softmax(sum of w_m log p_m / temperature + bias) + floor prior: the share of the prior is
@@ -92,8 +97,8 @@ def combine_members(predictions, ensemble, prior):
     log_p, there = _log_probabilities([predictions[m] for m in members])
     prior = np.asarray(prior, np.float64) / np.sum(prior, -1, keepdims=True)
     result = np.empty(log_p.shape[1:])
-    for group, conditions in GROUPS.items():
-        conditions = list(conditions)
+    for group, members_of_group in GROUPS.items():
+        conditions = list(members_of_group)
         weight = np.array([ensemble["weights"][group].get(m, 0.0) for m in members])
         weight = weight[:, None, None, None] * there[:, :, conditions]
         # Members of weight 0 still help where they are all there is.
@@ -111,7 +116,7 @@ def combine_members(predictions, ensemble, prior):
     return result, count
 
 
-def member_alone(predictions, prior):
+def member_alone(predictions: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """A member's own probabilities, rows that sum to 1, and the prior where it has nothing to say: as it would be
     submitted by itself, its zeros included. predictions: (n, 5, 5, 3), NaN where absent; prior: (5, 5, 3)."""
     _, (there,) = _log_probabilities([predictions])
@@ -122,16 +127,24 @@ def member_alone(predictions, prior):
 # ---- Weights, temperature, bias, floor ----
 
 
-def fit_ensemble(labels, tables, strength=STRENGTH, members=MEMBERS, towards="defaults", scaling=True, stacker=True):
+def fit_ensemble(
+    labels: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
+    strength: float = STRENGTH,
+    members: Collection[str] = MEMBERS,
+    towards: str = "defaults",
+    scaling: bool = True,
+    stacker: bool = True,
+) -> dict[str, Any]:
     """Weights, temperature, class bias and floor per group from out-of-fold predictions; then a stacker.
 
     labels: train.csv's wide form; tables: dict member -> submission-like DataFrame (any rows may be missing).
     The competition's own terms are minimised (canal together with any-severe), plus a penalty of `strength` over the
-    number of studies that pulls toward the start: a few dozen studies must not decide alone.
-    members: the order of the names; others follow. towards: "defaults" (DEFAULT_WEIGHTS) or "equal", the weights that
-    the penalty pulls to. scaling: whether temperature, bias and floor are tried, stacker: whether fit_stacker is: both
-    are kept only in groups where cross-validation within these studies says that they gain (scaling: with
-    SCALING_STUDIES or more always).
+    number of studies that keeps them near the start: a few dozen studies must not decide alone.
+    members: the order of the names; others follow. towards: "defaults" (default_share) or "equal", the weights that
+    the penalty regularises towards. scaling: whether temperature, bias and floor are tried, stacker: whether
+    fit_stacker is: both are kept only in groups where cross-validation within these studies says that they gain
+    (scaling: with SCALING_STUDIES or more always).
     Returns a dict like default_ensemble's, with the scores before and after in `found`, and `stacker` where it gains.
     Deterministic, whatever the order of the rows. Raises ValueError on tables that check_predictions refuses, and on
     one that predicts none of the labelled studies.
@@ -252,7 +265,14 @@ def _fit_group(log_p, there, prior, target, start, strength, scaling):
 # ---- What the search really gains ----
 
 
-def cross_validate_ensemble(labels, tables, folds, strength=STRENGTH, members=MEMBERS, towards="defaults"):
+def cross_validate_ensemble(
+    labels: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
+    folds: pd.DataFrame,
+    strength: float = STRENGTH,
+    members: Collection[str] = MEMBERS,
+    towards: str = "defaults",
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """Nested cross-validation of the whole search: everything is fitted on the other folds, scored on this one.
 
     labels: train.csv's wide form; tables: dict member -> out-of-fold submission (any rows may be missing, as may
@@ -311,7 +331,12 @@ def _variants(grades, predictions, *options):
     return {name: (names, ensemble) for name, ensemble in zip(VARIANTS, fitted, strict=True)}
 
 
-def combine_tables(tables, ensemble, prior, study_ids=None):
+def combine_tables(
+    tables: Mapping[str, pd.DataFrame],
+    ensemble: Mapping[str, Any],
+    prior: np.ndarray,
+    study_ids: Sequence[int] | None = None,
+) -> pd.DataFrame:
     """Members' predictions of the same split -> the ensemble's, a complete submission.
 
     tables: dict member -> submission-like DataFrame, as of align_members; any rows may be missing in some. prior:
@@ -325,7 +350,7 @@ def combine_tables(tables, ensemble, prior, study_ids=None):
     return to_submission(study_ids, combine_members(align_members(study_ids, tables), ensemble, prior)[0])
 
 
-def ensemble_for(folders, data, members=MEMBERS):
+def ensemble_for(folders: Sequence[str | Path], data: str | Path, members: Collection[str] = MEMBERS) -> dict[str, Any]:
     """The ensemble's weights: an ensemble.json that lies with the weights (05_inference writes one, keep it there);
     else fitted on the oof.csv files that lie there and data/train.csv; else the defaults. See fit_ensemble.
 

@@ -46,13 +46,15 @@ def member_weights(folders: Iterable[str | Path]) -> tuple[dict[str, Path], list
     tuple
         dict name (such as yolo_scs_0, in order) -> path, and sentences about what is left out, and why.
     """
-    found, left_out = {}, {}
+    found: dict[Path, tuple[Path, Member]] = {}
+    chosen: dict[str, Path] = {}
+    left_out: dict[tuple[str, Path], list[str]] = {}
     for folder in map(Path, folders):
         for path in sorted({*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")}):
-            if member_of(path.stem) and not any(".old-" in part for part in path.parts):
-                found.setdefault(path.resolve(), path)
-    kinds = {path: _kind_of_weights(path) for path in found.values()}
-    chosen = {}
+            member = member_of(path.stem)
+            if member and not any(".old-" in part for part in path.parts):
+                found.setdefault(path.resolve(), (path, member))
+    kinds = {path: _kind_of_weights(path, member) for path, member in found.values()}
     for path in sorted(kinds, key=lambda path: kinds[path] == "unusable"):
         if kinds[path] == "unfinished":
             left_out.setdefault(("training has not finished", path.parent), []).append(path.stem)
@@ -69,9 +71,8 @@ def by_member(chosen: Mapping[str, Path]) -> dict[str, dict[str, Path]]:
     return {member: paths for member, paths in found.items() if paths}
 
 
-def _kind_of_weights(path: Path) -> str:
+def _kind_of_weights(path: Path, member: Member) -> str:
     """finished, unfinished or unusable, see member_weights."""
-    member = member_of(path.stem)
     try:
         about = member.read_about(path)
     except (OSError, DamagedFile):

@@ -3,8 +3,12 @@
 May use: data, names.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.special import softmax
 
 from ..data.competition import make_folds
@@ -45,7 +49,7 @@ class _Target:
     the any-severe term belongs to the loss.
     """
 
-    def __init__(self, grades, spinal):
+    def __init__(self, grades: np.ndarray, spinal: bool) -> None:
         graded, safe = grades >= 0, np.clip(grades, 0, 2)
         self.one_hot = np.eye(3)[safe]
         self.weight = np.where(graded, np.asarray(SEVERITY_WEIGHTS, np.float64)[safe], 0.0)
@@ -54,7 +58,7 @@ class _Target:
         self.any_weight = self.weight.max((1, 2)) if spinal else None
         self.any_true = (grades == 2).any((1, 2)) if spinal else None
 
-    def loss(self, logits):
+    def loss(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
         """logits (n, conditions, 5, 3) -> (the group's term(s) of the metric, its slope by logits, same shape)."""
         p = softmax(logits, -1)
         total = self.weight.sum()
@@ -93,7 +97,9 @@ def _standards(probabilities):
     return {"centre": centre, "spread": spread}
 
 
-def stacker_features(probabilities, standards):
+def stacker_features(
+    probabilities: np.ndarray, standards: Mapping[str, Any]
+) -> dict[str, tuple[list[str], np.ndarray]]:
     """What the stacker sees of each cell: dict group -> (names, (n, conditions of the group, 5, features)).
 
     probabilities: (n, 5, 5, 3); standards: {"centre": {group: (5, 2)}, "spread": {group: (2,)}} of the log odds (at
@@ -141,7 +147,7 @@ def _worst_features(severe):
     return np.stack([share, share * (some - top), share * top / 3], -1)
 
 
-def apply_stacker(stacker, probabilities):
+def apply_stacker(stacker: Mapping[str, Any], probabilities: np.ndarray) -> np.ndarray:
     """Correct the ensemble's probabilities by what the neighbouring cells say: (n, 5, 5, 3) -> the same.
 
     stacker: as fit_stacker returns it, or as ensemble.json holds it. A group of conditions without coefficients stays
@@ -160,7 +166,13 @@ def apply_stacker(stacker, probabilities):
     return result
 
 
-def fit_stacker(grades, probabilities, strengths=STACKER_STRENGTHS, parts=4, errors=STACKER_ERRORS):
+def fit_stacker(
+    grades: np.ndarray,
+    probabilities: ArrayLike,
+    strengths: Sequence[float] = STACKER_STRENGTHS,
+    parts: int = 4,
+    errors: float = STACKER_ERRORS,
+) -> dict[str, Any]:
     """A correction of the log odds by those of the neighbouring cells, where cross-validation says that it gains.
 
     grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3), the combined and calibrated ones. Per group of
