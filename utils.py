@@ -9,6 +9,7 @@ left). Probabilities have the axes (study, condition, level, severity).
 # Words and files
 # Data: studies, tables, the metric, geometry
 from lumbar.data.competition import class_prior, from_submission, labels_to_array, make_folds, row_ids, to_submission
+from lumbar.data.crop import Crop
 from lumbar.data.dicom import read_slice, read_slices, read_study
 from lumbar.data.geometry import LevelBox, boxes_from_table, boxes_to_table, nearest_slice
 from lumbar.data.greys import normalise_study, normalise_volume
@@ -24,7 +25,7 @@ from lumbar.grade.calibration import yolo_loss_against_prior
 from lumbar.grade.classifier import SMALL_BACKBONES, backbone_config, level_centers, load_classifier, settle_views
 from lumbar.grade.crops import CropDataset, augment_crops, expand_view, margin_shape, view_crops
 from lumbar.grade.detector import dense_scores, load_yolo, score_studies, settle_detectors, yolo_table
-from lumbar.grade.detector_data import DETECTOR_VIEWS, SCHEMES, fit_point_offsets, write_yolo_dataset
+from lumbar.grade.detector_data import DETECTOR_VIEWS, fit_point_offsets, write_yolo_dataset
 from lumbar.grade.detector_training import train_yolo
 from lumbar.grade.detector_weights import find_yolo_description
 from lumbar.grade.distributed import bytes_of, loader_memory, processes_for
@@ -44,6 +45,7 @@ from lumbar.grade.tta import TTA_VIEWS
 
 # Looking
 from lumbar.look.inspection import read_inspection
+from lumbar.look.plot_crops import plot_crop_gallery, plot_level_crop, view_name
 from lumbar.look.plot_curves import plot_learning_curves, plot_spinenet_history, plot_yolo_training
 from lumbar.look.plot_diagrams import plot_cumulative_logits, plot_pipeline
 from lumbar.look.plot_images import (
@@ -63,7 +65,6 @@ from lumbar.look.plot_scores import (
     plot_reliability,
     plot_scores,
 )
-from lumbar.look.plots import plot_crop_gallery, plot_level_crop, view_name
 from lumbar.look.point_cloud import study_figure
 from lumbar.look.report import (
     TERM_NAMES,
@@ -125,7 +126,8 @@ from lumbar.serve.study import predict_studies, prepare_study, studies_to_predic
 # Stage 1: vertebrae and levels
 from lumbar.spine.finetune import fine_tuning_set, point_scores, tuning_helped
 from lumbar.spine.level_scores import level_errors, locating_scores, read_vertebra_truth
-from lumbar.spine.levels import locate_levels, locate_levels_surely, locate_studies, locate_with_own_layout
+from lumbar.spine.levels import locate_levels, locate_levels_surely
+from lumbar.spine.locating import locate_studies, locate_with_own_layout
 from lumbar.spine.official import load_official_spinenet
 from lumbar.spine.spinenet import SpineNet, load_spinenet, save_spinenet
 from lumbar.spine.spinenet_training import train_spinenet
@@ -136,6 +138,7 @@ from lumbar.storage import DamagedFile, read_json, write_csv, write_json, write_
 __all__ = [
     "CONDITIONS",
     "CONDITION_NAMES",
+    "Crop",
     "CropDataset",
     "DESCRIPTIONS",
     "DETECTORS",
@@ -151,7 +154,6 @@ __all__ = [
     "MEMBERS",
     "MEMBER_COLOURS",
     "RandomisedSlices",
-    "SCHEMES",
     "SEVERITIES",
     "SMALL_BACKBONES",
     "SUBMISSION_COLUMNS",

@@ -20,6 +20,12 @@ LEVELS = ("l1_l2", "l2_l3", "l3_l4", "l4_l5", "l5_s1")
 SEVERITIES = ("normal_mild", "moderate", "severe")  # the submission's columns
 GRADES = ("Normal/Mild", "Moderate", "Severe")  # the same three, as train.csv writes them
 SEVERITY_WEIGHTS = (1, 2, 4)  # the metric's sample weight, by the true grade
+# How many of the real training set's gradings are of each severity, by condition, level and severity. Source: the 1,975
+# studies of the competition's train.csv; the sides are alike (foramina: their mean; subarticular: the left one).
+_CANAL = ((1886, 67, 21), (1770, 151, 53), (1622, 230, 122), (1482, 237, 255), (1904, 51, 19))
+_FORAMEN = ((1900, 63, 8), (1791, 171, 11), (1522, 411, 40), (1204, 629, 140), (1264, 508, 198))
+_RECESS = ((1690, 93, 28), (1555, 255, 83), (1324, 454, 194), (887, 624, 461), (1408, 409, 147))
+CLASS_COUNTS = (_CANAL, _FORAMEN, _FORAMEN, _RECESS, _RECESS)
 LABEL_COLUMNS = tuple(f"{condition}_{level}" for condition in CONDITIONS for level in LEVELS)
 SUBMISSION_COLUMNS = ("row_id",) + SEVERITIES
 GROUPS = {"spinal": (0,), "foraminal": (1, 2), "subarticular": (3, 4)}  # metric term -> indices into CONDITIONS

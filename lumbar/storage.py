@@ -66,24 +66,30 @@ def _is_alive(pid):
     return True
 
 
-def dead_part(path: str | Path) -> bool | None:
-    """Whether a file or folder, by its name, is what a process wrote that has ended: half of what it was to be.
+def is_part(path: str | Path) -> bool:
+    """Whether a file or folder, by its name, is half of what it was to be: a process writes it, or died over it.
 
-    A name without a process's number counts as such, too: ask only in a folder that nobody else writes to. True, False,
-    or None for what is no part at all.
+    >>> is_part("oof.csv.123.part"), is_part("scores_0.part.npy"), is_part("oof.csv")
+    (True, True, False)
+    """
+    return _PART.search(Path(path).name) is not None
+
+
+def is_dead_part(path: str | Path) -> bool:
+    """Whether it is a part (see is_part) whose process has ended.
+
+    A name without a process's number counts as such, too: ask only in a folder that nobody else writes to.
     """
     part = _PART.search(Path(path).name)
-    if part is None:
-        return None
-    return not (part["pid"] and _is_alive(int(part["pid"])))
+    return part is not None and not (part["pid"] and _is_alive(int(part["pid"])))
 
 
 def remove_parts(folder: str | Path) -> None:
-    """Remove what processes that have ended left half written in a folder and below: see `dead_part`."""
+    """Remove what processes that have ended left half written in a folder and below: see `is_dead_part`."""
     for place, below, files in os.walk(folder):
         for name in [*files, *below]:
             path = Path(place, name)
-            if not dead_part(path):
+            if not is_dead_part(path):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

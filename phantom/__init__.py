@@ -27,20 +27,17 @@ from .anatomy import (
 )
 from .canal import canal_coordinates
 from .contrast import contrast_table, render
-from .dataset import SERIES, VERSION, condition_title, level_title, make_dataset, simulate, write_series
+from .dataset import VERSION, condition_title, level_title, make_dataset, simulate, write_series
 from .grid import STANDARD_TISSUES, TISSUE, TISSUES, TissueGrid
 from .painting import paint
 from .scanner import SeriesPlan, acquire, acquire_study, back_of, sample_protocol
 from .severity import (
-    GRADE_WEIGHTS,
     READER_RELIABILITY,
-    REAL_COUNTS,
     grade_frequencies,
     grade_thresholds,
     perfect_reader,
     perfect_submission,
     sample_severity,
-    submission_table,
     visible_severity,
 )
 
@@ -48,11 +45,8 @@ __all__ = [
     "Anatomy",
     "FORAMEN_RISE_MM",
     "FORAMEN_V_MM",
-    "GRADE_WEIGHTS",
     "READER_RELIABILITY",
-    "REAL_COUNTS",
     "RECESS_U_MM",
-    "SERIES",
     "STANDARD_TISSUES",
     "SeriesPlan",
     "TISSUE",
@@ -80,7 +74,6 @@ __all__ = [
     "sample_protocol",
     "sample_severity",
     "simulate",
-    "submission_table",
     "visible_severity",
     "write_series",
 ]

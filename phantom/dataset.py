@@ -2,7 +2,8 @@
 
 Pixel coordinates in tables are (x = column, y = row) of a pixel's centre.
 
-May use: anatomy, painting, scanner, severity, grid, lumbar.data, lumbar.names.
+May use: anatomy, painting, scanner, severity, grid, lumbar.data, lumbar.names,
+lumbar.storage.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lumbar.data.competition import to_submission
 from lumbar.names import CONDITIONS, GRADES, LABEL_COLUMNS, LEVELS
+from lumbar.storage import write_csv, write_text
 
 from .anatomy import TRUTH_VERTEBRAE, Anatomy, sample_anatomy
 from .grid import TissueGrid
 from .painting import paint
 from .scanner import SeriesPlan, acquire_study, sample_protocol
-from .severity import perfect_submission, sample_severity, submission_table, visible_severity
+from .severity import perfect_submission, sample_severity, visible_severity
 
 VERSION = 2  # goes up when the same seed gives other pixels
 CORNERS = ("as", "ps", "pi", "ai")  # anterior-superior, posterior-superior, ...
-SERIES = ("Sagittal T1", "Sagittal T2/STIR", "Axial T2")
 
 
 def condition_title(condition: str) -> str:
@@ -244,9 +246,7 @@ def _make_study(job: dict) -> dict:
         variant=anatomy.variant,
         severity=anatomy.severity.tolist(),
     )
-    temporary = done.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(row))
-    temporary.replace(done)
+    write_text(done, json.dumps(row))
     return row
 
 
@@ -297,7 +297,7 @@ def make_dataset(
     elif out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty and was not made by the phantom: choose another folder")
     (out / ".studies").mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(settings) + "\n")
+    write_text(marker, json.dumps(settings) + "\n")
 
     ids = np.random.default_rng([seed, 77]).choice(4_290_000_000, train + test, replace=False) + 1_000_000
     seeds = np.random.SeedSequence(seed).spawn(train + test)
@@ -355,17 +355,16 @@ def _write_tables(out: Path, rows: list, prevalence: float) -> dict:
         return pd.DataFrame(values, columns=["study_id", "series_id", "series_description"])
 
     by = {k: sorted([r for r in rows if r["split"] == k], key=lambda r: r["study_id"]) for k in ("train", "test")}
-    labels(by["train"]).to_csv(out / "train.csv", index=False)
-    labels(by["test"]).to_csv(out / "phantom_test_labels.csv", index=False)
+    write_csv(out / "train.csv", labels(by["train"]))
+    write_csv(out / "phantom_test_labels.csv", labels(by["test"]))
     for k in by:
-        series(by[k]).to_csv(out / f"{k}_series_descriptions.csv", index=False)
+        write_csv(out / f"{k}_series_descriptions.csv", series(by[k]))
     columns = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
-    pd.DataFrame([[r["study_id"], *p] for r in by["train"] for p in r["points"]], columns=columns).to_csv(
-        out / "train_label_coordinates.csv", index=False
-    )
+    points = [[r["study_id"], *p] for r in by["train"] for p in r["points"]]
+    write_csv(out / "train_label_coordinates.csv", pd.DataFrame(points, columns=columns))
     test_ids = [r["study_id"] for r in by["test"]]
     uniform = np.full((len(test_ids), 5, 5, 3), 1 / 3)
-    submission_table(test_ids, uniform).to_csv(out / "sample_submission.csv", index=False)
+    write_csv(out / "sample_submission.csv", to_submission(test_ids, uniform))
     columns = [
         "study_id",
         "split",
@@ -380,22 +379,20 @@ def _write_tables(out: Path, rows: list, prevalence: float) -> dict:
         "half_width_mm",
         "variant",
     ]
-    pd.DataFrame(
-        [[r["study_id"], k, *v, r["variant"]] for k in by for r in by[k] for v in r["vertebrae"]], columns=columns
-    ).round(4).to_csv(out / "phantom_vertebrae.csv", index=False)
-    pd.DataFrame(
-        [
-            [r["study_id"], k, CONDITIONS[c], LEVELS[v], r["latent"][c][v], r["severity"][c][v], r["grade"][c][v]]
-            for k in by
-            for r in by[k]
-            for c in range(5)
-            for v in range(5)
-        ],
-        columns=["study_id", "split", "condition", "level", "latent", "severity", "grade"],
-    ).round(6).to_csv(out / "phantom_severity.csv", index=False)
+    vertebrae = [[r["study_id"], k, *v, r["variant"]] for k in by for r in by[k] for v in r["vertebrae"]]
+    write_csv(out / "phantom_vertebrae.csv", pd.DataFrame(vertebrae, columns=columns).round(4))
+    cells = [
+        [r["study_id"], k, CONDITIONS[c], LEVELS[v], r["latent"][c][v], r["severity"][c][v], r["grade"][c][v]]
+        for k in by
+        for r in by[k]
+        for c in range(5)
+        for v in range(5)
+    ]
+    columns = ["study_id", "split", "condition", "level", "latent", "severity", "grade"]
+    write_csv(out / "phantom_severity.csv", pd.DataFrame(cells, columns=columns).round(6))
     floor = {}
     for k in by:
         if by[k]:
             floor[k] = competition_score(labels(by[k]), perfect_submission(out, k))["total"]
-    (out / "phantom_floor.json").write_text(json.dumps(floor) + "\n")
+    write_text(out / "phantom_floor.json", json.dumps(floor) + "\n")
     return floor

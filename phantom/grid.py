@@ -106,14 +106,6 @@ class TissueGrid:
         x, y, z = (self.axis_mm(k)[box[k]] for k in range(3))
         return x[:, None, None], y[None, :, None], z[None, None, :]
 
-    def fractions(self) -> np.ndarray:
-        """Dense (tissue, x, y, z) float32 fractions; large, meant for small boxes and tests."""
-        out = np.zeros((len(TISSUES), *self.shape), np.float32)
-        w = self.share.astype(np.float32) / 255
-        for t in range(len(TISSUES)):
-            out[t] = (self.under == t) * (1 - w) + (self.over == t) * w
-        return out
-
     def lay(
         self, box: Any, distance_mm: np.ndarray, tissue: str, edge_mm: float | None = None, strength: Any = 1.0
     ) -> None:

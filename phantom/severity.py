@@ -1,25 +1,19 @@
 """Severity: the latent disease, its grades, the perfect reader and its score.
 
-May use: lumbar.names.
+May use: lumbar.data, lumbar.names.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.special import ndtr, ndtri
 
-from lumbar.names import LABEL_COLUMNS
-
-# Numbers of Normal/Mild, Moderate, Severe in the real training set, per level.
-_SCS = [(1886, 67, 21), (1770, 151, 53), (1622, 230, 122), (1482, 237, 255), (1904, 51, 19)]
-_NFN = [(1900, 63, 8), (1791, 171, 11), (1522, 411, 40), (1204, 629, 140), (1264, 508, 198)]
-_SS = [(1690, 93, 28), (1555, 255, 83), (1324, 454, 194), (887, 624, 461), (1408, 409, 147)]
-REAL_COUNTS = np.array([_SCS, _NFN, _NFN, _SS, _SS], float)  # (condition, level, grade)
+from lumbar.data.competition import to_submission
+from lumbar.names import CLASS_COUNTS, SEVERITY_WEIGHTS
 
 # Latent correlations; grades, which are mostly "normal", show about two thirds of them.
 _CONDITION_CORRELATION = np.array(
@@ -35,13 +29,13 @@ _LEVEL_CORRELATION = np.array([1.0, 0.71, 0.51, 0.41, 0.33])  # by distance in l
 
 # Correlation of a reader's graded variable with the latent: below 1, nobody scores zero.
 READER_RELIABILITY = 0.93
-GRADE_WEIGHTS = np.array([1.0, 2.0, 4.0])
 
 
 def grade_frequencies(prevalence: float = 1.0) -> np.ndarray:
     """Frequencies of the grades, (condition, level, grade); the odds of not being normal are
     those of the real data times `prevalence`, moderate : severe stays as it is."""
-    p = REAL_COUNTS / REAL_COUNTS.sum(-1, keepdims=True)
+    counts = np.array(CLASS_COUNTS, float)
+    p = counts / counts.sum(-1, keepdims=True)
     odds = prevalence * (1 - p[..., 0]) / p[..., 0]
     ill = odds / (1 + odds)
     share = p[..., 1:] / p[..., 1:].sum(-1, keepdims=True)
@@ -88,16 +82,8 @@ def perfect_reader(latent: np.ndarray, prevalence: float = 1.0) -> np.ndarray:
     spread = np.sqrt(1 - READER_RELIABILITY**2)
     below = ndtr((cut - READER_RELIABILITY * latent[..., None]) / spread)
     edges = np.concatenate([np.zeros_like(below[..., :1]), below, np.ones_like(below[..., :1])], -1)
-    p = np.maximum(np.diff(edges), 1e-9) * GRADE_WEIGHTS
+    p = np.maximum(np.diff(edges), 1e-9) * np.array(SEVERITY_WEIGHTS, float)
     return p / p.sum(-1, keepdims=True)
-
-
-def submission_table(study_ids: Iterable[int], probability: np.ndarray) -> pd.DataFrame:
-    """Probabilities (n, condition, level, grade) -> submission rows, sorted by row_id."""
-    ids = [f"{s}_{column}" for s in study_ids for column in LABEL_COLUMNS]
-    table = pd.DataFrame(probability.reshape(-1, 3), columns=["normal_mild", "moderate", "severe"])
-    table.insert(0, "row_id", ids)
-    return table.sort_values("row_id", ignore_index=True)
 
 
 def perfect_submission(folder: str | Path, split: str = "test") -> pd.DataFrame:
@@ -107,4 +93,4 @@ def perfect_submission(folder: str | Path, split: str = "test") -> pd.DataFrame:
     prevalence = json.loads((Path(folder) / "phantom.json").read_text())["prevalence"]
     ids = list(dict.fromkeys(table["study_id"]))
     latent = table["latent"].to_numpy().reshape(len(ids), 5, 5)  # written condition-major
-    return submission_table(ids, perfect_reader(latent, prevalence))
+    return to_submission(ids, perfect_reader(latent, prevalence))

@@ -8,6 +8,7 @@ import pandas as pd
 
 import utils
 from lumbar.data.geometry import LevelBox
+from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume
 from lumbar.names import DETECTION_COLUMNS
 from lumbar.spine.vertebra import Vertebra
@@ -53,7 +54,7 @@ def make_boxes():
             np.stack([HEAD, LEFT, BACK]),
             np.array([30.0, 60.0, 50.0]),
             0.9 if n else 0.2,
-            "t2",
+            Source.T2,
         )
         for n, level in enumerate(utils.LEVELS)
     ]
@@ -63,7 +64,13 @@ def make_vertebrae():
     """Six bodies between the boxes' centres, L1 to S1; the last was not seen."""
     square = np.array([[0.0, -15, 12], [0, 15, 12], [0, 15, -12], [0, -15, -12]])
     return [
-        Vertebra(square + [0, 0, 87.5 - 35 * n], 40.0, 0.9, name, "t2+extrapolated" if name == "S1" else "t2")
+        Vertebra(
+            square + [0, 0, 87.5 - 35 * n],
+            40.0,
+            0.9,
+            name,
+            Source.T2 | Source.EXTRAPOLATED if name == "S1" else Source.T2,
+        )
         for n, name in enumerate(("L1", "L2", "L3", "L4", "L5", "S1"))
     ]
 

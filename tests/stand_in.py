@@ -5,7 +5,6 @@ import tempfile
 import threading
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +16,7 @@ from lumbar.grade.member import Member, Prediction, Weights, silence
 from lumbar.grade.registry import MEMBERS
 from lumbar.problems import Problem
 from lumbar.serve.members import Members
+from lumbar.spine.placement import Placement
 from phantom.scanner import SeriesPlan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def level_prior():
 def members(*names, views=None, detector=see_nothing):
     """Members with one fold of each of these stand-ins, `level` alone by default; views: dict name -> list of views."""
     weights = {m: [Weights(f"{m}_0", None, {"views": (views or {}).get(m, [{}])})] for m in names or ["level"]}
-    return Members(SimpleNamespace(about={"prior": level_prior()}), weights, PRIOR.copy(), detector)
+    return Members(Placement.of(None, detector, level_prior()), weights, PRIOR.copy())
 
 
 @cache

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 
 import phantom
 import utils
+from lumbar.data.crop import Crop
 from lumbar.data.dicom import read_study
 from lumbar.data.geometry import boxes_to_table, coordinates_to_lps
 from lumbar.data.greys import normalise_study
@@ -41,7 +43,7 @@ from lumbar.run.parameters import TRACKERS, check_tracker_here, check_values
 from lumbar.spine.fallbacks import level_boxes
 from lumbar.storage import DamagedFile
 
-CROP = {"scope": "level", "shape": [32, 32, 32], "extent_mm": [32.0, 48.0, 64.0], "shift_mm": [0.0, 0.0, 0.0]}
+CROP = Crop("level", (32, 32, 32), (32.0, 64.0, 48.0))
 
 
 def test_probabilities_and_loss_equal_spacecutter():
@@ -137,9 +139,9 @@ class FormerHeads(nn.Module):
         return torch.stack([self.first, self.first + 0.15 + nn.functional.softplus(self.gap)], -1)
 
 
-@pytest.mark.parametrize("scope, pooling", [("level", "grid"), ("study", "grid"), ("level", "global")])
-def test_weights_of_earlier_versions_predict_what_they_did(tmp_path, scope, pooling):
-    model = OrdinalClassifier(scope, "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3), pooling=pooling).eval()
+@pytest.mark.parametrize("scope", ["level", "study"])
+def test_weights_of_earlier_versions_predict_what_they_did(tmp_path, scope):
+    model = OrdinalClassifier(scope, "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
     model.heads = FormerHeads(model.heads.shape)
     save_classifier(tmp_path / "a.safetensors", model, {})
     again, _ = load_classifier(tmp_path / "a.safetensors")
@@ -154,8 +156,8 @@ def test_weights_of_earlier_versions_predict_what_they_did(tmp_path, scope, pool
 
 
 def test_views_cut_shift_and_mirror():
-    crops = torch.randn(2, 3, *utils.margin_shape(CROP["shape"]))
-    edge = [(n - s) // 2 for n, s in zip(crops.shape[2:], CROP["shape"], strict=True)]
+    crops = torch.randn(2, 3, *utils.margin_shape(CROP.shape))
+    edge = [(n - s) // 2 for n, s in zip(crops.shape[2:], CROP.shape, strict=True)]
     plain = crops[:, :, edge[0] : edge[0] + 32, edge[1] : edge[1] + 32, edge[2] : edge[2] + 32]
     torch.testing.assert_close(utils.view_crops(crops, CROP), plain, atol=1e-3, rtol=1e-3)
     mirrored = utils.view_crops(crops, CROP, mirror=torch.tensor([True, False]))
@@ -170,7 +172,7 @@ def test_views_cut_shift_and_mirror():
 
 
 def test_rotation_turns_in_millimetres():
-    crops = torch.zeros(1, 3, *utils.margin_shape(CROP["shape"]))
+    crops = torch.zeros(1, 3, *utils.margin_shape(CROP.shape))
     d, h, w = crops.shape[2:]
     # A point 10 mm towards the foot of the centre: 10 voxels; after a quarter turn about the left axis it lies
     # 10 mm in front of or behind it: 5 voxels.
@@ -222,7 +224,7 @@ def in_the_mirror(study, boxes):
 def test_a_mirrored_patient_is_a_mirrored_crop_with_swapped_labels(phantom_study, scope):
     study, boxes, grades, coordinates = phantom_study
     mirrored_study, mirrored_boxes = in_the_mirror(study, boxes)
-    crop = {**CROP, "scope": scope, "extent_mm": [56.0, 96.0, 96.0] if scope == "level" else [230.0, 80.0, 130.0]}
+    crop = replace(CROP, scope=scope, extent_mm=(56.0, 96.0, 96.0) if scope == "level" else (230.0, 130.0, 80.0))
     here = torch.from_numpy(cut_crops(study, boxes, crop))
     there = torch.from_numpy(cut_crops(mirrored_study, mirrored_boxes, crop))
     difference = (here.float() - there.float()).abs().mean()
@@ -273,7 +275,7 @@ def test_an_item_without_a_cache_cuts_its_own_crop_only(phantom_study, tmp_path,
         np.testing.assert_array_equal(other[0], every[level])
         assert own[1] == level and own[2].tolist() == grades[:, level].tolist()
     # A whole study is one crop.
-    whole = utils.CropDataset({7: tmp_path / "7.safetensors"}, [7], grades[None], None, {**CROP, "scope": "study"})
+    whole = utils.CropDataset({7: tmp_path / "7.safetensors"}, [7], grades[None], None, replace(CROP, scope="study"))
     np.testing.assert_array_equal(whole[0][0], whole.crops_of(7)[0])
 
 
@@ -285,7 +287,7 @@ class Blobs(utils.CropDataset):
         grades = np.zeros((studies, 5, 5), np.int64)
         grades[:, 3:5] = rng.choice(3, (studies, 2, 5))
         super().__init__({}, range(studies), grades, None, CROP)
-        shape = utils.margin_shape(CROP["shape"])
+        shape = utils.margin_shape(CROP.shape)
         self.stored = 0.1 * rng.standard_normal((studies, 5, 3, *shape)).astype(np.float16)
         middle = shape[2] // 2
         for study in range(studies):
@@ -682,30 +684,6 @@ def test_half_precision_trains_alike_and_heads_stay_full(tmp_path):
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(2, 5), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("scope", ["level", "study"])
-def test_pooling_is_kept_with_the_weights(tmp_path, scope):
-    prior = np.random.default_rng(0).dirichlet((5, 2, 2), (5, 5))
-    x, level = torch.randn(3, 3, 32, 32, 32), torch.tensor([0, 2, 4])
-    for pooling in ("grid", "global"):
-        model = OrdinalClassifier(scope, "tiny", (32, 32, 32), prior, pooling=pooling).eval()
-        log_p = model(x, level)
-        assert log_p.shape == ((3, 5, 3) if scope == "level" else (3, 5, 5, 3))
-        save_classifier(tmp_path / "a.safetensors", model, {"fold": 0})
-        again, about = load_classifier(tmp_path / "a.safetensors")
-        assert about["pooling"] == again.pooling == pooling
-        torch.testing.assert_close(again(x, level), log_p)
-    # One vector for the whole volume: what stands where in the features does not matter.
-    turned = torch.flip(model.backbone.forward_features(x), (2, 3, 4))
-    model.backbone.forward_features = lambda _: turned
-    torch.testing.assert_close(model(x, level), log_p, atol=1e-4, rtol=1e-4)
-    if scope == "level":
-        torch.testing.assert_close(model(x, torch.zeros_like(level)), log_p, atol=1e-4, rtol=1e-4)
-    else:
-        assert model.score.out_features == 25 and not hasattr(model, "attention")
-    with pytest.raises(ValueError, match="POOLING"):
-        OrdinalClassifier(scope, "tiny", (32, 32, 32), prior, pooling="max")
-
-
 def test_weights_from_before_there_was_a_choice_of_pooling(tmp_path):
     model = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
     del model.config["pooling"]
@@ -803,7 +781,7 @@ def test_every_trained_parameter_has_a_gradient():
 @pytest.mark.parametrize("scope", ["level", "study"])
 def test_cut_points_and_places_do_not_decay(scope):
     train = Blobs(1, 0)
-    train.crop = {**CROP, "scope": scope}
+    train.crop = replace(CROP, scope=scope)
     training = trainer.prepare_training(train, CONFIG, "cpu")
     names = {id(p): name for name, p in training.network.named_parameters() if p.requires_grad}
     decay = {names[id(p)]: g["weight_decay"] for g in training.optimizer.param_groups for p in g["params"]}

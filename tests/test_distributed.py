@@ -19,7 +19,7 @@ from lumbar.grade import distributed
 from lumbar.grade.classifier import load_classifier, predict_dataset
 from lumbar.grade.trainer import TrainConfig
 
-CROP = {"scope": "level", "shape": [16, 16, 32], "extent_mm": [32.0, 48.0, 64.0], "shift_mm": [0.0, 0.0, 0.0]}
+CROP = utils.Crop("level", (16, 16, 32), (32.0, 64.0, 48.0))
 CONFIG = TrainConfig(
     backbone="tiny",
     epochs=2,
@@ -40,7 +40,7 @@ def dataset(folder, first, count):
     rng = np.random.default_rng(first)
     grades = rng.integers(0, 3, (count, 5, 5))
     grades[0, 3, 1] = -1
-    shape = utils.margin_shape(CROP["shape"])
+    shape = utils.margin_shape(CROP.shape)
     for number in range(count):
         crops = 0.1 * rng.standard_normal((5, 3, *shape)).astype(np.float16)
         crops[..., shape[2] // 2 :] += grades[number, 3][:, None, None, None, None].astype(np.float16)

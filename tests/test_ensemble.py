@@ -452,3 +452,6 @@ def test_a_kept_ensemble_json_brings_its_stacker(bed, tmp_path):
     fitted = utils.fit_ensemble(labels, tables)
     utils.write_json(tmp_path / "ensemble.json", fitted)
     assert utils.ensemble_for([tmp_path], tmp_path)["stacker"] == fitted["stacker"]
+    (tmp_path / "ensemble.json").write_text("{")
+    with pytest.raises(utils.DamagedFile, match="ensemble.json is no JSON: delete it"):
+        utils.ensemble_for([tmp_path], tmp_path)

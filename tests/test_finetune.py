@@ -10,6 +10,7 @@ from test_spinenet import CLASSES, PRIOR, anonymous, draw, empty_volume, spine
 
 import utils
 from lumbar.data.geometry import boxes_to_table, coordinates_to_lps
+from lumbar.data.source import Source
 from lumbar.data.volume import Study, save_study
 from lumbar.names import VERTEBRAE
 from lumbar.spine import finetune
@@ -71,7 +72,7 @@ def detections(truth, missing=(), shifted=0, noise_mm=0.7):
         if v.name not in missing:
             corners = v.corners_lps_mm + rng.normal(0, noise_mm, (4, 3)) * [0, 1, 1]
             name = names[min(k + shifted, len(names) - 1)]
-            found.append(replace(v, corners_lps_mm=corners, name=name, source="t2", confidence=0.8))
+            found.append(replace(v, corners_lps_mm=corners, name=name, source=Source.T2, confidence=0.8))
     return found
 
 
@@ -162,7 +163,7 @@ def test_points_move_a_completed_body():
     for true in (truth, up):  # the layout knows nothing of the higher disc below L3, the points do
         points = points_of(coordinates_of(true, study), study)
         named, sure, _, _ = bodies_by_points(detections(true, missing=("L3",)), points, PRIOR)
-        (body,) = [v for v in named if v.source == "points"]
+        (body,) = [v for v in named if v.source == Source.POINTS]
         errors.append(body.center_lps_mm[2] - next(v for v in truth if v.name == "L3").center_lps_mm[2])
         assert all(sure.values())
     assert 1.5 < errors[1] - errors[0] < 3.5
@@ -175,7 +176,7 @@ def test_what_lies_beside_the_spine_is_not_taken_for_it(aside):
     false = replace(false, corners_lps_mm=false.corners_lps_mm + aside)
     bodies = sorted([*detections(truth, missing=("L3",)), false], key=lambda v: -v.center_lps_mm[2])
     named, sure, _, rest = bodies_by_points(bodies, points, PRIOR)
-    assert all(sure.values()) and [v.source for v in named if v.name == "L3"] == ["points"]
+    assert all(sure.values()) and [v.source for v in named if v.name == "L3"] == [Source.POINTS]
     assert any(v.corners_lps_mm is false.corners_lps_mm for v in rest)
 
 
@@ -248,7 +249,7 @@ def test_a_set_of_studies(tmp_path, monkeypatch):
         if volume.study_id == 3:
             raise RuntimeError("odd")
         gone = {1: ("L4", "T10"), 2: ("L2",)}[volume.series_id]
-        return [replace(v, source="t2") for v in anonymous(truth) if v.name not in gone]
+        return [replace(v, source=Source.T2) for v in anonymous(truth) if v.name not in gone]
 
     monkeypatch.setattr(finetune, "detect_vertebrae", detect)
     records, table = utils.fine_tuning_set(paths, Model, coordinates, slices=None)

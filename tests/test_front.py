@@ -53,8 +53,8 @@ def test_levels_are_boxes_and_boxes_are_cropped(study, weights):
     assert [box.level for box in boxes] == list(utils.LEVELS) and isinstance(boxes[0], utils.LevelBox)
     assert all(isinstance(vertebra, utils.Vertebra) for vertebra in vertebrae)
     assert len(utils.boxes_to_table(7, boxes)) == 5 and len(utils.vertebrae_to_table(7, vertebrae)) == len(vertebrae)
-    crop, _ = utils.crop_level(study, boxes[2], (8, 8, 8), (40.0, 60.0, 60.0))
-    whole, _ = utils.crop_study(study, (16, 8, 8), (200.0, 120.0, 120.0))
+    crop, _ = utils.crop_level(study, boxes[2], utils.Crop("level", (8, 8, 8), (40.0, 60.0, 60.0)))
+    whole, _ = utils.crop_study(study, utils.Crop("study", (16, 8, 8), (200.0, 120.0, 120.0)))
     assert crop.shape == (3, 8, 8, 8) and whole.shape == (3, 16, 8, 8)
 
 

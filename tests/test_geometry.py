@@ -9,6 +9,7 @@ import pydicom
 import pytest
 import small_study
 import torch
+from benchmarks.baselines import voxelise_point_cloud
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
@@ -28,14 +29,16 @@ from scipy.ndimage import binary_erosion, binary_fill_holes, map_coordinates
 
 import utils
 from lumbar.data import resample as resample_module
+from lumbar.data.crop import Crop
 from lumbar.data.dicom import read_slice, read_slices, read_study
-from lumbar.data.geometry import LevelBox, axial_slices_near, boxes_to_table, coordinates_to_lps
+from lumbar.data.geometry import LevelBox, boxes_to_table, coordinates_to_lps
 from lumbar.data.greys import normalise_study
 from lumbar.data.pixels import DECODERS, DicomProblem
 from lumbar.data.resample import crop_affine, crop_level, crop_study, resample, sample_box
+from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume, save_study
 from lumbar.limits import TookTooLong, cpu_limit
-from lumbar.look.point_cloud import point_cloud, voxelise_point_cloud
+from lumbar.look.point_cloud import point_cloud
 
 
 def rotation(rng):
@@ -277,18 +280,18 @@ def test_crop_of_a_linear_phantom_is_linear(seed):
     study = linear_study(rng, slope)
     axes = rotation(rng)
     box = LevelBox("l1_l2", rng.uniform(-5, 5, 3), axes, np.array([30.0, 40.0, 40.0]))
-    shape, extent_mm, shift_mm = (24, 40, 36), (30.0, 40.0, 44.0), (2.0, -3.0, 5.0)
-    crop, covered = crop_level(study, box, shape, extent_mm, shift_mm)
+    shape, extent_mm, shift_mm = (24, 40, 36), (30.0, 44.0, 40.0), (-2.0, 5.0, -3.0)
+    crop, covered = crop_level(study, box, Crop("level", shape, extent_mm, shift_mm))
     assert crop.shape == covered.shape == (3, *shape) and crop.dtype == np.float16
     head, left, back = axes
-    center = box.center_lps_mm + np.array(shift_mm) @ axes
+    center = box.center_lps_mm - shift_mm[0] * head + shift_mm[1] * back + shift_mm[2] * left
     steps = [(np.arange(n) - (n - 1) / 2) / n for n in shape]
     # Crop axes: head to foot, front to back, right to left.
     position = (
         center
         - steps[0][:, None, None, None] * head * extent_mm[0]
-        + steps[1][None, :, None, None] * back * extent_mm[2]
-        + steps[2][None, None, :, None] * left * extent_mm[1]
+        + steps[1][None, :, None, None] * back * extent_mm[1]
+        + steps[2][None, None, :, None] * left * extent_mm[2]
     )
     truth = position @ slope
     for channel in (0, 1):
@@ -344,7 +347,8 @@ def test_boxes_table_round_trip():
     rng = np.random.default_rng(0)
     axes = rotation(rng)
     boxes = [
-        LevelBox(level, rng.uniform(-50, 50, 3), axes, np.array([20.0, 50, 40]), 0.5, "t2") for level in utils.LEVELS
+        LevelBox(level, rng.uniform(-50, 50, 3), axes, np.array([20.0, 50, 40]), 0.5, Source.T2)
+        for level in utils.LEVELS
     ]
     table = boxes_to_table(7, boxes)
     again = utils.boxes_from_table(table, 7)
@@ -623,10 +627,11 @@ def test_crops_equal_a_plain_interpolation(seed, monkeypatch):
     study = oblique_study(rng)
     box = LevelBox("l1_l2", rng.uniform(-5, 5, 3), rotation(rng), np.array([30.0, 40.0, 40.0]))
     # Larger than the volumes, so that windows and the ends of covered runs matter; several blocks, also of one row.
-    shape, extent_mm, shift_mm = (70, 50, 60), (45.0, 60.0, 70.0), (1.0, -2.0, 3.0)
+    shape = (70, 50, 60)
+    asked = Crop("level", shape, (45.0, 70.0, 60.0), (-1.0, 3.0, -2.0))
     monkeypatch.setitem(resample_module._BLOCK, "cpu", (1 << 17, 9000, 2000, 50)[seed])
-    crop, covered = crop_level(study, box, shape, extent_mm, shift_mm)
-    affine = crop_affine(box.to_lps(shift_mm), box.axes, extent_mm, shape)
+    crop, covered = crop_level(study, box, asked)
+    affine = crop_affine(box.to_lps((1.0, -2.0, 3.0)), box.axes, asked.extent_mm, shape)
     plain, where = plain_box(study, affine, shape)
     assert 0.3 < where[:2].mean() < 1 and (covered == where).mean() > 0.99999
     np.testing.assert_allclose(crop[covered & where], plain[covered & where], atol=1e-3)
@@ -659,7 +664,7 @@ def linear_series(folder, rng, center, slope):
             write_series(folder / str(number), np.round(values).astype(int), affine, instances, SliceThickness="4.0")
 
 
-LINEAR_BOX = ((64, 64, 64), (40.0, 48.0, 48.0), (0.0, 0.0, 0.0))
+LINEAR_BOX = Crop("level", (64, 64, 64), (40.0, 48.0, 48.0))
 
 
 @pytest.fixture(scope="module")
@@ -677,15 +682,14 @@ def linear_errors(tmp_path_factory):
         low, high = np.percentile(study.volumes[0].array, (0.5, 99.5))
         study.volumes = [replace(v, array=(v.array - low) / (high - low)) for v in study.volumes]
         box = LevelBox("l3_l4", center, rotation(rng), np.array([30.0, 40.0, 40.0]))
-        shape, extent_mm, shift_mm = LINEAR_BOX
-        affine = crop_affine(center, box.axes, extent_mm, shape)
-        index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+        affine = crop_affine(center, box.axes, LINEAR_BOX.extent_mm, LINEAR_BOX.shape)
+        index = np.stack(np.meshgrid(*map(np.arange, LINEAR_BOX.shape), indexing="ij"), -1)
         truth = (index @ affine[:3, :3].T + affine[:3, 3] - center) @ slope
         truth = (truth + 20000 - low) / (high - low)
-        crop, covered = crop_level(study, box, *LINEAR_BOX)
+        crop, covered = crop_level(study, box, LINEAR_BOX)
         errors["crop"].append((crop, covered, truth))
         try:
-            cloud, occupied = voxelise_point_cloud(study, box, *LINEAR_BOX)
+            cloud, occupied = voxelise_point_cloud(study, box, LINEAR_BOX)
         except ImportError:
             continue
         errors["cloud"].append((cloud, occupied, covered, truth))
@@ -721,61 +725,17 @@ def test_the_whole_study_as_a_point_cloud():
     study = oblique_study(rng, (8, 30, 30), 1)
     for volume in study.volumes:
         volume.array[:] = 0.5
-    shape, extent_mm = (32, 24, 28), (32.0, 28.0, 24.0)
-    crop, occupied = voxelise_point_cloud(study, None, shape, extent_mm)
-    plain, covered = crop_study(study, shape, extent_mm)
-    assert crop.shape == occupied.shape == (3, *shape) and crop.dtype == np.float16
+    whole = Crop("study", (32, 24, 28), (32.0, 24.0, 28.0))
+    crop, occupied = voxelise_point_cloud(study, None, whole)
+    plain, covered = crop_study(study, whole)
+    assert crop.shape == occupied.shape == (3, *whole.shape) and crop.dtype == np.float16
     assert covered[0].any() and covered[1].any() and not occupied[2].any()
     assert (occupied & covered).sum() > 0.7 * covered.sum()
     assert occupied[~covered].mean() < 0.1
     # The mean of a voxel takes in the other series' black.
-    mean, _ = voxelise_point_cloud(study, None, shape, extent_mm, pooling="average")
+    mean, _ = voxelise_point_cloud(study, None, whole, pooling="average")
     both = occupied[0] & occupied[1]
     assert mean[0][both].mean() < 0.4 < crop[0][both].mean()
-
-
-# ---- From sagittal points to axial slices ----
-
-
-def test_axial_slices_near_a_sagittal_point():
-    rng = np.random.default_rng(3)
-    sagittal = Volume(np.zeros((9, 90, 90)), random_affine(rng), 1, 10, "Sagittal T1", 0, np.arange(9))
-    volumes = [sagittal]
-    middle = sagittal.voxel_to_lps([4, 45, 45])
-    for block, instances in enumerate((np.arange(30, 20, -1), np.arange(3, 13))):
-        affine = random_affine(rng, plane="Axial")
-        # One stack steps aside: its slices' origins do not follow the normal.
-        affine[:3, 0] += affine[:3, 1] * block
-        affine[:3, 3] = middle - affine[:3, :3] @ [4.3, 50, 40]
-        volumes.append(Volume(np.zeros((10, 100, 80)), affine, 1, 12, "Axial T2", block, instances))
-    study = Study(1, volumes)
-    points = np.stack([middle, middle + [0, 0, 300.0], [np.nan] * 3, sagittal.voxel_to_lps([3, 40, 48])])
-    table = axial_slices_near(study, points, reach_mm=5.0)
-    assert set(table["point"]) == {0, 3} and set(table["block"]) == {0, 1}
-    # Every slice of every stack, the long way round.
-    expected = 0
-    for volume in volumes[1:]:
-        normal = np.cross(volume.affine[:3, 2], volume.affine[:3, 1])
-        normal /= np.linalg.norm(normal)
-        for point in (0, 3):
-            for index in range(10):
-                distance = (points[point] - volume.voxel_to_lps([index, 0, 0])) @ normal
-                if abs(distance) > 5:
-                    continue
-                expected += 1
-                foot = volume.lps_to_voxel(points[point] - distance * normal)
-                row = table[(table["point"] == point) & (table["block"] == volume.block) & (table["slice"] == index)]
-                (row,) = row.itertuples()
-                assert row.series_id == 12 and row.instance_number == volume.instance_numbers[index]
-                assert foot == pytest.approx([index, row.row_px, row.column_px], abs=1e-6)
-                assert row.distance_mm == pytest.approx(abs(distance), abs=1e-6)
-    assert len(table) == expected >= 6
-    assert table.groupby("point")["distance_mm"].is_monotonic_increasing.all()
-    # Beside the image nothing is near, however close the plane; without axial series the table is empty.
-    beside = volumes[1].voxel_to_lps([4, 50, 200])
-    assert not (axial_slices_near(study, beside)["block"] == 0).any()
-    empty = axial_slices_near(Study(1, [sagittal]), points)
-    assert len(empty) == 0 and list(empty) == list(table)
 
 
 def test_sampling_on_a_gpu_is_the_same():
@@ -784,8 +744,9 @@ def test_sampling_on_a_gpu_is_the_same():
     rng = np.random.default_rng(0)
     study = oblique_study(rng)
     box = LevelBox("l1_l2", np.zeros(3), rotation(rng), np.array([30.0, 40.0, 40.0]))
-    one = crop_level(study, box, (48, 40, 44))
-    two = crop_level(study, box, (48, 40, 44), device="cuda")
+    asked = Crop.full_size("level", (48, 40, 44))
+    one = crop_level(study, box, asked)
+    two = crop_level(study, box, asked, device="cuda")
     np.testing.assert_allclose(two[0], one[0], atol=2e-3)
     assert (one[1] == two[1]).all()
 
@@ -799,4 +760,4 @@ def test_averaging_in_parts_changes_nothing_and_long_sampling_heeds_its_limit(mo
 
     study = small_study.make_study()
     with cpu_limit(-1.0), pytest.raises(TookTooLong):
-        crop_study(study, (16,) * 3)  # its two axial stacks are averaged
+        crop_study(study, Crop.full_size("study", (16,) * 3))  # its two axial stacks are averaged

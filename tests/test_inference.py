@@ -4,8 +4,8 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib
 
@@ -25,8 +25,10 @@ import utils
 from lumbar import limits
 from lumbar.grade.ensemble import default_ensemble
 from lumbar.in_flight import images_digest
-from lumbar.serve import results, tables
+from lumbar.names import CLASS_COUNTS
+from lumbar.serve import results
 from lumbar.serve.study import prepare_study, studies_to_predict
+from lumbar.spine.placement import Placement
 from lumbar.spine.spinenet import SpineNet
 
 
@@ -355,7 +357,7 @@ def test_the_order_of_fallbacks(data, level, tmp_path, monkeypatch):
     is_said(found[2], SAYS[::-1])
     np.testing.assert_allclose(found[3][1], PRIOR[1], atol=1e-9)
     np.testing.assert_allclose(found[3][0, 2], PRIOR[0, [0, 1, 3, 4]].mean(0), atol=1e-9)
-    counts = np.array(tables.CLASS_COUNTS["subarticular"]) * (1, 2, 4)
+    counts = np.sum(CLASS_COUNTS[3], 0) * (1, 2, 4)
     np.testing.assert_allclose(found[3][3], np.tile(counts / counts.sum(), (5, 1)), atol=1e-9)
     assert log["rows_from"].to_dict() == {
         1: "ensemble 25",
@@ -516,16 +518,17 @@ def test_a_device_that_fails_ends_the_run_with_nothing_of_it_saved(data, level, 
 def test_results_belong_to_what_located_the_levels():
     loaded = members()
     keys = [results.results_key(loaded, -1)]
-    for spinenet, detector in ((SimpleNamespace(about={"steps": 30}), "own"), (None, lambda volume: [])):
-        loaded.spinenet, loaded.detector = spinenet, detector
+    placement = loaded.placement
+    other = {**placement.prior, "studies": 1}
+    for changed in ({"prior": other}, {"layout": other}, {"name": "another"}):
+        loaded.placement = replace(placement, **changed)
         keys.append(results.results_key(loaded, -1))
         assert results.results_key(loaded, -1) == keys[-1]
     network = SpineNet(widths=(8, 8, 8))
     for step in range(2):
-        network.about = {}
         with torch.no_grad():
             network.head[0].weight.add_(step)
-        loaded.spinenet, loaded.detector = network, "own"
+        loaded.placement = Placement.of(network, prior=placement.prior)
         keys.append(results.results_key(loaded, -1))
     assert len(set(keys)) == len(keys)
 

@@ -15,11 +15,12 @@ import pytest
 from small_study import make_boxes, make_points, make_study, no_network
 
 import utils
+from lumbar.data.crop import Crop
 from lumbar.data.resample import crop_level
 from lumbar.grade.ensemble import default_ensemble
 from lumbar.look.gallery import make_gallery
 from lumbar.look.plot_images import plot_case, plot_label_points, plot_level_boxes, plot_slice
-from lumbar.look.report import resampled_scores, row_losses
+from lumbar.look.report import known_losses, resampled_scores
 from lumbar.look.slices import box_on_slice, direction_letter, slice_axes, slice_caption
 from lumbar.names import LABEL_COLUMNS, SEVERITY_WEIGHTS
 
@@ -120,9 +121,9 @@ def test_curves_of_cumulative_logits_are_the_networks(ax, prior):
 
 
 def test_a_crops_axes_are_named_with_their_millimetres(study, boxes):
-    crop, _ = crop_level(study, boxes[2], (16, 20, 24), (32.0, 48.0, 40.0))
+    crop, _ = crop_level(study, boxes[2], Crop("level", (16, 20, 24), (32.0, 40.0, 48.0)))
     figure, axes = plt.subplots(3, 3)
-    utils.plot_level_crop(axes, crop, extent_mm=(32.0, 48.0, 40.0))
+    utils.plot_level_crop(axes, crop, extent_mm=(32.0, 40.0, 48.0))
     assert [ax.get_ylabel() for ax in axes[1]] == ["head-foot, 32 mm", "head-foot, 32 mm", "front-back, 40 mm"]
     assert [ax.get_xlabel() for ax in axes[2]] == ["front-back, 40 mm", "left-right, 48 mm", "left-right, 48 mm"]
     assert "channel 1: Axial T2" in [text.get_text() for text in axes[1, 0].texts]
@@ -179,7 +180,7 @@ def test_confusion_counts_what_is_labelled(ax, graded):
 
 
 def test_level_crop_shows_three_planes(study, boxes):
-    crop, covered = crop_level(study, boxes[2], (16, 20, 24))
+    crop, covered = crop_level(study, boxes[2], Crop.full_size("level", (16, 20, 24)))
     figure, axes = plt.subplots(3, 3)
     assert utils.plot_level_crop(axes, crop, covered) is axes
     assert [ax.get_title() for ax in axes[0]] == ["sagittal", "coronal", "axial"]
@@ -227,7 +228,7 @@ def test_score_table_agrees_with_the_metric(graded):
 
 def test_cell_losses_pool_to_the_metric(graded):
     truth, probabilities = graded
-    weight, _ = row_losses(truth, probabilities)
+    weight, _ = known_losses(truth, probabilities)
     losses = utils.cell_losses(truth, probabilities)
     pooled = (losses[0] * weight.sum(0)[0]).sum() / weight.sum(0)[0].sum()
     assert pooled == pytest.approx(utils.score_arrays(truth, probabilities)["spinal"])

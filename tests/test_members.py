@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_study import make_boxes
-from stand_in import SAYS, register
+from stand_in import SAYS, level_prior, register
 
 import utils
 from lumbar.data.volume import Study, Volume
@@ -22,12 +22,13 @@ from lumbar.grade.detector import YoloDetector, yolo_scores, yolo_studies
 from lumbar.grade.detector_member import Detectors
 from lumbar.grade.ensemble import default_ensemble
 from lumbar.grade.member import Weights, together_or_alone
-from lumbar.grade.registry import member_weights
+from lumbar.grade.registry import member_of, member_weights
 from lumbar.names import LABEL_COLUMNS
 from lumbar.serve.members import weight_folders
 from lumbar.spine.spinenet import SpineNet
+from lumbar.storage import DamagedFile
 
-CROP = {"scope": "level", "shape": [8, 8, 8], "extent_mm": [8.0, 8.0, 8.0], "shift_mm": [0.0, 0.0, 0.0]}
+CROP = utils.Crop("level", (8, 8, 8), (8.0, 8.0, 8.0))
 
 
 # ---- Networks on crops ----
@@ -341,31 +342,24 @@ def severe_by_study(table):
     return table.groupby(table["row_id"].str.split("_").str[0].astype(int))["severe"].first().round(3).to_dict()
 
 
-def test_members_of_the_comparison_stand_only_alone(tmp_path):
-    ours, theirs = tmp_path / "03_train_yolo_scs", tmp_path / "03_train_yolo_scs_original"
+def test_weights_of_other_kinds_stand_only_alone_and_are_refused_by_name(tmp_path):
+    ours, theirs = tmp_path / "03_train_yolo_scs", tmp_path / "03_another"
     weights(ours, "yolo_scs_0")
     for fold in (0, 1):
-        weights(theirs, f"yolo_scs_{fold}", scheme="original", calibration=None)
-        out_of_fold(theirs, [10 + fold, 20 + fold], fold, 0.9)
-    out_of_fold(ours, [10], 0, 0.2)  # one study less than theirs
-    weights(tmp_path / "04_train_vit_level_1", "level_1", pooling="global")
+        weights(theirs, f"yolo_scs_{fold}", scheme="original")
+    weights(tmp_path / "04_train_vit_level_1", "level_2", pooling="global")
     weights(tmp_path / "04_train_vit_level_2", "level_2", pooling="grid")
-    weights(tmp_path / "solutions" / "B", "study_0", pooling="global")
-    weights(tmp_path / "solutions", "study_1")
-    assert not any(name.startswith("study") for name in member_weights([tmp_path])[0])
     found, sentences = member_weights(weight_folders([tmp_path]))
     assert {name: path.parent.name for name, path in found.items()} == {
         "level_2": "04_train_vit_level_2",
         "yolo_scs_0": "03_train_yolo_scs",
+        "yolo_scs_1": "03_another",
     }
-    assert any("yolo_scs_0, yolo_scs_1" in text and "for comparison" in text for text in sentences)
-    assert any(text.startswith("level_1 in") for text in sentences)
-    assert severe_by_study(utils.read_out_of_fold(weight_folders([tmp_path]))["yolo"]) == {10: 0.2}
-    alone, sentences = member_weights([theirs])
-    assert list(alone) == ["yolo_scs_0", "yolo_scs_1"] and not sentences
-    assert severe_by_study(utils.read_out_of_fold([theirs])["yolo"]) == {10: 0.9, 20: 0.9, 11: 0.9, 21: 0.9}
-    places = weight_folders([tmp_path / "solutions" / "B"])
-    assert places == [tmp_path / "solutions" / "B"] and list(member_weights(places)[0]) == ["study_0"]
+    assert any(f"yolo_scs_0 in {theirs} left out: already found in {ours}" in text for text in sentences)
+    for name in ("yolo_scs_1", "level_2"):
+        path = found[name] if name == "yolo_scs_1" else tmp_path / "04_train_vit_level_1" / "level_2.safetensors"
+        with pytest.raises(DamagedFile, match=f"{name}.safetensors states (scheme 'original'|pooling 'global')"):
+            member_of(name).read_about(path)
 
 
 def test_unfinished_weights_are_left_out_and_a_fold_is_taken_from_one_folder(tmp_path, capsys):
@@ -420,7 +414,7 @@ def test_what_is_loaded_from_where_is_printed(tmp_path, monkeypatch, capsys):
     weights(tmp_path / "03_train_yolo_nfn_3", "yolo_nfn_3")
     weights(tmp_path / "03_train_yolo_nfn_3_old", "yolo_nfn_3")
     spinenet = SpineNet(widths=(8, 8, 8))
-    spinenet.about = {}
+    spinenet.about = {"prior": level_prior()}
     (tmp_path / "02_train_spinenet").mkdir()
     utils.save_spinenet(spinenet, tmp_path / "02_train_spinenet" / "spinenet.safetensors")
     loaded = utils.load_members(weight_folders([tmp_path]), device="cpu")

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 import utils
+from lumbar.data.metric import row_losses
 from lumbar.names import LABEL_COLUMNS
 
 
@@ -111,6 +112,13 @@ def test_submission_round_trip():
     pd.testing.assert_frame_equal(utils.to_submission(ids, probabilities), submission)
     assert submission["row_id"].is_monotonic_increasing
     assert submission[list(utils.SEVERITIES)].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-15)
+
+
+def test_rows_weigh_by_their_grade_and_a_missing_prediction_is_not_a_good_one():
+    p = np.array([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [1, 0, 0], [np.nan] * 3, [np.nan] * 3])
+    weight, loss = row_losses(np.array([0, 1, 2, 2, -1, 1]), p)
+    assert weight.tolist() == [1, 2, 4, 4, 0, 2]
+    np.testing.assert_allclose(loss, [-np.log(0.5), -np.log(0.3), -np.log(0.2), 52 * np.log(2), 0, np.nan], rtol=1e-12)
 
 
 def test_weighted_prior_is_the_best_constant():

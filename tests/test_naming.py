@@ -14,14 +14,18 @@ import pytest
 import phantom
 import utils
 from lumbar.data.geometry import boxes_to_table
+from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume, save_study
 from lumbar.names import VERTEBRAE
 from lumbar.spine import levels as levels_module
+from lumbar.spine import locating as locating_module
 from lumbar.spine import naming as naming_module
 from lumbar.spine import spinenet
+from lumbar.spine.chain import merge_vertebrae
 from lumbar.spine.fallbacks import complete_vertebrae, fit_level_prior, level_boxes
-from lumbar.spine.levels import locate_unseen, merge_vertebrae
+from lumbar.spine.locating import locate_unseen
 from lumbar.spine.naming import name_vertebrae
+from lumbar.spine.placement import Placement
 from lumbar.spine.spinenet import SpineNet, detect_vertebrae
 from lumbar.spine.vertebra import AMBIGUOUS_SHARE, SPINE_CLASSES, UNCERTAIN, Vertebra, spine_class, vertebrae_to_table
 
@@ -33,7 +37,7 @@ def spine(seed, transitional=0.0):
     """True Vertebrae, T8 to S5, of one of the phantom's spines."""
     rng = np.random.default_rng(seed)
     anatomy = phantom.sample_anatomy(rng, np.clip(rng.normal(0.3, 0.7, (5, 5)), 0, 2), transitional)
-    return [Vertebra(v.corners_mm(), v.width_mm, 1.0, v.name, "truth") for v in anatomy.vertebrae]
+    return [Vertebra(v.corners_mm(), v.width_mm, 1.0, v.name, Source.TRUTH) for v in anatomy.vertebrae]
 
 
 def prior_of(seeds):
@@ -93,7 +97,7 @@ def chain(seed, top="T11", bottom="S2", missing=(), lost=0, false=(), strength=2
     for name, corners, sure, seen in found:
         corners = corners + rng.normal(0, 1.2, (4, 3)) * [0, 1, 1] + [rng.normal(0, 1.5), 0, 0]
         corners = size * (corners - middle) @ rotation.T + middle
-        result.append((name, Vertebra(corners, 45.0, float(sure), "", "t2", seen)))
+        result.append((name, Vertebra(corners, 45.0, float(sure), "", Source.T2, seen)))
     result.sort(key=lambda item: -item[1].center_lps_mm[2])
     return [name for name, _ in result], [v for _, v in result]
 
@@ -208,7 +212,7 @@ def test_shares_are_honest():
         for v in name_vertebrae(bodies, PRIOR):
             place = id(v.corners_lps_mm)
             share = v.confidence / sure_of[place]
-            assert ("uncertain" in v.source) == (share < AMBIGUOUS_SHARE)
+            assert (Source.UNCERTAIN in v.source) == (share < AMBIGUOUS_SHARE)
             (sure if share > 0.95 else doubtful if share < AMBIGUOUS_SHARE else []).append(v.name == by_place[place])
     assert len(sure) > 300 and np.mean(sure) > 0.97
     assert len(doubtful) > 20 and 0.2 < np.mean(doubtful) < 0.9
@@ -220,25 +224,25 @@ def test_what_has_no_place_is_uncertain():
     assert [v.name for v in result if v.name != UNCERTAIN] == [name for name in truth if name]
     (odd,) = [v for v in result if v.name == UNCERTAIN]  # the body seen twice is no other body
     named = np.stack([v.center_lps_mm for v in result if v is not odd])
-    assert np.abs(named - odd.center_lps_mm).min(0)[1] > 10 and odd.source == "t2"
+    assert np.abs(named - odd.center_lps_mm).min(0)[1] > 10 and odd.source == Source.T2
     # It goes into vertebrae.csv, and no level is made of it.
     study = Study(5, [sagittal()])
-    boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector=lambda volume: bodies)
+    boxes, vertebrae = utils.locate_levels(study, Placement.of(None, lambda volume: bodies, PRIOR))
     assert [v.name for v in vertebrae].count(UNCERTAIN) == 1 and vertebrae[-1].name == UNCERTAIN
-    assert {box.source for box in boxes} == {"t2"} and min(box.confidence for box in boxes) > 0.3
+    assert {box.source for box in boxes} == {Source.T2} and min(box.confidence for box in boxes) > 0.3
     table = vertebrae_to_table(5, vertebrae)
     assert (table["vertebra"] == "uncertain").sum() == 1
     assert utils.vertebrae_from_table(table, 5)[-1].name == "uncertain"
 
 
 def test_levels_say_when_the_numbering_is_ambiguous():
-    bodies = [replace(v, source="t2", confidence=0.9) for v in spine(2) if v.name in ("L2", "L3", "L4")]
+    bodies = [replace(v, source=Source.T2, confidence=0.9) for v in spine(2) if v.name in ("L2", "L3", "L4")]
     flat = [replace(v, name="", appearance=None) for v in bodies]
     study = Study(5, [sagittal()])
     between = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 0, 17.0]) for v in flat]  # L2 to L4, or L1 to L3?
-    boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector=lambda volume: between)
+    boxes, vertebrae = utils.locate_levels(study, Placement.of(None, lambda volume: between, PRIOR))
     assert [box.level for box in boxes] == list(utils.LEVELS)
-    assert all(box.source.endswith("uncertain") for box in boxes) and max(box.confidence for box in boxes) < 0.6
+    assert all(Source.UNCERTAIN in box.source for box in boxes) and max(box.confidence for box in boxes) < 0.6
     # Where the bodies lie in the series is weak evidence, but evidence.
     center = next(v for v in spine(2) if v.name == "L3").center_lps_mm
     at = PRIOR["layout_mm"]["L3"]
@@ -249,10 +253,10 @@ def test_levels_say_when_the_numbering_is_ambiguous():
 
 def test_patients_move_between_series():
     truth, first = chain(11)
-    second = [replace(v, corners_lps_mm=v.corners_lps_mm + [3.0, 8.0, -10.0], source="t1") for v in first]
+    second = [replace(v, corners_lps_mm=v.corners_lps_mm + [3.0, 8.0, -10.0], source=Source.T1) for v in first]
     assert np.linalg.norm([3, 8, -10]) > 13  # more than half a body: nearest neighbours alone would double them
     merged = merge_vertebrae(first[:3] + first[4:], second)
-    assert [v.source for v in merged] == ["t2"] * 3 + ["t1"] + ["t2"] * (len(first) - 4)
+    assert [v.source for v in merged] == [Source.T2] * 3 + [Source.T1] + [Source.T2] * (len(first) - 4)
     np.testing.assert_allclose(merged[3].center_lps_mm, first[3].center_lps_mm, atol=1e-6)
     assert len(merge_vertebrae(first, second[2:4])) == len(first)
     # One common body is no evidence for a motion, none is no problem.
@@ -325,7 +329,7 @@ def test_tilted_blocks_tell_the_discs(shown):
         if seed % 3 == 0:  # a second series repeats a block
             blocks.append(replace(blocks[-1], series_id=4))
         study = Study(5, blocks[::-1])
-        boxes, vertebrae = utils.locate_levels(study, None, PRIOR)
+        boxes, vertebrae = utils.locate_levels(study, Placement.of(None, prior=PRIOR))
         table = compare(boxes, truth)
         inside = [level for k, level in enumerate(utils.LEVELS) if k in shown]
         right.append(table["named"].all() and (table.loc[inside, "along_mm"] < 6).all())
@@ -353,11 +357,11 @@ def test_one_stack_places_the_layout(first):
         stack = axial((top + bottom) / 2 + [0, 15, 0], normal / np.linalg.norm(normal), slices, flip=seed % 2)
         # A sagittal series centred elsewhere, in which nothing is seen.
         off = replace(sagittal(), affine=sagittal().affine + np.array([[0] * 4, [0] * 4, [0, 0, 0, 22.0], [0] * 4]))
-        found, _ = utils.locate_levels(Study(5, [off, stack]), None, PRIOR)
-        assert {box.source for box in found} == {"axial"} and {box.confidence for box in found} == {0.2}
+        found, _ = utils.locate_levels(Study(5, [off, stack]), Placement.of(None, prior=PRIOR))
+        assert {box.source for box in found} == {Source.AXIAL} and {box.confidence for box in found} == {0.2}
         named.append(compare(found, truth)["named"].mean())
-        found, _ = utils.locate_levels(Study(5, [off]), None, PRIOR)
-        assert {box.source for box in found} == {"prior"}
+        found, _ = utils.locate_levels(Study(5, [off]), Placement.of(None, prior=PRIOR))
+        assert {box.source for box in found} == {Source.PRIOR}
         prior_named.append(compare(found, truth)["named"].mean())
     assert np.mean(named) > 0.9 > np.mean(prior_named) + 0.1
 
@@ -368,7 +372,7 @@ def test_another_layout_moves_what_was_not_seen(tmp_path, monkeypatch):
     study = Study(5, [axial(box.to_lps([0, 0, 15.0]), box.axes[0], 5, k) for k, box in enumerate(boxes)])
     save_study(study, tmp_path / "5.safetensors")
     paths = {5: tmp_path / "5.safetensors"}
-    levels, vertebrae, anchors = utils.locate_studies(paths, None, PRIOR)
+    levels, vertebrae, anchors = utils.locate_studies(paths, Placement.of(None, prior=PRIOR))
     layout = {name: (np.array(corners) + [0, 6.0, 0]).tolist() for name, corners in PRIOR["layout_mm"].items()}
     other = PRIOR | {"layout_mm": layout}
     new_levels, new_bodies = locate_unseen(levels, vertebrae, anchors, other, paths)
@@ -378,7 +382,7 @@ def test_another_layout_moves_what_was_not_seen(tmp_path, monkeypatch):
     assert np.abs((moved * normals).sum(1)).max() < 1e-6 and moved[:, 1].min() > 3  # within the blocks' planes
     assert locate_unseen(levels, vertebrae, anchors, other)[0].equals(levels)
     # Where the axial slices do not fit the other prior, it places the study around the series' centre.
-    monkeypatch.setattr(levels_module, "axial_levels", lambda study, prior: None)
+    monkeypatch.setattr(locating_module, "axial_levels", lambda study, prior: None)
     unfit, _ = locate_unseen(levels, vertebrae, anchors, other, paths)
     assert len(unfit) == len(levels) and unfit["source"].str.startswith("prior").all()
 
@@ -387,13 +391,13 @@ def test_detections_come_before_axial_slices():
     truth, bodies = chain(4)
     stack = axial(bodies[4].center_lps_mm, [0, 0, 1.0], 30)
     study = Study(5, [sagittal(), stack])
-    boxes, _ = utils.locate_levels(study, None, PRIOR, detector=lambda volume: bodies)
-    assert {box.source for box in boxes} == {"t2"}
-    boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector=lambda volume: bodies[:1])
-    assert {box.source for box in boxes} == {"axial"}
+    boxes, _ = utils.locate_levels(study, Placement.of(None, lambda volume: bodies, PRIOR))
+    assert {box.source for box in boxes} == {Source.T2}
+    boxes, vertebrae = utils.locate_levels(study, Placement.of(None, lambda volume: bodies[:1], PRIOR))
+    assert {box.source for box in boxes} == {Source.AXIAL}
     assert [v.name for v in vertebrae] == [*LUMBAR, "uncertain"]
     with pytest.raises(ValueError, match="detector is 'other'"):
-        utils.locate_levels(study, None, PRIOR, detector="other")
+        utils.locate_levels(study, Placement.of(None, "other", PRIOR))
 
 
 # -- many studies
@@ -422,16 +426,16 @@ def test_a_killed_run_continues(tmp_path, capsys):
     for study_id in (3, 1, 2):
         paths[study_id] = tmp_path / f"{study_id}.safetensors"
         save_study(Study(study_id, [replace(sagittal(), study_id=study_id)]), paths[study_id])
-    whole = utils.locate_studies(paths, None, PRIOR, detector=Detector(bodies))
+    whole = utils.locate_studies(paths, Placement.of(None, Detector(bodies), PRIOR))
     assert list(whole[0]["study_id"].unique()) == [3, 1, 2] and len(whole[0]) == 15
     kept = tmp_path / "kept"
     killed = Detector(bodies, fail_at=(2,), error=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        utils.locate_studies(paths, None, PRIOR, kept, detector=killed)
+        utils.locate_studies(paths, Placement.of(None, killed, PRIOR), kept)
     assert [file.name for file in kept.iterdir() if file.name == "3.json"]
     done = len(list(kept.glob("*.json")))
     again = Detector(bodies)
-    result = utils.locate_studies(paths, None, PRIOR, kept, workers=2, detector=again)
+    result = utils.locate_studies(paths, Placement.of(None, again, PRIOR), kept, workers=2)
     assert again.calls == 3 - done < 3 and not list(kept.glob("*.part"))
     for a, b in zip(whole[:2], result[:2]):
         pd.testing.assert_frame_equal(a, b)
@@ -444,12 +448,12 @@ def test_a_killed_run_continues(tmp_path, capsys):
     for text in ('{"key": ', "", "[" * 100_000, *damaged):
         (kept / "1.json").write_text(text)
         again = Detector(bodies)
-        table, _, _ = utils.locate_studies(paths, None, PRIOR, kept, detector=again)
+        table, _, _ = utils.locate_studies(paths, Placement.of(None, again, PRIOR), kept)
         assert again.calls == 1 and json.loads((kept / "1.json").read_text()) == good
         pd.testing.assert_frame_equal(whole[0], table)
         assert f"{kept / '1.json'} is no result of study 1" in capsys.readouterr().out
     again = Detector(bodies)
-    utils.locate_studies(paths, None, prior_of(range(9000, 9005)), kept, detector=again)
+    utils.locate_studies(paths, Placement.of(None, again, prior_of(range(9000, 9005))), kept)
     assert again.calls == 3
 
 
@@ -457,13 +461,12 @@ def test_a_failed_study_is_tried_again(tmp_path, capsys):
     _, bodies = chain(6)
     path = tmp_path / "1.safetensors"
     save_study(Study(1, [replace(sagittal(), study_id=1)]), path)
-    levels, _, _ = utils.locate_studies({1: path}, None, PRIOR, tmp_path / "kept", detector=Detector(bodies, (1,)))
+    levels, _, _ = utils.locate_studies({1: path}, Placement.of(None, Detector(bodies, (1,)), PRIOR), tmp_path / "kept")
     assert set(levels["source"]) == {"prior"} and "detection failed (RuntimeError: broken)" in capsys.readouterr().out
-    levels, _, _ = utils.locate_studies({1: path}, None, PRIOR, tmp_path / "kept", detector=Detector(bodies))
+    levels, _, _ = utils.locate_studies({1: path}, Placement.of(None, Detector(bodies), PRIOR), tmp_path / "kept")
     assert set(levels["source"]) == {"t2"}
-    assert SpineNet((4, 8), 1, 2.0).state_dict() and levels_module._locating_key(
-        SpineNet((4, 8), 1, 2.0), PRIOR, "own"
-    ) != levels_module._locating_key(SpineNet((4, 8), 1, 2.0), PRIOR, "own")
+    keys = [Placement.of(SpineNet((4, 8), 1, 2.0), prior=PRIOR).key() for _ in range(2)]
+    assert keys[0] != keys[1]  # of other weights
 
 
 def test_a_detector_that_never_works_stops_the_run(tmp_path):
@@ -472,12 +475,12 @@ def test_a_detector_that_never_works_stops_the_run(tmp_path):
     for study_id, path in paths.items():
         save_study(Study(study_id, [replace(sagittal(), study_id=study_id)]), path)
     with pytest.raises(RuntimeError, match="in all of 3 studies.*broken"):
-        utils.locate_studies(paths, None, PRIOR, detector=Detector(bodies, (1, 2, 3)))
-    levels, _, _ = utils.locate_studies(paths, None, PRIOR, detector=Detector(bodies, (1, 2)))
+        utils.locate_studies(paths, Placement.of(None, Detector(bodies, (1, 2, 3)), PRIOR))
+    levels, _, _ = utils.locate_studies(paths, Placement.of(None, Detector(bodies, (1, 2)), PRIOR))
     assert levels.groupby("study_id")["source"].first().tolist() == ["prior", "prior", "t2"]
     paths[2].write_bytes(b"cut short")
     with pytest.raises(RuntimeError, match="2.safetensors cannot be read.*01"):
-        utils.locate_studies(paths, None, PRIOR, detector=Detector(bodies))
+        utils.locate_studies(paths, Placement.of(None, Detector(bodies), PRIOR))
 
 
 def test_inference_places_studies_as_the_training_did(tmp_path):
@@ -496,7 +499,7 @@ def test_inference_places_studies_as_the_training_did(tmp_path):
     levels, vertebrae = utils.locate_with_own_layout(paths, model, detector=detect)
     assert model.about["prior"] is PRIOR and model.about["layout"]["studies"] == 22
     for study_id in (4, 23):
-        boxes, _ = utils.locate_levels(utils.load_study(paths[study_id]), model, detector=detect)
+        boxes, _ = utils.locate_levels(utils.load_study(paths[study_id]), Placement.of(model, detect))
         pd.testing.assert_frame_equal(
             boxes_to_table(study_id, boxes),
             levels[levels["study_id"] == study_id].reset_index(drop=True),
@@ -519,19 +522,19 @@ def test_series_numbered_differently_leave_the_names_in_doubt():
     assert [v.name for v in merged] == [v.name for v in first]
     for body, true in zip(merged, first):
         np.testing.assert_allclose(body.center_lps_mm, true.center_lps_mm, atol=1e-6)
-    assert all("uncertain" in v.source for v in merged)
+    assert all(Source.UNCERTAIN in v.source for v in merged)
     agreed = merge_vertebrae(first, first)
-    assert not any("uncertain" in v.source for v in agreed)
+    assert not any(Source.UNCERTAIN in v.source for v in agreed)
 
 
 @pytest.mark.parametrize("factor, said", [(1.0, False), (1.6, True), (0.6, True)])
 def test_bodies_of_no_adults_size_are_said(factor, said):
     square = np.array([[0.0, -17, 13], [0, 17, 13], [0, 17, -13], [0, -17, -13]])
     names = ("L1", "L2", "L3", "L4", "L5", "S1")
-    bodies = [Vertebra(factor * (square - [0, 0, 35 * k]), 40.0, 0.9, name, "t2") for k, name in enumerate(names)]
+    bodies = [Vertebra(factor * (square - [0, 0, 35 * k]), 40.0, 0.9, name, Source.T2) for k, name in enumerate(names)]
     sentence = levels_module._odd_size(bodies)
     assert bool(sentence) == said
     if said:
         assert f"{34 * factor:.0f} mm deep" in sentence
-    placed = [replace(body, source="t2+extrapolated") for body in bodies]
+    placed = [replace(body, source=Source.T2 | Source.EXTRAPOLATED) for body in bodies]
     assert levels_module._odd_size(placed) is None

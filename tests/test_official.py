@@ -9,10 +9,12 @@ import pytest
 from test_naming import PRIOR, spine
 
 import utils
+from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume, save_study
-from lumbar.spine import levels as levels_module
+from lumbar.spine.chain import merge_vertebrae
 from lumbar.spine.fallbacks import level_boxes
 from lumbar.spine.official import detect_vertebrae_official
+from lumbar.spine.placement import Placement
 
 NAMES = ("T11", "T12", "L1", "L2", "L3", "L4", "L5", "S1", "S2")
 
@@ -100,7 +102,7 @@ def test_bodies_keep_their_place(turn, monkeypatch):
     assert [v.name for v in found] == list(NAMES)
     for vertebra, true in zip(found, truth):
         assert np.abs(vertebra.corners_lps_mm - true.corners_lps_mm).max() < 1
-        assert vertebra.left_lps[0] > 0.9 and vertebra.source == "official" and vertebra.confidence == 1
+        assert vertebra.left_lps[0] > 0.9 and vertebra.source == Source.OFFICIAL and vertebra.confidence == 1
         assert vertebra.width_mm == pytest.approx(9 * 4.4)
 
 
@@ -109,18 +111,18 @@ def test_levels_come_out_as_from_our_own(monkeypatch, tmp_path):
     volume = volume_of(center)
     installed(monkeypatch, stand_in(truth, volume, labels={"T11": "C7", "L2": "L2"}))
     study = Study(5, [volume])
-    boxes, vertebrae = utils.locate_levels(study, None, PRIOR, detector="official")
-    assert [box.level for box in boxes] == list(utils.LEVELS) and {box.source for box in boxes} == {"official"}
+    boxes, vertebrae = utils.locate_levels(study, Placement.of(None, "official", PRIOR))
+    assert [box.level for box in boxes] == list(utils.LEVELS) and {box.source for box in boxes} == {Source.OFFICIAL}
     for box, true in zip(boxes, level_boxes(truth)):
         assert np.abs(box.center_lps_mm - true.center_lps_mm).max() < 1
     assert [v.name for v in vertebrae] == [*NAMES[1:], "uncertain"]
     save_study(study, tmp_path / "5.safetensors")
-    levels, table, _ = utils.locate_studies({5: tmp_path / "5.safetensors"}, None, PRIOR, detector="official")
+    levels, table, _ = utils.locate_studies({5: tmp_path / "5.safetensors"}, Placement.of(None, "official", PRIOR))
     assert list(levels["level"]) == list(utils.LEVELS) and len(table) == 9
     # Another series fills in what the first lacks, also after the patient moved.
     first, second = detect_vertebrae_official(volume), detect_vertebrae_official(volume)
     second = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 20, 20]) for v in second]
-    merged = levels_module.merge_vertebrae([v for v in first if v.name != "L3"], second)
+    merged = merge_vertebrae([v for v in first if v.name != "L3"], second)
     assert [v.name for v in merged][1:] == list(NAMES[1:])
     assert np.abs(merged[4].center_lps_mm - truth[4].center_lps_mm).max() < 1
 
@@ -158,7 +160,7 @@ def test_what_is_lacking_is_said(monkeypatch):
     with pytest.raises(ImportError, match="research only"):
         detect_vertebrae_official(volume_of(center))
     with pytest.raises(ImportError, match="research only"):
-        utils.locate_levels(Study(5, [volume_of(center)]), None, PRIOR, detector="official")
+        utils.locate_levels(Study(5, [volume_of(center)]), Placement.of(None, "official", PRIOR))
     axial = replace(volume_of(center), affine=volume_of(center).affine[[2, 1, 0, 3]])
     with pytest.raises(ValueError, match="axial, not sagittal"):
         detect_vertebrae_official(axial)

@@ -22,7 +22,6 @@ from lumbar.data.geometry import LevelBox
 from lumbar.data.volume import Study, Volume, save_study
 from lumbar.grade import detector_weights
 from lumbar.grade.classifier import load_classifier
-from lumbar.grade.detector_data import original_names
 from lumbar.grade.detector_training import YOLO_SETTINGS
 from lumbar.spine.vertebra import Vertebra
 from lumbar.storage import DamagedFile, write_tensors
@@ -502,25 +501,20 @@ def test_honest_descriptions_of_every_age_load(weights, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model, width, scheme",
-    [
-        ("yolov10n.yaml", None, "severity"),
-        ("yolov10x.yaml", 0.125, "original"),
-        ("yolov8n.yaml", 0.125, "original"),
-        ("yolo26n.yaml", 0.125, "severity"),
-    ],
+    "model, width",
+    [("yolov10n.yaml", None), ("yolov10x.yaml", 0.125), ("yolov8n.yaml", 0.125), ("yolo26n.yaml", 0.125)],
 )
-def test_what_is_trained_loads(tmp_path, model, width, scheme):
+def test_what_is_trained_loads(tmp_path, model, width):
     detector_weights.prepare_ultralytics(tmp_path / "ultralytics")
     from ultralytics.nn.tasks import DetectionModel
 
-    names = list(utils.SEVERITIES) if scheme == "severity" else original_names("ss")
+    names = list(utils.SEVERITIES)
     net = DetectionModel(detector_weights._yolo_model_yaml(model, width, tmp_path), ch=1, nc=len(names), verbose=False)
     about = {
         "kind": "yolo",
         "condition": "ss",
         "cfg": {key: value for key, value in net.yaml.items() if key != "yaml_file"},
-        "scheme": scheme,
+        "scheme": "severity",
         "names": names,
         "channels": 1,
         "shape_px": [96, 64],
@@ -801,8 +795,8 @@ def test_the_viewer_shows_texts_as_they_are():
 
     def view(text):
         study = Study(1, [Volume(array, affine, 1, 5, "Sagittal T1", 0, np.arange(3))], [text])
-        boxes = [LevelBox(level, np.zeros(3), axes, np.full(3, 20.0), 1.0, text) for level in utils.LEVELS]
-        vertebrae = [Vertebra(np.eye(4, 3) * 9, 9.0, name=text, source=text)]
+        boxes = [LevelBox(level, np.zeros(3), axes, np.full(3, 20.0)) for level in utils.LEVELS]
+        vertebrae = [Vertebra(np.eye(4, 3) * 9, 9.0, name=text)]
         probabilities = {text: np.full((5, 5, 3), 1 / 3), text + "2": np.full((5, 5, 3), 1 / 3)}
         return utils.study_html(
             study, boxes, None, probabilities, np.zeros((5, 5), int), text, page=True, vertebrae=vertebrae

@@ -13,15 +13,20 @@ import utils
 from lumbar import limits
 from lumbar.data.geometry import boxes_to_table
 from lumbar.data.resample import study_box
+from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume
 from lumbar.names import VERTEBRAE
 from lumbar.problems import Kind
+from lumbar.spine import chain as chain_module
 from lumbar.spine import levels as levels_module
 from lumbar.spine import spinenet
+from lumbar.spine.chain import merge_vertebrae, smooth_sideways
 from lumbar.spine.fallbacks import complete_vertebrae, fit_level_prior, level_boxes, refit_level_prior, study_anchors
 from lumbar.spine.level_scores import compare_with_labels
-from lumbar.spine.levels import locate_levels_surely, locate_unseen, merge_vertebrae, smooth_sideways
+from lumbar.spine.levels import locate_levels_surely
+from lumbar.spine.locating import locate_unseen
 from lumbar.spine.naming import name_vertebrae
+from lumbar.spine.placement import Placement
 from lumbar.spine.spinenet import (
     SpineNet,
     decode_slices,
@@ -67,7 +72,7 @@ def spine(seed=0, names=NAMES, shift_mm=(0, 0, 0)):
                 position - head * height / 2 - back * depth / 2,
             ]
         )
-        vertebrae.append(Vertebra(corners, 46.0 * size, 1.0, name, "truth"))
+        vertebrae.append(Vertebra(corners, 46.0 * size, 1.0, name, Source.TRUTH))
         position = position + head * (height / 2 + (3 if name == "S2" else 9) * size)
     return [v for v in vertebrae[::-1] if v.name in names]
 
@@ -224,7 +229,7 @@ def test_detection_recovers_the_drawn_spine():
         assert np.abs(vertebra.corners_lps_mm[:, 1:] - true.corners_lps_mm[:, 1:]).max() < 0.5
         assert abs(vertebra.center_lps_mm[0] - true.center_lps_mm[0]) < 2.5
         assert abs(vertebra.width_mm - true.width_mm) < 5
-        assert vertebra.confidence > 0.8 and vertebra.source == "t2"
+        assert vertebra.confidence > 0.8 and vertebra.source == Source.T2
         assert np.exp(vertebra.appearance).sum() == pytest.approx(1)
         assert vertebra.appearance.argmax() == spine_class(true.name)
 
@@ -357,7 +362,7 @@ def test_a_study_of_many_volumes_is_thinned_and_noise_makes_no_endless_chain(mon
     model = Noise()
     boxes, vertebrae, problem = locate_levels_surely(study, model)
     assert model.pixels == 6 * 9 * 1600 and len(boxes) == 5 and problem is None
-    monkeypatch.setattr(levels_module, "MAX_SEARCHED_PX", 3 * 9 * 1600)
+    monkeypatch.setattr(chain_module, "MAX_SEARCHED_PX", 3 * 9 * 1600)
     model = Noise()
     locate_levels_surely(study, model)
     assert model.pixels == 6 * 5 * 1600
@@ -371,12 +376,12 @@ def test_a_series_that_cannot_be_searched_costs_itself():
     wide = replace(empty_volume(), series_id=9, affine=empty_volume().affine * [1, 9, 9, 1])
     study = Study(7, [empty_volume(), empty_volume("Sagittal T1")])
     oracle = Oracle(study, {1: truth, 2: truth})
-    alone, _, said = locate_levels_surely(Study(7, study.volumes[:1]), oracle, PRIOR)
+    alone, _, said = locate_levels_surely(Study(7, study.volumes[:1]), Placement.of(oracle, prior=PRIOR))
     assert said is None
-    both, _, said = locate_levels_surely(Study(7, [wide, study.volumes[0]]), oracle, PRIOR)
+    both, _, said = locate_levels_surely(Study(7, [wide, study.volumes[0]]), Placement.of(oracle, prior=PRIOR))
     assert said.text.startswith("detection failed (ValueError: slices of") and said.text.endswith("in series 9")
     np.testing.assert_allclose([b.center_lps_mm for b in both], [b.center_lps_mm for b in alone], atol=1.0)
-    boxes, _, said = locate_levels_surely(Study(7, [wide]), oracle, PRIOR)
+    boxes, _, said = locate_levels_surely(Study(7, [wide]), Placement.of(oracle, prior=PRIOR))
     assert said.text.endswith("the axial slices or the mean layout stand in") and len(boxes) == 5
 
 
@@ -384,7 +389,7 @@ def test_locating_ends_when_its_time_is_over(monkeypatch):
     monkeypatch.setattr(levels_module, "LOCATING_S", 0.0)
     study = Study(7, [many_slices(9), replace(many_slices(9), series_id=2)])
     boxes, _, said = locate_levels_surely(study, Noise())
-    assert len(boxes) == 5 and {box.source for box in boxes} == {"prior"}
+    assert len(boxes) == 5 and {box.source for box in boxes} == {Source.PRIOR}
     assert said.text.startswith("detection failed (TookTooLong: more than 0 s of CPU time) in series 1, 2;")
     assert said.kind is Kind.TIME
 
@@ -406,10 +411,10 @@ def test_pieces_that_would_be_too_large_stay_apart(monkeypatch):
     pieces = [replace(many_slices(4), block=k, affine=many_slices(4).affine) for k in range(3)]
     for k, piece in enumerate(pieces):
         piece.affine[0, 3] += 6 * 4.4 * k
-    (joined,) = levels_module._rejoined(pieces)
+    (joined,) = chain_module.rejoined(pieces)
     assert len(joined.array) == 16 and joined.array.dtype == np.float32
-    monkeypatch.setattr(levels_module, "_REJOINED_PX", 15 * 400)
-    assert levels_module._rejoined(pieces) == pieces
+    monkeypatch.setattr(chain_module, "_REJOINED_PX", 15 * 400)
+    assert chain_module.rejoined(pieces) == pieces
 
 
 def named(vertebrae):
@@ -422,7 +427,7 @@ def anonymous(vertebrae, looks=0.85, confidence=0.9):
     for v in vertebrae:
         p = np.full(CLASSES, (1 - looks) / (CLASSES - 1))
         p[spine_class(v.name)] = looks
-        result.append(replace(v, name="", source="t2", confidence=confidence, appearance=np.log(p)))
+        result.append(replace(v, name="", source=Source.T2, confidence=confidence, appearance=np.log(p)))
     return result
 
 
@@ -483,7 +488,7 @@ def test_levels_from_both_series():
     # The T2 series misses L2, the T1 series L4; patients move half a centimetre between series.
     moved = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 3, 4]) for v in truth]
     model = Oracle(study, {1: [v for v in truth if v.name != "L2"], 2: [v for v in moved if v.name != "L4"]})
-    boxes, vertebrae = utils.locate_levels(study, model, PRIOR)
+    boxes, vertebrae = utils.locate_levels(study, Placement.of(model, prior=PRIOR))
     assert [v.name for v in vertebrae] == list(NAMES)
     assert [box.level for box in boxes] == list(utils.LEVELS)
     table = errors(boxes, truth)
@@ -524,20 +529,20 @@ def test_extrapolation_follows_posture_and_size():
     def patient(name):
         x, y, z = 1.1 * np.array(PRIOR["layout_mm"][name]).T
         y, z = np.cos(turn) * y - np.sin(turn) * z, np.sin(turn) * y + np.cos(turn) * z
-        return Vertebra(np.stack([x, y, z], 1) + [5, 6, 7], 46.0, 0.9, name, "t2")
+        return Vertebra(np.stack([x, y, z], 1) + [5, 6, 7], 46.0, 0.9, name, Source.T2)
 
     complete = complete_vertebrae([patient(name) for name in names], {}, PRIOR)
     found = {v.name: v for v in complete}["L3"]
     np.testing.assert_allclose(found.corners_lps_mm[:, 1:], patient("L3").corners_lps_mm[:, 1:], atol=1e-6)
-    assert found.source == "t2+extrapolated" and found.confidence == pytest.approx(0.45)
+    assert found.source == (Source.T2 | Source.EXTRAPOLATED) and found.confidence == pytest.approx(0.45)
 
 
 def test_a_box_lies_between_the_end_plates():
     upper = np.array([[2.0, 0, 58], [2, 30, 58], [2, 30, 33], [2, 0, 30]])
     lower = np.array([[2.0, 0, 20], [2, 30, 23], [2, 30, -5], [2, 0, -5]])
-    (box,) = level_boxes([Vertebra(upper, 44, 0.9, "L4", "t2"), Vertebra(lower, 48, 0.7, "L5", "t1")])
+    (box,) = level_boxes([Vertebra(upper, 44, 0.9, "L4", Source.T2), Vertebra(lower, 48, 0.7, "L5", Source.T1)])
     np.testing.assert_allclose(box.center_lps_mm, [2, 15, 26.5])
-    assert box.level == "l4_l5" and box.confidence == 0.7 and box.source == "t2+t1"
+    assert box.level == "l4_l5" and box.confidence == 0.7 and box.source == (Source.T2 | Source.T1)
     tilt = np.arctan2(3, 30)
     np.testing.assert_allclose(box.axes[0], [0, -np.sin(tilt), np.cos(tilt)], atol=1e-9)
     assert box.extent_mm[1] == 46 and box.extent_mm[2] == pytest.approx(np.hypot(30, 3))
@@ -548,8 +553,8 @@ def test_nothing_found_gives_the_prior():
     study = Study(7, [empty_volume()])
     model = Oracle(study, {})
     for use in (model, None):
-        boxes, vertebrae = utils.locate_levels(study, use, PRIOR)
-        assert {box.source for box in boxes} == {"prior"} and {box.confidence for box in boxes} == {0.1}
+        boxes, vertebrae = utils.locate_levels(study, Placement.of(use, prior=PRIOR))
+        assert {box.source for box in boxes} == {Source.PRIOR} and {box.confidence for box in boxes} == {0.1}
         assert len(boxes) == 5 and len(vertebrae) == 6
     anchor = study_anchors(study)["sagittal"]
     layout = np.array(PRIOR["layout_mm"]["L3"]).mean(0)
@@ -558,23 +563,23 @@ def test_nothing_found_gives_the_prior():
     axial = replace(
         empty_volume("Axial T2", slices=9), affine=np.array([[0, 0, 1.0, 5], [0, 1, 0, 6], [4, 0, 0, 7], [0, 0, 0, 1]])
     )
-    boxes, vertebrae = utils.locate_levels(Study(7, [axial]), None, PRIOR)
+    boxes, vertebrae = utils.locate_levels(Study(7, [axial]), Placement.of(None, prior=PRIOR))
     center = study_box(Study(7, [axial]))[0]
     np.testing.assert_allclose(vertebrae[2].center_lps_mm, center - PRIOR["axial_mm"] + layout, atol=1e-9)
-    boxes, _ = utils.locate_levels(Study(7, []), None, PRIOR)
+    boxes, _ = utils.locate_levels(Study(7, []), Placement.of(None, prior=PRIOR))
     assert len(boxes) == 5 and {box.confidence for box in boxes} == {0.0}
-    with pytest.raises(ValueError, match="needs a prior"):
-        utils.locate_levels(study, None)
+    with pytest.raises(ValueError, match="without a prior"):
+        Placement.of(None)
 
 
 def test_the_prior_becomes_the_patients_own():
     paths_anchor = {k: {"sagittal": np.array([0.0, 10.0 * (k % 3), 0.0])} for k in range(25)}
-    seen = pd.concat([vertebrae_to_table(k, [replace(v, source="t2") for v in spine(k)]) for k in range(25)])
+    seen = pd.concat([vertebrae_to_table(k, [replace(v, source=Source.T2) for v in spine(k)]) for k in range(25)])
     own = refit_level_prior(paths_anchor, seen, PRIOR)
     assert own["studies"] == 25 and own["layout_mm"] != PRIOR["layout_mm"]
     assert refit_level_prior(paths_anchor, seen[seen["study_id"] < 10], PRIOR) is PRIOR
     assert refit_level_prior(paths_anchor, seen.assign(source="prior"), PRIOR) is PRIOR
-    boxes, vertebrae = utils.locate_levels(Study(30, [empty_volume()]), None, PRIOR)
+    boxes, vertebrae = utils.locate_levels(Study(30, [empty_volume()]), Placement.of(None, prior=PRIOR))
     levels = pd.concat([boxes_to_table(k, level_boxes(spine(k))) for k in range(2)] + [boxes_to_table(30, boxes)])
     bodies = pd.concat([seen[seen["study_id"] < 2], vertebrae_to_table(30, vertebrae)])
     moved = PRIOR | {"layout_mm": {k: (np.array(v) + [0, 0, 5]).tolist() for k, v in PRIOR["layout_mm"].items()}}
@@ -605,7 +610,7 @@ def test_tables_keep_what_they_are_given():
 def test_scores_tell_shifted_from_misnamed():
     truth = spine(3)
     table = vertebrae_to_table(12, truth)
-    moved = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 0, 3.0], source="t2") for v in truth]
+    moved = [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 0, 3.0], source=Source.T2) for v in truth]
 
     def score(vertebrae):
         levels = boxes_to_table(12, level_boxes(vertebrae))
@@ -616,7 +621,7 @@ def test_scores_tell_shifted_from_misnamed():
     assert scores["median_mm"] == pytest.approx(3) and scores["median_angle_deg"] == pytest.approx(0, abs=1e-3)
     # Everything is called by the name of its upper neighbour; S1 was not seen.
     wrong = [replace(v, name=NAMES[k]) for k, v in enumerate(moved[1:])]
-    wrong = [replace(v, source="t2+extrapolated") if v.name == "L5" else v for v in wrong]
+    wrong = [replace(v, source=Source.T2 | Source.EXTRAPOLATED) if v.name == "L5" else v for v in wrong]
     scores = score(wrong)
     assert scores["named"] < 0.3 and scores["right"] == scores["vertebrae_named"] == 0
     assert scores["vertebrae_found"] == pytest.approx(5 / 6)
@@ -637,14 +642,14 @@ def test_phantom_truth_becomes_a_vertebra_table(tmp_path):
 
 def test_merging_joins_what_both_series_saw():
     first, second = anonymous(spine(6), looks=0.9), anonymous(spine(6), looks=0.5)
-    second = [replace(v, corners_lps_mm=v.corners_lps_mm + [2, 3, 4], source="t1") for v in second]
+    second = [replace(v, corners_lps_mm=v.corners_lps_mm + [2, 3, 4], source=Source.T1) for v in second]
     merged = merge_vertebrae(first[2:6], second[4:])
-    assert [v.source for v in merged] == ["t2"] * 4 + ["t1"] * 4
+    assert [v.source for v in merged] == [Source.T2] * 4 + [Source.T1] * 4
     both = np.exp(merged[3].appearance)
     assert both.sum() == pytest.approx(1) and 0.5 < both.max() < 0.9
     assert np.exp(merged[0].appearance).max() == pytest.approx(0.9)
     sure = replace(second[4], confidence=1.0)
-    assert merge_vertebrae([replace(first[4], confidence=0.2)], [sure])[0].source == "t1"
+    assert merge_vertebrae([replace(first[4], confidence=0.2)], [sure])[0].source == Source.T1
 
 
 def test_label_points_in_the_frame_of_their_box():
@@ -811,7 +816,7 @@ def test_boxes_follow_a_scoliosis(lean_deg):
     for v in leaning:  # each body's corners as a slice along the patient's axes shows them
         corners = v.corners_lps_mm.copy()
         corners[:, 0] = v.center_lps_mm[0]
-        seen.append(replace(v, corners_lps_mm=corners, source="t2"))
+        seen.append(replace(v, corners_lps_mm=corners, source=Source.T2))
     for straight, true, found in zip(level_boxes(upright), level_boxes(leaning), level_boxes(seen)):
         np.testing.assert_allclose(true.axes, straight.axes @ turn.T, atol=1e-9)
         assert np.degrees(np.arccos(np.clip(true.axes[0] @ found.axes[0], -1, 1))) < 2.5
@@ -838,7 +843,7 @@ def test_pieces_of_a_series_are_looked_at_as_one():
     pieces = [piece(slices, k) for k, slices in enumerate(([0, 1], [3, 4], [6, 7, 8], [11, 12]))]
     seen = []
     study = Study(7, pieces[::-1] + [replace(pieces[0], series_id=99)])
-    utils.locate_levels(study, None, PRIOR, detector=lambda volume: seen.append(volume) or [])
+    utils.locate_levels(study, Placement.of(None, lambda volume: seen.append(volume) or [], PRIOR))
     one, other = sorted(seen, key=lambda volume: -len(volume.array))
     assert other.series_id == 99 and other.array is pieces[0].array
     np.testing.assert_allclose(one.affine, whole.affine, atol=1e-9)

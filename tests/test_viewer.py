@@ -188,7 +188,7 @@ def fake_detector(monkeypatch, at_lps, scores):
     pass
 
     about = {"condition": "scs", "mm_per_px": 1.0, "shape_px": (224, 128), "names": list(utils.SEVERITIES)}
-    detector = SimpleNamespace(condition="scs", original=False, view=YOLO_VIEWS["scs"], about=about)
+    detector = SimpleNamespace(condition="scs", view=YOLO_VIEWS["scs"], about=about)
     centers = np.stack(np.meshgrid(np.arange(0, 128, 8.0), np.arange(0, 224, 8.0)), -1).reshape(-1, 2)
 
     def dense(_, patches):

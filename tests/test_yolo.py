@@ -17,13 +17,13 @@ import torch
 
 import utils
 from lumbar.data.geometry import LevelBox
+from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume, save_study
 from lumbar.grade import detector_weights
 from lumbar.grade.calibration import (
     cross_fitted_probabilities,
     fit_yolo_calibration,
     mean_scores,
-    original_probabilities,
     severity_prior,
     yolo_probabilities,
 )
@@ -38,8 +38,6 @@ from lumbar.grade.detector_data import (
     SAGITTAL_FIELD_MM,
     YOLO_VIEWS,
     YoloView,
-    letterbox_slice,
-    original_names,
     slice_patch,
     yolo_shape_px,
 )
@@ -56,7 +54,7 @@ def boxes():
     """Five level boxes along patient z; label points lie 20 mm behind them, +-12 mm to the side."""
     axes = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
     return [
-        LevelBox(level, np.array([0.0, -20.0, z]), axes, np.array([20.0, 40, 30]), 1.0, "labels")
+        LevelBox(level, np.array([0.0, -20.0, z]), axes, np.array([20.0, 40, 30]), 1.0, Source.POINTS)
         for level, z in zip(utils.LEVELS, LEVEL_Z_MM)
     ]
 
@@ -370,11 +368,6 @@ def test_views_and_calibration_are_stored_and_no_study_has_its_own(tmp_path):
         np.testing.assert_allclose(p[inside], yolo_probabilities(given[inside], calibration), atol=1e-9)
     changed = np.where(first[:, None, None] & (grades >= 0), (grades + 1) % 3, grades)
     assert np.abs(utils.settle_detectors(weights, changed, scores, views)[0] - p)[first].max() < 1e-12
-    # The original scheme: one view, no calibration, a word on every study.
-    detector_weights._write_yolo(weights[0], {"x": torch.zeros(1)}, about | {"scheme": "original"})
-    p, _ = utils.settle_detectors(weights[:1], grades, scores[:, :1], [{}])
-    np.testing.assert_allclose(p, original_probabilities(scores[:, 0]), atol=1e-6)
-    assert detector_weights.read_detector_about(weights[0])["calibration"] is None
 
 
 def weighted_loss(p, grades):
@@ -521,6 +514,16 @@ def test_dataset_is_left_alone_when_finished(dataset):
     assert before == sorted((p.name, p.stat().st_mtime_ns) for p in (dataset["dir"] / "images").iterdir())
 
 
+@pytest.mark.parametrize("damage", ["{", "[1]", ""])
+def test_a_dataset_whose_description_is_damaged_is_made_again(dataset, tmp_path, damage):
+    shutil.copytree(dataset["dir"], tmp_path / "nfn")
+    (tmp_path / "nfn" / "dataset.json").write_text(damage)
+    (tmp_path / "nfn" / "images" / "old.png").touch()
+    again = utils.write_yolo_dataset(tmp_path / "nfn", *dataset["arguments"], imgsz=96, view=dataset["view"])
+    assert again == json.loads((tmp_path / "nfn" / "dataset.json").read_text()) == dataset["info"]
+    assert not (tmp_path / "nfn" / "images" / "old.png").exists()
+
+
 def test_a_point_on_no_slice_costs_itself_and_a_mended_table_counts(dataset, tmp_path, capsys):
     condition, volumes, coordinates, ids, grades, folds = dataset["arguments"]
     good = coordinates[coordinates["instance_number"] != 999]
@@ -556,90 +559,6 @@ def test_point_offsets_count_towards_the_own_side(dataset):
     offsets = utils.fit_point_offsets(points, {i: boxes() for i in range(101, 105)})
     np.testing.assert_allclose(offsets["point_mm"], [0, 12, 20], atol=0.6)
     assert utils.fit_point_offsets(points, {}) is None
-
-
-@pytest.mark.parametrize("shape", [(60, 96), (96, 60), (500, 300)])
-def test_a_letterboxed_slice_is_whole_and_its_pixels_are_where_the_transform_says(shape):
-    volume = replace(sagittal_volume(), array=np.zeros((2, *shape), np.float32))
-    at = np.array([shape[0] * 3 // 4, shape[1] // 4])
-    half = max(shape) // 32
-    volume.array[1, at[0] - half : at[0] + half + 1, at[1] - half : at[1] + half + 1] = 1.0
-    image, to_slice = letterbox_slice(volume, 1, 128)
-    assert image.shape == (128, 128)
-    short = 128 * min(shape) / max(shape)
-    rows, columns = (image != 114).any(1).sum(), (image != 114).any(0).sum()
-    assert abs(min(rows, columns) - short) <= 1 and max(rows, columns) == 128
-    bright = np.where(image == 114, 0, image)
-    row, column = (np.indices(image.shape) * bright).sum((1, 2)) / bright.sum()
-    np.testing.assert_allclose((to_slice @ [column, row, 1])[1::-1], at, atol=0.3 * max(shape) / 128)
-
-
-@pytest.fixture(scope="module")
-def original_dataset(dataset):
-    folder = dataset["root"] / "nfn_original"
-    info = utils.write_yolo_dataset(folder, *dataset["arguments"], imgsz=96, scheme="original")
-    return {"dir": folder, "info": info}
-
-
-def test_original_scheme_names_condition_level_and_severity(dataset, original_dataset):
-    from PIL import Image
-
-    info, names = original_dataset["info"], original_names("nfn")
-    assert info["names"] == names and len(names) == 30 and len(original_names("scs")) == 15
-    assert info["shape_px"] == [96, 96] and info["box_px"] == 5.0
-    files = sorted((original_dataset["dir"] / "images").iterdir())
-    assert len(files) == 8  # the labelled slices and no others
-    seen = []
-    for path in files:
-        study, image = int(path.stem.split("_")[0]), np.asarray(Image.open(path))
-        lines = np.loadtxt(original_dataset["dir"] / "labels" / f"{path.stem}.txt", ndmin=2)
-        for cls, x, y, w, h in lines:
-            np.testing.assert_allclose([w * 96, h * 96], 5.0, atol=1e-3)
-            row, column = int(y * 96), int(x * 96)
-            assert image[row - 1 : row + 2, column - 1 : column + 2].max() > 100
-            seen.append((study, names[int(cls)]))
-    expected = [
-        (study, f"{utils.CONDITIONS[c]}_{utils.LEVELS[level]}_{utils.SEVERITIES[dataset['grades'][n, c, level]]}")
-        for n, study in enumerate(range(101, 105))
-        for c in (1, 2)
-        for level in range(5)
-        if dataset["grades"][n, c, level] >= 0
-    ]
-    assert sorted(seen) == sorted(expected)
-    before = (original_dataset["dir"] / "dataset.json").stat().st_mtime_ns
-    utils.write_yolo_dataset(original_dataset["dir"], *dataset["arguments"], imgsz=96, scheme="original")
-    assert (original_dataset["dir"] / "dataset.json").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="SCHEME"):
-        utils.write_yolo_dataset(original_dataset["dir"], *dataset["arguments"], scheme="both")
-
-
-class ClassNet(BrightNet):
-    """Stands in for a network of the original scheme: the score of class c is a slice's mean if it is c / 100."""
-
-    def forward(self, x):
-        cls = (x.mean((1, 2, 3)) * 100).round().long()
-        p = torch.full((len(x), 30, 144), 0.01)
-        p[torch.arange(len(x)), cls, 7] = 0.5 + 0.01 * torch.arange(len(x)) % 2
-        head = {"scores": torch.logit(p)}
-        return None, {"one2one": head, "one2many": head}
-
-
-def test_original_scheme_takes_the_best_confidence_over_all_slices():
-    names = original_names("nfn")
-    meta = {"condition": "nfn", "scheme": "original", "imgsz": 96, "shape_px": [96, 96], "names": names}
-    detector = YoloDetector(ClassNet().eval(), meta | {"calibration": None, "views": [{}]})
-    study = Study(1, [sagittal_volume(), sagittal_volume(description="Sagittal T2/STIR")])
-    found = names.index("right_neural_foraminal_narrowing_l4_l5_severe")
-    study.volumes[0].array[:] = 0.0
-    study.volumes[0].array[3] = found / 100
-    study.volumes[1].array[:] = names.index("left_neural_foraminal_narrowing_l2_l3_severe") / 100  # another series
-    p, nothing = yolo_studies(detector, [study, Study(2, [axial_volume(0.0)])], [None, None])
-    assert p.shape == (2, 5, 3)
-    expected = np.full((2, 5, 3), 1 / 3)
-    expected[0, 0] = np.array([0.5, 0.01, 0.01]) / 0.52  # class 0: all dark slices
-    expected[1, 3] = np.array([0.01, 0.01, 0.5]) / 0.52
-    np.testing.assert_allclose(p, expected, atol=0.01)
-    np.testing.assert_allclose(nothing, 1 / 3)
 
 
 CHILD = """
@@ -765,22 +684,6 @@ def test_calibration_is_kept_with_the_weights(trained, tmp_path):
     detector = utils.load_yolo(copy)
     assert detector.about["calibration"] == {"ridge": 3.0}
     assert all(torch.equal(v, before[k]) for k, v in detector.net.state_dict().items())
-
-
-@pytest.mark.slow
-def test_original_scheme_trains_and_predicts(dataset, original_dataset, tmp_path):
-    done = train_in_child(original_dataset["dir"], tmp_path, "go", 1)
-    assert done.returncode == 0, done.stderr[-2000:]
-    detector = utils.load_yolo(tmp_path / "yolo_nfn_0.safetensors")
-    assert detector.original and detector.about["arguments"]["settings"]["fliplr"] == 0.5
-    paths = utils.study_paths(dataset["root"])
-    studies = [utils.load_study(paths[n]) for n in (101, 102)]
-    found = yolo_studies(detector, studies, [None, None], batch=5)
-    assert all(p.shape == (2, 5, 3) for p in found) and np.abs(found[0] - 1 / 3).max() > 1e-4
-    np.testing.assert_allclose(np.sum(found, axis=-1), 1)
-    scores = utils.score_studies(detector, paths, None, [101, 102, 999])
-    np.testing.assert_allclose(original_probabilities(scores[0, 0]).transpose(1, 0, 2), found[0], atol=1e-5)
-    assert np.isnan(scores[2]).all()
 
 
 DISTRIBUTED = """

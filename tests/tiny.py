@@ -59,7 +59,6 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
     shape: voxels along each side of both crops; imgsz: of the detectors; fold: in the files' names, other numbers are
     other weights; the detectors of fold 1 and on have a second view.
     """
-    pass
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,11 +73,9 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
             tiny.head[0].bias[:20] = -1.0
         spinenet = tiny
     utils.save_spinenet(spinenet, folder / "spinenet.safetensors")
-    for scope, backbone, extent_mm in zip(
-        ("level", "study"), backbones, ((56.0, 96.0, 96.0), (256.0, 128.0, 160.0)), strict=True
-    ):
-        crop = {"scope": scope, "shape": [shape] * 3, "extent_mm": extent_mm, "shift_mm": (0.0, 0.0, 14.0)}
-        model = OrdinalClassifier(scope, backbone, crop["shape"], prior).eval()
+    for scope, backbone in zip(("level", "study"), backbones, strict=True):
+        crop = utils.Crop.full_size(scope, [shape] * 3)
+        model = OrdinalClassifier(scope, backbone, crop.shape, prior).eval()
         torch.nn.init.normal_(model.score.weight, std=0.3)  # so that answers differ between studies
         about = {"crop": crop, "prior": prior.tolist(), "views": [{}, {"mirror": True}]}
         save_classifier(folder / f"{scope}_{fold}.safetensors", model, about)

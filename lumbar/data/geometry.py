@@ -1,6 +1,6 @@
 """Level boxes and label points in patient space, and where they lie in slices.
 
-May use: tables, volume, names.
+May use: source, tables, volume, names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from ..names import LEVEL_TABLE_COLUMNS, LEVELS
+from .source import Source
 from .tables import whole_number
 from .volume import Study, Volume
 
@@ -40,7 +41,7 @@ class LevelBox:
     axes: np.ndarray
     extent_mm: np.ndarray
     confidence: float = 1.0
-    source: str = ""
+    source: Source = Source(0)
 
     def to_lps(self, head_left_back_mm: ArrayLike) -> np.ndarray:
         """(..., 3) offsets from the centre along head, left, back -> (..., 3) LPS millimetres."""
@@ -79,7 +80,7 @@ def boxes_to_table(study_id: int, boxes: Iterable[LevelBox]) -> pd.DataFrame:
             *np.ravel(box.axes),
             *box.extent_mm,
             box.confidence,
-            box.source,
+            str(box.source),
         ]
         rows.append(dict(zip(LEVEL_TABLE_COLUMNS, values)))
     return pd.DataFrame(rows, columns=LEVEL_TABLE_COLUMNS)
@@ -103,6 +104,8 @@ def boxes_from_table(table: pd.DataFrame, study_id: int) -> list[LevelBox]:
     ------
     KeyError
         A level is absent.
+    ValueError
+        A source that is none, see Source.
     """
     rows = table[table["study_id"] == study_id].set_index("level")
     boxes = []
@@ -117,7 +120,7 @@ def boxes_from_table(table: pd.DataFrame, study_id: int) -> list[LevelBox]:
                 row[[f"r{i}{j}" for i in range(3) for j in range(3)]].to_numpy(np.float64).reshape(3, 3),
                 row[["extent_head_mm", "extent_left_mm", "extent_back_mm"]].to_numpy(np.float64),
                 float(row["confidence"]),
-                str(row["source"]),
+                Source.parse(row["source"]),
             )
         )
     return boxes
@@ -152,51 +155,6 @@ def nearest_slice(volume: Volume, xyz_mm: ArrayLike) -> tuple[int, float, float,
     normal = normal / np.linalg.norm(normal)
     distance = abs((ijk[0] - index) * volume.affine[:3, 0] @ normal)
     return index, float(distance), float(ijk[1]), float(ijk[2])
-
-
-def axial_slices_near(study: Study, points_lps_mm: ArrayLike, reach_mm: float = 5.0) -> pd.DataFrame:
-    """The axial slices that cover points and lie near them, e.g. to find on axial slices what was seen on a sagittal.
-
-    points_lps_mm: (n, 3) LPS millimetres (NaN: found nowhere); reach_mm: largest distance along the slice normal.
-    Returns a DataFrame, a row for each point and slice: point (index into points), series_id, block, slice (index
-    into the Volume), instance_number, distance_mm (along the normal, positive), row_px, column_px (where the point's
-    foot on that slice lies, pixel centres at whole numbers; inside the image). Nearest first for each point. Slices
-    of all axial series and blocks count, so that a point between two stacks finds slices of both.
-    """
-    points = np.asarray(points_lps_mm, np.float64).reshape(-1, 3)
-    tables = []
-    for volume in study.volumes:
-        if volume.plane != "axial":
-            continue
-        count, rows, columns = volume.array.shape
-        down, along = volume.affine[:3, 1], volume.affine[:3, 2]
-        normal = np.cross(along, down)
-        normal /= np.linalg.norm(normal)
-        origin = volume.affine[:3, 3] + np.arange(count)[:, None] * volume.affine[:3, 0]
-        offset = points[:, None] - origin  # (n, slices, 3): stacks may step aside, so each slice has its own origin
-        distance = np.abs(offset @ normal)
-        row, column = offset @ down / (down @ down), offset @ along / (along @ along)
-        near = (distance <= reach_mm) & (np.abs(row - (rows - 1) / 2) <= rows / 2)
-        near &= np.abs(column - (columns - 1) / 2) <= columns / 2
-        point, index = np.nonzero(near)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "point": point,
-                    "series_id": volume.series_id,
-                    "block": volume.block,
-                    "slice": index,
-                    "instance_number": volume.instance_numbers[index],
-                    "distance_mm": distance[near],
-                    "row_px": row[near],
-                    "column_px": column[near],
-                }
-            )
-        )
-    if not tables:
-        names = ("point", "series_id", "block", "slice", "instance_number", "distance_mm", "row_px", "column_px")
-        return pd.DataFrame({name: np.zeros(0, float if name[-2:] in ("mm", "px") else int) for name in names})
-    return pd.concat(tables).sort_values(["point", "distance_mm"], kind="stable", ignore_index=True)
 
 
 def on_image(volume: Volume, x_px: Any, y_px: Any) -> Any:

@@ -55,16 +55,27 @@ def score_arrays(grades: ArrayLike, probabilities: ArrayLike) -> dict[str, float
     return scores
 
 
+def row_losses(grades: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What each grade weighs in the metric, and its loss: (weight, -log p of the true severity), both float64 (...).
+
+    grades: (...) int, -1 missing; probabilities: (..., 3), rows that sum to 1. Both are 0 where there is no grade; the
+    loss is NaN where a grade has no prediction.
+    """
+    grades, probabilities = np.asarray(grades), np.asarray(probabilities, np.float64)
+    graded, safe = grades >= 0, np.clip(grades, 0, 2)
+    weight = np.where(graded, np.asarray(SEVERITY_WEIGHTS, np.float64)[safe], 0.0)
+    true = np.take_along_axis(probabilities, safe[..., None], -1)[..., 0]
+    return weight, -np.log(np.clip(np.where(graded, true, 1), EPS, 1))
+
+
 def term_sums(grades: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each study's share in the four terms: (loss (n, 4), weight (n, 4)); a term is loss.sum() / weight.sum().
 
     grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3). The terms are those of GROUPS, then any severe.
     """
-    graded, safe = grades >= 0, np.clip(grades, 0, 2)
-    weight = np.where(graded, np.asarray(SEVERITY_WEIGHTS, np.float64)[safe], 0.0)
-    true = np.take_along_axis(probabilities, safe[..., None], -1)[..., 0]
-    loss = -weight * np.log(np.clip(np.where(graded, true, 1), EPS, 1 - EPS))
-    severe = np.where(graded[:, 0], probabilities[:, 0, :, 2], 0.0).max(1)
+    weight, loss = row_losses(grades, probabilities)
+    loss = weight * loss
+    severe = np.where(grades[:, 0] >= 0, probabilities[:, 0, :, 2], 0.0).max(1)
     any_weight, any_true = weight[:, 0].max(1), (grades[:, 0] == 2).any(1)
     any_loss = -any_weight * np.log(np.clip(np.where(any_true, severe, 1 - severe), EPS, 1 - EPS))
     losses = [loss[:, list(members)].sum((1, 2)) for members in GROUPS.values()]

@@ -1,6 +1,6 @@
 """Volumes resampled onto any grid in patient space: level crops and whole studies.
 
-May use: geometry, volume, limits, names.
+May use: crop, geometry, volume, limits, names.
 """
 
 import math
@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from ..limits import check_limit
 from ..names import DESCRIPTIONS
+from .crop import FULL_SIZE, Crop
 from .geometry import LevelBox, _unit_corners
 from .volume import Study, Volume
 
@@ -22,13 +23,13 @@ def crop_affine(
 ) -> np.ndarray:
     """(4, 4) affine from crop indices to LPS millimetres.
 
-    axes: rows head, left, back; extent_mm: (3,) along head, left, back; shape: (3,) of the crop, whose axes run
-    head to foot, front to back, right to left (of the patient). Voxel centres fill the box: the first lies half a
-    voxel inside its face.
+    axes: rows head, left, back, as a LevelBox has them; extent_mm, shape: (3,) of the crop, along its own axes: head to
+    foot, front to back, right to left (of the patient). Voxel centres fill the box: the first lies half a voxel inside
+    its face.
     """
     head, left, back = np.asarray(axes, np.float64)
-    extent_head, extent_left, extent_back = extent_mm
-    steps = np.stack([-head * extent_head / shape[0], back * extent_back / shape[1], left * extent_left / shape[2]], 1)
+    along = (-head, back, left)
+    steps = np.stack([axis * size / n for axis, size, n in zip(along, extent_mm, shape, strict=True)], 1)
     affine = np.eye(4)
     affine[:3, :3] = steps
     affine[:3, 3] = np.asarray(center_lps) - steps @ ((np.asarray(shape) - 1) / 2)
@@ -315,20 +316,19 @@ def _mean(sources, i, j, shape, scratch):
 
 
 def crop_level(
-    study: Study,
-    box: LevelBox,
-    shape: Sequence[int] = (128, 128, 128),
-    extent_mm: Sequence[float] | np.ndarray = (56.0, 96.0, 96.0),
-    shift_mm: ArrayLike = (0.0, 0.0, 14.0),
-    device: str = "cpu",
+    study: Study, box: LevelBox, crop: Crop = FULL_SIZE["level"], device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the classifiers see of one level.
 
-    box: LevelBox; extent_mm, shift_mm: size of the crop and offset of its centre from the disc's, both along head,
-    left, back: canal and foramina lie behind the disc. Returns (crop (3, d, h, w) float16, covered (3, d, h, w)
-    bool), see sample_box.
+    Returns (crop (3, d, h, w) float16, covered (3, d, h, w) bool), see sample_box.
     """
-    return sample_box(study, box.to_lps(shift_mm), box.axes, extent_mm, shape, device)
+    return sample_box(study, crop_center(box, crop), box.axes, crop.extent_mm, crop.shape, device)
+
+
+def crop_center(box: LevelBox, crop: Crop) -> np.ndarray:
+    """(3,) centre of a level's crop, in LPS millimetres."""
+    foot_mm, back_mm, left_mm = crop.shift_mm
+    return box.to_lps((-foot_mm, left_mm, back_mm))
 
 
 def study_box(study: Study) -> tuple[np.ndarray, np.ndarray]:
@@ -348,12 +348,7 @@ def study_box(study: Study) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros(3), axes
 
 
-def crop_study(
-    study: Study,
-    shape: Sequence[int] = (256, 256, 256),
-    extent_mm: Sequence[float] | np.ndarray = (256.0, 128.0, 160.0),
-    device: str = "cpu",
-) -> tuple[np.ndarray, np.ndarray]:
-    """The whole study on one grid: (crop (3, d, h, w) float16, covered). extent_mm: along head, left, back."""
+def crop_study(study: Study, crop: Crop = FULL_SIZE["study"], device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
+    """The whole study on one grid, around the sagittal series: (crop (3, d, h, w) float16, covered)."""
     center, axes = study_box(study)
-    return sample_box(study, center, axes, extent_mm, shape, device)
+    return sample_box(study, center, axes, crop.extent_mm, crop.shape, device)

@@ -1,15 +1,22 @@
 """A detector's scores to probabilities: shift and scale for each condition, side and level.
 
-May use: data.metric, names, tta.
+May use: data, names, tta.
 """
 
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ..names import LEVELS, SEVERITIES, SEVERITY_WEIGHTS
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import log_softmax, softmax
+
+from ..data.competition import class_prior
+from ..data.metric import row_losses
+from ..names import LEVELS, SEVERITY_WEIGHTS
 from .tta import deal_parts
 
 
-def mean_scores(scores):
+def mean_scores(scores: ArrayLike) -> np.ndarray:
     """Geometric mean over views: scores (views, ...) -> (...), of those that say anything; NaN where none does.
 
     A calibration's logits are linear in the log scores, so calibrating this mean is the same as averaging the log
@@ -22,7 +29,7 @@ def mean_scores(scores):
     return np.where(count > 0, mean, np.nan)
 
 
-def severity_prior(grades, strength=10.0):
+def severity_prior(grades: ArrayLike, strength: float = 10.0) -> np.ndarray:
     """Frequencies of the severities per level, (5, 3), from grades (n, 5, sides) with -1 missing, drawn towards the
     pooled frequencies by `strength` pseudo-observations (and those by one a class), so that none is 0."""
     grades = np.asarray(grades)
@@ -49,7 +56,12 @@ def _calibration_logits(scores, level, calibration):
     return base, z
 
 
-def fit_yolo_calibration(scores, grades, prior, ridges=(1.0, 3.0, 10.0, 30.0, 100.0, 1e4)):
+def fit_yolo_calibration(
+    scores: ArrayLike,
+    grades: ArrayLike,
+    prior: ArrayLike,
+    ridges: Sequence[float] = (1.0, 3.0, 10.0, 30.0, 100.0, 1e4),
+) -> dict[str, Any]:
     """Fit scores -> probabilities by weighted log loss (weights 1/2/4) on out-of-fold rows.
 
     scores: (n, 5, sides, 3) of yolo_scores; grades: (n, 5, sides), -1 missing; prior: (5, 3) of severity_prior.
@@ -86,8 +98,7 @@ def fit_yolo_calibration(scores, grades, prior, ridges=(1.0, 3.0, 10.0, 30.0, 10
         base, z = bases[trust]
         logits, x = base[part].copy(), np.c_[np.ones(len(part)), z[part]]
         logits[:, 1:] += x @ flat.reshape(2, 3).T
-        logits -= logits.max(axis=1, keepdims=True)
-        logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        logp = log_softmax(logits, 1)
         at = np.arange(len(part)), y[part]
         residual = np.exp(logp)
         residual[at] -= 1
@@ -109,7 +120,7 @@ def fit_yolo_calibration(scores, grades, prior, ridges=(1.0, 3.0, 10.0, 30.0, 10
     return start | {"trust": trust, "matrix": theta[:, 1:].tolist(), "bias": theta[:, 0].tolist(), "ridge": ridge}
 
 
-def yolo_probabilities(scores, calibration=None):
+def yolo_probabilities(scores: ArrayLike, calibration: Mapping[str, Any] | None = None) -> np.ndarray:
     """Severity probabilities (..., 5 levels, sides, 3) float64 from raw scores of that shape; rows sum to 1.
 
     calibration: of fit_yolo_calibration; None: scores times the weights 1/2/4, normalised (the weighted log loss is
@@ -120,20 +131,20 @@ def yolo_probabilities(scores, calibration=None):
     safe = np.where(missing[..., None], 1.0, scores)
     if calibration is None:
         p = np.clip(safe, 1e-6, None) * np.array(SEVERITY_WEIGHTS, float)
+        p /= p.sum(axis=-1, keepdims=True)
     else:
         level = np.broadcast_to(np.arange(len(LEVELS))[:, None], missing.shape)
         logits = _calibration_logits(safe.reshape(-1, 3), level.ravel(), calibration)[0].reshape(safe.shape)
-        p = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
+        p = softmax(logits, -1)
     return np.where(missing[..., None], np.nan, p)
 
 
 def _has_scores(scores):
-    """(n, ...) -> (n,) bool: the studies that a detector held out, and has a word on."""
+    """(n, ...) -> (n,) bool: the studies that a detector held out and has scores of."""
     return np.isfinite(scores).any(axis=tuple(range(1, np.ndim(scores))))
 
 
-def cross_fitted_probabilities(scores, grades, used):
+def cross_fitted_probabilities(scores: ArrayLike, grades: ArrayLike, used: np.ndarray) -> np.ndarray:
     """Calibrated probabilities in which no study saw its own labels, neither in the network nor in the calibration.
 
     scores: (n, views, 5, sides, 3) out of fold, NaN throughout for studies that no detector held out: these serve the
@@ -152,14 +163,7 @@ def cross_fitted_probabilities(scores, grades, used):
     return result
 
 
-def original_probabilities(scores):
-    """Best confidences (..., 3) of the original scheme, normalised over the severities; 1/3 where nothing is said."""
-    scores = np.nan_to_num(np.asarray(scores, dtype=np.float64))
-    total = scores.sum(axis=-1, keepdims=True)
-    return np.where(total > 0, scores / np.where(total > 0, total, 1), 1 / len(SEVERITIES))
-
-
-def yolo_loss_against_prior(grades, probabilities, folds):
+def yolo_loss_against_prior(grades: np.ndarray, probabilities: np.ndarray, folds: np.ndarray) -> dict[str, float]:
     """Weighted log loss of held-out probabilities, and of the class prior on the same rows.
 
     grades (n, 5, sides), probabilities (n, 5, sides, 3) with NaN rows left out, folds (n,): each study's prior is
@@ -170,12 +174,7 @@ def yolo_loss_against_prior(grades, probabilities, folds):
         return {"weighted_log_loss": float("nan"), "class_prior": float("nan"), "gain": float("nan"), "rows": 0}
     prior = np.zeros(probabilities.shape)
     for fold in np.unique(folds):
-        counts = np.stack([(grades[folds != fold] == k).sum(axis=0) + 1.0 for k in range(len(SEVERITIES))], axis=-1)
-        counts *= np.array(SEVERITY_WEIGHTS)
-        prior[folds == fold] = counts / counts.sum(axis=-1, keepdims=True)
-    weight = np.array(SEVERITY_WEIGHTS, float)[grades[use]]
-    at = np.arange(int(use.sum())), grades[use]
-    loss, base = (
-        float((weight * -np.log(np.clip(p[use][at], 1e-15, 1))).sum() / weight.sum()) for p in (probabilities, prior)
-    )
+        prior[folds == fold] = class_prior(grades[folds != fold])
+    rows = (row_losses(grades[use], p[use]) for p in (probabilities, prior))
+    loss, base = (float((weight * losses).sum() / weight.sum()) for weight, losses in rows)
     return {"weighted_log_loss": loss, "class_prior": base, "gain": 1 - loss / base, "rows": int(use.sum())}

@@ -7,32 +7,39 @@ import contextlib
 import functools
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from numpy.typing import ArrayLike
+from scipy.special import softmax
 from torch import nn
 
+from ..data.crop import CROP_AXES, Crop
 from ..data.geometry import boxes_from_table
 from ..data.resample import study_box
 from ..data.volume import load_study
 from ..names import CONDITIONS, DESCRIPTIONS, LEVELS, SEVERITIES, device_for, progress
 from ..storage import open_tensors, write_tensors
 from ..weights import Stated, check_network, read_settled, read_weights, store_settled
-from .crops import expand_view, mirror_conditions, view_crops
+from .crops import CropDataset, View, expand_view, mirror_conditions, view_crops
 from .ordinal import CumulativeHeads, cumulative_log_probabilities, current_heads
 from .tta import TTA_VIEWS, choose_views, cross_fitted_views, deal_parts
 
 # The demo's backbones, small enough for minutes on a CPU: a CoAtNet of three stages for crops, and one of two stages
 # for whole studies, whose smaller stride still tells neighbouring levels apart.
-SMALL_BACKBONES = {
+SMALL_BACKBONES: dict[str, dict[str, Any]] = {
     "tiny": dict(embed_dim=(24, 48, 96), depths=(1, 1, 1), block_type=("C", "C", "T"), stem_width=(12, 24)),
     "tiny_stride8": dict(embed_dim=(24, 64), depths=(1, 1), block_type=("C", "T"), stem_width=(12, 24)),
 }
 
 
-def backbone_config(name, img_size):
+def backbone_config(name: str, img_size: Sequence[int]) -> Any:
     """timm_3d's configuration of a MaxxVit.
 
     name: a key of SMALL_BACKBONES or of timm_3d's MaxxVit configurations (coatnet_rmlp_3_rw, maxvit_rmlp_tiny_rw, ...);
@@ -63,7 +70,7 @@ def backbone_config(name, img_size):
     return config
 
 
-def make_backbone(name, img_size):
+def make_backbone(name: str, img_size: Sequence[int]) -> nn.Module:
     """A timm_3d MaxxVit without its head: (B, 3, d, h, w) -> (B, features, d', h', w'). Arguments and errors are those
     of backbone_config."""
     config = backbone_config(name, img_size)
@@ -83,16 +90,16 @@ class LevelAttention(nn.Module):
     position's part, a Gaussian of about half the distance between levels.
     """
 
-    def __init__(self, channels, length, centers):
+    def __init__(self, channels: int, length: int, centers: ArrayLike) -> None:
         super().__init__()
         place = (torch.arange(length) + 0.5) / length
         distance = place[None] - torch.as_tensor(centers, dtype=torch.float32)[:, None]
         self.position = nn.Parameter(-0.5 * (distance / 0.08) ** 2)
         self.content = nn.Conv1d(channels, len(LEVELS), 1)
-        nn.init.zeros_(self.content.weight)
-        nn.init.zeros_(self.content.bias)
+        for parameter in self.content.parameters():
+            nn.init.zeros_(parameter)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, channels, length) -> (B, 5, channels)."""
         weight = F.softmax(self.position + self.content(x), -1)
         return weight @ x.transpose(1, 2)
@@ -109,11 +116,11 @@ class OrdinalClassifier(nn.Module):
     means along the head-foot axis (LevelAttention), so that a level learns from all others. In both the cut points
     differ by level: a crop does not tell how common a grade is at its level.
 
-    pooling `grid`: features are pooled to a coarse grid across the body and not to one vector: convolutions and
-    relative attention alone hardly know left from right, and which side a narrowing is on is half of the question.
-    `global` is the plain way, to compare with: one mean over the whole volume; for scope `level` 5 heads whose cut
-    points all levels share, for scope `study` 25 outputs of the one vector, each with its own cut points.
+    Features are pooled to a coarse grid across the body and not to one vector: convolutions and relative attention
+    alone hardly know left from right, and which side a narrowing is on is half of the question.
     """
+
+    pooling = "grid"  # weights files name it, because there are networks that pool otherwise
 
     def __init__(
         self,
@@ -123,13 +130,10 @@ class OrdinalClassifier(nn.Module):
         prior,
         dropout=0.2,
         level_centers=USUAL_LEVEL_CENTERS,
-        pooling="grid",
     ):
         super().__init__()
         if scope not in ("level", "study"):
             raise ValueError(f"SCOPE must be level or study, not {scope!r}")
-        if pooling not in ("grid", "global"):
-            raise ValueError(f"POOLING must be grid or global, not {pooling!r}")
         self.config = {
             "scope": scope,
             "backbone": backbone,
@@ -137,29 +141,24 @@ class OrdinalClassifier(nn.Module):
             "prior": np.asarray(prior).tolist(),
             "dropout": dropout,
             "level_centers": list(level_centers),
-            "pooling": pooling,
+            "pooling": self.pooling,
         }
-        self.scope, self.pooling = scope, pooling
+        self.scope = scope
         self.recompute = False  # in training: a block's activations are not kept but computed again for its gradients
         self.backbone = make_backbone(backbone, img_size)
         channels, stride = self.backbone.num_features, 2 ** (1 + len(self.backbone.stages))
-        outputs = len(CONDITIONS)
-        if pooling == "global":
-            self.pool, cells = (1, 1, 1), 1
-            outputs *= len(LEVELS) if scope == "study" else 1
-        elif scope == "level":
+        if scope == "level":
             self.pool, cells = (1, 2, 4), 8
         else:
             self.pool, cells = (img_size[0] // stride, 1, 4), 4
             self.attention = LevelAttention(channels * cells, self.pool[0], level_centers)
         self.dropout = nn.Dropout(dropout)
-        self.score = nn.Linear(channels * cells, outputs)
+        self.score = nn.Linear(channels * cells, len(CONDITIONS))
         nn.init.normal_(self.score.weight, std=0.03)  # a score near 0: about the prior
         nn.init.zeros_(self.score.bias)
-        shared = pooling == "global" and scope == "level"
-        self.heads = CumulativeHeads(np.mean(prior, 1) if shared else prior)
+        self.heads = CumulativeHeads(prior)
 
-    def forward(self, x, level=None):
+    def forward(self, x: torch.Tensor, level: torch.Tensor | None = None) -> torch.Tensor:
         """x: (B, 3, d, h, w) float; level: (B,) int64, index into LEVELS, for scope `level` only.
 
         Returns float32 log probabilities: (B, 5 conditions, 3), or (B, 5 conditions, 5 levels, 3) for `study`.
@@ -169,7 +168,7 @@ class OrdinalClassifier(nn.Module):
         # Under mixed precision only the backbone is: scores and cut points keep all their digits.
         with torch.autocast(x.device.type, enabled=False):
             features = F.adaptive_avg_pool3d(features.float(), self.pool)
-            if self.scope == "study" and self.pooling == "grid":
+            if self.scope == "study":
                 # (B, channels x right-left, head-foot) -> (B, 5 levels, channels x right-left)
                 features = self.attention(features.transpose(2, 4).flatten(1, 3))
                 score = self.score(self.dropout(features)).transpose(1, 2)
@@ -178,11 +177,11 @@ class OrdinalClassifier(nn.Module):
             cutpoints = self.heads.cutpoints
             if self.scope == "study":
                 return cumulative_log_probabilities(score.view(len(x), *cutpoints.shape[:2]), cutpoints)
+            if level is None:
+                raise ValueError("scope level needs to know which level a crop is of")
             if level.ndim == 2:
                 score = score[:, None].expand(-1, level.shape[1], -1)
-            if self.pooling == "grid":
-                cutpoints = cutpoints[:, level].movedim(0, -2)
-            return cumulative_log_probabilities(score, cutpoints)
+            return cumulative_log_probabilities(score, cutpoints[:, level].movedim(0, -2))
 
     def _features(self, x):
         if not (self.recompute and self.training):
@@ -214,8 +213,11 @@ def _same_statistics(block):
             norm.momentum = momentum
 
 
-def save_classifier(path, model, about):
-    """Write a classifier's state and everything needed to rebuild and feed it, as safetensors."""
+def save_classifier(path: str | Path, model: OrdinalClassifier, about: Mapping[str, Any]) -> None:
+    """Write a classifier's state and everything needed to rebuild and feed it, as safetensors. about: `crop`, a Crop,
+    and what else is to be known of it."""
+    if isinstance(about.get("crop"), Crop):
+        about = {**about, "crop": about["crop"].to_json()}
     write_tensors(path, model.state_dict(), "classifier", {**model.config, **about})
 
 
@@ -223,21 +225,24 @@ def save_classifier(path, model, about):
 _REMEDY = "give a classifier's file as 04_train_vit wrote it (attach its output again, or train again)"
 
 
-def load_classifier(path, device="cpu"):
-    """(model in evaluation mode, about): what save_classifier wrote.
+def load_classifier(path, device="cpu", network=OrdinalClassifier):
+    """(model in evaluation mode, about): what save_classifier wrote of a model of the class `network`, `crop` in it a
+    Crop.
 
     Raises FileNotFoundError, or DamagedFile (a ValueError) for a file with other contents: numbers out of range, a
     network that its tensors do not fit, values that are not finite.
     """
     state, about = read_weights(path, "classifier", _REMEDY, "a classifier's")
     about |= read_settled(path)
-    _check_classifier(Stated(path, about, _REMEDY))
+    _check_classifier(Stated(path, about, _REMEDY), network)
     names = ("scope", "backbone", "img_size", "prior", "dropout", "level_centers")
-    arguments = (*(about[name] for name in names), about.get("pooling", "grid"))
+    arguments = [about[name] for name in names]
     state = current_heads(state)
-    check_network(path, lambda: OrdinalClassifier(*arguments), state, _REMEDY)
-    model = OrdinalClassifier(*arguments)
+    check_network(path, lambda: network(*arguments), state, _REMEDY)
+    model = network(*arguments)
     model.load_state_dict(state)
+    if "crop" in about:
+        about["crop"] = Crop.from_json(about["crop"])
     return model.to(device).eval(), about
 
 
@@ -247,10 +252,10 @@ def read_classifier_about(path):
         return about | read_settled(path)
 
 
-def _check_classifier(stated):
-    """Refuse a file of which OrdinalClassifier, cut_crops or view_crops would make something else than was trained."""
+def _check_classifier(stated, network):
+    """Refuse a file of which the network, cut_crops or view_crops would make something else than was trained."""
     scope = stated.choice("scope", ("level", "study"))
-    stated.choice("pooling", ("grid", "global"), optional=True)
+    stated.choice("pooling", (network.pooling,), optional=True)
     sizes = stated.numbers("img_size", (3,), 1, 512, whole=True)
     if math.prod(sizes) > 320**3:
         stated.refuse("img_size", "less than 320 x 320 x 320 voxels")
@@ -267,6 +272,7 @@ def _check_classifier(stated):
         crop.choice("shape", (sizes,))
         crop.numbers("extent_mm", (3,), 1, 2000)
         crop.numbers("shift_mm", (3,), -1000, 1000)
+        crop.choice("axes", (CROP_AXES,), optional=True)
     for view in stated.parts("views", 100, optional=True):
         view.keys(("rotation_deg", "shift_mm", "scale", "mirror"))
         view.numbers("rotation_deg", (3,), -180, 180, optional=True)
@@ -275,21 +281,28 @@ def _check_classifier(stated):
         view.choice("mirror", (True, False), optional=True)
 
 
-def level_centers(paths, levels_table, crop):
+def level_centers(paths: Mapping[int, str | Path], levels_table: pd.DataFrame, crop: Crop) -> list[float]:
     """(5,) mean places of the levels in the whole-study grid, as fractions from its upper end. See LevelAttention.
 
-    paths: dict study_id -> volumes; levels_table: levels.csv; crop: dict with extent_mm.
+    paths: dict study_id -> volumes; levels_table: levels.csv; crop: Crop.
     """
     found = []
     for study_id, path in paths.items():
         center_lps, _ = study_box(load_study(path))
         z_mm = np.array([box.center_lps_mm[2] for box in boxes_from_table(levels_table, study_id)])
-        found.append(0.5 - (z_mm - center_lps[2]) / crop["extent_mm"][0])
+        found.append(0.5 - (z_mm - center_lps[2]) / crop.extent_mm[0])
     return np.mean(found, 0).tolist()
 
 
 @torch.no_grad()
-def predict_views(models, crops, crop, levels=None, views=({},), batch=16):
+def predict_views(
+    models: Sequence[OrdinalClassifier],
+    crops: np.ndarray,
+    crop: Crop,
+    levels: np.ndarray | None = None,
+    views: Sequence[View] = ({},),
+    batch: int = 16,
+) -> np.ndarray:
     """Log probabilities of each view, the mean over models: (views, N, 5, [5,] 3) float64, left and right in place.
 
     models: OrdinalClassifiers; crops: (N, 3, D, H, W) with margin; levels: (N,) for scope `level`; views: dicts of
@@ -318,19 +331,22 @@ def _log_p(model, inputs, level):
     return model(*arguments) if half and not torch.isfinite(log_p).all() else log_p
 
 
-def predict_crops(models, crops, crop, levels=None, views=({},), batch=16):
+def predict_crops(
+    models: Sequence[OrdinalClassifier],
+    crops: np.ndarray,
+    crop: Crop,
+    levels: np.ndarray | None = None,
+    views: Sequence[View] = ({},),
+    batch: int = 16,
+) -> np.ndarray:
     """Mean log probabilities of models over views, renormalised: (N, 5, [5,] 3) float64 probabilities.
 
     The arguments are predict_views'.
     """
-    return _softmax(predict_views(models, crops, crop, levels, views, batch).mean(0))
+    return softmax(predict_views(models, crops, crop, levels, views, batch).mean(0), -1)
 
 
-def _softmax(logits):
-    return F.softmax(torch.from_numpy(logits), -1).numpy()
-
-
-def crops_to_studies(predicted, scope):
+def crops_to_studies(predicted: np.ndarray, scope: str) -> np.ndarray:
     """predict_crops' output -> (n studies, 5 conditions, 5 levels, 3)."""
     if scope == "study":
         return predicted
@@ -350,7 +366,13 @@ class _Studies(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(self.dataset.crops_of(self.dataset.study_ids[self.numbers[place]])))
 
 
-def measure_views(models, dataset, views=TTA_VIEWS, numbers=None, workers=0):
+def measure_views(
+    models: Sequence[OrdinalClassifier],
+    dataset: CropDataset,
+    views: Sequence[View] = TTA_VIEWS,
+    numbers: Sequence[int] | np.ndarray | None = None,
+    workers: int = 0,
+) -> np.ndarray:
     """Log probabilities of each view for a CropDataset: (views, n studies, 5, 5, 3), as choose_views takes them.
 
     A study at a time, so that memory stays small; its crops are cut once for all views, by `workers` other processes
@@ -369,19 +391,31 @@ def measure_views(models, dataset, views=TTA_VIEWS, numbers=None, workers=0):
     for number, crops in zip(numbers, loader, strict=True):
         levels = np.arange(len(crops)) if dataset.per_study > 1 else None
         for view, log_p in enumerate(predict_views(models, crops.numpy(), dataset.crop, levels, views)):
-            result[view, number] = crops_to_studies(log_p, dataset.crop["scope"])[0]
+            result[view, number] = crops_to_studies(log_p, dataset.crop.scope)[0]
     return result
 
 
-def predict_dataset(models, dataset, views=({},), numbers=None, workers=0):
+def predict_dataset(
+    models: Sequence[OrdinalClassifier],
+    dataset: CropDataset,
+    views: Sequence[View] = ({},),
+    numbers: Sequence[int] | np.ndarray | None = None,
+    workers: int = 0,
+) -> np.ndarray:
     """(n studies, 5, 5, 3) probabilities for a CropDataset; rows of studies not among `numbers` are uniform.
 
     The arguments are measure_views'.
     """
-    return _softmax(measure_views(models, dataset, views, numbers, workers).mean(0))
+    return softmax(measure_views(models, dataset, views, numbers, workers).mean(0), -1)
 
 
-def settle_views(out, held_out, device="auto", views=TTA_VIEWS, workers=0):
+def settle_views(
+    out: str | Path,
+    held_out: Mapping[str, CropDataset],
+    device: str | int = "auto",
+    views: Sequence[View] = TTA_VIEWS,
+    workers: int = 0,
+) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
     """Choose the test-time views on held-out studies, store them beside the weights, predict these studies.
 
     out: folder with <name>.safetensors; held_out: dict name -> CropDataset of the studies that these weights were not
@@ -401,4 +435,4 @@ def settle_views(out, held_out, device="auto", views=TTA_VIEWS, workers=0):
     used = cross_fitted_views(grades, log_p, views, deal_parts(np.ones(len(grades), bool)))
     share = (used / used.sum(1, keepdims=True)).T[..., None, None, None]
     ends = np.cumsum([len(dataset.study_ids) for dataset in held_out.values()])
-    return dict(zip(held_out, np.split(_softmax((log_p * share).sum(0)), ends[:-1]), strict=True)), table
+    return dict(zip(held_out, np.split(softmax((log_p * share).sum(0), -1), ends[:-1]), strict=True)), table

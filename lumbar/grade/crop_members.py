@@ -1,18 +1,32 @@
 """The 3D networks as members: one on level crops, one on whole studies.
 
-May use: member, classifier, crops, limits, names, problems.
+May use: member, classifier, crops, data, limits, names, problems, weights.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..data.crop import Crop
+from ..data.geometry import LevelBox
+from ..data.volume import Study
 from ..limits import check_limit
 from ..names import CONDITIONS, LEVELS, SEVERITIES
 from ..problems import Problem
-from .classifier import crops_to_studies, load_classifier, predict_crops, read_classifier_about
+from ..weights import Stated
+from .classifier import (
+    _REMEDY,
+    OrdinalClassifier,
+    crops_to_studies,
+    load_classifier,
+    predict_crops,
+    read_classifier_about,
+)
 from .crops import cut_crops
 from .member import Member, Prediction, Training, Weights, free_memory, together_or_alone, without_frames
 
@@ -23,28 +37,27 @@ BATCH_CROPS = 16
 
 @dataclass
 class CropInputs:
-    """A study and those of its crops that were cut ahead: crops: dict of a crop as JSON -> cut_crops' array, or the
-    Exception that cutting raised."""
+    """A study and those of its crops that were cut ahead: crops: dict Crop -> cut_crops' array, or the Exception that
+    cutting raised."""
 
-    study: object
-    boxes: object
-    crops: dict = field(default_factory=dict)
+    study: Study
+    boxes: Sequence[LevelBox] | None
+    crops: dict[Crop, Any] = field(default_factory=dict)
 
-    def cut(self, crop, device):
+    def cut(self, crop: Crop, device: str) -> Any:
         """The crops as `crop` has them, cut unless they are there."""
-        key = json.dumps(crop, sort_keys=True)
-        if key not in self.crops:
+        if crop not in self.crops:
             try:
                 check_limit()
-                self.crops[key] = cut_crops(self.study, self.boxes, crop, device)
+                self.crops[crop] = cut_crops(self.study, self.boxes, crop, device)
             except Exception as error:
-                self.crops[key] = without_frames(error)
-        return self.crops[key]
+                self.crops[crop] = without_frames(error)
+        return self.crops[crop]
 
-    def cut_surely(self, crop, device):
+    def cut_surely(self, crop: Crop, device: str) -> Any:
         """cut, and once more where the device's memory was too full for it."""
         if isinstance(self.cut(crop, device), torch.OutOfMemoryError):
-            del self.crops[json.dumps(crop, sort_keys=True)]
+            del self.crops[crop]
             free_memory()
         return self.cut(crop, device)
 
@@ -52,30 +65,34 @@ class CropInputs:
 class CropMember(Member):
     """A 3D network of one scope, see OrdinalClassifier."""
 
-    def read_about(self, path):
-        return read_classifier_about(path)
+    def read_about(self, path: Path) -> Mapping[str, Any]:
+        about = read_classifier_about(path)
+        Stated(path, about, _REMEDY).choice("pooling", (OrdinalClassifier.pooling,), optional=True)
+        return about
 
-    def load(self, path, device):
+    def load(self, path: Path, device: str) -> Weights:
         return Weights(path.stem, *load_classifier(path, device))
 
-    def is_for_comparison(self, about):
-        return about.get("pooling") == "global"
-
-    def prepare(self, study, boxes, weights, device):
+    def prepare(
+        self, study: Study, boxes: Sequence[LevelBox] | None, weights: Sequence[Weights], device: str
+    ) -> CropInputs:
         inputs = CropInputs(study, boxes)
         for own in weights:
             inputs.cut(own.about["crop"], device)
         return inputs
 
-    def predict(self, inputs, weights, most_views, device):
+    def predict(
+        self, inputs: Sequence[CropInputs], weights: Sequence[Weights], most_views: int, device: str
+    ) -> list[Prediction]:
         # Folds mostly see the same crops through the same views: those go through all their models in one go.
-        groups = {}
+        groups: dict[Any, tuple[Crop, list[dict], list]] = {}
         for own in weights:
             views = self.views(own, most_views)
-            key = json.dumps([own.about["crop"], views], sort_keys=True)
+            key = own.about["crop"], json.dumps(views, sort_keys=True)
             groups.setdefault(key, (own.about["crop"], views, []))[2].append(own.model)
         logs = np.zeros((len(inputs), len(CONDITIONS), len(LEVELS), len(SEVERITIES)))
-        folds, failed = np.zeros(len(inputs)), [{} for _ in inputs]
+        folds = np.zeros(len(inputs))
+        failed: list[dict[Problem, bool]] = [{} for _ in inputs]
         for crop, views, models in groups.values():
             cut = [own.cut_surely(crop, device) for own in inputs]
             there = [k for k, crops in enumerate(cut) if not isinstance(crops, Exception)]
@@ -103,7 +120,7 @@ class CropMember(Member):
 
 def _predict(models, crops, crop, levels, views):
     """predict_crops in batches that fit the memory."""
-    batch = int(np.clip(BATCH_VOXELS // np.prod(crop["shape"]), 1, BATCH_CROPS))
+    batch = int(np.clip(BATCH_VOXELS // np.prod(crop.shape), 1, BATCH_CROPS))
     while True:
         try:
             return predict_crops(models, crops, crop, levels, views, batch)
@@ -140,7 +157,7 @@ class LevelCrops(CropMember):
                 },
                 "hour": {
                     "SHAPE": [32, 48, 64],
-                    "EXTENT_MM": [40.0, 64.0, 48.0],
+                    "EXTENT_MM": [40.0, 48.0, 64.0],
                     "EPOCHS": 10,
                     "BATCH": 16,
                     "LEARNING_RATE": 3.0e-3,
@@ -166,7 +183,7 @@ class WholeStudy(CropMember):
                     **_SMALL,
                     "BACKBONE": "tiny_stride8",
                     "SHAPE": [96, 64, 32],
-                    "EXTENT_MM": [230.0, 80.0, 130.0],
+                    "EXTENT_MM": [230.0, 130.0, 80.0],
                     "EPOCHS": 40,  # it looks for the levels first: little shows before some 300 steps
                     "BATCH": 4,
                     "LEARNING_RATE": 3.0e-3,

@@ -3,38 +3,45 @@
 May use: tta, data, storage, names.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
+import torch.utils.data
+from numpy.typing import ArrayLike
 
-from ..data.geometry import boxes_from_table
+from ..data.crop import Crop
+from ..data.geometry import LevelBox, boxes_from_table
 from ..data.resample import crop_level, crop_study
-from ..data.volume import load_study
+from ..data.volume import Study, load_study
 from ..names import LEVELS, MIRRORED_CONDITIONS
 from ..storage import write_whole
 
+View = Mapping[str, Any]  # view_crops' arguments as plain numbers, of one test-time view
 CROP_MARGIN = 1.2  # crops are cut this much larger, so that shifts and rotations in training see real surroundings
 
 
-def margin_shape(shape):
+def margin_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The (d, h, w) at which crops are cut: CROP_MARGIN larger, even."""
     return tuple(int(round(n * CROP_MARGIN / 2)) * 2 for n in shape)
 
 
-def cut_crops(study, boxes, crop, device="cpu"):
+def cut_crops(study: Study, boxes: Sequence[LevelBox] | None, crop: Crop, device: str = "cpu") -> np.ndarray:
     """A study's network inputs with margin: (5, 3, D, H, W) float16 for scope level, (1, 3, D, H, W) for study.
 
-    boxes: the five LevelBoxes (scope level only); crop: dict scope, shape (d, h, w), extent_mm (head, left, back),
-    shift_mm; device: where the sampling runs. The margin enlarges shape and extent alike, so voxels keep their size.
+    boxes: the five LevelBoxes (scope level only); device: where the sampling runs. The margin enlarges shape and extent
+    alike, so voxels keep their size.
     """
-    shape = margin_shape(crop["shape"])
-    grown = np.asarray(shape) / np.asarray(crop["shape"])
-    extent_mm = np.asarray(crop["extent_mm"]) * grown[[0, 2, 1]]
-    if crop["scope"] == "study":
-        return crop_study(study, shape, extent_mm, device)[0][None]
-    return np.stack([crop_level(study, box, shape, extent_mm, crop["shift_mm"], device)[0] for box in boxes])
+    with_margin = crop.resized(margin_shape(crop.shape))
+    if crop.scope == "study":
+        return crop_study(study, with_margin, device)[0][None]
+    if boxes is None:
+        raise ValueError("no level could be placed")
+    return np.stack([crop_level(study, box, with_margin, device)[0] for box in boxes])
 
 
 def _load_crops(path):
@@ -53,16 +60,24 @@ class CropDataset(torch.utils.data.Dataset):
     without one an item cuts what it needs and no more.
     """
 
-    def __init__(self, paths, study_ids, grades, levels_table, crop, cache=None):
+    def __init__(
+        self,
+        paths: Mapping[int, str | Path],
+        study_ids: Iterable[int],
+        grades: ArrayLike,
+        levels_table: pd.DataFrame | None,
+        crop: Crop,
+        cache: str | Path | None = None,
+    ) -> None:
         self.paths, self.study_ids, self.grades = paths, list(study_ids), np.asarray(grades)
         self.levels_table, self.crop = levels_table, crop
         self.cache = Path(cache) if cache else None
-        self.per_study = len(LEVELS) if crop["scope"] == "level" else 1
+        self.per_study = len(LEVELS) if crop.scope == "level" else 1
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.study_ids) * self.per_study
 
-    def crops_of(self, study_id, level=None):
+    def crops_of(self, study_id: int, level: int | None = None) -> np.ndarray:
         """(1 or 5, 3, D, H, W) float16, from the cache if it is there; level: only this one's crop (`study`: 0)."""
         only = slice(None) if level is None else slice(level, level + 1)
         if not self.cache:
@@ -76,28 +91,34 @@ class CropDataset(torch.utils.data.Dataset):
         return crops[only]
 
     def _cut(self, study_id, levels):
-        boxes = boxes_from_table(self.levels_table, study_id)[levels] if self.crop["scope"] == "level" else None
+        boxes = boxes_from_table(self.levels_table, study_id)[levels] if self.crop.scope == "level" else None
         return cut_crops(load_study(self.paths[study_id]), boxes, self.crop)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int, torch.Tensor]:
         study, level = divmod(number, self.per_study)
         crop = torch.from_numpy(np.array(self.crops_of(self.study_ids[study], level)[0]))
         grades = self.grades[study, :, level] if self.per_study > 1 else self.grades[study]
         return crop, level, torch.from_numpy(np.ascontiguousarray(grades))
 
 
-def view_crops(crops, crop, rotation_deg=None, shift_mm=None, scale=None, mirror=None):
+def view_crops(
+    crops: torch.Tensor,
+    crop: Crop,
+    rotation_deg: torch.Tensor | None = None,
+    shift_mm: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    mirror: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Cut the network's input out of crops with margin, moved as asked: augmentation and TTA alike.
 
-    crops: (B, 3, D, H, W) on any device; crop: dict as cut_crops takes it. rotation_deg: (B, 3) about the left,
+    crops: (B, 3, D, H, W) on any device, as cut_crops cuts them for this crop. rotation_deg: (B, 3) about the left,
     head and back axes; shift_mm: (B, 3) along the crop's axes (foot, back, left); scale: (B,), above 1 enlarges;
     mirror: (B,) bool, left and right change places (the caller swaps the labels, see mirror_conditions).
     Returns (B, 3, d, h, w) float32.
     """
     batch, device = len(crops), crops.device
-    shape = crop["shape"]
     full = np.asarray(crops.shape[2:], np.float64)
-    half_mm = torch.tensor(np.asarray(crop["extent_mm"])[[0, 2, 1]] * full / np.asarray(shape) / 2, dtype=torch.float32)
+    half_mm = torch.tensor(np.asarray(crop.extent_mm) * full / np.asarray(crop.shape) / 2, dtype=torch.float32)
     matrix = torch.eye(3).repeat(batch, 1, 1)
     if rotation_deg is not None:
         angle = torch.deg2rad(rotation_deg.float())
@@ -109,22 +130,22 @@ def view_crops(crops, crop, rotation_deg=None, shift_mm=None, scale=None, mirror
     if scale is not None:
         matrix = matrix / scale.float()[:, None, None]
     # Positions run over +-shape/full of the crop with margin; rotations act in mm, not in unequal voxels.
-    matrix = matrix * (half_mm * torch.tensor(np.asarray(shape) / full, dtype=torch.float32)) / half_mm[:, None]
+    matrix = matrix * (half_mm * torch.tensor(np.asarray(crop.shape) / full, dtype=torch.float32)) / half_mm[:, None]
     if mirror is not None:
         matrix[:, 2] = torch.where(mirror[:, None], -matrix[:, 2], matrix[:, 2])
     offset = torch.zeros(batch, 3) if shift_mm is None else shift_mm.float() / half_mm
     theta = torch.cat([matrix, offset[..., None]], -1)
     theta = theta[:, [2, 1, 0]][:, :, [2, 1, 0, 3]].to(device)  # affine_grid wants x, y, z = the last axis first
-    grid = F.affine_grid(theta, (batch, 3, *shape), align_corners=False)
+    grid = F.affine_grid(theta, [batch, 3, *crop.shape], align_corners=False)
     return F.grid_sample(crops.float(), grid, align_corners=False)
 
 
-def mirror_conditions(array, mirror=None, axis=1):
+def mirror_conditions(array: Any, mirror: Any = None, axis: int = 1) -> Any:
     """Swap the left and the right conditions along `axis`, for the items where mirror (B,) is true (or all).
 
     array: numpy or torch, batch first. The inverse of itself.
     """
-    index = [slice(None)] * array.ndim
+    index: list[Any] = [slice(None)] * array.ndim
     index[axis] = list(MIRRORED_CONDITIONS)
     swapped = array[tuple(index)]
     if mirror is None:
@@ -133,7 +154,9 @@ def mirror_conditions(array, mirror=None, axis=1):
     return torch.where(where, swapped, array) if torch.is_tensor(array) else np.where(where, swapped, array)
 
 
-def augment_crops(crops, grades, crop, generator, strength=1.0):
+def augment_crops(
+    crops: torch.Tensor, grades: torch.Tensor, crop: Crop, generator: torch.Generator, strength: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Random views for training: stage-1 jitter (shift, rotation, scale), mirroring with labels, contrast, noise.
 
     crops: (B, 3, D, H, W); grades: (B, 5, ...). Returns (inputs (B, 3, d, h, w) float32, grades).
@@ -160,7 +183,7 @@ def augment_crops(crops, grades, crop, generator, strength=1.0):
     return inputs, mirror_conditions(grades, mirror.to(grades.device))
 
 
-def expand_view(view, batch):
+def expand_view(view: View, batch: int) -> dict[str, torch.Tensor]:
     """A view's plain numbers -> the per-item tensors that view_crops takes."""
     tensors = {
         name: torch.tensor(value, dtype=torch.float32).expand(batch, 3)

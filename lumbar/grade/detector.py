@@ -4,16 +4,18 @@ May use: detector_weights, detector_data, calibration, tta, data, names, member,
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ..data.geometry import boxes_from_table
-from ..data.volume import load_study
+from ..data.geometry import LevelBox, boxes_from_table
+from ..data.volume import Study, load_study
 from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, progress
 from ..storage import DamagedFile
 from ..weights import Stated, check_network, read_settled, read_weights, store_settled
@@ -22,11 +24,10 @@ from .calibration import (
     cross_fitted_probabilities,
     fit_yolo_calibration,
     mean_scores,
-    original_probabilities,
     severity_prior,
     yolo_probabilities,
 )
-from .detector_data import SCHEMES, YOLO_VIEWS, _side_sign, letterbox_slice, original_names, slice_patch
+from .detector_data import YOLO_VIEWS, SeverityImages, YoloView, _side_sign, slice_patch
 from .detector_weights import (
     _REMEDY,
     _shipped_cfg,
@@ -35,49 +36,60 @@ from .detector_weights import (
     prepare_ultralytics,
     read_detector_about,
 )
-from .member import without_frames
-from .tta import choose_views, cross_fitted_views, deal_parts
+from .member import together_or_alone, without_frames
+from .tta import View, choose_views, cross_fitted_views, deal_parts
 
 
 @dataclass
 class YoloDetector:
     """A loaded detector: net (ultralytics DetectionModel in eval mode), about (the file's metadata)."""
 
-    net: torch.nn.Module
-    about: dict
+    net: Any
+    about: dict[str, Any]
 
     @property
-    def condition(self):
+    def condition(self) -> str:
         return self.about["condition"]
 
     @property
-    def original(self):
-        """True of a detector that was trained in the original scheme."""
-        return self.about.get("scheme") == "original"
-
-    @property
-    def view(self):
+    def view(self) -> YoloView:
         """Its YoloView, with point_mm from the training labels where they were fitted."""
         offsets = self.about.get("point_offsets")
         default = YOLO_VIEWS[self.condition]
         return replace(default, point_mm=tuple(offsets["point_mm"])) if offsets else default
 
 
-def load_yolo(path, device="cpu", config_dir=None):
+def load_yolo(path: str | Path, device: str = "cpu", config_dir: str | Path | None = None) -> YoloDetector:
     """Rebuild a detector from a file of train_yolo. Returns YoloDetector.
 
     The network is one that ultralytics ships: of the file only its name and numbers count, and nothing is evaluated.
     config_dir: writable folder for ultralytics' settings, by default one in the system's temporary folder.
-    Raises FileNotFoundError when there is no file, DamagedFile (a ValueError) when it is no detector, describes another
-    network than ultralytics does, states numbers out of range, or has values that are not finite.
+    Raises FileNotFoundError when there is no file, DamagedFile (a ValueError) when it is no detector, one whose classes
+    are not the severities, describes another network than ultralytics does, states numbers out of range, or has values
+    that are not finite.
     """
-    import tempfile
-
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such weights file; run 03_train_yolo or name the weights folder")
     state, meta = read_weights(path, "metadata", _REMEDY, "a detector's")
     meta |= read_settled(path)
     _check_yolo(Stated(path, meta, _REMEDY))
+    return rebuild_detector(path, state, meta, device, config_dir)
+
+
+def rebuild_detector(
+    path: str | Path,
+    state: Mapping[str, torch.Tensor],
+    meta: dict[str, Any],
+    device: str = "cpu",
+    config_dir: str | Path | None = None,
+) -> YoloDetector:
+    """The YoloDetector of a weights file's tensors and metadata, which are taken as they are but for the network.
+
+    path: names the file in errors. Raises DamagedFile for a network that ultralytics does not ship, or that the tensors
+    do not fit.
+    """
+    import tempfile
+
     cfg = _known_cfg(path, meta)
     prepare_ultralytics(config_dir or Path(tempfile.gettempdir()) / "ultralytics_config")
     from ultralytics.nn.tasks import DetectionModel, parse_model
@@ -95,15 +107,15 @@ def load_yolo(path, device="cpu", config_dir=None):
 def _check_yolo(stated):
     """Refuse a file of which yolo_views or yolo_scores would make something else than was trained."""
     stated.choice("kind", ("yolo",))
-    condition = stated.choice("condition", tuple(DETECTORS))
-    scheme = stated.choice("scheme", SCHEMES, optional=True)
-    stated.choice("names", (original_names(condition) if scheme == "original" else list(SEVERITIES),))
+    stated.choice("condition", tuple(DETECTORS))
+    stated.choice("scheme", (SeverityImages.scheme,), optional=True)
+    stated.choice("names", (list(SEVERITIES),))
     stated.choice("channels", (1,))
     for side in stated.numbers("shape_px", (2,), 32, 2048, whole=True):
         if side % 32:
             stated.refuse("shape_px", "multiples of 32")
-    stated.number("mm_per_px", 0.01, 100, optional=scheme == "original")
-    stated.number("imgsz", 32, 2048, whole=True, optional=scheme != "original")
+    stated.number("mm_per_px", 0.01, 100)
+    stated.number("imgsz", 32, 2048, whole=True, optional=True)
     stated.numbers("prior", (len(CONDITIONS), len(LEVELS), len(SEVERITIES)), 0, 1, optional=True)
     offsets = stated.part("point_offsets", optional=True)
     if offsets is not None:
@@ -182,7 +194,7 @@ def _network_scores(detector, patches):
         return torch.stack([h.sigmoid() for h in heads]).mean(0).permute(0, 2, 1).float().cpu().numpy()
 
 
-def dense_scores(detector, patches, batch=16):
+def dense_scores(detector: YoloDetector, patches: np.ndarray, batch: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """Class scores of every anchor, without threshold or NMS.
 
     patches: (n, rows, columns) uint8. Returns (scores (n, anchors, classes) float32 in 0..1, centers_px (anchors, 2):
@@ -195,7 +207,9 @@ def dense_scores(detector, patches, batch=16):
     return (np.concatenate(found) if found else empty), centers
 
 
-def yolo_views(detector, study, boxes, change=None):
+def yolo_views(
+    detector: YoloDetector, study: Study, boxes: Sequence[LevelBox], change: View | None = None
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """The patches a detector needs to judge a study, and what each is for.
 
     boxes: five LevelBox in the order of LEVELS; change: a dict as in DETECTOR_VIEWS, by default none. Returns
@@ -222,7 +236,7 @@ def yolo_views(detector, study, boxes, change=None):
         if volume.description != description:
             continue
         n, height, width = volume.array.shape
-        wanted = {}
+        wanted: dict[tuple[int, int], list] = {}
         for level in range(len(LEVELS)):
             for side in range(len(conditions)):
                 slice_, row, column = volume.lps_to_voxel(expected[level, side])
@@ -231,9 +245,9 @@ def yolo_views(detector, study, boxes, change=None):
                 reach = max(view.reach_mm * change.get("reach", 1.0), 0.51 * volume.spacing_mm[0])
                 if not (0 <= row < height and 0 <= column < width):
                     continue
-                for k in np.flatnonzero(away <= reach):
-                    key = (int(k), level if volume.plane == "axial" else -1)
-                    wanted.setdefault(key, []).append((level, side, expected[level, side], float(away[k])))
+                for near in np.flatnonzero(away <= reach):
+                    key = (int(near), level if volume.plane == "axial" else -1)
+                    wanted.setdefault(key, []).append((level, side, expected[level, side], float(away[near])))
         for (k, level), targets in sorted(wanted.items()):
             center = expected.mean(axis=(0, 1)) if level < 0 else expected[level].mean(axis=0)
             patch, to_slice = slice_patch(volume, k, center, shape_px, mm_per_px, shift_px)
@@ -248,15 +262,11 @@ def yolo_views(detector, study, boxes, change=None):
 
 def _study_patches(detector, study, boxes, views):
     """One study's patches under each view: list of (number of the view, patch (rows, columns) uint8, its use)."""
-    if not detector.original:
-        return [
-            (number, patch, seen)
-            for number, change in enumerate(views)
-            for patch, seen in zip(*yolo_views(detector, study, boxes, change), strict=True)
-        ]
-    description, imgsz = DETECTORS[detector.condition][0], detector.about["imgsz"]
-    own = [volume for volume in study.volumes if volume.description == description]
-    return [(0, letterbox_slice(volume, k, imgsz)[0], None) for volume in own for k in range(len(volume.array))]
+    return [
+        (number, patch, seen)
+        for number, change in enumerate(views)
+        for patch, seen in zip(*yolo_views(detector, study, boxes, change), strict=True)
+    ]
 
 
 def _add_severity_scores(detector, study, seen, scores, centers, total, weight):
@@ -285,27 +295,28 @@ def _pooled_scores(detector, studies, patches, views, batch):
     for start in range(0, len(queue), batch):
         chunk = queue[start : start + batch]
         for (n, view, _, seen), scores in zip(chunk, _network_scores(detector, np.stack([item[2] for item in chunk]))):
-            if detector.original:
-                best = scores.max(axis=0).reshape(shape[2], shape[1], shape[3]).transpose(1, 0, 2)
-                total[n, view], weight[n, view] = np.maximum(total[n, view], best), 1
-            else:
-                _add_severity_scores(detector, studies[n], seen, scores, centers, total[n, view], weight[n, view])
+            _add_severity_scores(detector, studies[n], seen, scores, centers, total[n, view], weight[n, view])
     with np.errstate(invalid="ignore", divide="ignore"):
         return list(np.where(weight > 0, total / weight, np.nan))
 
 
-def yolo_scores(detector, studies, boxes, views=({},), batch=16):
+def yolo_scores(
+    detector: YoloDetector,
+    studies: Sequence[Study],
+    boxes: Sequence[Sequence[LevelBox]],
+    views: Sequence[View] = ({},),
+    batch: int = 16,
+) -> list[Any]:
     """Raw severity scores of studies under each view: list of (views, 5 levels, sides, 3 severities) float64, NaN where
     no slice shows a level. An entry is the Exception instead where that study failed; the others are not harmed.
 
     Every anchor of every slice within reach of a level counts, weighted by a Gaussian of its in-slice distance from
     the place where the condition's points lie at that level (patient mm, so side and level follow from geometry).
     Per slice and class the weighted scores are summed; slices are averaged with a Gaussian weight of their distance.
-    A detector of the original scheme gives the best score of each class over all anchors and slices: no geometry.
-    Sides are in the order of DETECTORS[condition]: canal one, else left and right. boxes: five LevelBox a study (the
-    original scheme needs none: None). The network sees the patches of all studies in common batches of `batch`.
+    Sides are in the order of DETECTORS[condition]: canal one, else left and right. boxes: five LevelBox a study. The
+    network sees the patches of all studies in common batches of `batch`.
     """
-    views = [{}] if detector.original else list(views)
+    views = list(views)
     result = []
     for study, own in zip(studies, boxes, strict=True):
         try:
@@ -317,23 +328,14 @@ def yolo_scores(detector, studies, boxes, views=({},), batch=16):
     def pooled(numbers):
         return _pooled_scores(detector, [studies[n] for n in numbers], [result[n] for n in numbers], views, batch)
 
-    try:
-        found = pooled(good)
-    except Exception:  # whose fault it was shows one by one, and not in here, where its tensors are still held
-        found = None
-    if found is None:
-        found = []
-        for n in good:
-            try:
-                found += pooled([n])
-            except Exception as error:
-                found.append(without_frames(error))
-    for n, scores in zip(good, found):
+    for n, scores in zip(good, together_or_alone(pooled, good), strict=True):
         result[n] = scores
     return result
 
 
-def choose_detector_views(grades, scores, condition, views):
+def choose_detector_views(
+    grades: np.ndarray, scores: np.ndarray, condition: str, views: Sequence[View]
+) -> tuple[list[dict], pd.DataFrame, np.ndarray]:
     """Which of a detector's test-time views pay on held-out studies. See choose_views and cross_fitted_views.
 
     grades: (n, 5 conditions, 5 levels), -1 missing; scores: (n, views, 5 levels, sides, 3) out of fold, NaN where there
@@ -351,7 +353,9 @@ def choose_detector_views(grades, scores, condition, views):
     return kept, table, cross_fitted_views(grades, log_p, views, deal_parts(_has_scores(scores)))
 
 
-def settle_detectors(weights, grades, scores, views):
+def settle_detectors(
+    weights: Sequence[str | Path], grades: np.ndarray, scores: np.ndarray, views: Sequence[View]
+) -> tuple[np.ndarray, pd.DataFrame]:
     """Choose the test-time views and the calibration of a condition's detectors on their held-out studies, store both
     beside the weights, predict these studies.
 
@@ -359,28 +363,31 @@ def settle_detectors(weights, grades, scores, views):
     levels, sides, 3) of score_studies by the detector that held the study out, NaN where there are none; views: dicts,
     the plain one first. Stored is what all of these studies say. The predictions are cross-fitted in both: a study's
     own label chose none of its views and calibrated nothing of it. Returns ((n, 5 levels, sides, 3) probabilities, NaN
-    where the scores are; table of choose_views). Done again after a kill it ends the same.
-    A detector of the original scheme has one view, no calibration, and 1/3 where the scores are NaN.
+    where the scores are; table of choose_views). Safe to re-run after an interruption.
     """
     about = read_detector_about(weights[0])
     own = grades[:, list(DETECTORS[about["condition"]][1])].transpose(0, 2, 1)
     kept, table, used = choose_detector_views(grades, scores, about["condition"], views)
     mean = mean_scores(np.moveaxis(scores[:, table["kept"].to_numpy()], 1, 0))
-    if about["scheme"] == "original":
-        p, calibration = original_probabilities(mean), None
-    else:
-        p = cross_fitted_probabilities(scores, own, used)
-        calibration = fit_yolo_calibration(mean, own, severity_prior(own))
+    p = cross_fitted_probabilities(scores, own, used)
+    calibration = fit_yolo_calibration(mean, own, severity_prior(own))
     for path in weights:
         store_settled(path, {"calibration": calibration, "views": kept})
     return p, table
 
 
-def score_studies(detector, paths, levels, study_ids, views=({},), batch=16):
+def score_studies(
+    detector: YoloDetector,
+    paths: Mapping[int, Path],
+    levels: pd.DataFrame,
+    study_ids: Sequence[int],
+    views: Sequence[View] = ({},),
+    batch: int = 16,
+) -> np.ndarray:
     """Raw scores of cached studies: (n, views, 5 levels, sides, 3), see yolo_scores.
 
-    paths: dict study_id -> file, of study_paths; levels: table of levels.csv (the original scheme needs none: None). A
-    study that is not cached, or fails, gives NaN; the latter is printed.
+    paths: dict study_id -> file, of study_paths; levels: table of levels.csv. A study that is not cached,
+    or fails, gives NaN; the latter is printed.
     """
     description, conditions = DETECTORS[detector.condition]
     scores = np.full((len(study_ids), len(views), len(LEVELS), len(conditions), len(SEVERITIES)), np.nan)
@@ -389,7 +396,7 @@ def score_studies(detector, paths, levels, study_ids, views=({},), batch=16):
     for part in progress(parts, f"scores {detector.condition}", len(parts)):
         ids = [int(study_ids[n]) for n in part]
         studies = [load_study(paths[study_id], [description]) for study_id in ids]
-        boxes = [None if levels is None else boxes_from_table(levels, study_id) for study_id in ids]
+        boxes = [boxes_from_table(levels, study_id) for study_id in ids]
         for n, found in zip(part, yolo_scores(detector, studies, boxes, views, batch)):
             if isinstance(found, Exception):
                 print(f"study {study_ids[n]}: no scores of {detector.condition} ({type(found).__name__}: {found})")
@@ -398,27 +405,33 @@ def score_studies(detector, paths, levels, study_ids, views=({},), batch=16):
     return scores
 
 
-def yolo_studies(detector, studies, boxes, views=None, batch=16):
-    """One detector's word on studies: list with an entry a study, (conditions, 5 levels, 3) probabilities or the
-    Exception that this study raised, which harms no other.
+def yolo_studies(
+    detector: YoloDetector,
+    studies: Sequence[Study],
+    boxes: Sequence[Sequence[LevelBox]],
+    views: Sequence[View] | None = None,
+    batch: int = 16,
+) -> list[Any]:
+    """Predict several studies with one detector.
+
+    Returns a list with an entry a study: (conditions, 5 levels, 3) probabilities, or the Exception that this study
+    raised, which harms no other.
 
     Conditions are in the order of DETECTORS; rows are NaN where no slice shows a level. The calibration is the one that
     the weights carry, and so are the views by default (a list of dicts, see DETECTOR_VIEWS). studies, boxes, batch: see
-    yolo_scores. A detector of the original scheme knows no calibration, views or boxes, and no NaN.
+    yolo_scores.
     """
     views = detector.about.get("views") or [{}] if views is None else views
     result = []
     for scores in yolo_scores(detector, studies, boxes, views, batch):
         if not isinstance(scores, Exception):
-            mean = mean_scores(scores)
-            calibration = detector.about.get("calibration")
-            p = original_probabilities(mean) if detector.original else yolo_probabilities(mean, calibration)
+            p = yolo_probabilities(mean_scores(scores), detector.about.get("calibration"))
             scores = p.transpose(1, 0, 2)
         result.append(scores)
     return result
 
 
-def yolo_table(study_ids, probabilities, condition):
+def yolo_table(study_ids: Sequence[int], probabilities: np.ndarray, condition: str) -> pd.DataFrame:
     """Rows of a detector's conditions: table study_id, row_id, normal_mild, moderate, severe, sorted by row_id.
 
     probabilities: (n, 5 levels, sides, 3); rows that are NaN are left out.

@@ -6,26 +6,26 @@ May use: data, storage, names.
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 
-from ..data.geometry import place_points
+from ..data.geometry import LevelBox, place_points
 from ..data.tables import some_of
-from ..data.volume import load_study, study_about
+from ..data.volume import Study, Volume, load_study, study_about
 from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, progress
-from ..storage import write_json
+from ..storage import DamagedFile, read_json, write_csv, write_json, write_text
 
 # A detector's classes are the three severities and nothing else. One sagittal slice cannot show its side and one
 # axial slice barely shows its level, so both come from patient coordinates. It also makes a horizontal flip of an
 # axial slice harmless: no class name carries a side.
-#
-# SCHEMES' second is there for comparison: whole slices, and a class for each condition, level and severity.
-SCHEMES = ("severity", "original")
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class YoloView:
     most discs that a patch shows would be unlabelled, and the detector would learn that they are background.
     """
 
-    field_mm: tuple
+    field_mm: tuple[float, float]
     detail: float
     box_mm: float
     label_reach_mm: float
-    point_mm: tuple
+    point_mm: tuple[float, ...]
     reach_mm: float
     gate_mm: float
 
@@ -79,11 +79,8 @@ YOLO_VIEWS = {
     "ss": YoloView((62.0, 62.0), 1.25, 16.0, 5.0, (0.0, 10.0, 22.0), 6.0, 10.0),
 }
 
-ORIGINAL_BOX_PX = 20.0  # side of the original scheme's boxes on images of ORIGINAL_IMGSZ px
-ORIGINAL_IMGSZ = 384
 
-
-def yolo_shape_px(view, imgsz):
+def yolo_shape_px(view: YoloView, imgsz: int) -> tuple[tuple[int, int], float]:
     """Shape of a detector's patches: ((rows, columns) in px, multiples of 32; mm per px).
 
     imgsz: rows of a sagittal patch in px; the other detectors follow from their view's field and detail.
@@ -92,10 +89,18 @@ def yolo_shape_px(view, imgsz):
     if imgsz <= 0 or imgsz % 32:
         raise ValueError(f"image size {imgsz}: must be a positive multiple of 32, the detectors' largest stride")
     mm_per_px = SAGITTAL_FIELD_MM / imgsz / view.detail
-    return tuple(int(32 * np.ceil(side / mm_per_px / 32 - 1e-6)) for side in view.field_mm), mm_per_px
+    rows, columns = (int(32 * np.ceil(side / mm_per_px / 32 - 1e-6)) for side in view.field_mm)
+    return (rows, columns), mm_per_px
 
 
-def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px, shift_px=(0, 0)):
+def slice_patch(
+    volume: Volume,
+    index: int,
+    center_lps_mm: ArrayLike,
+    shape_px: tuple[int, int],
+    mm_per_px: float,
+    shift_px: Sequence[int] | np.ndarray = (0, 0),
+) -> tuple[np.ndarray, np.ndarray]:
     """Cut an 8-bit patch with square pixels from one slice, turned so that rows run to the feet (sagittal) or to the
     back (axial) and columns to the back (sagittal) or to the patient's left (axial), however the series is stored.
 
@@ -113,9 +118,9 @@ def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px, shift_px=(0, 
     height, width = volume.array.shape[1:]
     spacing_row, spacing_column = volume.spacing_mm[1:]
     new = max(1, round(height * spacing_row / mm_per_px)), max(1, round(width * spacing_column / mm_per_px))
-    image = torch.from_numpy(np.asarray(volume.array[index], dtype=np.float32))[None, None]
+    whole = torch.from_numpy(np.asarray(volume.array[index], dtype=np.float32))[None, None]
     # Antialiasing matters: real matrices are up to three times finer than the patch.
-    image = F.interpolate(image, size=new, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
+    image = F.interpolate(whole, size=new, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
     scale_x, scale_y = width / new[1], height / new[0]
     to_slice = np.array([[scale_x, 0, 0.5 * scale_x - 0.5], [0, scale_y, 0.5 * scale_y - 0.5], [0, 0, 1.0]])
     if step_row @ down < 0:
@@ -137,31 +142,9 @@ def slice_patch(volume, index, center_lps_mm, shape_px, mm_per_px, shift_px=(0, 
     return (np.clip(patch, 0, 1) * 255 + 0.5).astype(np.uint8), to_slice
 
 
-def letterbox_slice(volume, index, imgsz):
-    """A whole slice as stored, in 8 bits, its longer side imgsz px, padded with ultralytics' grey to a square.
-
-    volume: Volume in the normalised scale. Returns (image (imgsz, imgsz) uint8, to_slice (3, 3)), see slice_patch.
-    """
-    height, width = volume.array.shape[1:]
-    new = [max(1, round(side * imgsz / max(height, width))) for side in (height, width)]
-    slice_ = torch.from_numpy(np.asarray(volume.array[index], dtype=np.float32))[None, None]
-    slice_ = F.interpolate(slice_, size=new, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
-    image = np.full((imgsz, imgsz), 114, np.uint8)
-    top, left = (imgsz - new[0]) // 2, (imgsz - new[1]) // 2
-    image[top : top + new[0], left : left + new[1]] = (np.clip(slice_, 0, 1) * 255 + 0.5).astype(np.uint8)
-    scale_x, scale_y = width / new[1], height / new[0]
-    to_slice = [[scale_x, 0, (0.5 - left) * scale_x - 0.5], [0, scale_y, (0.5 - top) * scale_y - 0.5], [0, 0, 1]]
-    return image, np.array(to_slice)
-
-
-def original_names(condition):
-    """The original scheme's classes of a detector: a name for each condition, level and severity, in this order."""
-    return [
-        f"{CONDITIONS[c]}_{level}_{grade}" for c in DETECTORS[condition][1] for level in LEVELS for grade in SEVERITIES
-    ]
-
-
-def yolo_examples(coordinates, study_ids, grades, condition):
+def yolo_examples(
+    coordinates: pd.DataFrame, study_ids: Iterable[int], grades: ArrayLike, condition: str
+) -> pd.DataFrame:
     """Label points of one detector that have a grade.
 
     coordinates: table of read_coordinates; study_ids, grades: result of labels_to_array (grades (n, 5, 5), -1
@@ -196,157 +179,203 @@ def _near_slices(volume, index, reach_mm):
     return np.flatnonzero((away <= reach_mm) | (np.arange(n) == index))
 
 
-def _severity_images(study, here, view, shape_px, mm_per_px):
-    """Patches of one study's labelled slices, and of those within the labels' reach.
+class SeverityImages:
+    """The images of a detector's data set: patches with square millimetres of the labelled slices, and of those within
+    the labels' reach. The class of a box is its severity.
 
-    here: of _locate_examples. Yields (volume, slice, patch, rows of `here` that it shows, class of each, (n, 2) px).
+    write_yolo_dataset takes any object with these attributes and `of_study`.
+
+    Attributes
+    ----------
+    scheme : str
+        Its name, in dataset.json and in weights.
+    shape_px : (int, int)
+        Rows and columns of every image.
+    mm_per_px : float or None
+        None where images differ in it.
+    box_px : float
+        Side of the square around a label point.
+    about : dict
+        Its own entries of dataset.json: the classes' names, and what the boxes follow from.
     """
-    xyz = here[["x_mm", "y_mm", "z_mm"]].to_numpy()
-    # Middle of the canal: left and right points of a level averaged, so that one-sided slices stay centred.
-    midline = here.groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().to_numpy()
-    shown = {}
-    for row, (v, k) in enumerate(zip(here["volume"], here["slice"])):
-        for near in _near_slices(study.volumes[v], k, view.label_reach_mm):
-            shown.setdefault((v, near), []).append(row)
-    for (v, k), rows in shown.items():
-        volume = study.volumes[v]
-        center = midline.mean(axis=0)
-        if volume.plane == "axial":
-            own = np.unique(here["level"].to_numpy()[rows])
-            center = here[here["level"].isin(own)].groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().mean()
-        patch, to_slice = slice_patch(volume, k, center, shape_px, mm_per_px)
-        voxels = volume.lps_to_voxel(xyz[rows])
-        xy = (np.linalg.inv(to_slice) @ np.c_[voxels[:, 2], voxels[:, 1], np.ones(len(rows))].T).T[:, :2]
-        yield volume, k, patch, here["grade"].to_numpy()[rows], xy
 
+    scheme = "severity"
 
-def _original_images(study, here, condition, imgsz):
-    """The labelled slices themselves, whole. Yields as _severity_images does."""
-    first = DETECTORS[condition][1][0]
-    for (v, k), rows in here.groupby(["volume", "slice"]):
-        image, to_slice = letterbox_slice(study.volumes[v], k, imgsz)
-        xy = (np.linalg.inv(to_slice) @ np.c_[rows[["x_px", "y_px"]], np.ones(len(rows))].T).T[:, :2]
-        cell = (rows["condition"].to_numpy() - first) * len(LEVELS) + rows["level"].to_numpy()
-        yield study.volumes[v], k, image, cell * len(SEVERITIES) + rows["grade"].to_numpy(), xy
+    def __init__(self, condition: str, imgsz: int = 384, view: YoloView | None = None) -> None:
+        """condition: a key of DETECTORS; imgsz: as in yolo_shape_px; view: a YoloView, that of YOLO_VIEWS if None."""
+        self.view = view or YOLO_VIEWS[condition]
+        self.shape_px, self.mm_per_px = yolo_shape_px(self.view, imgsz)
+        self.box_px = self.view.box_mm / self.mm_per_px
+        own = {"box_mm": self.view.box_mm, "label_reach_mm": self.view.label_reach_mm}
+        self.about = {"names": list(SEVERITIES), **own}
+
+    def of_study(
+        self, study: Study, here: pd.DataFrame
+    ) -> Iterator[tuple[Volume, int, np.ndarray, np.ndarray, np.ndarray]]:
+        """One study's images. here: of _locate_examples.
+
+        Yields (volume, slice, image (rows, columns) uint8, class of each box (n,), its middle (n, 2) x, y in px).
+        """
+        xyz = here[["x_mm", "y_mm", "z_mm"]].to_numpy()
+        # Middle of the canal: left and right points of a level averaged, so that one-sided slices stay centred.
+        midline = here.groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().to_numpy()
+        shown: dict[tuple[int, int], list[int]] = {}
+        for row, (v, k) in enumerate(zip(here["volume"], here["slice"])):
+            for near in _near_slices(study.volumes[v], k, self.view.label_reach_mm):
+                shown.setdefault((v, near), []).append(row)
+        for (v, k), rows in shown.items():
+            volume = study.volumes[v]
+            center = midline.mean(axis=0)
+            if volume.plane == "axial":
+                own = np.unique(here["level"].to_numpy()[rows])
+                center = here[here["level"].isin(own)].groupby("level")[["x_mm", "y_mm", "z_mm"]].mean().mean()
+            patch, to_slice = slice_patch(volume, k, center, self.shape_px, self.mm_per_px)
+            voxels = volume.lps_to_voxel(xyz[rows])
+            xy = (np.linalg.inv(to_slice) @ np.c_[voxels[:, 2], voxels[:, 1], np.ones(len(rows))].T).T[:, :2]
+            yield volume, k, patch, here["grade"].to_numpy()[rows], xy
 
 
 def write_yolo_dataset(
-    out_dir,
-    condition,
-    volumes_dir,
-    coordinates,
-    study_ids,
-    grades,
-    folds,
-    imgsz=384,
-    view=None,
-    scheme="severity",
-):
-    """Write one detector's data set in YOLO's folder layout.
+    out_dir: str | Path,
+    condition: str,
+    volumes_dir: str | Path,
+    coordinates: pd.DataFrame,
+    study_ids: Iterable[int],
+    grades: np.ndarray,
+    folds: pd.DataFrame,
+    imgsz: int = 384,
+    view: YoloView | None = None,
+    images: SeverityImages | None = None,
+) -> dict[str, Any]:
+    """Write one detector's data set in YOLO's folder layout. Returns the content of its dataset.json.
 
     out_dir gets images/*.png (8-bit grey, all of one shape), labels/*.txt (class xc yc w h, relative), points.csv
     (every label point in LPS mm), train_<fold>.txt and val_<fold>.txt (paths relative to the list: the folder can be
-    moved), and dataset.json, written last.
+    moved), and dataset.json, written last. A point that lies on no slice of its study (see place_points), and a study
+    without a volume file, costs only itself: it is left out, counted (without_slice) and printed. A finished folder of
+    the same settings, points and volumes is left alone.
 
-    condition: a key of DETECTORS. volumes_dir: folder of <study_id>.safetensors (save_study). coordinates: table of
-    read_coordinates. study_ids, grades: of labels_to_array. folds: table study_id, fold.
-    scheme: "severity": patches with square millimetres of the labelled slices and their neighbours, class = severity,
-    see YoloView; imgsz as in yolo_shape_px; view: a YoloView, by default YOLO_VIEWS[condition]. "original": the
-    labelled slices alone, whole, imgsz px square, classes of original_names, boxes of ORIGINAL_BOX_PX at 384 px.
-    A point that lies on no slice of its study (see place_points), and a study without a volume file, costs only itself:
-    it is left out, counted (without_slice) and printed.
-    A finished folder of the same settings, points and volumes is left alone. Returns the content of dataset.json.
-    Raises FileNotFoundError when no study has a volume file, ValueError when nothing could be labelled.
+    Parameters
+    ----------
+    condition : str
+        A key of DETECTORS.
+    volumes_dir : path
+        Folder of <study_id>.safetensors (save_study).
+    coordinates, study_ids, grades
+        Of read_coordinates and labels_to_array.
+    folds : DataFrame
+        study_id, fold.
+    imgsz, view
+        Of SeverityImages; images: what stands in its place.
+
+    Raises
+    ------
+    FileNotFoundError
+        No study has a volume file.
+    ValueError
+        Nothing could be labelled.
     """
-    from PIL import Image
-
-    if scheme not in SCHEMES:
-        raise ValueError(f"SCHEME must be one of {', '.join(SCHEMES)}, not {scheme!r}")
+    images = images or SeverityImages(condition, imgsz, view)
     out_dir, volumes_dir = Path(out_dir), Path(volumes_dir)
-    points = yolo_examples(coordinates, study_ids, grades, condition)
     fold_of = dict(zip(folds["study_id"].astype(int), folds["fold"].astype(int)))
+    points = yolo_examples(coordinates, study_ids, grades, condition)
     points = points[points["study_id"].isin(fold_of)]
     paths = {study_id: volumes_dir / f"{study_id}.safetensors" for study_id in sorted(points["study_id"].unique())}
-    without_volumes = [study_id for study_id, path in paths.items() if not path.is_file()]
-    if paths and len(without_volumes) == len(paths):
+    there = {study_id: path for study_id, path in paths.items() if path.is_file()}
+    if paths and not there:
         raise FileNotFoundError(
-            f"{paths[without_volumes[0]]}: no volumes for a labelled study; run 01_preprocess for it first"
+            f"{next(iter(paths.values()))}: no volumes for a labelled study; run 01_preprocess for it first"
         )
-    view = view or YOLO_VIEWS[condition]
-    if scheme == "original":
-        shape_px, mm_per_px, side_px = (imgsz, imgsz), None, ORIGINAL_BOX_PX * imgsz / ORIGINAL_IMGSZ
-        own = {"names": original_names(condition), "box_px": side_px}
-    else:
-        shape_px, mm_per_px = yolo_shape_px(view, imgsz)
-        side_px = view.box_mm / mm_per_px
-        own = {"names": list(SEVERITIES), "box_mm": view.box_mm, "label_reach_mm": view.label_reach_mm}
-    settings = own | {
+    settings = images.about | {
         "condition": condition,
-        "scheme": scheme,
-        "imgsz": max(shape_px),
-        "shape_px": list(shape_px),
-        "mm_per_px": mm_per_px,
+        "scheme": images.scheme,
+        "imgsz": max(images.shape_px),
+        "shape_px": list(images.shape_px),
+        "mm_per_px": images.mm_per_px,
         "points": len(points),
         "folds": sorted(set(fold_of.values())),
         "studies": len(fold_of),
-        "content": _content(points, fold_of, [path for path in paths.values() if path.is_file()]),
+        "content": _content(points, fold_of, there.values()),
     }
     done = out_dir / "dataset.json"
-    if done.exists():
-        old = {"scheme": "severity"} | json.loads(done.read_text())
-        if all(old.get(key) == value for key, value in settings.items()):
-            return old
-    for name in ("images", "labels"):
-        shutil.rmtree(out_dir / name, ignore_errors=True)
-        (out_dir / name).mkdir(parents=True)
+    known = _read_finished(done, settings)
+    if known is not None:
+        return known
     done.unlink(missing_ok=True)
-    lists = {fold: {"train": [], "val": []} for fold in settings["folds"]}
-    located, outside, unplaced = [], 0, []
-    for study_id, of_study in progress(points.groupby("study_id"), f"yolo {condition}", points["study_id"].nunique()):
-        if study_id in without_volumes:
-            unplaced += [f"study {study_id}: no volumes"] * len(of_study)
-            continue
-        study = load_study(paths[study_id], [DETECTORS[condition][0]])
-        here, problems = _locate_examples(study, of_study)
-        unplaced += problems
-        if here.empty:
-            continue
-        located.append(here)
-        images = (
-            _original_images(study, here, condition, imgsz)
-            if scheme == "original"
-            else _severity_images(study, here, view, shape_px, mm_per_px)
-        )
-        for volume, k, image, classes, xy in images:
-            inside = ((xy >= 0) & (xy <= np.array(shape_px[::-1]) - 1)).all(axis=1)
-            outside += int((~inside).sum())
-            if not inside.any():
-                continue
-            name = f"{study_id}_{volume.series_id}_{volume.block}_{int(volume.instance_numbers[k])}"
-            Image.fromarray(image).save(out_dir / "images" / f"{name}.png")
-            lines = _label_lines(classes[inside], xy[inside], side_px, shape_px)
-            (out_dir / "labels" / f"{name}.txt").write_text("\n".join(lines) + "\n")
-            for fold in lists:
-                lists[fold]["val" if fold_of[int(study_id)] == fold else "train"].append(f"./images/{name}.png")
-    which = some_of(dict.fromkeys(unplaced), between="; ")
+    located, written, outside, left_out = _write_images(out_dir, condition, images, points, there)
+    which = some_of(dict.fromkeys(left_out), between="; ")
     if not located:
         raise ValueError(
             f"no label point of '{condition}' lies in a cached series of {volumes_dir} ({which or 'none graded'}): "
             "check that series and instance numbers of the coordinates match the volumes"
         )
-    if unplaced:
-        print(f"yolo {condition}: {len(unplaced)} of {len(points)} label points are left out: {which}")
-    pd.concat(located).drop(columns=["volume", "slice"]).to_csv(out_dir / "points.csv", index=False)
-    for fold, parts in lists.items():
-        for part, names in parts.items():
-            (out_dir / f"{part}_{fold}.txt").write_text("\n".join(sorted(names)) + "\n")
-    result = settings | {
-        "images": sum(len(p["val"]) for p in lists.values()),
-        "outside_field": outside,
-        "without_slice": len(unplaced),
-    }
-    write_json(done, result)
-    return result
+    if left_out:
+        print(f"yolo {condition}: {len(left_out)} of {len(points)} label points are left out: {which}")
+    write_csv(out_dir / "points.csv", pd.concat(located).drop(columns=["volume", "slice"]))
+    _write_lists(out_dir, written, fold_of)
+    counts = {"images": sum(map(len, written.values())), "outside_field": outside, "without_slice": len(left_out)}
+    write_json(done, settings | counts)
+    return settings | counts
+
+
+def _read_finished(path, settings):
+    """The content of a finished dataset.json of these settings; None without one."""
+    try:
+        known = {"scheme": SeverityImages.scheme} | read_json(path)
+    except (FileNotFoundError, DamagedFile):
+        return None
+    return known if all(known.get(key) == value for key, value in settings.items()) else None
+
+
+def _write_images(out_dir, condition, images, points, paths):
+    """Write images and labels of all studies, in place of what is there.
+
+    points: of yolo_examples; paths: dict study_id -> volumes, of the studies that have any. Returns (list of
+    _locate_examples' tables; dict study_id -> its images, as the lists name them; how many labels lie outside of an
+    image that was cut for others; for each point that is left out, why).
+    """
+    from PIL import Image
+
+    for name in ("images", "labels"):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+        (out_dir / name).mkdir(parents=True)
+    located, written, outside, left_out = [], {}, 0, []
+    limits = np.array(images.shape_px[::-1]) - 1
+    for study_id, of_study in progress(points.groupby("study_id"), f"yolo {condition}", points["study_id"].nunique()):
+        if study_id not in paths:
+            left_out += [f"study {study_id}: no volumes"] * len(of_study)
+            continue
+        study = load_study(paths[study_id], [DETECTORS[condition][0]])
+        here, problems = _locate_examples(study, of_study)
+        left_out += problems
+        if here.empty:
+            continue
+        located.append(here)
+        names = written.setdefault(int(study_id), [])
+        for volume, k, image, classes, xy in images.of_study(study, here):
+            inside = ((xy >= 0) & (xy <= limits)).all(axis=1)
+            outside += int((~inside).sum())
+            if not inside.any():
+                continue
+            name = f"{study_id}_{volume.series_id}_{volume.block}_{int(volume.instance_numbers[k])}"
+            Image.fromarray(image).save(out_dir / "images" / f"{name}.png")
+            lines = _label_lines(classes[inside], xy[inside], images.box_px, images.shape_px)
+            (out_dir / "labels" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+            names.append(f"./images/{name}.png")
+    return located, written, outside, left_out
+
+
+def _write_lists(out_dir, written, fold_of):
+    """Write the lists of images to train on and to hold out, for each fold. written: dict study_id -> images."""
+    for fold in sorted(set(fold_of.values())):
+        for part in ("train", "val"):
+            names = [
+                name
+                for study_id, own in written.items()
+                if (fold_of[study_id] == fold) == (part == "val")
+                for name in own
+            ]
+            write_text(out_dir / f"{part}_{fold}.txt", "\n".join(sorted(names)) + "\n")
 
 
 def _content(points, fold_of, paths):
@@ -369,7 +398,7 @@ def _label_lines(classes, xy, side_px, shape_px):
     return list(dict.fromkeys(lines))
 
 
-def fit_point_offsets(points, boxes):
+def fit_point_offsets(points: pd.DataFrame, boxes: Mapping[int, Sequence[LevelBox]]) -> dict[str, Any] | None:
     """Where a detector's label points lie relative to the located levels.
 
     points: points.csv of write_yolo_dataset; boxes: dict study_id -> list of five LevelBox. Returns
@@ -377,14 +406,14 @@ def fit_point_offsets(points, boxes):
     lateral counted towards the point's own side. Points more than 40 mm from their box are left out (wrong level
     names exist). Returns None with fewer than 10 usable points.
     """
-    offsets = []
+    found = []
     for row in points.itertuples():
         if int(row.study_id) not in boxes:
             continue
         box = boxes[int(row.study_id)][int(row.level)]
         head, left, back = box.from_lps([row.x_mm, row.y_mm, row.z_mm])
-        offsets.append((head, left * _side_sign(int(row.condition)), back))
-    offsets = np.array(offsets).reshape(-1, 3)
+        found.append((head, left * _side_sign(int(row.condition)), back))
+    offsets = np.array(found).reshape(-1, 3)
     offsets = offsets[np.linalg.norm(offsets, axis=1) < 40]
     if len(offsets) < 10:
         return None

@@ -1,18 +1,26 @@
 """The three detectors as one member.
 
-May use: member, detector, detector_weights, names, problems.
+May use: member, detector, detector_data, detector_weights, data, names, problems,
+weights.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from ..data.geometry import LevelBox
+from ..data.volume import Study
 from ..names import CONDITIONS, DETECTION_COLUMNS, DETECTORS, LEVELS
 from ..problems import Kind, Problem
-from .detector import dense_scores, load_yolo, yolo_studies, yolo_views
-from .detector_weights import read_detector_about
+from ..weights import Stated
+from .detector import YoloDetector, dense_scores, load_yolo, yolo_studies, yolo_views
+from .detector_data import SeverityImages
+from .detector_weights import _REMEDY, read_detector_about
 from .member import Member, Prediction, Training, Weights, free_memory, silence, together_or_alone
 
 FEW_PATCHES = 4  # that go through a detector together where memory is short
@@ -41,24 +49,26 @@ class Detectors(Member):
     parts = tuple(f"yolo_{condition}" for condition in DETECTORS)
     trainings = (_training("ss", 200, EPOCHS=4, BATCH=8), _training("nfn", 180), _training("scs", 120))
 
-    def read_about(self, path):
-        return read_detector_about(path)
+    def read_about(self, path: Path) -> Mapping[str, Any]:
+        about = read_detector_about(path)
+        Stated(path, about, _REMEDY).choice("scheme", (SeverityImages.scheme,), optional=True)
+        return about
 
-    def load(self, path, device):
+    def load(self, path: Path, device: str) -> Weights:
         detector = load_yolo(path, device)
         return Weights(path.stem, detector, detector.about)
 
-    def is_finished(self, about):
-        return self.is_for_comparison(about) or about.get("calibration") is not None
+    def is_finished(self, about: Mapping[str, Any]) -> bool:
+        return about.get("calibration") is not None
 
-    def is_for_comparison(self, about):
-        return about.get("scheme") == "original"
-
-    def predict(self, inputs, weights, most_views, device):
-        probabilities, problems = [silence() for _ in inputs], [[] for _ in inputs]
+    def predict(
+        self, inputs: Sequence[Any], weights: Sequence[Weights], most_views: int, device: str
+    ) -> list[Prediction]:
+        probabilities = [silence() for _ in inputs]
+        problems: list[list[Problem]] = [[] for _ in inputs]
         studies, boxes = zip(*inputs, strict=True)
         for condition, (description, conditions) in DETECTORS.items():
-            said = [[] for _ in inputs]
+            said: list[list[np.ndarray]] = [[] for _ in inputs]
             for own in [own for own in weights if own.model.condition == condition]:
                 views = self.views(own, most_views)
 
@@ -87,18 +97,17 @@ class Detectors(Member):
                     problems[k].append(Problem(Kind.MEMBER, text, self.name))
         return [Prediction(p, tuple(own)) for p, own in zip(probabilities, problems, strict=True)]
 
-    def draw(self, weights, study, boxes):
+    def draw(self, weights: Sequence[Weights], study: Study, boxes: Sequence[LevelBox]) -> pd.DataFrame:
         """The box that a detector would draw for each place it judges, with its scores: table of DETECTION_COLUMNS.
 
-        Of several folds of one condition the first; none of the original scheme. On every slice within reach of a
-        condition's place at a level this is the anchor with the highest score times the weight that its distance from
-        the place gives it, as in yolo_scores; left out below LEAST_SCORE. x_px and y_px are the box's centre, width_px
-        and height_px its sides, in the slice's pixels; the severities' columns are raw scores, 0 to 1.
+        Of several folds of one condition the first. On every slice within reach of a condition's place at a level this
+        is the anchor with the highest score times the weight that its distance from the place gives it, as in
+        yolo_scores; left out below LEAST_SCORE. x_px and y_px are the box's centre, width_px and height_px its sides,
+        in the slice's pixels; the severities' columns are raw scores, 0 to 1.
         """
-        chosen = {}
+        chosen: dict[str, YoloDetector] = {}
         for own in weights:
-            if not own.model.original:
-                chosen.setdefault(own.model.condition, own.model)
+            chosen.setdefault(own.model.condition, own.model)
         rows = [row for detector in chosen.values() for row in _drawn(detector, study, boxes)]
         return pd.DataFrame(rows, columns=DETECTION_COLUMNS)
 

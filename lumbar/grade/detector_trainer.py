@@ -8,6 +8,7 @@ May use: distributed, weights, storage, names.
 
 import random
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -33,16 +34,16 @@ class PatchDataset(YOLODataset):
     changed since, and it may lie where nothing can be written.
     """
 
-    def get_labels(self):
+    def get_labels(self) -> list[dict]:
         with patch.multiple(ultralytics_dataset, load_dataset_cache_file=_no_cache, save_dataset_cache_file=_keep):
             return super().get_labels()
 
     @property
-    def npy_files(self):
+    def npy_files(self) -> list[Path]:
         return [Path(file) / "absent" for file in self.im_files]  # below a file there is none
 
     @npy_files.setter
-    def npy_files(self, paths):
+    def npy_files(self, paths: list[Path]) -> None:
         pass
 
 
@@ -71,9 +72,14 @@ class PatchTrainer(DetectionTrainer):
     that file on to all its processes.
     """
 
-    bar = None
+    bar: Any = None
+    data: Any  # ultralytics sets these; their types there are None's
+    ema: Any
+    metrics: Any
+    model: Any
+    optimizer: Any
 
-    def build_dataset(self, img_path, mode="train", batch=None):
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> PatchDataset:
         return PatchDataset(
             img_path=img_path,
             imgsz=self.args.imgsz,
@@ -96,7 +102,7 @@ class PatchTrainer(DetectionTrainer):
         end_with_parent()  # where time_limit ends the notebook, torchrun is killed, and these would go on writing
         super()._setup_ddp()
 
-    def build_optimizer(self, *arguments, **named):
+    def build_optimizer(self, *arguments: Any, **named: Any) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(*arguments, **named)
         if self.device.type == "cpu" and isinstance(optimizer, torch.optim.AdamW):
             for group in optimizer.param_groups:  # one pass over a tensor in place of a dozen
@@ -114,7 +120,7 @@ class PatchTrainer(DetectionTrainer):
         elif self.data.get("initial_weights"):
             start_from(self.data["initial_weights"], unwrap_model(self.model), self.ema.ema)
 
-    def resume_training(self, ckpt):
+    def resume_training(self, ckpt: Any) -> None:
         """Continue after the last epoch whose state was written, without a checkpoint of ultralytics'."""
         self._saved = read_checkpoint(self.data["state"])
         if self._saved is not None:
@@ -122,7 +128,7 @@ class PatchTrainer(DetectionTrainer):
             super().resume_training(self._saved["rest"] | {"epoch": self._saved["epoch"]})
             self.resume = False  # of this process alone
 
-    def run_callbacks(self, event):
+    def run_callbacks(self, event: str) -> None:
         super().run_callbacks(event)
         if event == "on_train_epoch_start":
             self._seed_epoch()
@@ -149,9 +155,9 @@ class PatchTrainer(DetectionTrainer):
         self.train_loader.reset()  # workers take their seeds when they start
         self.train_loader.generator.manual_seed(seed)
 
-    def save_model(self):
+    def save_model(self) -> bool:
         """Write the exact state in place of ultralytics' checkpoint, which is a pickle."""
-        network = unwrap_model(self.model)
+        network: Any = unwrap_model(self.model)
         state = {
             "epoch": self.epoch,
             "cfg": {key: value for key, value in network.yaml.items() if key != "yaml_file"},  # a path of this machine
@@ -204,7 +210,7 @@ class PatchTrainer(DetectionTrainer):
         self.scheduler.last_epoch = epoch - 1
         return True
 
-    def final_eval(self):
+    def final_eval(self) -> None:
         """Nothing: ultralytics would look at the validation images once more, and rewrite last.pt."""
 
 
@@ -213,7 +219,7 @@ def _plain(value):
     return value.item() if hasattr(value, "item") else value
 
 
-def start_from(path, *networks):
+def start_from(path: str | Path, *networks: torch.nn.Module) -> None:
     """Copy the tensors of a weights file that fit into the networks."""
     given, _ = read_weights(path, "metadata", "give the file of a detector to start from, or none")
     for network in networks:

@@ -5,12 +5,15 @@ May use: detector_weights, detector_data, storage, names, detector_trainer, weig
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
-from ..storage import DamagedFile, read_checkpoint, read_json, write_json
+from ..storage import DamagedFile, read_checkpoint, read_json, write_json, write_text
 from ..weights import read_weights
 from .detector_weights import (
     _REMEDY,
@@ -45,12 +48,9 @@ YOLO_SETTINGS = {
     "auto_augment": None,
     "patience": 0,
 }
-# ultralytics' usual flip, which the original scheme left on. It is wrong there: the picture changes sides, the class
-# names do not, so that half of all axial examples teach the other side. Kept, because this is what is compared.
-ORIGINAL_SETTINGS = {"fliplr": 0.5}
 
 
-def yolo_device(device, batch):
+def yolo_device(device: str | None, batch: int) -> str:
     """ultralytics' name of a device: "cpu", or numbers of GPUs, "0" or "0,1". None or "auto": all GPUs, if there are
     any, as far as each gets an image of the batch. With several, ultralytics starts a process for each, which takes its
     share of the batch."""
@@ -60,49 +60,53 @@ def yolo_device(device, batch):
 
 
 def train_yolo(
-    dataset_dir,
-    condition,
-    fold,
-    out_dir,
-    model="yolov10x.yaml",
-    width=None,
-    epochs=100,
-    batch=16,
-    seed=0,
-    device="auto",
-    workers=4,
-    initial_weights=None,
-    point_offsets=None,
-    prior=None,
-    settings=None,
-):
-    """Train one detector on one fold from random (or given) weights and write yolo_<condition>_<fold>.safetensors.
-
-    dataset_dir: of write_yolo_dataset. model: name of an ultralytics description; width: other width factor (None =
-    the description's). initial_weights: a file of this function to start from (shapes that differ are skipped).
-    point_offsets: result of fit_point_offsets, prior: (5, 5, 3) of class_prior; both are kept with the weights.
-    settings: changes to YOLO_SETTINGS (ultralytics' names). device: of yolo_device.
+    dataset_dir: str | Path,
+    condition: str,
+    fold: int,
+    out_dir: str | Path,
+    model: str = "yolov10x.yaml",
+    width: float | None = None,
+    epochs: int = 100,
+    batch: int = 16,
+    seed: int = 0,
+    device: str | None = "auto",
+    workers: int = 4,
+    initial_weights: str | Path | None = None,
+    point_offsets: Mapping[str, Any] | None = None,
+    prior: ArrayLike | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Train one detector on one fold and write out_dir/yolo_<condition>_<fold>.safetensors. Returns its path.
 
     A killed run continues with its last finished epoch when called again with the same arguments, and ends as it would
     have ended (see PatchTrainer); a finished one returns at once. What is shipped are the averaged (EMA) weights of the
     last epoch: mAP on a handful of validation studies is no good guide to log loss. What an unfinished training needs
-    is in out_dir/setup_<condition>_<fold>, without a pickle. Returns the path of the weights.
-    Raises FileNotFoundError without a data set or an empty training list, ValueError for an unknown model, or initial
-    weights that cannot be used.
+    is in out_dir/setup_<condition>_<fold>, without a pickle.
+
+    Parameters
+    ----------
+    dataset_dir : path
+        Of write_yolo_dataset.
+    model, width
+        Name of a description that ultralytics ships, and a width factor in place of its own.
+    device : str, optional
+        Of yolo_device.
+    initial_weights : path, optional
+        A file of this function to start from; tensors whose shapes differ are skipped. None: random weights.
+    point_offsets, prior
+        Of fit_point_offsets, and (5, 5, 3) of class_prior: kept with the weights.
+    settings : dict, optional
+        Changes to YOLO_SETTINGS, by ultralytics' names.
+
+    Raises
+    ------
+    FileNotFoundError
+        No data set, or an empty list of images.
+    ValueError
+        An unknown model, or initial weights that cannot be used.
     """
     dataset_dir, out_dir = Path(dataset_dir).resolve(), Path(out_dir).resolve()
-    if not (dataset_dir / "dataset.json").exists():
-        raise FileNotFoundError(
-            f"{dataset_dir}: no dataset.json, the data set is missing or unfinished; run 01_preprocess"
-        )
-    info = read_json(dataset_dir / "dataset.json", "run 01_preprocess again")
-    for part in ("train", "val"):
-        listing = dataset_dir / f"{part}_{fold}.txt"
-        if not listing.exists() or not listing.read_text().strip():
-            raise FileNotFoundError(f"{listing}: no images in this list; folds of the data set: {info['folds']}")
-    device = yolo_device(device, batch)
-    scheme = info.get("scheme", "severity")
-    chosen = YOLO_SETTINGS | (ORIGINAL_SETTINGS if scheme == "original" else {}) | (settings or {})
+    info = _read_dataset(dataset_dir, fold)
     arguments = {
         "dataset": info,
         "fold": int(fold),
@@ -111,7 +115,7 @@ def train_yolo(
         "epochs": int(epochs),
         "batch": int(batch),
         "seed": int(seed),
-        "settings": chosen,
+        "settings": YOLO_SETTINGS | dict(settings or {}),
         "initial_weights": None if initial_weights is None else str(initial_weights),
     }
     weights = out_dir / f"yolo_{condition}_{fold}.safetensors"
@@ -120,71 +124,112 @@ def train_yolo(
     find_yolo_description(model)
     if initial_weights is not None:
         read_weights(initial_weights, "metadata", _REMEDY)  # unusable ones end here, not in a process for each GPU
-    out_dir.mkdir(parents=True, exist_ok=True)
-    prepare_ultralytics(out_dir / "ultralytics")
     run = out_dir / f"run_{condition}_{fold}"
     # Not in the run's own folder: ultralytics empties that before it starts processes for several GPUs.
     setup = out_dir / f"setup_{condition}_{fold}"
-    begun, state = setup / "arguments.json", setup / "state.pt"
-    if not _holds(begun, json.loads(json.dumps(arguments))):
+    saved = _begin(run, setup, arguments)
+    if saved is None or saved["epoch"] + 1 < int(epochs):
+        data = _describe_data(setup, dataset_dir, arguments, f"yolo {condition} fold {fold}")
+        saved = _train_on(data, run, setup, arguments, yolo_device(device, batch), workers)
+    # Half the size and exact enough; nothing is beyond what half precision holds but what would round to infinity.
+    averaged = {k: v.half().nan_to_num() if v.is_floating_point() else v for k, v in saved["ema"].items()}
+    _write_yolo(weights, averaged, _metadata(condition, saved["cfg"], arguments, point_offsets, prior))
+    shutil.rmtree(run / "weights", ignore_errors=True)  # ultralytics makes it and nothing is in it
+    (setup / "state.pt").unlink()
+    return weights
+
+
+def _read_dataset(folder, fold):
+    """dataset.json of a data set that has images to train on and to hold out in this fold. Raises FileNotFoundError."""
+    if not (folder / "dataset.json").exists():
+        raise FileNotFoundError(f"{folder}: no dataset.json, the data set is missing or unfinished; run 01_preprocess")
+    info = read_json(folder / "dataset.json", "run 01_preprocess again")
+    for part in ("train", "val"):
+        listing = folder / f"{part}_{fold}.txt"
+        if not listing.exists() or not listing.read_text().strip():
+            raise FileNotFoundError(f"{listing}: no images in this list; folds of the data set: {info['folds']}")
+    return info
+
+
+def _begin(run, setup, arguments):
+    """Make the folders of a training ready, and empty unless they are of one with the same arguments.
+
+    Returns the state in which that one was left (of PatchTrainer), None without a readable one.
+    """
+    setup.parent.mkdir(parents=True, exist_ok=True)
+    prepare_ultralytics(setup.parent / "ultralytics")
+    if not _holds(setup / "arguments.json", json.loads(json.dumps(arguments))):
         shutil.rmtree(run, ignore_errors=True)
         shutil.rmtree(setup, ignore_errors=True)
         setup.mkdir()
-        write_json(begun, arguments)
-    # Absolute paths are written here, not with the data set, so that a moved data set still trains.
-    data_yaml = setup / f"data_{fold}.yaml"
-    data_yaml.write_text(
-        json.dumps(
-            {
-                "path": str(dataset_dir),
-                "train": str(dataset_dir / f"train_{fold}.txt"),
-                "val": str(dataset_dir / f"val_{fold}.txt"),
-                "nc": len(info["names"]),
-                "channels": 1,
-                "names": dict(enumerate(info["names"])),
-                "initial_weights": arguments["initial_weights"] and str(Path(initial_weights).resolve()),
-                "state": str(state),
-                "title": f"yolo {condition} fold {fold}",
-            }
-        )
-    )
-    saved = read_checkpoint(state)
+        write_json(setup / "arguments.json", arguments)
+    saved = read_checkpoint(setup / "state.pt")
     if saved is None:
-        state.unlink(missing_ok=True)
-    if saved is None or saved["epoch"] + 1 < int(epochs):
-        overrides = {
-            "task": "detect",
-            "mode": "train",
-            "model": _yolo_model_yaml(model, width, setup),
-            "data": str(data_yaml),
-            "imgsz": info["imgsz"],
-            "epochs": int(epochs),
-            "batch": int(batch),
-            "nbs": int(batch),
-            "seed": int(seed),
-            "device": device,
-            "workers": 0 if device == "cpu" else workers,
-            "cache": "ram",
-            "amp": device != "cpu",
-            "pretrained": False,
-            "plots": False,
-            "verbose": False,
-            "project": str(out_dir),
-            "name": run.name,
-            "exist_ok": True,
-            "val": device != "cpu",
-            **chosen,
-        }
-        from .detector_trainer import PatchTrainer
+        (setup / "state.pt").unlink(missing_ok=True)
+    return saved
 
-        PatchTrainer(overrides=overrides).train()
-        saved = read_checkpoint(state)
-    metadata = {
+
+def _describe_data(setup, dataset_dir, arguments, title):
+    """Write the description of the data that ultralytics and PatchTrainer read. Returns its path.
+
+    Absolute paths are written here, not with the data set, so that a moved data set still trains.
+    """
+    fold, names, initial = (arguments[name] for name in ("fold", "dataset", "initial_weights"))
+    description = {
+        "path": str(dataset_dir),
+        "train": str(dataset_dir / f"train_{fold}.txt"),
+        "val": str(dataset_dir / f"val_{fold}.txt"),
+        "nc": len(names["names"]),
+        "channels": 1,
+        "names": dict(enumerate(names["names"])),
+        "initial_weights": initial and str(Path(initial).resolve()),
+        "state": str(setup / "state.pt"),
+        "title": title,
+    }
+    return write_text(setup / f"data_{fold}.yaml", json.dumps(description))
+
+
+def _train_on(data, run, setup, arguments, device, workers):
+    """Let ultralytics train, or continue, on the described data. Returns the state that PatchTrainer left."""
+    from .detector_trainer import PatchTrainer
+
+    cpu = device == "cpu"
+    overrides = {
+        "task": "detect",
+        "mode": "train",
+        "model": _yolo_model_yaml(arguments["model"], arguments["width"], setup),
+        "data": str(data),
+        "imgsz": arguments["dataset"]["imgsz"],
+        "epochs": arguments["epochs"],
+        "batch": arguments["batch"],
+        "nbs": arguments["batch"],
+        "seed": arguments["seed"],
+        "device": device,
+        "workers": 0 if cpu else workers,
+        "cache": "ram",
+        "amp": not cpu,
+        "pretrained": False,
+        "plots": False,
+        "verbose": False,
+        "project": str(run.parent),
+        "name": run.name,
+        "exist_ok": True,
+        "val": not cpu,
+        **arguments["settings"],
+    }
+    PatchTrainer(overrides=overrides).train()
+    return read_checkpoint(setup / "state.pt")
+
+
+def _metadata(condition, cfg, arguments, point_offsets, prior):
+    """What a weights file says of itself; cfg: ultralytics' description of the network."""
+    info = arguments["dataset"]
+    return {
         "kind": "yolo",
         "condition": condition,
-        "fold": int(fold),
-        "cfg": saved["cfg"],
-        "scheme": scheme,
+        "fold": arguments["fold"],
+        "cfg": cfg,
+        "scheme": info.get("scheme", "severity"),
         "names": info["names"],
         "channels": 1,
         "shape_px": info["shape_px"],
@@ -197,12 +242,6 @@ def train_yolo(
         "arguments": arguments,
         "licence": "AGPL-3.0 (ultralytics)",
     }
-    # Half the size and exact enough; nothing is beyond what half precision holds but what would round to infinity.
-    averaged = {k: v.half().nan_to_num() if v.is_floating_point() else v for k, v in saved["ema"].items()}
-    _write_yolo(weights, averaged, metadata)
-    shutil.rmtree(run / "weights", ignore_errors=True)  # ultralytics makes it and nothing is in it
-    state.unlink()
-    return weights
 
 
 def _arguments_of(weights):

@@ -9,12 +9,14 @@ import shutil
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from ..storage import open_tensors, write_tensors
 from ..weights import read_settled
 
 
-def prepare_ultralytics(config_dir):
+def prepare_ultralytics(config_dir: str | Path) -> ModuleType:
     """Set the environment under which ultralytics never tries the network, then import and return it.
 
     config_dir: a writable folder for its settings and font. Must be called before any other import of ultralytics
@@ -45,7 +47,7 @@ def prepare_ultralytics(config_dir):
     return ultralytics
 
 
-def find_yolo_description(model):
+def find_yolo_description(model: str) -> Path:
     """Path of a model description that ultralytics ships, by its name (yolov10x.yaml; for families with one file for
     all sizes that file). Raises ValueError for other names: weights can only be loaded of networks that are known."""
     model = str(model)
@@ -98,7 +100,7 @@ def _write_yolo(path, state, metadata):
     write_tensors(path, state, "metadata", metadata)
 
 
-def read_detector_about(path):
+def read_detector_about(path: str | Path) -> dict[str, Any]:
     """What a detector's weights file says of itself: dict. Raises DamagedFile, FileNotFoundError."""
     with open_tensors(path, "metadata", _REMEDY, whose="a detector's") as (about, _):
         return about | read_settled(path)

@@ -10,14 +10,14 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 
-def processes_for(processes, device="auto"):
+def processes_for(processes: int, device: str = "auto") -> int:
     """How many processes to train with: 0 -> one for each GPU (one, where a certain device is asked for).
 
     Raises ValueError on a negative number, or on more than one for each GPU.
@@ -30,7 +30,7 @@ def processes_for(processes, device="auto"):
     return processes or max(1, gpus)
 
 
-def bytes_of(item):
+def bytes_of(item: Any) -> int:
     """The bytes of all tensors and arrays in a data set's item, however they are nested."""
     if isinstance(item, dict):
         return sum(bytes_of(value) for value in item.values())
@@ -44,7 +44,7 @@ _SHARED_MEMORY = "/dev/shm"
 
 
 @contextmanager
-def loader_memory(workers, batch_bytes=0):
+def loader_memory(workers: int, batch_bytes: int = 0) -> Iterator[None]:
     """Say in words where loader processes lack shared memory: before they start, and when they die of it.
 
     workers: loader processes, of all that train; batch_bytes: of a batch, which each of them holds in shared memory.

@@ -1,22 +1,27 @@
 """Members combined: shares by condition, scaling, what each step gains on studies that it was not fitted on.
 
 Members are combined in three steps, each fitted on out-of-fold predictions under the competition's own terms and each
-pulled to doing nothing: weights per group of conditions; temperature, class bias and a share of the prior per group;
-and a correction of each cell's log odds by those of its neighbours. cross_validate_ensemble says what each step gains.
+regularised towards the identity: weights per group of conditions; temperature, class bias and a share of the prior per
+group; and a correction of each cell's log odds by those of its neighbours. cross_validate_ensemble says what each step
+gains.
 
 May use: stacker, tables, registry, data, storage, names.
 """
 
-import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
+from scipy.special import softmax
 
 from ..data.competition import class_prior, to_submission
 from ..data.metric import paired_gain, score_arrays
 from ..data.tables import read_labels
 from ..names import GROUPS
+from ..storage import read_json
 from .registry import MEMBERS, by_member, member_weights
 from .stacker import (
     FLOOR_UNIT,
@@ -24,7 +29,6 @@ from .stacker import (
     WEIGHT_SHARE,
     _deal,
     _log_probabilities,
-    _softmax,
     _Target,
     apply_stacker,
     fit_stacker,
@@ -51,7 +55,7 @@ def default_share(member: str) -> float:
     return MEMBERS[member].share if member in MEMBERS else 0.1
 
 
-def default_ensemble(members=MEMBERS):
+def default_ensemble(members: Iterable[str] = MEMBERS) -> dict[str, Any]:
     """The ensemble without out-of-fold predictions: default weights, no calibration."""
     return {
         "weights": {group: {m: default_share(m) for m in members} for group in GROUPS},
@@ -62,7 +66,7 @@ def default_ensemble(members=MEMBERS):
     }
 
 
-def equal_ensemble(members):
+def equal_ensemble(members: Collection[str]) -> dict[str, Any]:
     """The ensemble that trusts all members alike: no weights, no calibration."""
     return default_ensemble(members) | {
         "weights": {group: {m: 1 / len(members) for m in members} for group in GROUPS},
@@ -70,7 +74,9 @@ def equal_ensemble(members):
     }
 
 
-def combine_members(predictions, ensemble, prior):
+def combine_members(
+    predictions: Mapping[str, ArrayLike], ensemble: Mapping[str, Any], prior: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Weighted mean of log probabilities, calibrated per group of conditions; then the stacker, if there is one.
 
     Per group p = (1 - floor) softmax(sum of w_m log p_m / temperature + bias) + floor prior: the share of the prior is
@@ -91,15 +97,15 @@ def combine_members(predictions, ensemble, prior):
     log_p, there = _log_probabilities([predictions[m] for m in members])
     prior = np.asarray(prior, np.float64) / np.sum(prior, -1, keepdims=True)
     result = np.empty(log_p.shape[1:])
-    for group, conditions in GROUPS.items():
-        conditions = list(conditions)
+    for group, members_of_group in GROUPS.items():
+        conditions = list(members_of_group)
         weight = np.array([ensemble["weights"][group].get(m, 0.0) for m in members])
         weight = weight[:, None, None, None] * there[:, :, conditions]
         # Members of weight 0 still help where they are all there is.
         weight = np.where(weight.sum(0) > 0, weight, there[:, :, conditions].astype(np.float64))
         mean = (weight[..., None] * log_p[:, :, conditions]).sum(0) / np.maximum(weight.sum(0), 1e-12)[..., None]
         logits = mean / ensemble["temperature"][group] + np.asarray(ensemble["bias"][group])
-        result[:, conditions] = _softmax(logits)
+        result[:, conditions] = softmax(logits, -1)
         floor = ensemble.get("floor", {}).get(group, 0.0)
         if floor:
             result[:, conditions] = (1 - floor) * result[:, conditions] + floor * prior[conditions]
@@ -110,7 +116,7 @@ def combine_members(predictions, ensemble, prior):
     return result, count
 
 
-def member_alone(predictions, prior):
+def member_alone(predictions: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """A member's own probabilities, rows that sum to 1, and the prior where it has nothing to say: as it would be
     submitted by itself, its zeros included. predictions: (n, 5, 5, 3), NaN where absent; prior: (5, 5, 3)."""
     _, (there,) = _log_probabilities([predictions])
@@ -121,16 +127,24 @@ def member_alone(predictions, prior):
 # ---- Weights, temperature, bias, floor ----
 
 
-def fit_ensemble(labels, tables, strength=STRENGTH, members=MEMBERS, towards="defaults", scaling=True, stacker=True):
+def fit_ensemble(
+    labels: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
+    strength: float = STRENGTH,
+    members: Collection[str] = MEMBERS,
+    towards: str = "defaults",
+    scaling: bool = True,
+    stacker: bool = True,
+) -> dict[str, Any]:
     """Weights, temperature, class bias and floor per group from out-of-fold predictions; then a stacker.
 
     labels: train.csv's wide form; tables: dict member -> submission-like DataFrame (any rows may be missing).
     The competition's own terms are minimised (canal together with any-severe), plus a penalty of `strength` over the
-    number of studies that pulls toward the start: a few dozen studies must not decide alone.
-    members: the order of the names; others follow. towards: "defaults" (DEFAULT_WEIGHTS) or "equal", the weights that
-    the penalty pulls to. scaling: whether temperature, bias and floor are tried, stacker: whether fit_stacker is: both
-    are kept only in groups where cross-validation within these studies says that they gain (scaling: with
-    SCALING_STUDIES or more always).
+    number of studies that keeps them near the start: a few dozen studies must not decide alone.
+    members: the order of the names; others follow. towards: "defaults" (default_share) or "equal", the weights that
+    the penalty regularises towards. scaling: whether temperature, bias and floor are tried, stacker: whether
+    fit_stacker is: both are kept only in groups where cross-validation within these studies says that they gain
+    (scaling: with SCALING_STUDIES or more always).
     Returns a dict like default_ensemble's, with the scores before and after in `found`, and `stacker` where it gains.
     Deterministic, whatever the order of the rows. Raises ValueError on tables that check_predictions refuses, and on
     one that predicts none of the labelled studies.
@@ -220,7 +234,7 @@ def _fit_group(log_p, there, prior, target, start, strength, scaling):
         share /= np.maximum(share.sum(0), 1e-12)
         mean = np.einsum("mncl,mnclk->nclk", share, log_p)
         cold, floor = np.exp(-values[count]), FLOOR_UNIT * values[-1]
-        p = _softmax(mean * cold + np.array([0.0, *values[count + 1 : -1]]))
+        p = softmax(mean * cold + np.array([0.0, *values[count + 1 : -1]]), -1)
         mixed = (1 - floor) * p + floor * prior
         value, by_log = target.loss(np.log(mixed))
         by_floor = (by_log * (prior - p) / mixed).sum()
@@ -251,7 +265,14 @@ def _fit_group(log_p, there, prior, target, start, strength, scaling):
 # ---- What the search really gains ----
 
 
-def cross_validate_ensemble(labels, tables, folds, strength=STRENGTH, members=MEMBERS, towards="defaults"):
+def cross_validate_ensemble(
+    labels: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
+    folds: pd.DataFrame,
+    strength: float = STRENGTH,
+    members: Collection[str] = MEMBERS,
+    towards: str = "defaults",
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """Nested cross-validation of the whole search: everything is fitted on the other folds, scored on this one.
 
     labels: train.csv's wide form; tables: dict member -> out-of-fold submission (any rows may be missing, as may
@@ -310,7 +331,12 @@ def _variants(grades, predictions, *options):
     return {name: (names, ensemble) for name, ensemble in zip(VARIANTS, fitted, strict=True)}
 
 
-def combine_tables(tables, ensemble, prior, study_ids=None):
+def combine_tables(
+    tables: Mapping[str, pd.DataFrame],
+    ensemble: Mapping[str, Any],
+    prior: np.ndarray,
+    study_ids: Sequence[int] | None = None,
+) -> pd.DataFrame:
     """Members' predictions of the same split -> the ensemble's, a complete submission.
 
     tables: dict member -> submission-like DataFrame, as of align_members; any rows may be missing in some. prior:
@@ -324,7 +350,7 @@ def combine_tables(tables, ensemble, prior, study_ids=None):
     return to_submission(study_ids, combine_members(align_members(study_ids, tables), ensemble, prior)[0])
 
 
-def ensemble_for(folders, data, members=MEMBERS):
+def ensemble_for(folders: Sequence[str | Path], data: str | Path, members: Collection[str] = MEMBERS) -> dict[str, Any]:
     """The ensemble's weights: an ensemble.json that lies with the weights (05_inference writes one, keep it there);
     else fitted on the oof.csv files that lie there and data/train.csv; else the defaults. See fit_ensemble.
 
@@ -335,9 +361,10 @@ def ensemble_for(folders, data, members=MEMBERS):
     members = [m for m in MEMBERS if m in members]
     attached = [m for m in by_member(member_weights(folders)[0]) if m in members]
     for folder in folders:
-        if (Path(folder) / "ensemble.json").is_file():
-            print(f"the ensemble's weights are those of {Path(folder) / 'ensemble.json'}")
-            return _with_default_shares(json.loads((Path(folder) / "ensemble.json").read_text()), attached)
+        path = Path(folder) / "ensemble.json"
+        if path.is_file():
+            print(f"the ensemble's weights are those of {path}")
+            return _with_default_shares(read_json(path, "delete it, or take that of a finished 05_inference"), attached)
     tables = {m: t for m, t in read_out_of_fold(folders, verbose=False).items() if m in members}
     labels = Path(data) / "train.csv"
     if not tables or not labels.is_file():

@@ -3,7 +3,7 @@
 A new member is a module with a Member in it, one line in registry.py, and a notebook (or a parameter of one) that
 trains it and writes its weights, `oof.csv` and `history.csv`.
 
-May use: storage, problems, names.
+May use: data, storage, problems, names.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from ..data.geometry import LevelBox
+from ..data.volume import Study
 from ..names import CONDITIONS, LEVELS, SEVERITIES
 from ..problems import Problem
 
@@ -82,7 +85,8 @@ class Member(ABC):
 
     @abstractmethod
     def read_about(self, path: Path) -> Mapping[str, Any]:
-        """What a weights file says of itself. Raises DamagedFile or OSError."""
+        """What a weights file says of itself. Raises OSError, and DamagedFile also for a kind of network that is none
+        of the member's."""
 
     @abstractmethod
     def load(self, path: Path, device: str) -> Weights:
@@ -92,16 +96,12 @@ class Member(ABC):
         """False for weights that a training has written and not settled yet."""
         return True
 
-    def is_for_comparison(self, about: Mapping[str, Any]) -> bool:
-        """True for weights that were trained as others do it: they stand only where there are no other ones."""
-        return False
-
     def views(self, weights: Weights, most: int = -1) -> list[dict]:
         """Its test-time views that paid in training, the plain one first: at most `most` where that is not -1."""
         known = list(weights.about.get("views") or [{}])
         return known if most < 0 else known[:most]
 
-    def prepare(self, study, boxes, weights: Sequence[Weights], device: str) -> Any:
+    def prepare(self, study: Study, boxes: Sequence[LevelBox] | None, weights: Sequence[Weights], device: str) -> Any:
         """Inputs of one study, made ahead of time in another thread. Never raises because of the study.
 
         study: normalised Study with volumes; boxes: five LevelBoxes, or None where no level could be placed.
@@ -118,7 +118,7 @@ class Member(ABC):
         Results do not depend on batch composition, up to rounding.
         """
 
-    def draw(self, weights: Sequence[Weights], study, boxes):
+    def draw(self, weights: Sequence[Weights], study: Study, boxes: Sequence[LevelBox]) -> pd.DataFrame | None:
         """What it sees where, as a table of look.viewer.DETECTION_COLUMNS; None for a member that draws no boxes."""
         return None
 

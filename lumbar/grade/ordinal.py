@@ -3,16 +3,19 @@
 May use: names.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from spacecutter.models import LogisticCumulativeLink
 from torch import nn
 
 from ..names import SEVERITY_WEIGHTS
 
 
-def cumulative_log_probabilities(score, cutpoints):
+def cumulative_log_probabilities(score: torch.Tensor, cutpoints: torch.Tensor) -> torch.Tensor:
     """Log probabilities of ordered classes from one logit each, all heads at once.
 
     score: (...,) float; cutpoints: (..., K - 1) ascending, broadcast against score. Returns (..., K) float32 log p.
@@ -28,7 +31,9 @@ def cumulative_log_probabilities(score, cutpoints):
     return torch.cat([first, middle, last], -1)
 
 
-def weighted_losses(log_probabilities, grades, share=None):
+def weighted_losses(
+    log_probabilities: torch.Tensor, grades: torch.Tensor, share: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of w * nll, sum of w), scalar tensors float32: what losses over several batches are put together from.
 
     log_probabilities: (..., 3); grades: (...) int64, -1 = missing label, weighs nothing; share: broadcast against
@@ -59,13 +64,13 @@ class CumulativeHeads(nn.Module):
         Class probabilities at score 0, so that training starts from the class prior. `shape` is that of the heads.
     """
 
-    def __init__(self, prior: np.ndarray):
+    def __init__(self, prior: ArrayLike) -> None:
         super().__init__()
-        prior = torch.as_tensor(np.asarray(prior), dtype=torch.float64)
-        first, second = torch.logit(prior.cumsum(-1)[..., :-1].clamp(1e-4, 1 - 1e-4)).unbind(-1)
+        start = torch.as_tensor(np.asarray(prior), dtype=torch.float64)
+        first, second = torch.logit(start.cumsum(-1)[..., :-1].clamp(1e-4, 1 - 1e-4)).unbind(-1)
         cutpoints = torch.stack([first, torch.maximum(second, first + MARGIN)], -1).float()
-        self.shape = prior.shape[:-1]
-        self.links = nn.ModuleList(LogisticCumulativeLink(prior.shape[-1]) for _ in range(self.shape.numel()))
+        self.shape = start.shape[:-1]
+        self.links: Any = nn.ModuleList(LogisticCumulativeLink(start.shape[-1]) for _ in range(self.shape.numel()))
         for link, cut in zip(self.links, cutpoints.view(-1, 2), strict=True):
             link.cutpoints = nn.Parameter(cut.clone())
 

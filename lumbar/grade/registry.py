@@ -33,10 +33,8 @@ def member_weights(folders: Iterable[str | Path]) -> tuple[dict[str, Path], list
 
     - unfinished weights are left out: beside a checkpoint, where a training writes each better epoch, and those that
       the member says are not settled yet, such as a detector that 03 has not calibrated;
-    - those trained for comparison, as other solutions have them, where there are any of the kit's own of that part of
-      the member. Attached alone they stand;
-    - all but the first of one fold, in the order of the folders; one that cannot be read comes last, and where it is
-      all there is loading it says what is wrong.
+    - all but the first of one fold, in the order of the folders; one that the member cannot use comes last, and where
+      it is all there is loading it says what is wrong.
 
     Parameters
     ----------
@@ -48,25 +46,21 @@ def member_weights(folders: Iterable[str | Path]) -> tuple[dict[str, Path], list
     tuple
         dict name (such as yolo_scs_0, in order) -> path, and sentences about what is left out, and why.
     """
-    found, left_out = {}, {}
+    found: dict[Path, tuple[Path, Member]] = {}
+    chosen: dict[str, Path] = {}
+    left_out: dict[tuple[str, Path], list[str]] = {}
     for folder in map(Path, folders):
         for path in sorted({*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")}):
-            below = path.relative_to(folder).parts
-            if member_of(path.stem) and "solutions" not in below and not any(".old-" in part for part in path.parts):
-                found.setdefault(path.stem.rpartition("_")[0], {}).setdefault(path.resolve(), path)
-    chosen = {}
-    for paths in found.values():
-        kinds = {path: _kind_of_weights(path) for path in paths.values()}
-        wanted = "comparison" if "comparison" in kinds.values() and "own" not in kinds.values() else "own"
-        for path in sorted(kinds, key=lambda path: kinds[path] == "unreadable"):
-            if kinds[path] not in (wanted, "unreadable"):
-                left_out.setdefault((kinds[path], path.parent), []).append(path.stem)
-            elif chosen.setdefault(path.stem, path) != path:
-                left_out.setdefault((f"already found in {chosen[path.stem].parent}", path.parent), []).append(path.stem)
-    why = {"comparison": "trained for comparison, the kit's own stand", "unfinished": "training has not finished"}
-    sentences = [
-        f"{', '.join(names)} in {folder} left out: {why.get(kind, kind)}" for (kind, folder), names in left_out.items()
-    ]
+            member = member_of(path.stem)
+            if member and not any(".old-" in part for part in path.parts):
+                found.setdefault(path.resolve(), (path, member))
+    kinds = {path: _kind_of_weights(path, member) for path, member in found.values()}
+    for path in sorted(kinds, key=lambda path: kinds[path] == "unusable"):
+        if kinds[path] == "unfinished":
+            left_out.setdefault(("training has not finished", path.parent), []).append(path.stem)
+        elif chosen.setdefault(path.stem, path) != path:
+            left_out.setdefault((f"already found in {chosen[path.stem].parent}", path.parent), []).append(path.stem)
+    sentences = [f"{', '.join(names)} in {folder} left out: {why}" for (why, folder), names in left_out.items()]
     return dict(sorted(chosen.items())), sentences
 
 
@@ -77,13 +71,11 @@ def by_member(chosen: Mapping[str, Path]) -> dict[str, dict[str, Path]]:
     return {member: paths for member, paths in found.items() if paths}
 
 
-def _kind_of_weights(path: Path) -> str:
-    """own, comparison, unfinished or unreadable, see member_weights."""
-    member = member_of(path.stem)
+def _kind_of_weights(path: Path, member: Member) -> str:
+    """finished, unfinished or unusable, see member_weights."""
     try:
         about = member.read_about(path)
     except (OSError, DamagedFile):
-        return "unreadable"
-    if not member.is_finished(about) or path.with_suffix(".checkpoint").is_file():
-        return "unfinished"
-    return "comparison" if member.is_for_comparison(about) else "own"
+        return "unusable"
+    finished = member.is_finished(about) and not path.with_suffix(".checkpoint").is_file()
+    return "finished" if finished else "unfinished"

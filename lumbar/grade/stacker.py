@@ -3,8 +3,13 @@
 May use: data, names.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
+from scipy.special import softmax
 
 from ..data.competition import make_folds
 from ..data.metric import EPS, paired_gain
@@ -26,12 +31,6 @@ OFF_SCALE = 10.0
 OWN_FEATURES = ("own", "level", "worst")  # how the names of a cell's own features begin
 
 
-def _softmax(logits):
-    """(..., 3) -> the same, rows sum to 1."""
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
-
-
 def _log_probabilities(predictions):
     """List of (n, 5, 5, 3), NaN where absent -> (log p (members, n, 5, 5, 3), there (members, n, 5, 5) bool)."""
     stack = np.stack([np.asarray(p, np.float64) for p in predictions])
@@ -50,7 +49,7 @@ class _Target:
     the any-severe term belongs to the loss.
     """
 
-    def __init__(self, grades, spinal):
+    def __init__(self, grades: np.ndarray, spinal: bool) -> None:
         graded, safe = grades >= 0, np.clip(grades, 0, 2)
         self.one_hot = np.eye(3)[safe]
         self.weight = np.where(graded, np.asarray(SEVERITY_WEIGHTS, np.float64)[safe], 0.0)
@@ -59,10 +58,9 @@ class _Target:
         self.any_weight = self.weight.max((1, 2)) if spinal else None
         self.any_true = (grades == 2).any((1, 2)) if spinal else None
 
-    def loss(self, logits):
+    def loss(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
         """logits (n, conditions, 5, 3) -> (the group's term(s) of the metric, its slope by logits, same shape)."""
-        p = np.exp(logits - logits.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
+        p = softmax(logits, -1)
         total = self.weight.sum()
         value = -(self.weight * np.log(np.maximum((p * self.one_hot).sum(-1), EPS))).sum() / total
         slope = (self.weight / total)[..., None] * (p - self.one_hot)
@@ -99,7 +97,9 @@ def _standards(probabilities):
     return {"centre": centre, "spread": spread}
 
 
-def stacker_features(probabilities, standards):
+def stacker_features(
+    probabilities: np.ndarray, standards: Mapping[str, Any]
+) -> dict[str, tuple[list[str], np.ndarray]]:
     """What the stacker sees of each cell: dict group -> (names, (n, conditions of the group, 5, features)).
 
     probabilities: (n, 5, 5, 3); standards: {"centre": {group: (5, 2)}, "spread": {group: (2,)}} of the log odds (at
@@ -140,15 +140,14 @@ def _worst_features(severe):
     and its weights differ: the worst level's share (a sharp softmax, so that two alike share it), the same times how
     much likelier "any" is than that level by itself (levels taken as independent), and times its own log odds.
     """
-    share = np.exp(3 * (severe - severe.max(-1, keepdims=True)))
-    share /= share.sum(-1, keepdims=True)
+    share = softmax(3 * severe, -1)
     none = -np.logaddexp(0, severe).sum(-1, keepdims=True)  # log of the product of 1 - p
     some = np.log(-np.expm1(np.minimum(none, -1e-9))) - none
     top = severe.max(-1, keepdims=True)
     return np.stack([share, share * (some - top), share * top / 3], -1)
 
 
-def apply_stacker(stacker, probabilities):
+def apply_stacker(stacker: Mapping[str, Any], probabilities: np.ndarray) -> np.ndarray:
     """Correct the ensemble's probabilities by what the neighbouring cells say: (n, 5, 5, 3) -> the same.
 
     stacker: as fit_stacker returns it, or as ensemble.json holds it. A group of conditions without coefficients stays
@@ -163,11 +162,17 @@ def apply_stacker(stacker, probabilities):
         conditions = list(GROUPS[group])
         logits = np.log(np.clip(result[:, conditions], 1e-9, 1))
         logits[..., 1:] += features @ np.asarray(stacker["coefficients"][group])
-        result[:, conditions] = _softmax(logits)
+        result[:, conditions] = softmax(logits, -1)
     return result
 
 
-def fit_stacker(grades, probabilities, strengths=STACKER_STRENGTHS, parts=4, errors=STACKER_ERRORS):
+def fit_stacker(
+    grades: np.ndarray,
+    probabilities: ArrayLike,
+    strengths: Sequence[float] = STACKER_STRENGTHS,
+    parts: int = 4,
+    errors: float = STACKER_ERRORS,
+) -> dict[str, Any]:
     """A correction of the log odds by those of the neighbouring cells, where cross-validation says that it gains.
 
     grades: (n, 5, 5) int, -1 left out; probabilities: (n, 5, 5, 3), the combined and calibrated ones. Per group of
@@ -234,7 +239,7 @@ def _try_strengths(case, own, grades, conditions, part, strengths, spinal):
             corrected = logits[inside].copy()
             corrected[..., 1:] += features[inside] @ found
             block = trials[number, inside]
-            block[:, conditions] = _softmax(corrected)
+            block[:, conditions] = softmax(corrected, -1)
             trials[number, inside] = block
     return trials
 

@@ -3,6 +3,9 @@
 May use: registry, data, storage, names.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -49,7 +52,7 @@ def _partial_submission(study_ids, probabilities, there):
 # ---- Tables of members ----
 
 
-def check_predictions(table, name="predictions"):
+def check_predictions(table: pd.DataFrame, name: str = "predictions") -> tuple[np.ndarray, np.ndarray]:
     """A submission-like table -> from_submission's (study_ids, (n, 5, 5, 3)), NaN where a row is absent.
 
     Rows in any order, any of them may be absent or empty (three NaN, as a join leaves them), further columns (fold) are
@@ -85,7 +88,7 @@ def _sorted_grades(labels):
     return study_ids[order], grades[order]
 
 
-def align_members(study_ids, tables):
+def align_members(study_ids: Sequence[int], tables: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray]:
     """dict member -> submission-like table -> dict member -> (n, 5, 5, 3), NaN where a row is missing.
 
     Studies that are not asked for are ignored. Raises ValueError as check_predictions does.
@@ -111,7 +114,7 @@ def _align_to_labels(study_ids, tables):
     return aligned
 
 
-def read_out_of_fold(folders, verbose=True):
+def read_out_of_fold(folders: Iterable[str | Path], verbose: bool = True) -> dict[str, pd.DataFrame]:
     """dict member -> out-of-fold table, from the stage folders of the trainings.
 
     Only of weights that stand (see member_weights, whose sentences `verbose` prints): of the oof.csv beside them the
@@ -120,9 +123,9 @@ def read_out_of_fold(folders, verbose=True):
     chosen, sentences = member_weights(folders)
     if verbose and sentences:
         print(*sentences, sep="\n")
-    tables = {}
+    tables: dict[str, list[pd.DataFrame]] = {}
     for member, paths in by_member(chosen).items():
-        places = {}
+        places: dict[Path, set[str]] = {}
         for name, path in paths.items():
             places.setdefault(path.parent, set()).add(name.rpartition("_")[2])
         for folder, folds in places.items():

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..data.competition import class_prior
+from ..data.crop import Crop
 from ..data.metric import score_arrays
 from ..names import GROUPS, device_for, progress
 from ..storage import read_checkpoint, write_csv, write_whole
@@ -47,11 +48,10 @@ class TrainConfig:
     mix: float = 0.0  # share of batches that mix_crops blends
     precision: str = "auto"  # see precision_for
     recompute: bool = False  # activations again in the backward pass: a third more time, a fraction of the memory
-    pooling: str = "grid"  # of OrdinalClassifier
     level_centers: tuple[float, ...] = USUAL_LEVEL_CENTERS  # of OrdinalClassifier
     seed: int = 0  # of initialisation, order and augmentation
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         centers = tuple(float(center) for center in self.level_centers)  # a list, where it was JSON
         object.__setattr__(self, "level_centers", centers)
         for name in ("epochs", "batch", "accumulate"):
@@ -70,6 +70,7 @@ def train_classifier(
     workers: int = 0,
     processes: int = 1,
     tracker: Any = "",
+    network: type[OrdinalClassifier] = OrdinalClassifier,
 ) -> pd.DataFrame:
     """Train one fold of a classifier: out/<name>.safetensors and out/<name>_history.csv.
 
@@ -90,6 +91,8 @@ def train_classifier(
         is best a multiple of their number, otherwise it is rounded up to one.
     tracker : str or accelerate.tracking.GeneralTracker
         Where the curves go as well: the name of one of accelerate's trackers ("tensorboard", "wandb", ...), or "".
+    network : class
+        What is trained: OrdinalClassifier, or a class derived from it.
 
     Returns
     -------
@@ -116,7 +119,7 @@ def train_classifier(
         )
     check_tracker(tracker)
     processes, device = processes_for(processes, device), device_for(device)
-    arguments = (out, name, train, valid, config, about or {}, device, workers, processes, tracker)
+    arguments = (out, name, train, valid, config, about or {}, device, workers, processes, tracker, network)
     if processes == 1:
         _train(*arguments)
     else:
@@ -129,10 +132,10 @@ def _is_trained(out, name):
     return [path.is_file() for path in paths] == [True, True, False]
 
 
-def _train(out, name, train, valid, config, about, device, workers, processes, tracker):
+def _train(out, name, train, valid, config, about, device, workers, processes, tracker, network):
     """train_classifier in this process, one of `processes`."""
     final, checkpoint = out / f"{name}.safetensors", out / f"{name}.checkpoint"
-    training = prepare_training(train, config, device, workers, processes, tracker, out / "tracking")
+    training = prepare_training(train, config, device, workers, processes, tracker, out / "tracking", network)
     accelerator = training.accelerator
     history, best, first_epoch = [], math.inf, 0
     saved = read_checkpoint(checkpoint)
@@ -193,11 +196,11 @@ class Training:
         parts = {"network": self.network, "average": self.average, "optimizer": self.optimizer}
         return parts | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
         """What continues the training after an epoch, as tensors and plain values; random numbers start from seeds."""
         return {"step": self.step, **{name: part.state_dict() for name, part in self._parts().items()}}
 
-    def load_state(self, saved):
+    def load_state(self, saved: dict[str, Any]) -> None:
         self.step = saved["step"]
         for name, part in self._parts().items():
             part.load_state_dict(saved[name])
@@ -212,6 +215,7 @@ def prepare_training(
     processes: int = 1,
     tracker: Any = "",
     tracking: Path | None = None,
+    network_class: type[OrdinalClassifier] = OrdinalClassifier,
 ) -> Training:
     """Make what train_epoch needs: AdamW, 10% warm-up, cosine decay, averaged weights and statistics.
 
@@ -225,9 +229,9 @@ def prepare_training(
     accelerator = _accelerator(config, device, processes, tracker, tracking)
     torch.manual_seed(config.seed)
     crop, prior = train.crop, class_prior(train.grades)
-    network = OrdinalClassifier(
-        crop["scope"], config.backbone, crop["shape"], prior, config.dropout, config.level_centers, config.pooling
-    ).to(accelerator.device)
+    network = network_class(crop.scope, config.backbone, crop.shape, prior, config.dropout, config.level_centers).to(
+        accelerator.device
+    )
     network.recompute = config.recompute
     average = ModelEmaV3(network, decay=config.ema)
     groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=["attention.position"])
@@ -275,7 +279,7 @@ def _accelerator(config, device, processes, tracker, tracking):
         )
 
 
-def train_epoch(training: Training, config: TrainConfig, crop: dict, epoch: int) -> float:
+def train_epoch(training: Training, config: TrainConfig, crop: Crop, epoch: int) -> float:
     """One epoch over this process' batches. Returns the mean loss of the steps that did not overflow (NaN: all did).
 
     The loss of a step is the weighted mean over all its labels, as if its batches, in however many processes, were one.
@@ -334,7 +338,7 @@ def predict_held_out(training: Training, valid: CropDataset, workers: int = 0) -
     for statistic in network.buffers():  # each process saw its own batches; the first one's are kept
         broadcast(statistic)
     mine = range(accelerator.process_index, len(valid.study_ids), accelerator.num_processes)
-    plain = ({},)  # views are chosen when the training has ended
+    plain: tuple[dict, ...] = ({},)  # views are chosen when the training has ended
     log_p = measure_views([network], valid, plain, mine, workers)[0]  # 0 where another process predicts
     log_p = accelerator.reduce(torch.from_numpy(log_p).float().to(accelerator.device))
     return log_p.cpu().double().softmax(-1).numpy()

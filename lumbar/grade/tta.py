@@ -4,16 +4,21 @@ May use: data.metric.
 """
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from ..data.metric import EPS, paired_gain, term_sums
+
+View = Mapping[str, Any]  # what a test-time view changes, in plain values: {} is the plain one
 
 # Views of the 3D networks whose log probabilities may be averaged, likely best first; the first is the plain one. What
 # each is worth is measured on held-out studies (choose_views). Shifts run along the crop's axes (foot, back, left);
 # some views are mirrored as well, so that a set of them looks from both sides.
-TTA_VIEWS = (
+TTA_VIEWS: tuple[View, ...] = (
     {},
     {"mirror": True},
     {"scale": 1.06},
@@ -31,7 +36,9 @@ TTA_VIEWS = (
 VIEW_ERRORS = 2.0
 
 
-def choose_views(grades, log_p, views, errors=VIEW_ERRORS):
+def choose_views(
+    grades: np.ndarray, log_p: np.ndarray, views: Sequence[View], errors: float = VIEW_ERRORS
+) -> tuple[list[dict], pd.DataFrame]:
     """Which views are worth averaging over, from a member's predictions for studies it was not trained on.
 
     grades: (n, 5, 5) int, -1 missing; log_p: (views, n, 5, 5, 3) log probabilities of each view, left and right
@@ -84,12 +91,14 @@ def choose_views(grades, log_p, views, errors=VIEW_ERRORS):
     return [plain_views[number] for number in kept], table
 
 
-def deal_parts(there, parts=5):
+def deal_parts(there: np.ndarray, parts: int = 5) -> np.ndarray:
     """Studies dealt into parts in their order: (n,) bool -> (n,) int, -1 where not there."""
     return np.where(there, np.cumsum(there) % parts, -1)
 
 
-def cross_fitted_views(grades, log_p, views, part, errors=VIEW_ERRORS):
+def cross_fitted_views(
+    grades: np.ndarray, log_p: np.ndarray, views: Sequence[View], part: np.ndarray, errors: float = VIEW_ERRORS
+) -> np.ndarray:
     """Which views the out-of-fold prediction of each study may average: those that pay on the other parts' studies.
 
     A choice made on a study's own labels would flatter it. grades, log_p, views, errors: see choose_views; part: (n,)
@@ -108,8 +117,7 @@ def _mean_of_views(log_p, there, numbers):
     """Probabilities (n, 5, 5, 3) of the mean log p over these views; 1/3 where none of them says anything."""
     there = there[numbers][..., None]
     mean = np.where(there, log_p[numbers], 0.0).sum(0) / np.maximum(there.sum(0), 1)
-    p = np.exp(mean - mean.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
+    return softmax(mean, -1)
 
 
 def _score_of_view(grades, log_p, there):

@@ -16,6 +16,7 @@ from ..data.competition import from_submission, labels_to_array
 from ..data.dicom import read_study
 from ..data.geometry import LevelBox, boxes_from_table
 from ..data.greys import normalise_study
+from ..data.source import Source
 from ..data.tables import read_coordinates, read_labels
 from ..data.volume import Study, load_study, study_paths
 from ..grade.member import Member, Weights
@@ -164,7 +165,7 @@ def fallen_back(levels: pd.DataFrame | None = None, log: pd.DataFrame | None = N
                 reasons.setdefault(int(row["study_id"]), []).extend(why)
     if levels is not None:
         for study_id, rows in levels.groupby("study_id", sort=False):
-            odd = rows[~rows["source"].isin(["t2", "t1", "official", "truth"])]
+            odd = rows[~rows["source"].map(lambda source: Source.parse(source).sure)]
             if len(odd):
                 names = ", ".join(f"{level_name(level)} {source}" for level, source in zip(odd["level"], odd["source"]))
                 reasons.setdefault(int(study_id), []).append(f"levels: {names}")

@@ -14,7 +14,6 @@ import torch
 
 from ..data.geometry import coordinates_to_lps, nearest_slice
 from ..names import CONDITIONS, DETECTORS, GRADES, LEVELS
-from ..spine.fallbacks import _NOT_SEEN
 from .plot_scores import plot_probabilities, plot_study_grades
 from .slices import (
     CONDITION_NAMES,
@@ -152,7 +151,7 @@ def plot_vertebrae(
     )
     for vertebra in vertebrae:
         corners = volume.lps_to_voxel(vertebra.corners_lps_mm)[[0, 1, 2, 3, 0]]
-        known = not any(word in vertebra.source for word in _NOT_SEEN.split("|"))
+        known = vertebra.source.seen
         ax.plot(corners[:, 2], corners[:, 1], "-" if known else "--", color="tab:cyan", linewidth=1)
         ax.text(
             corners[:4, 2].mean(),

@@ -1,21 +1,17 @@
-"""The point cloud of a study, as solution A has it, and as Open3D and plotly show it.
+"""The point cloud of a study, as Open3D and plotly show it.
 
 May use: slices, data, names.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from ..data.geometry import LevelBox, _open3d
-from ..data.resample import study_box
 from ..data.volume import Study
 from ..names import DESCRIPTIONS, LEVELS
 from .slices import LEVEL_COLOURS, level_name
@@ -46,88 +42,6 @@ def point_cloud(study: Study, every: int = 2) -> open3d.geometry.PointCloud:
         cloud.points = o3d.utility.Vector3dVector(np.concatenate(points))
         cloud.colors = o3d.utility.Vector3dVector(np.concatenate(colours))
     return cloud
-
-
-def smeared_cloud(study: Study, step_mm: float = 1.0) -> open3d.geometry.PointCloud:
-    """Every voxel of a study as coloured points of an open3d.geometry.PointCloud in LPS millimetres.
-
-    A voxel becomes ceil(slice thickness / step_mm) points, spread over the slice thickness along the slice normal. The
-    colour's red, green and blue are T1, axial T2 and T2/STIR, clipped to [0, 1]. Some 50 million points for a study.
-    """
-    o3d = _open3d()
-    smears = [max(1, math.ceil(volume.thickness_mm / step_mm)) for volume in study.volumes]
-    count = sum(volume.array.size * smear for volume, smear in zip(study.volumes, smears, strict=True))
-    cloud = o3d.geometry.PointCloud()
-    points = np.empty((count, 3))
-    at = 0
-    for volume, smear in zip(study.volumes, smears, strict=True):
-        normal = np.cross(volume.affine[:3, 2], volume.affine[:3, 1])
-        normal *= volume.thickness_mm / np.linalg.norm(normal)
-        centers = volume.voxel_to_lps(np.moveaxis(np.indices(volume.array.shape), 0, -1)).reshape(-1, 3)
-        for share in (np.arange(smear) + 0.5) / smear - 0.5:
-            np.add(centers, normal * share, out=points[at : at + len(centers)])
-            at += len(centers)
-    cloud.points = o3d.utility.Vector3dVector(points)
-    del points
-    colours = np.zeros((count, 3))
-    at = 0
-    for volume, smear in zip(study.volumes, smears, strict=True):
-        own = colours[at : at + volume.array.size * smear, DESCRIPTIONS.index(volume.description)]
-        own[:] = np.tile(np.clip(volume.array.ravel(), 0, 1), smear)
-        at += len(own)
-    cloud.colors = o3d.utility.Vector3dVector(colours)
-    return cloud
-
-
-def voxelise_point_cloud(
-    study: Study,
-    box: LevelBox | None = None,
-    shape: Sequence[int] | None = None,
-    extent_mm: Sequence[float] | None = None,
-    shift_mm: Sequence[float] | None = None,
-    pooling: str = "max",
-    voxel_mm: float = 1.0,
-    cloud: open3d.geometry.PointCloud | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The same crop the point-cloud way: what crop_level and crop_study are compared with, and why they are not this.
-
-    Points (smeared_cloud) inside the oriented box fall into voxels of voxel_mm, each of which keeps their brightest
-    (pooling "max") or mean ("average") colour; the grid is then resized to `shape`. Voxels that no point falls into are
-    holes; the mean mixes black from the other series' points into each channel.
-    box: LevelBox, None for the whole study; shape, extent_mm, shift_mm: as in crop_level or crop_study, whose defaults
-    they have; cloud: smeared_cloud(study), if it is at hand. Returns (crop (3, d, h, w) float16, occupied (3, d, h, w)
-    bool: brighter than 0 in the nearest voxel). Needs Open3D (ImportError).
-    """
-    o3d = _open3d()
-    mode = getattr(o3d.geometry.VoxelGrid.VoxelPoolingMode, {"max": "MAX", "average": "AVG"}[pooling])
-    if box is None:
-        shape, extent_mm = shape or (256, 256, 256), extent_mm or (256.0, 128.0, 160.0)
-        center, axes = study_box(study)
-        center = center + np.array(shift_mm or (0.0, 0.0, 0.0)) @ axes
-    else:
-        shape, extent_mm = shape or (128, 128, 128), extent_mm or (56.0, 96.0, 96.0)
-        center, axes = box.to_lps(shift_mm or (0.0, 0.0, 14.0)), np.asarray(box.axes)
-    cloud = smeared_cloud(study, voxel_mm) if cloud is None else cloud
-    part = cloud.crop(o3d.geometry.OrientedBoundingBox(center, axes.T, np.asarray(extent_mm, np.float64)))
-    # Into the crop's axes: head to foot, front to back, right to left, from the box's corner.
-    size = np.array([extent_mm[0], extent_mm[2], extent_mm[1]], np.float64)
-    to_crop = np.eye(4)
-    to_crop[:3, :3] = np.stack([-axes[0], axes[2], axes[1]])
-    to_crop[:3, 3] = size / 2 - to_crop[:3, :3] @ center
-    part.transform(to_crop)
-    cells = np.maximum(1, np.ceil(size / voxel_mm - 1e-6)).astype(int)
-    dense = np.zeros((3, *cells), np.float32)
-    if len(part.points):
-        grid = o3d.geometry.VoxelGrid.create_from_point_cloud_within_bounds(part, voxel_mm, np.zeros(3), size, mode)
-        voxels = grid.get_voxels()
-        index = np.array([voxel.grid_index for voxel in voxels])
-        colour = np.array([voxel.color for voxel in voxels])
-        inside = (index < cells).all(1)  # a point on the far face
-        dense[(slice(None), *index[inside].T)] = colour[inside].T
-    filled = torch.from_numpy(dense)[None]
-    crop = F.interpolate(filled, shape, mode="trilinear", align_corners=False)[0]
-    occupied = F.interpolate((filled > 0).float(), shape, mode="nearest-exact")[0]
-    return crop.half().numpy(), (occupied > 0).numpy()
 
 
 def study_figure(study: Study, boxes: Sequence[LevelBox] = (), points: int = 40_000, seed: int = 0) -> Figure:

@@ -14,10 +14,10 @@ import pandas as pd
 
 from ..data.competition import class_prior, make_folds
 from ..data.geometry import boxes_from_table
-from ..data.metric import score_arrays, term_sums
+from ..data.metric import row_losses, score_arrays, term_sums
 from ..data.volume import load_study
 from ..grade.tables import align_members
-from ..names import GRADES, LEVELS, SEVERITY_WEIGHTS
+from ..names import GRADES, LEVELS
 from ..run.fingerprint import read_manifest
 from ..spine.level_scores import compare_with_labels
 from ..storage import write_text
@@ -40,19 +40,16 @@ def cell_losses(grades: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
     grades: (n, 5, 5), -1 missing; probabilities: (n, 5, 5, 3), NaN (left out) or rows that sum to 1.
     """
-    weight, loss = row_losses(grades, probabilities)
+    weight, loss = known_losses(grades, probabilities)
     total = weight.sum(0)
     return np.where(total > 0, (weight * loss).sum(0) / np.where(total > 0, total, 1), np.nan)
 
 
-def row_losses(grades: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(weight, -log p of the true grade), both (n, 5, 5); both 0 where there is no grade or no prediction."""
-    grades, probabilities = np.asarray(grades), np.asarray(probabilities, np.float64)
-    safe = np.clip(grades, 0, 2)
-    true = np.take_along_axis(probabilities, safe[..., None], -1)[..., 0]
-    known = (grades >= 0) & np.isfinite(true)
-    weight = np.where(known, np.asarray(SEVERITY_WEIGHTS, np.float64)[safe], 0)
-    return weight, np.where(known, -np.log(np.clip(np.where(known, true, 1), np.finfo(np.float64).eps, 1)), 0)
+def known_losses(grades: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """metric.row_losses, both (n, 5, 5), where there is no prediction 0 as well."""
+    weight, loss = row_losses(grades, probabilities)
+    known = np.isfinite(loss)
+    return np.where(known, weight, 0), np.where(known, loss, 0)
 
 
 def worst_rows(
@@ -62,7 +59,7 @@ def worst_rows(
 
     Ordered by weight times log loss, what a row costs in the metric.
     """
-    weight, loss = row_losses(grades, probabilities)
+    weight, loss = known_losses(grades, probabilities)
     cost = weight * loss
     order = np.dstack(np.unravel_index(np.argsort(-cost, axis=None), cost.shape))[0]
     rows: list[list] = []

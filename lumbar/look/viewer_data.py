@@ -74,7 +74,7 @@ def viewer_data(
         "bones": [
             {
                 "name": vertebra.name,
-                "seen": int(not any(word in vertebra.source for word in ("extrapolated", "prior", "axial"))),
+                "seen": int(vertebra.source.seen),
                 "corners": prism.round(1).tolist(),
             }
             for vertebra, prism in zip(vertebrae, prisms, strict=True)
@@ -294,7 +294,7 @@ def _crop_plane(study, box, offset_mm, across):
     extent[across] = 1.0
     head_px, left_px, back_px = (max(1, round(mm / CROP_PX)) if a != across else 1 for a, mm in enumerate(extent))
     centre = box.to_lps(offset_mm)
-    crop, covered = sample_box(study, centre, box.axes, extent, (head_px, back_px, left_px))
+    crop, covered = sample_box(study, centre, box.axes, extent[[0, 2, 1]], (head_px, back_px, left_px))
     head, left, back = box.axes
     right, down, wide, tall = (
         (left, back, extent[1], extent[2]),

@@ -216,7 +216,8 @@ def _answer(data: Mapping[str, Any], boxes: Sequence[LevelBox]) -> str:
             + ("" if data["members"] else "<p>No prediction of this study was given.</p>")
         )
     found = "".join(
-        f"<tr><th scope=row>{html.escape(level_name(box.level))}</th><td>{html.escape(box.source or 'unknown')}</td>"
+        f"<tr><th scope=row>{html.escape(level_name(box.level))}</th>"
+        f"<td>{html.escape(str(box.source) or 'unknown')}</td>"
         f"<td>{box.confidence:.2f}</td><td>{tilt_caption(box)}</td></tr>"
         for box in boxes
     )

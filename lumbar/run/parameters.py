@@ -76,6 +76,7 @@ LENGTHS = {"CROP_PX": 2, "EXTENT_MM": 3, "SHAPE": 3, "SHIFT_MM": 3}  # of lists,
 ITEM_TYPES = {  # of lists that are empty by default
     "CONTINUE": str,
     "EXTENT_MM": float,
+    "SHIFT_MM": float,
     "FOLDS": int,
     "HTML_STUDIES": int,
     "MEMBERS": str,

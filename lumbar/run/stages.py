@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, NoReturn, Self
 
-from ..storage import dead_part, plain, remove_parts, write_json
+from ..storage import is_dead_part, is_part, plain, remove_parts, write_json
 from .fingerprint import (
     _OF_MANIFEST,
     _PASSING,
@@ -56,9 +56,7 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
             found[key] = weight_folders(places)
         elif key == "RUN":
             stages = [p.parent for place in places for p in sorted(place.glob("*/manifest.json"))]
-            extra = [place / "solutions" / "predictions.npz" for place in places]  # of tests/benchmarks
             found[key] = [p for p in stages if p.name != name and ".old-" not in p.name and read_manifest(p)]
-            found[key] += [p for p in extra if p.is_file()]
         else:
             found[key] = places if isinstance(value, list) else places[0]
     return found
@@ -280,7 +278,7 @@ def _remove_parts(folder):
     shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)  # of _continue_attached
     # OUT is not locked, and other machines may be writing in it, for as long as it takes to write a table.
     for path in folder.parent.glob("*.[0-9]*.part"):
-        if path.is_file() and time.time() - path.stat().st_mtime > 3600 and dead_part(path):
+        if path.is_file() and time.time() - path.stat().st_mtime > 3600 and is_dead_part(path):
             path.unlink(missing_ok=True)
 
 
@@ -370,7 +368,7 @@ def _continue_attached(folder, identity, places):
         shutil.rmtree(part, ignore_errors=True)
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             target = part / path.relative_to(source)
-            if dead_part(path) is None:
+            if not is_part(path):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)  # without its mode: inputs are read-only
         os.replace(part, folder)

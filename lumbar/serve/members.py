@@ -15,19 +15,17 @@ from ..grade.member import Weights
 from ..grade.registry import MEMBERS, by_member, member_weights
 from ..grade.tables import read_out_of_fold
 from ..names import CONDITIONS, LEVELS, SEVERITIES, SUBMISSION_COLUMNS, device_for
-from ..spine.levels import Detector
-from ..spine.official import official_detector
-from ..spine.spinenet import SpineNet, load_spinenet
+from ..spine.placement import Placement
+from ..spine.spinenet import load_spinenet
 
 
 @dataclass
 class Members:
     """Everything that inference needs, loaded from folders of weights."""
 
-    spinenet: SpineNet | None
+    placement: Placement  # of the levels
     weights: dict[str, list[Weights]]  # member's name -> its weights, of those members that have any
     prior: np.ndarray  # (5, 5, 3), the training set's weighted class prior
-    detector: Detector = "own"  # of vertebrae, as locate_levels takes it; "official" is loaded once
     device: str = "cpu"  # where the networks are
 
     def abouts(self) -> dict[str, list]:
@@ -69,12 +67,14 @@ def load_members(folders: Sequence[str | Path], members: Collection[str] = (), d
     priors = [np.asarray(prior, np.float64) for prior in stated if prior is not None]
     model = load_spinenet(spinenet[0], device)
     # Boxes at inference come from the detector that made those of the training.
-    official = model.about.get("detector") == "official"
+    try:
+        placement = Placement.of(model, "official" if model.about.get("detector") == "official" else "own")
+    except ValueError as error:
+        raise ValueError(f"{spinenet[0]}: {error}") from None
     return Members(
-        model,
+        placement,
         weights,
         np.mean(priors, 0) if priors else np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan),
-        official_detector(device) if official else "own",
         device,
     )
 
@@ -90,11 +90,10 @@ def _where(chosen: Mapping[str, Path]) -> list[str]:
 def weight_folders(places: Sequence[str | Path]) -> list[Path]:
     """Folders with trained weights in or below the given ones, in the order found.
 
-    places: paths. Image folders and finished stages' caches are not searched: /kaggle/input may hold 150,000 files; nor
-    is `solutions`, where tests/benchmarks/bench_solutions.py keeps the members of others, unless it is a place itself.
+    places: paths. Image folders and finished stages' caches are not searched: /kaggle/input may hold 150,000 files.
     Raises FileNotFoundError naming the places if there is none.
     """
-    skipped = {"train_images", "test_images", "volumes", "crops", "yolo", "images", "labels", "studies", "solutions"}
+    skipped = {"train_images", "test_images", "volumes", "crops", "yolo", "images", "labels", "studies"}
     found = []
     for place in places:
         for folder, below, files in os.walk(place):

@@ -1,6 +1,6 @@
 """What was predicted of a study, kept so that a second start finds it.
 
-May use: members, study, data, in_flight, storage, grade, names, problems, spine.
+May use: members, study, data, in_flight, storage, grade, names, problems.
 """
 
 import hashlib
@@ -14,12 +14,11 @@ import numpy as np
 import pandas as pd
 
 from ..data.geometry import boxes_to_table
+from ..data.source import Source
 from ..grade.registry import MEMBERS
 from ..in_flight import images_digest, read_left_json
 from ..names import CONDITIONS, LEVEL_TABLE_COLUMNS, LEVELS, SEVERITIES
 from ..problems import Problem
-from ..spine.fallbacks import SOURCES
-from ..spine.levels import _locating_key
 from ..storage import plain, write_json
 from .members import Members
 from .study import Prepared
@@ -44,9 +43,7 @@ def mended_studies(data: str | Path, split: str, log: pd.DataFrame) -> list[int]
 
 def results_key(members: Members, views: int) -> str:
     """What a study's result depends on besides its images, as a hash: the members' metadata, what locates levels."""
-    detector = members.detector if isinstance(members.detector, str) else members.detector.__qualname__
-    spinenet = _locating_key(members.spinenet, getattr(members.spinenet, "about", None), detector)
-    known = [_RESULTS_VERSION, views, members.abouts(), spinenet]
+    known = [_RESULTS_VERSION, views, members.abouts(), members.placement.key(), members.placement.layout]
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 
@@ -119,10 +116,10 @@ def _check_result(result, study_id, members):
             and row["study_id"] == study_id
             and row["level"] in LEVELS
             and isinstance(row["source"], str)
-            and set(row["source"].split("+")) <= {*SOURCES, ""}
             and all(_is_number(row[name]) for name in numbers)
         ):
             raise ValueError("a level is no box")
+        Source.parse(row["source"])
 
 
 def _is_number(value):

@@ -80,7 +80,7 @@ def prepare_study(
         return Prepared(study, boxes, inputs, problems, seconds)
     problem: Problem | None
     try:
-        boxes, _, problem = locate_levels_surely(study, members.spinenet, detector=members.detector)
+        boxes, _, problem = locate_levels_surely(study, members.placement)
     except Exception as error:
         problem = Problem.of(error, "no level can be placed: ", kind=Kind.LEVELS)
     if problem:

@@ -14,14 +14,11 @@ import pandas as pd
 from ..data.competition import to_submission
 from ..grade.ensemble import combine_members, member_alone
 from ..grade.registry import MEMBERS
-from ..names import CONDITIONS, GROUPS, LEVEL_TABLE_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS
+from ..names import CLASS_COUNTS, CONDITIONS, LEVEL_TABLE_COLUMNS, LEVELS, SEVERITIES, SEVERITY_WEIGHTS
 from .members import Members
 from .results import Result, steps
 
 # ---- What stands where no member says anything ----
-
-# Grades of the competition's training set, all levels together: normal/mild, moderate, severe.
-CLASS_COUNTS = {"spinal": (8664, 736, 470), "foraminal": (7672, 1794, 399), "subarticular": (6864, 1835, 913)}
 
 
 def complete_prior(prior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -29,17 +26,16 @@ def complete_prior(prior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     prior: (5, 5, 3), the training set's prior of each condition and level. Where a cell is not usable (the weights
     carry no prior, or none for this cell) the mean over the condition's other levels stands, and without any that of
-    CLASS_COUNTS by the metric's weights; by_class marks both.
+    CLASS_COUNTS by the metric's weights, all levels together; by_class marks both.
     """
     prior = np.array(np.broadcast_to(np.asarray(prior, np.float64), (len(CONDITIONS), len(LEVELS), len(SEVERITIES))))
     usable = (
         np.isfinite(prior).all(-1) & (np.nan_to_num(prior, nan=-1) >= 0).all(-1) & (np.nan_to_num(prior).sum(-1) > 0)
     )
     prior[usable] /= prior[usable].sum(-1, keepdims=True)
-    for group, conditions in GROUPS.items():
-        counts = np.asarray(CLASS_COUNTS[group], np.float64) * SEVERITY_WEIGHTS
-        for c in conditions:
-            prior[c, ~usable[c]] = prior[c, usable[c]].mean(0) if usable[c].any() else counts / counts.sum()
+    counts = np.sum(CLASS_COUNTS, axis=1) * SEVERITY_WEIGHTS
+    for c in range(len(CONDITIONS)):
+        prior[c, ~usable[c]] = prior[c, usable[c]].mean(0) if usable[c].any() else counts[c] / counts[c].sum()
     return prior, ~usable
 
 

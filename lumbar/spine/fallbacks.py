@@ -12,6 +12,7 @@ import pandas as pd
 
 from ..data.geometry import LevelBox
 from ..data.resample import study_box
+from ..data.source import Source
 from ..data.volume import Study
 from ..names import LEVEL_VERTEBRAE, LEVELS, VERTEBRAE
 from .naming import _PLACE_SPREAD_MM, _capped, _chain_layout
@@ -60,7 +61,8 @@ def refit_level_prior(anchors: Mapping[int, dict], vertebrae: pd.DataFrame, prio
 
     anchors: dict study_id -> study_anchors(study); vertebrae: table, as locate_studies returns it.
     """
-    seen = vertebrae[(vertebrae["confidence"] > sure) & ~vertebrae["source"].str.contains(_NOT_SEEN + "|uncertain")]
+    by_image = vertebrae["source"].map(lambda source: Source.parse(source).sure)
+    seen = vertebrae[(vertebrae["confidence"] > sure) & by_image]
     complete = seen[seen["vertebra"].isin(_LUMBAR)].groupby("study_id")["vertebra"].nunique() == len(_LUMBAR)
     if complete.sum() < 20:
         return prior
@@ -87,7 +89,7 @@ def complete_vertebrae(named: Sequence[Vertebra], anchors: Mapping[str, np.ndarr
         if not usable:
             axial = anchors.get("axial", np.zeros(3)) - np.array(prior["axial_mm"])
             corners += anchors.get("sagittal", axial)
-            vertebrae.append(Vertebra(corners, prior["width_mm"][name], 0.1 if anchors else 0.0, name, "prior"))
+            vertebrae.append(Vertebra(corners, prior["width_mm"][name], 0.1 if anchors else 0.0, name, Source.PRIOR))
             continue
         steps = np.array([abs(_CHAIN.index(other) - _CHAIN.index(name)) for other in usable])
         weight = np.repeat(0.5**steps, 4)
@@ -103,14 +105,10 @@ def complete_vertebrae(named: Sequence[Vertebra], anchors: Mapping[str, np.ndarr
         placed = factor * ((corners - model_mean) @ [0, 1, 1j])
         corners = np.column_stack([corners[:, 0] - model_mean[0], placed.real, placed.imag]) + seen_mean
         nearest = found[usable[int(steps.argmin())]]
-        source = nearest.source.split("+")[0] + "+extrapolated" + "+uncertain" * ("uncertain" in nearest.source)
+        source = nearest.source | Source.EXTRAPOLATED
         confidence = nearest.confidence * 0.5 ** int(steps.min())
         vertebrae.append(Vertebra(corners, prior["width_mm"][name], confidence, name, source))
     return vertebrae
-
-
-SOURCES = ("truth", "official", "t2", "t1", "axial", "prior", "extrapolated", "uncertain")  # as sources are joined
-_NOT_SEEN = "extrapolated|prior|axial"  # sources of bodies that no sagittal image showed
 
 
 def _lefts(vertebrae, level):
@@ -122,7 +120,7 @@ def _lefts(vertebrae, level):
     """
     found = {v.name: v for v in vertebrae}
     pair = [found[name] for name in LEVEL_VERTEBRAE[level]]
-    if all(v.source == "truth" for v in pair):
+    if all(v.source == Source.TRUTH for v in pair):
         left = sum(v.left_lps for v in pair)
         return left / np.linalg.norm(left)
     first = _CHAIN.index(LEVEL_VERTEBRAE[level][0])
@@ -161,8 +159,6 @@ def level_boxes(vertebrae: Sequence[Vertebra]) -> list[LevelBox]:
         left = _lefts(vertebrae, level)
         head = np.cross(left, back)
         head /= np.linalg.norm(head)
-        parts = set(f"{upper.source}+{lower.source}".split("+"))
-        order = [part for part in SOURCES if part in parts]
         boxes.append(
             LevelBox(
                 level,
@@ -176,7 +172,7 @@ def level_boxes(vertebrae: Sequence[Vertebra]) -> list[LevelBox]:
                     ]
                 ),
                 float(min(upper.confidence, lower.confidence)),
-                "+".join(order),
+                upper.source | lower.source,
             )
         )
     return boxes
@@ -280,7 +276,9 @@ def axial_levels(study: Study, prior: dict) -> tuple[list[LevelBox], list[Verteb
             away = move / _PLACE_SPREAD_MM[0]
             fits.append((float(_capped(spare, 10.0) + _capped(away, _PLACE_SPREAD_MM[1])), move))
         shift = min(fits)[1] * normal
-        bodies = [replace(v, corners_lps_mm=v.corners_lps_mm + shift, source="axial", confidence=0.2) for v in bodies]
+        bodies = [
+            replace(v, corners_lps_mm=v.corners_lps_mm + shift, source=Source.AXIAL, confidence=0.2) for v in bodies
+        ]
         return level_boxes(bodies), bodies
     boxes = level_boxes(bodies)
     layout = _chain_layout(prior)
@@ -311,7 +309,7 @@ def axial_levels(study: Study, prior: dict) -> tuple[list[LevelBox], list[Verteb
     moved = []
     for number, body in enumerate(bodies):
         shift = np.mean(steps[max(number - 1, 0) : number + 1], 0)  # of the discs above and below it
-        moved.append(replace(body, corners_lps_mm=body.corners_lps_mm + shift, source="axial", confidence=0.3))
+        moved.append(replace(body, corners_lps_mm=body.corners_lps_mm + shift, source=Source.AXIAL, confidence=0.3))
     result = []
     for level, box in enumerate(level_boxes(moved)):
         if level in shown:
@@ -321,5 +319,5 @@ def axial_levels(study: Study, prior: dict) -> tuple[list[LevelBox], list[Verteb
             center = box.center_lps_mm + to_plane(level, box)
             result.append(replace(box, center_lps_mm=center, axes=np.stack([head, left, np.cross(head, left)])))
         else:
-            result.append(replace(box, confidence=0.15, source="axial+extrapolated"))
+            result.append(replace(box, confidence=0.15, source=Source.AXIAL | Source.EXTRAPOLATED))
     return result, moved

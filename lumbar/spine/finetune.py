@@ -1,6 +1,6 @@
 """SpineNet trained further on the competition's own label points.
 
-May use: levels, level_scores, naming, fallbacks, spinenet_training, spinenet, vertebra, data, names.
+May use: chain, level_scores, naming, fallbacks, spinenet_training, spinenet, vertebra, data, names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,13 @@ import torch
 from numpy.typing import ArrayLike
 
 from ..data.geometry import boxes_from_table, place_points
+from ..data.source import Source
 from ..data.tables import some_of
 from ..data.volume import Study, load_study
 from ..names import LEVEL_VERTEBRAE, LEVELS, progress
+from .chain import merge_vertebrae
 from .fallbacks import complete_vertebrae, level_boxes, study_anchors
 from .level_scores import compare_with_labels
-from .levels import merge_vertebrae
 from .naming import name_vertebrae
 from .spinenet import SpineNet, detect_vertebrae
 from .spinenet_training import spinenet_records
@@ -148,7 +149,7 @@ def bodies_by_points(
         corners = (upper.corners_lps_mm + lower.corners_lps_mm) / 2
         if prior is not None:
             corners = {v.name: v for v in complete_vertebrae(list(found.values()), {}, prior)}[name].corners_lps_mm
-        body = Vertebra(corners, width_mm, min(upper.confidence, lower.confidence), name, "points")
+        body = Vertebra(corners, width_mm, min(upper.confidence, lower.confidence), name, Source.POINTS)
         over, under = _offsets_mm(body, above, below)
         body.corners_lps_mm = body.corners_lps_mm + (over - under) / 2 * _head(body)
         completed[name] = body
@@ -184,7 +185,7 @@ def _beyond(named, rest):
             corners = edge.corners_lps_mm + k * step
             distance = [np.linalg.norm(v.center_lps_mm - corners.mean(0)) for v in others]
             if min(distance, default=np.inf) > 0.6 * height:
-                beyond.append(Vertebra(corners, edge.width_mm, 0.0, name, "extrapolated"))
+                beyond.append(Vertebra(corners, edge.width_mm, 0.0, name, Source.EXTRAPOLATED))
     return beyond
 
 
@@ -220,8 +221,8 @@ def point_records(
     note |= {
         "used": True,
         "renamed": sum(bool(v.name) and at.get(id(v.corners_lps_mm), v.name) != v.name for v in bodies),
-        "completed": sum(v.source == "points" for v in named),
-        "dropped": len(rest) - sum(v.source != "extrapolated" for v in beyond),
+        "completed": sum(v.source == Source.POINTS for v in named),
+        "dropped": len(rest) - sum(v.source != Source.EXTRAPOLATED for v in beyond),
     }
     records = spinenet_records(study, named + beyond, resolution_mm)
     confirmed = spinenet_records(study, [v for v in named if sure[v.name]], resolution_mm)

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from ..data.geometry import LevelBox, boxes_from_table, coordinates_to_lps
+from ..data.source import Source
 from ..data.volume import Study
-from .fallbacks import _NOT_SEEN, level_boxes
+from .fallbacks import level_boxes
 from .vertebra import _LUMBAR, VERTEBRA_TABLE_COLUMNS, vertebrae_from_table
 
 
@@ -42,7 +43,7 @@ def read_vertebra_truth(path: str | Path, split: str | None = None) -> pd.DataFr
     table = pd.read_csv(path)
     if split is not None and "split" in table:
         table = table[table["split"] == split]
-    table = table.assign(width_mm=2 * table["half_width_mm"], confidence=1.0, source="truth")
+    table = table.assign(width_mm=2 * table["half_width_mm"], confidence=1.0, source=str(Source.TRUTH))
     missing = [column for column in VERTEBRA_TABLE_COLUMNS if column not in table]
     if missing:
         raise ValueError(f"{path} has no column {', '.join(missing)}")
@@ -86,7 +87,7 @@ def level_errors(levels: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
                     float(angle),
                     nearest == box.level,
                     box.confidence,
-                    box.source,
+                    str(box.source),
                 ]
             )
     return pd.DataFrame(
@@ -101,7 +102,7 @@ def vertebra_errors(vertebrae: pd.DataFrame, truth: pd.DataFrame, reach_mm: floa
     study_id, vertebra, error_mm (to the nearest body that was seen, not extrapolated), found (within reach_mm),
     named (found, and under its name).
     """
-    seen = vertebrae[~vertebrae["source"].str.contains(_NOT_SEEN)]
+    seen = vertebrae[vertebrae["source"].map(lambda source: Source.parse(source).seen)]
     rows = []
     for study_id in sorted(set(vertebrae["study_id"]) & set(truth["study_id"])):
         bodies = vertebrae_from_table(seen, study_id)

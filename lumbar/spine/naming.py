@@ -1,6 +1,6 @@
 """Bodies that were found, named in one chain.
 
-May use: vertebra.
+May use: vertebra, data.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..data.source import Source
 from .vertebra import _CHAIN, AMBIGUOUS_SHARE, SPINE_CLASSES, UNCERTAIN, Vertebra, spine_class
 
 
@@ -21,10 +22,6 @@ def _numbered_differently(first, second):
         if np.linalg.norm(a.center_lps_mm - b.center_lps_mm) < 13.0
     ]
     return len(verdicts) > 1 and np.mean(verdicts) < 0.5
-
-
-def _doubtful(source):
-    return source if "uncertain" in source else f"{source}+uncertain"
 
 
 def _shapes(corners):
@@ -206,7 +203,7 @@ def name_vertebrae(
     disc (lumbarised S1) is outvoted by the rest.
     A dropped detection is kept under the name UNCERTAIN, unless it overlaps a named one (then it is the same body seen
     twice). Confidence is the detection's times the share of its name among all namings (_name_shares); where that
-    share is below AMBIGUOUS_SHARE "+uncertain" is added to the source.
+    share is below AMBIGUOUS_SHARE the source is uncertain, too.
     """
     if not vertebrae:
         return []
@@ -222,7 +219,7 @@ def name_vertebrae(
     for i, vertebra in enumerate(vertebrae):
         if i in names:
             share = float(min(shares[i, names[i]], 1.0))
-            source = vertebra.source + ("+uncertain" if share < AMBIGUOUS_SHARE else "")
+            source = vertebra.source | (Source.UNCERTAIN if share < AMBIGUOUS_SHARE else Source(0))
             found = replace(vertebra, name=_CHAIN[names[i]], confidence=vertebra.confidence * share, source=source)
             result.append(found)
         else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.source import Source
 from ..data.volume import Volume
 from .vertebra import _CHAIN, UNCERTAIN, Vertebra, upright
 
@@ -103,7 +104,7 @@ def detect_vertebrae_official(volume: Volume, detector: Any = None) -> list[Vert
                 float((slices.max() - slices.min() + 1) * spacing_mm[0]),
                 float(min(1.0, len(slices) * spacing_mm[0] / 25.0)),
                 name if name in _CHAIN else UNCERTAIN,
-                "official",
+                Source.OFFICIAL,
             )
         )
     surest: dict[str, Vertebra] = {}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.source import Source
 from ..data.volume import Volume
 from ..limits import check_limit
 from ..names import VERTEBRAE
@@ -413,7 +414,7 @@ def detect_vertebrae(model: SpineNet, volume: Volume, batch_size: int = 8) -> li
         maps = spinenet_maps(model, images[start : start + batch_size], batch_size)
         slices += decode_slices(maps, model.resolution_mm)
     tracks = link_slices(slices)
-    source = "t1" if volume.description == "Sagittal T1" else "t2"
+    source = Source.T1 if volume.description == "Sagittal T1" else Source.T2
     step_mm = volume.spacing_mm[0]
     vertebrae = []
     for track in tracks:

@@ -295,23 +295,14 @@ def train_spinenet(
         Trained further; its widths, blocks and resolution count then.
     validation : list of dict, or Dataset
         From spinenet_records, or items.
-    widths : sequence of int
-        Channels of each scale.
-    blocks : int
-        Residual blocks of each scale.
-    resolution_mm : float
-        Of a pixel.
-    steps, batch_size : int
-        Of the optimiser.
+    widths, blocks
+        Channels, and how many residual blocks, of each scale.
     crop_px : (2,) sequence of int
         Rows and columns.
     learning_rate : float
         The highest one.
     sigma_mm : float
         Of the corners' Gaussians.
-    device : str
-    workers, seed : int
-    save_every_s : float
 
     Returns
     -------
@@ -327,13 +318,11 @@ def train_spinenet(
     RuntimeError
         The loss is no longer a number.
     """
-    ready = isinstance(records, torch.utils.data.Dataset)
-    if ready and len(records) != steps * batch_size:
-        raise ValueError(f"the data set has {len(records)} items, {steps} steps of {batch_size} need their product")
-    if not ready and not any(len(record["corners_px"]) for record in records):
-        raise ValueError("no training image shows a vertebra: are vertebra table and volumes of the same studies?")
     if start is not None:
         widths, blocks, resolution_mm = (start.architecture[k] for k in ("widths", "blocks", "resolution_mm"))
+    sigma_px = sigma_mm / resolution_mm
+    dataset = _training_items(records, steps, batch_size, crop_px, sigma_px, seed)
+    held_out = _validation_items(validation, crop_px, sigma_px)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -342,44 +331,61 @@ def train_spinenet(
         model.load_state_dict(start.state_dict())
         model.about = dict(start.about)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
-    sigma_px = sigma_mm / resolution_mm
     state = folder / "spinenet_training.safetensors"
     first, history = _load_training(state, model, optimizer)
-    dataset = records if ready else SpineSlices(records, steps * batch_size, crop_px, sigma_px, seed=seed)
     rest = torch.utils.data.Subset(dataset, range(first * batch_size, len(dataset)))
     loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers, pin_memory=str(device) != "cpu")
-    held_out = validation
-    if not isinstance(validation, torch.utils.data.Dataset):
-        # At most 64 images, spread evenly over the studies: enough to see overfitting, and quick.
-        chosen = [validation[i] for i in np.linspace(0, len(validation) - 1, min(len(validation), 64)).astype(int)]
-        held_out = SpineSlices(chosen, len(chosen), crop_px, sigma_px, augment=False)
     validate_at = {round(steps * k / 8) for k in range(1, 9)}
     saved = time.monotonic()
     bar = progress(loader, "training SpineNet", max(steps - first, 0))
     for step, batch in enumerate(bar, first):
         for group in optimizer.param_groups:
             group["lr"] = _one_cycle(step, steps, learning_rate)
-        model.train()
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        with _half_precision(device):
-            output = model(batch["image"].contiguous(memory_format=torch.channels_last))
-        loss, parts = spinenet_loss(output.float(), batch, resolution_mm)
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"SpineNet: the loss is {float(loss)} at step {step}: lower LEARNING_RATE and run again")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        history.append({"step": step + 1, "loss": float(loss.detach()), **parts, "split": "train"})
+        losses = _train_step(model, optimizer, batch, step, resolution_mm, device)
+        history.append({"step": step + 1, **losses, "split": "train"})
         if step + 1 in validate_at and len(held_out):
-            history.append(
-                {"step": step + 1, **_validate_spinenet(model, held_out, resolution_mm, device), "split": "validation"}
-            )
-        bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
+            held_out_losses = _validate_spinenet(model, held_out, resolution_mm, device)
+            history.append({"step": step + 1, **held_out_losses, "split": "validation"})
+        bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
         if time.monotonic() - saved > save_every_s or step + 1 == steps:
             _save_training(state, model, optimizer, step + 1, history)
             saved = time.monotonic()
     return model.eval(), pd.DataFrame(history)
+
+
+def _training_items(records, steps, batch_size, crop_px, sigma_px, seed):
+    """train_spinenet's data set of steps * batch_size items: the given one, or random crops from records."""
+    if isinstance(records, torch.utils.data.Dataset):
+        if len(records) != steps * batch_size:
+            raise ValueError(f"the data set has {len(records)} items, {steps} steps of {batch_size} need their product")
+        return records
+    if not any(len(record["corners_px"]) for record in records):
+        raise ValueError("no training image shows a vertebra: are vertebra table and volumes of the same studies?")
+    return SpineSlices(records, steps * batch_size, crop_px, sigma_px, seed=seed)
+
+
+def _validation_items(validation, crop_px, sigma_px):
+    """The given data set, or at most 64 of the records, spread evenly over the studies: enough to see overfitting."""
+    if isinstance(validation, torch.utils.data.Dataset):
+        return validation
+    chosen = [validation[i] for i in np.linspace(0, len(validation) - 1, min(len(validation), 64)).astype(int)]
+    return SpineSlices(chosen, len(chosen), crop_px, sigma_px, augment=False)
+
+
+def _train_step(model, optimizer, batch, step, resolution_mm, device):
+    """One step of the optimiser on a batch of items. Returns dict loss, heat, vectors, appearance."""
+    model.train()
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    with _half_precision(device):
+        output = model(batch["image"].contiguous(memory_format=torch.channels_last))
+    loss, parts = spinenet_loss(output.float(), batch, resolution_mm)
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"SpineNet: the loss is {float(loss)} at step {step}: lower LEARNING_RATE and run again")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    optimizer.step()
+    return {"loss": float(loss.detach()), **parts}
 
 
 @torch.no_grad()

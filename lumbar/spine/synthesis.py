@@ -1,6 +1,6 @@
 """Training images for SpineNet: painted anatomies, random contrasts, artefacts.
 
-May use: spinenet_training, vertebra, fallbacks, phantom, storage, names.
+May use: spinenet_training, vertebra, fallbacks, phantom, data, storage, names.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from ..data.source import Source
 from ..names import progress
 from ..storage import write_tensors
 from .fallbacks import fit_level_prior
@@ -151,7 +152,7 @@ def load_anatomy(path: str | Path) -> tuple[dict[str, Any], Callable[[int, int, 
     file = safe_open(path, framework="numpy")
     about = json.loads(file.metadata()["anatomy"])
     about["vertebrae"] = [
-        Vertebra(np.array(item["corners_mm"]), item["width_mm"], name=item["name"], source="truth")
+        Vertebra(np.array(item["corners_mm"]), item["width_mm"], name=item["name"], source=Source.TRUTH)
         for item in about["vertebrae"]
     ]
 

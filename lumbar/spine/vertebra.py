@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from ..data.source import Source
 from ..data.volume import Volume
 from ..names import LEVEL_VERTEBRAE, VERTEBRAE
 
@@ -46,15 +47,14 @@ class Vertebra:
 
     corners_lps_mm: (4, 3), in the order of CORNERS, in its mid-sagittal plane; width_mm: from right to left;
     appearance: (len(SPINE_CLASSES),) log-probabilities, or None; name: "T10" ... "S2", "uncertain", "" before naming;
-    source: t2 | t1 | official | axial | prior | truth, and to the first three may be added +extrapolated (placed
-    by its neighbours), +uncertain (its name is doubtful, see name_vertebrae).
+    source: where it comes from; uncertain where its name is doubtful, see name_vertebrae.
     """
 
     corners_lps_mm: np.ndarray
     width_mm: float
     confidence: float = 1.0
     name: str = ""
-    source: str = ""
+    source: Source = Source(0)
     appearance: np.ndarray | None = None
 
     @property
@@ -75,7 +75,7 @@ class Vertebra:
 def vertebrae_to_table(study_id: int, vertebrae: Iterable[Vertebra]) -> pd.DataFrame:
     """Vertebrae of one study -> rows of vertebrae.csv."""
     rows = [
-        [study_id, v.name, *v.center_lps_mm, *v.corners_lps_mm.ravel(), v.width_mm, v.confidence, v.source]
+        [study_id, v.name, *v.center_lps_mm, *v.corners_lps_mm.ravel(), v.width_mm, v.confidence, str(v.source)]
         for v in vertebrae
     ]
     return pd.DataFrame(rows, columns=VERTEBRA_TABLE_COLUMNS)
@@ -102,7 +102,7 @@ def vertebrae_from_table(table: pd.DataFrame, study_id: int) -> list[Vertebra]:
             float(row["width_mm"]),
             float(row["confidence"]),
             str(row["vertebra"]),
-            str(row["source"]),
+            Source.parse(row["source"]),
         )
         for row in table[table["study_id"] == study_id].to_dict("records")
     ]

@@ -24,16 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+from baselines import smeared_cloud, voxelise_point_cloud  # noqa: E402
 
 import phantom  # noqa: E402
 from lumbar.data import dicom, geometry, resample  # noqa: E402
+from lumbar.data.crop import FULL_SIZE  # noqa: E402
 from lumbar.data.greys import normalise_study  # noqa: E402
-from lumbar.look import point_cloud  # noqa: E402
 from lumbar.names import DESCRIPTIONS, LEVELS  # noqa: E402
 
 DESCRIPTION_OF = dict(zip((1, 2, 3), DESCRIPTIONS, strict=True))  # series number in the folder -> description
-LEVEL_MM = ((128, 128, 128), (56.0, 96.0, 96.0), (0.0, 0.0, 14.0))  # shape, extent and shift of crop_level
-STUDY_MM = ((256, 256, 256), (256.0, 128.0, 160.0))  # shape and extent of crop_study
+LEVEL, STUDY = FULL_SIZE["level"], FULL_SIZE["study"]
 
 
 # ---- The study ----
@@ -92,22 +92,20 @@ def load(folder):
 
 
 def ours_levels(study, boxes):
-    shape, extent_mm, shift_mm = LEVEL_MM
-    return [resample.crop_level(study, box, shape, extent_mm, shift_mm)[0] for box in boxes]
+    return [resample.crop_level(study, box, LEVEL)[0] for box in boxes]
 
 
 def ours_study(study, boxes):
-    return [resample.crop_study(study, *STUDY_MM)[0]]
+    return [resample.crop_study(study, STUDY)[0]]
 
 
 def cloud_levels(study, boxes):
-    shape, extent_mm, shift_mm = LEVEL_MM
-    cloud = point_cloud.smeared_cloud(study)
-    return [point_cloud.voxelise_point_cloud(study, box, shape, extent_mm, shift_mm, cloud=cloud)[0] for box in boxes]
+    cloud = smeared_cloud(study)
+    return [voxelise_point_cloud(study, box, LEVEL, cloud=cloud)[0] for box in boxes]
 
 
 def cloud_study(study, boxes):
-    return [point_cloud.voxelise_point_cloud(study, None, *STUDY_MM)[0]]
+    return [voxelise_point_cloud(study, None, STUDY)[0]]
 
 
 def sitk_images(study):
@@ -143,14 +141,12 @@ def sitk_box(images, center, axes, extent_mm, shape):
 
 
 def sitk_levels(study, boxes):
-    shape, extent_mm, shift_mm = LEVEL_MM
     images = sitk_images(study)
-    return [sitk_box(images, box.to_lps(shift_mm), box.axes, extent_mm, shape) for box in boxes]
+    return [sitk_box(images, resample.crop_center(box, LEVEL), box.axes, LEVEL.extent_mm, LEVEL.shape) for box in boxes]
 
 
 def sitk_study(study, boxes):
-    shape, extent_mm = STUDY_MM
-    return [sitk_box(sitk_images(study), *resample.study_box(study), extent_mm, shape)]
+    return [sitk_box(sitk_images(study), *resample.study_box(study), STUDY.extent_mm, STUDY.shape)]
 
 
 METHODS = {
@@ -248,9 +244,8 @@ def accuracy(study, boxes):
 
     The study's pixels are replaced by a linear function of position, so that the truth is known everywhere.
     """
-    shape, extent_mm, shift_mm = LEVEL_MM
     box = boxes[2]
-    center = box.to_lps(shift_mm)
+    center, shape, extent_mm = resample.crop_center(box, LEVEL), LEVEL.shape, LEVEL.extent_mm
     slope = np.array([0.3, 0.5, 0.8]) / 200
     volumes = []
     for volume in study.volumes:
@@ -261,8 +256,8 @@ def accuracy(study, boxes):
     affine = resample.crop_affine(center, box.axes, extent_mm, shape)
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
     truth = (index @ affine[:3, :3].T + affine[:3, 3] - center) @ slope + 0.5
-    crop, covered = resample.crop_level(study, box, *LEVEL_MM)
-    cloud, occupied = point_cloud.voxelise_point_cloud(study, box, *LEVEL_MM)
+    crop, covered = resample.crop_level(study, box, LEVEL)
+    cloud, occupied = voxelise_point_cloud(study, box, LEVEL)
     rows = {}
     for name, values, filled in (("this kit", crop, covered), ("point cloud", cloud, occupied)):
         error = np.abs(values - truth)[covered] / np.ptp(truth)
@@ -306,13 +301,12 @@ def measure(folder, repeats, device=None):
     for task, methods in METHODS.items():
         methods = dict(methods)
         if device:
-            shape, extent_mm, shift_mm = LEVEL_MM
             if "five" in task:
                 methods[f"this kit, {device}"] = lambda study, boxes: [
-                    resample.crop_level(study, box, shape, extent_mm, shift_mm, device) for box in boxes
+                    resample.crop_level(study, box, LEVEL, device) for box in boxes
                 ]
             else:
-                methods[f"this kit, {device}"] = lambda study, boxes: resample.crop_study(study, *STUDY_MM, device)
+                methods[f"this kit, {device}"] = lambda study, boxes: resample.crop_study(study, STUDY, device)
         seconds = medians(methods, (study, boxes), repeats)
         results["tasks"][task] = {
             name: {"seconds": seconds[name], "peak_mb": peak_mb(folder, task, name) if name in METHODS[task] else None}
@@ -320,8 +314,8 @@ def measure(folder, repeats, device=None):
         }
     results["reading"] = medians({"this kit": ours_read, "pydicom": pydicom_read}, (folder,), max(9, repeats))
     results["accuracy"] = accuracy(study, boxes)
-    results["ns_per_sample"] = bounds(LEVEL_MM[0], max(3, repeats))
-    channels = 3 * len(boxes) * np.prod(LEVEL_MM[0])
+    results["ns_per_sample"] = bounds(LEVEL.shape, max(3, repeats))
+    channels = 3 * len(boxes) * np.prod(LEVEL.shape)
     results["ns_per_sample"]["this kit, five crops"] = (
         results["tasks"]["five crops 128^3"]["this kit"]["seconds"] / channels * 1e9
     )

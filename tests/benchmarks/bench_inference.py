@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -119,7 +120,8 @@ def plainly(data, split, members, views):
         boxes = timed(
             "locating",
             lambda study=study: locate_levels_surely(
-                study, members.spinenet, detector=lambda volume: detect_vertebrae(members.spinenet, volume, 1)
+                study,
+                replace(members.placement, detector=lambda v: detect_vertebrae(members.placement.network, v, 1)),
             )[0],
         )
         for condition in utils.DETECTORS:

@@ -5,12 +5,12 @@
 RUN: folders of finished runs of the pipeline on phantoms (data, 01_preprocess ... 05_inference; one fold held out),
 for instance of several seeds. Of each run the held-out fold, the epochs, batches, learning rates, backbones and crop
 shapes are read from its stages, solution A's and B's ways are trained with them on the same studies, and all are
-scored on the run's test studies. Everything is kept in RUN/solutions (--out puts it elsewhere), each study and each
-epoch as it is finished: a killed benchmark goes on where it stopped, one with other settings moves the old folder
-aside. scores.csv there has the run's table; table.csv and table.md (--table, by default in the first run's folder)
-have all runs and their mean, with intervals from resampled test studies. --longer 4 gives A and B four times the
-members' epochs (in RUN/solutions_4x): whether their ways learn at all, and what the one budget costs them. --check 2
-compares the voxelising below with Open3D's on two studies and stops. A script, which pytest does not collect.
+scored on the run's test studies. Everything is kept beside the run, in RUN_solutions (--out puts it elsewhere), each
+study and each epoch as it is finished: a killed benchmark goes on where it stopped, one with other settings moves the
+old folder aside. scores.csv there has the run's table; table.csv and table.md (--table, by default in the first run's
+folder of these) have all runs and their mean, with intervals from resampled test studies. --longer 4 gives A and B four
+times the members' epochs (in RUN_solutions_4x): whether their ways learn at all, and what the one budget costs them.
+--check 2 compares the voxelising below with Open3D's on two studies and stops. A script, which pytest does not collect.
 
 What each way consists of, and what was decided where it could be read in more than one way:
 
@@ -70,23 +70,33 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from baselines import (  # noqa: E402
+    ORIGINAL_SETTINGS,
+    GlobalClassifier,
+    WholeSlices,
+    load_global,
+    load_original,
+    original_study,
+)
 
 import phantom  # noqa: E402
 from lumbar.data.competition import class_prior, labels_to_array  # noqa: E402
+from lumbar.data.crop import Crop  # noqa: E402
 from lumbar.data.preprocess import preprocess_studies  # noqa: E402
+from lumbar.data.source import Source  # noqa: E402
 from lumbar.data.tables import read_coordinates, read_folds, read_labels  # noqa: E402
 from lumbar.data.volume import load_study, study_paths  # noqa: E402
 from lumbar.grade import classifier, crops, detector_data, detector_training, trainer  # noqa: E402
-from lumbar.grade import detector as detector_module  # noqa: E402
 from lumbar.grade import tables as tables_module  # noqa: E402
 from lumbar.look.report import TERM_NAMES, resampled_scores, score_table  # noqa: E402
 from lumbar.names import DESCRIPTIONS, DETECTORS, LEVELS, device_for, progress  # noqa: E402
 from lumbar.run.stages import open_stage  # noqa: E402
-from lumbar.spine.levels import locate_studies  # noqa: E402
+from lumbar.spine.locating import locate_studies  # noqa: E402
+from lumbar.spine.placement import Placement  # noqa: E402
 from lumbar.spine.spinenet import detect_vertebrae, load_spinenet  # noqa: E402
 from lumbar.storage import write_csv, write_json  # noqa: E402
 
-VERSION = 1  # goes up when the same settings give other results from this file
+VERSION = 2  # goes up when the same settings give other results from this file
 SIX = ("L1", "L2", "L3", "L4", "L5", "S1")
 YOLO_SHARE = 0.65  # of the detectors in B's sum
 RESAMPLES = 2000
@@ -326,8 +336,8 @@ def classifier_settings(run, scope):
     _, about = classifier.load_classifier(folder / f"{scope}_{fold}.safetensors")
     config = {key.lower(): parameters[key] for key in ("EPOCHS", "BATCH", "LEARNING_RATE", "WEIGHT_DECAY", "DROPOUT")}
     config |= {"accumulate": parameters.get("ACCUMULATE", 1)}
-    config |= {"ema": parameters["EMA"], "backbone": about["backbone"], "strength": 0.0, "pooling": "global"}
-    return {"config": config, "shape": list(about["crop"]["shape"]), "fold": fold, "seed": parameters["SEED"] + fold}
+    config |= {"ema": parameters["EMA"], "backbone": about["backbone"], "strength": 0.0}
+    return {"config": config, "shape": list(about["crop"].shape), "fold": fold, "seed": parameters["SEED"] + fold}
 
 
 def detector_settings(run, condition):
@@ -386,7 +396,7 @@ def six_centers(vertebrae):
 
     vertebrae: table of locate_studies.
     """
-    seen = vertebrae[~vertebrae["source"].str.contains("extrapolated|prior|axial") & vertebrae["vertebra"].isin(SIX)]
+    seen = vertebrae[vertebrae["source"].map(lambda s: Source.parse(s).seen) & vertebrae["vertebra"].isin(SIX)]
     centers = {}
     for study_id, rows in seen.groupby("study_id"):
         rows = rows.set_index("vertebra")
@@ -403,7 +413,7 @@ def prepare(run, out, workers):
     table = out / "vertebrae.csv"
     if not table.is_file():
         model = load_spinenet(run / "02_train_spinenet" / "spinenet.safetensors")
-        _, vertebrae, _ = locate_studies(paths, model, folder=out / "located", workers=workers, detector=OnT1(model))
+        _, vertebrae, _ = locate_studies(paths, Placement.of(model, OnT1(model)), out / "located", workers)
         write_csv(table, vertebrae)
     return paths, six_centers(pd.read_csv(table, dtype={"source": str, "vertebra": str}))
 
@@ -451,7 +461,7 @@ class Grids(torch.utils.data.Dataset):
     def __init__(self, folder, study_ids, grades, crop):
         self.folder, self.study_ids, self.grades = Path(folder), [int(i) for i in study_ids], np.asarray(grades)
         self.crop = crop
-        self.per_study = len(LEVELS) if crop["scope"] == "level" else 1
+        self.per_study = len(LEVELS) if crop.scope == "level" else 1
 
     def __len__(self):
         return len(self.study_ids) * self.per_study
@@ -486,14 +496,16 @@ def train_network(job):
     settings = job["settings"]
     train, valid, test = (Grids(job["grids"], *job[part], job["crop"]) for part in ("train", "valid", "test"))
     config = trainer.TrainConfig(**settings["config"], seed=settings["seed"])
-    trainer.train_classifier(job["out"], job["name"], train, valid, config, about={"fold": settings["fold"]})
-    model, _ = classifier.load_classifier(job["out"] / f"{job['name']}.safetensors", device_for())
+    trainer.train_classifier(
+        job["out"], job["name"], train, valid, config, {"fold": settings["fold"]}, network=GlobalClassifier
+    )
+    model, _ = load_global(job["out"] / f"{job['name']}.safetensors", device_for())
     p = classifier.predict_dataset([model], test) if len(test) else np.zeros((0, 5, 5, 3))
     _save(target, study_ids=np.array(test.study_ids, np.int64), p=p)
 
 
 def train_detector(job):
-    """Train one of B's detectors and predict the test studies: out/yolo_<condition>_test.npz, NaN where it is silent.
+    """Train one of B's detectors and predict the test studies: out/yolo_<condition>_test.npz.
 
     job: name, condition, out, run, settings (of detector_settings), imgsz, train: (study_ids, grades), folds: table,
     test: dict study_id -> path.
@@ -510,8 +522,7 @@ def train_detector(job):
         read_coordinates(job["run"] / "data"),
         *job["train"],
         job["folds"],
-        job["imgsz"],
-        scheme="original",
+        images=WholeSlices(condition, job["imgsz"]),
     )
     changes = {
         "lr0": settings["learning_rate"],
@@ -519,7 +530,7 @@ def train_detector(job):
         "translate": settings["translate"],
         "scale": settings["scale"],
         "degrees": settings["rotate"],
-        "fliplr": 0.5,
+        **ORIGINAL_SETTINGS,
     }
     weights = detector_training.train_yolo(
         dataset,
@@ -534,13 +545,10 @@ def train_detector(job):
         workers=0,
         settings=changes,
     )
-    detector = detector_module.load_yolo(weights, device_for())
-    description, conditions = DETECTORS[condition]
+    detector = load_original(weights, device_for())
     p = []
     for study_id in progress(list(job["test"]), f"yolo {condition} on the test studies"):
-        study = load_study(job["test"][study_id], [description])
-        (found,) = detector_module.yolo_studies(detector, [study], [None])
-        p.append(np.full((len(conditions), len(LEVELS), 3), np.nan) if isinstance(found, Exception) else found)
+        p.append(original_study(detector, load_study(job["test"][study_id], [DETECTORS[condition][0]])))
     _save(target, study_ids=np.array(list(job["test"]), np.int64), p=np.array(p))
 
 
@@ -588,7 +596,7 @@ def train_all(run, out, settings, paths, centers, workers):
             "name": name,
             "out": out,
             "grids": out / "grids" / scope,
-            "crop": {"scope": scope, "shape": shape, "extent_mm": [1.0] * 3, "shift_mm": [0.0] * 3},
+            "crop": Crop(scope, shape, (1.0, 1.0, 1.0)),
             "settings": settings[scope],
             "train": (study_ids[use & ~held_out], grades[use & ~held_out]),
             "valid": (study_ids[use & held_out], grades[use & held_out]),
@@ -771,7 +779,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs on phantoms")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--out", type=Path, help="folder for <run's name>/solutions in place of the runs' own")
+    parser.add_argument("--out", type=Path, help="folder for <run's name>_solutions in place of the runs' own")
     parser.add_argument("--table", type=Path, help="folder for table.csv and table.md")
     parser.add_argument("--longer", type=int, default=1, help="so many times the members' epochs for A and B")
     parser.add_argument("--check", type=int, default=0, help="compare the voxelising on so many studies, and stop")
@@ -780,7 +788,7 @@ def main():
         parser.error("--longer: at least 1")
     name = "solutions" if options.longer == 1 else f"solutions_{options.longer}x"
     runs = [run.resolve() for run in options.runs]
-    outs = [(options.out.resolve() / run.name if options.out else run) / name for run in runs]
+    outs = [(options.out.resolve() if options.out else run.parent) / f"{run.name}_{name}" for run in runs]
     results = [
         bench_run(run, out, options.workers, options.check, seed, options.longer)
         for seed, (run, out) in enumerate(zip(runs, outs))

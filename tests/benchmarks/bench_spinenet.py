@@ -38,11 +38,10 @@ from scipy import ndimage  # noqa: E402
 from scipy.optimize import linear_sum_assignment  # noqa: E402
 
 import phantom  # noqa: E402
-
-# noqa: E402
 from lumbar.data.dicom import stack_slices  # noqa: E402
 from lumbar.data.geometry import boxes_to_table  # noqa: E402
 from lumbar.data.greys import normalise_study  # noqa: E402
+from lumbar.data.source import Source  # noqa: E402
 from lumbar.data.volume import Study, load_study, save_study  # noqa: E402
 from lumbar.look import plot_images  # noqa: E402
 from lumbar.names import VERTEBRAE, progress  # noqa: E402
@@ -181,7 +180,9 @@ def simulate_sagittal(seed, kind, transitional=0.0):
         images = [phantom.render(grid, table) for grid in grids]
         stack = phantom.acquire(rng, grids, plan, images, phantom.back_of(anatomy), front)
         volumes += plan_volumes(plan, spoil_contrast(kind, stack, rng), seed)
-    bodies = [vertebra_module.Vertebra(v.corners_mm(), v.width_mm, 1.0, v.name, "truth") for v in anatomy.vertebrae]
+    bodies = [
+        vertebra_module.Vertebra(v.corners_mm(), v.width_mm, 1.0, v.name, Source.TRUTH) for v in anatomy.vertebrae
+    ]
     return normalise_study(Study(seed, volumes)), vertebra_module.vertebrae_to_table(seed, bodies), anatomy
 
 

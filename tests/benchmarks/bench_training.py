@@ -30,15 +30,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from lumbar import names  # noqa: E402
+from lumbar.data.crop import Crop  # noqa: E402
 from lumbar.grade import classifier, detector_weights, trainer  # noqa: E402
 from lumbar.grade import crops as crops_module  # noqa: E402
 from lumbar.run import stages  # noqa: E402
 
 # name -> (backbone or description, batch, extent in mm of the crop)
 NETWORKS = {
-    "level": ("coatnet_rmlp_3_rw", 3, [56.0, 96.0, 96.0]),
-    "study": ("maxvit_rmlp_tiny_rw", 1, [256.0, 128.0, 160.0]),
-    "yolo": ("yolov10x.yaml", 16, None),
+    "level": ("coatnet_rmlp_3_rw", 3),
+    "study": ("maxvit_rmlp_tiny_rw", 1),
+    "yolo": ("yolov10x.yaml", 16),
 }
 COLUMNS = (
     ("network", "{}"),
@@ -59,10 +60,10 @@ class RandomCrops(torch.utils.data.Dataset):
 
     def __init__(self, crop, count):
         rng = np.random.default_rng(0)
-        self.crop, self.per_study = crop, len(names.LEVELS) if crop["scope"] == "level" else 1
+        self.crop, self.per_study = crop, len(names.LEVELS) if crop.scope == "level" else 1
         self.study_ids = list(range(-(-count // self.per_study)))
         self.grades = rng.integers(0, 3, (len(self.study_ids), len(names.CONDITIONS), len(names.LEVELS)))
-        self.values = torch.from_numpy(rng.random((3, *crops_module.margin_shape(crop["shape"])), np.float32)).half()
+        self.values = torch.from_numpy(rng.random((3, *crops_module.margin_shape(crop.shape)), np.float32)).half()
         self.count = count
 
     def __len__(self):
@@ -93,10 +94,10 @@ def seconds_of(action, rounds, device):
 
 def classifier_actions(scope, options, device):
     """(model, training step, inference): of an OrdinalClassifier as notebook 04 trains it."""
-    backbone, batch, extent_mm = NETWORKS[scope]
+    backbone, batch = NETWORKS[scope]
     batch = options.batch or batch
     shape = [options.level if scope == "level" else options.study] * 3
-    crop = {"scope": scope, "shape": shape, "extent_mm": extent_mm, "shift_mm": [0.0, 0.0, 14.0]}
+    crop = Crop.full_size(scope, shape)
     config = trainer.TrainConfig(
         backbone=backbone,
         epochs=options.rounds + 1,
@@ -133,7 +134,7 @@ def detector_actions(options, device):
     from ultralytics.cfg import get_cfg
     from ultralytics.nn.tasks import DetectionModel
 
-    description, batch, _ = NETWORKS["yolo"]
+    description, batch = NETWORKS["yolo"]
     batch, edge = options.batch or batch, options.yolo
     precision = trainer.precision_for(options.precision, device)
     torch.manual_seed(0)

@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def plot_level_crop(axes, crop, coverage=None, extent_mm=None, window=(0.0, 1.0)):
+def plot_level_crop(
+    axes: np.ndarray,
+    crop: np.ndarray,
+    coverage: np.ndarray | None = None,
+    extent_mm: Sequence[float] | None = None,
+    window: tuple[float, float] = (0.0, 1.0),
+) -> np.ndarray:
     """Three planes through the middle of a level's crop, seen as radiologists do (patient's left at the right).
 
     axes: (3, 3) Axes, rows = channels T1, axial T2, T2/STIR, columns = sagittal, coronal, axial plane; or (3,) for a
     crop of one channel (d, h, w). crop: (3, d, h, w), axes (channel, head-foot, front-back, right-left).
-    coverage: (3, d, h, w) bool; what no slice covers is tinted blue. extent_mm: (head, left, back) for proportions and
-    the names of the axes.
+    coverage: (3, d, h, w) bool; what no slice covers is tinted blue. extent_mm: (3,) along the crop's axes, for
+    proportions and the names of the axes.
     """
     crop = np.asarray(crop, dtype=np.float32)
     axes = np.asarray(axes)
@@ -31,7 +37,7 @@ def plot_level_crop(axes, crop, coverage=None, extent_mm=None, window=(0.0, 1.0)
     )
     rows = axes.reshape(len(crops), 3)
     depth, height, width = crops.shape[1:]
-    head_mm, left_mm, back_mm = extent_mm if extent_mm is not None else (depth, width, height)
+    head_mm, back_mm, left_mm = extent_mm if extent_mm is not None else (depth, height, width)
     planes = (
         ("sagittal", np.s_[:, :, width // 2], (head_mm, back_mm), "AP"),
         ("coronal", np.s_[:, height // 2, :], (head_mm, left_mm), "RL"),
@@ -73,12 +79,12 @@ def plot_level_crop(axes, crop, coverage=None, extent_mm=None, window=(0.0, 1.0)
 def plot_crop_gallery(axes: np.ndarray, crops: np.ndarray, titles: list[str], extent_mm: Sequence[float]) -> np.ndarray:
     """Show crops side by side: above the middle sagittal plane of T2/STIR, below an axial plane of axial T2.
 
-    axes: (2, n); crops: (n, channels, d, h, w), axes (channel, head-foot, front-back, right-left); extent_mm: (head,
-    left, back). The axial plane is the same in all: the one nearest to the first crop's middle that axial slices
+    axes: (2, n); crops: (n, channels, d, h, w), axes (channel, head-foot, front-back, right-left); extent_mm: (3,)
+    along these. The axial plane is the same in all: the one nearest to the first crop's middle that axial slices
     cover, as far as they cover any. Returns axes.
     """
     crops = np.asarray(crops, dtype=np.float32)
-    head_mm, left_mm, back_mm = extent_mm
+    head_mm, back_mm, left_mm = extent_mm
     axes[0, 0].get_gridspec().set_height_ratios((head_mm, back_mm))
     covered = (crops[0, 1] > 0).mean((1, 2))
     places = np.flatnonzero(covered >= 0.8 * covered.max())

@@ -1,0 +1,211 @@
+"""The levels of every study of a split, kept as they are found.
+
+May use: levels, placement, fallbacks, spinenet, vertebra, data, in_flight, storage, names.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..data.geometry import boxes_to_table
+from ..data.source import Source
+from ..data.volume import load_study
+from ..in_flight import read_left_json
+from ..names import LEVEL_TABLE_COLUMNS, LEVELS, progress
+from ..storage import write_json
+from .fallbacks import axial_levels, complete_vertebrae, level_boxes, refit_level_prior, study_anchors
+from .levels import locate_levels_surely, seen
+from .placement import Detector, Placement
+from .spinenet import SpineNet
+from .vertebra import UNCERTAIN, VERTEBRA_TABLE_COLUMNS, vertebrae_to_table
+
+
+def _check_located(known):
+    """Raise ValueError where a dict is not what locate_studies keeps of a study."""
+    for name, columns in (("levels", LEVEL_TABLE_COLUMNS), ("vertebrae", VERTEBRA_TABLE_COLUMNS)):
+        rows = known.get(name)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(columns) for row in rows):
+            raise ValueError(f"{name} are no rows of a table")
+    if len(known["levels"]) != len(LEVELS):
+        raise ValueError(f"{len(known['levels'])} levels")
+    places = known.get("anchors")
+    if not isinstance(places, dict) or not set(places) <= {"sagittal", "axial"}:
+        raise ValueError("anchors are no places")
+    for name in ("levels", "vertebrae"):
+        for row in known[name]:
+            Source.parse(row["source"])
+    texts = ("level", "vertebra", "source")
+    numbers = [v for name in ("levels", "vertebrae") for row in known[name] for k, v in row.items() if k not in texts]
+    for center in places.values():
+        if not isinstance(center, list) or len(center) != 3:
+            raise ValueError("anchors are no places")
+        numbers += center
+    if not all(isinstance(value, (int, float)) and abs(value) < 1e12 for value in numbers):
+        raise ValueError("some numbers are none, or not finite")
+
+
+def locate_studies(
+    paths: Mapping[int, str | Path],
+    placement: Placement | SpineNet,
+    folder: str | Path | None = None,
+    workers: int = 1,
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[int, dict]]:
+    """Levels and vertebrae of many studies.
+
+    A study whose detection fails gets its levels from the axial slices or the mean layout, which is not kept in
+    `folder`.
+
+    Parameters
+    ----------
+    paths : mapping of int to path
+        study_id to volume file, as study_paths returns it.
+    placement : Placement or SpineNet
+        As locate_levels takes it. Where nothing is seen its prior stands in, not its layout.
+    folder : str or Path, optional
+        Where each study's result is kept as <study_id>.json, so that an interrupted run continues. A result of other
+        weights, prior or detector is not taken; a function is known by its repr.
+    workers : int
+        Threads; most of the time is spent outside Python's lock.
+
+    Returns
+    -------
+    levels, vertebrae : DataFrame
+        levels.csv and vertebrae.csv.
+    anchors : dict of int to dict
+        study_id to study_anchors(study).
+
+    Raises
+    ------
+    RuntimeError
+        A file cannot be read, or detection failed in every one of three or more studies.
+    """
+    placement = Placement.of(placement)
+    placement = replace(placement, layout=placement.prior)
+    key = placement.key()
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    problems = []
+
+    def locate(study_id: int) -> dict[str, Any]:
+        file = Path(folder) / f"{study_id}.json" if folder is not None else None
+        known = _kept(file, key, study_id) if file is not None else None
+        if known is not None:
+            return known
+        result, problem, blind = _locate(study_id, paths[study_id], placement)
+        if blind is not None:
+            problems.append(problem if blind else None)
+        if file is not None and not problem:
+            write_json(file, {"key": key} | result)
+        return result
+
+    pool = ThreadPoolExecutor(max(int(workers), 1))
+    try:
+        results = list(progress(pool.map(locate, paths), "locating levels", len(paths)))
+    finally:  # an interrupted run must not finish the queue first
+        pool.shutdown(cancel_futures=True)
+    if len(problems) > 2 and all(problems):  # no odd studies, but an installation that cannot work
+        raise RuntimeError(f"the detector failed in all of {len(problems)} studies; the first: {problems[0]}")
+    levels = pd.DataFrame([row for result in results for row in result["levels"]], columns=LEVEL_TABLE_COLUMNS)
+    rows = [row for result in results for row in result["vertebrae"]]
+    anchors = {
+        study_id: {plane: np.array(center) for plane, center in result["anchors"].items()}
+        for study_id, result in zip(paths, results)
+    }
+    return levels, pd.DataFrame(rows, columns=VERTEBRA_TABLE_COLUMNS), anchors
+
+
+def _kept(file, key, study_id):
+    """What locate_studies kept of a study under this key; None where there is nothing, or something else."""
+    if not file.exists():
+        return None
+    try:
+        known = read_left_json(file)
+        if known.get("key") == key:
+            _check_located(known)
+            return known
+    except ValueError as error:
+        print(f"{file} is no result of study {study_id} ({error}): its levels are located again")
+    return None
+
+
+def _locate(study_id, path, placement):
+    """(a study's rows for JSON, Problem or None, was nothing seen in its sagittal series: None without any)."""
+    try:
+        study = load_study(path)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"{path} cannot be read ({reason}): delete it and run 01 again") from error
+    boxes, bodies, problem = locate_levels_surely(study, placement)
+    if problem:
+        print(f"study {study_id}: {problem}")
+    result = {
+        "levels": boxes_to_table(study_id, boxes).to_dict("records"),
+        "vertebrae": vertebrae_to_table(study_id, bodies).to_dict("records"),
+        "anchors": {plane: center.tolist() for plane, center in study_anchors(study).items()},
+    }
+    sagittal = any(volume.plane == "sagittal" for volume in study.volumes)
+    return result, problem, not seen(bodies) if sagittal else None
+
+
+def locate_unseen(
+    levels: pd.DataFrame,
+    vertebrae: pd.DataFrame,
+    anchors: Mapping[int, dict],
+    prior: dict,
+    paths: Mapping[int, str | Path] | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The two tables with the studies in which nothing was seen placed by another prior.
+
+    paths: dict study_id -> volume file; with it also those placed by their axial slices, whose position within the
+    slices is the prior's.
+    """
+    placed = Source.PRIOR | Source.AXIAL if paths is not None else Source.PRIOR
+    origin = levels["source"].map(lambda source: Source.parse(source).origin)
+    unseen = origin.map(lambda source: bool(source & placed)).groupby(levels["study_id"]).all().astype(bool)
+    for study_id in unseen.index[unseen]:
+        own = levels[levels["study_id"] == study_id]
+        planned = None
+        if paths is not None and (origin[own.index] == Source.AXIAL).any():
+            planned = axial_levels(load_study(paths[study_id]), prior)  # None where this prior does not fit the slices
+        if planned is None:
+            bodies = complete_vertebrae([], anchors[study_id], prior)
+            planned = level_boxes(bodies), bodies
+        boxes, bodies = planned
+        old = vertebrae[(vertebrae["study_id"] == study_id) & (vertebrae["vertebra"] == UNCERTAIN)]
+        levels = pd.concat([levels[levels["study_id"] != study_id], boxes_to_table(study_id, boxes)])
+        rest = vertebrae[vertebrae["study_id"] != study_id]
+        vertebrae = pd.concat([rest, vertebrae_to_table(study_id, bodies)] + ([old] if len(old) else []))
+    return levels.reset_index(drop=True), vertebrae.reset_index(drop=True)
+
+
+def locate_with_own_layout(
+    paths: Mapping[int, str | Path],
+    model: SpineNet,
+    folder: str | Path | None = None,
+    workers: int = 1,
+    detector: Detector = "own",
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """locate_studies; and where nothing is seen, the mean layout of these patients instead of the phantoms'.
+
+    The layout goes into model.about["layout"], so that inference places its studies alike; names are given with
+    model.about["prior"] here and there.
+
+    Parameters
+    ----------
+    paths, model, folder, workers, detector
+        As locate_studies and Placement.of take them; the model must carry a prior.
+
+    Returns
+    -------
+    levels, vertebrae : DataFrame
+        levels.csv and vertebrae.csv.
+    """
+    placement = Placement.of(model, detector)
+    levels, vertebrae, anchors = locate_studies(paths, placement, folder, workers)
+    model.about["layout"] = refit_level_prior(anchors, vertebrae, placement.prior)
+    return locate_unseen(levels, vertebrae, anchors, model.about["layout"], paths)
