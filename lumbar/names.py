@@ -48,6 +48,7 @@ LEVEL_TABLE_COLUMNS = (
     ["study_id", "level", "x_mm", "y_mm", "z_mm"]
     + [f"r{row}{column}" for row in range(3) for column in range(3)]
     + ["extent_head_mm", "extent_left_mm", "extent_back_mm", "confidence", "source"]
+    + ["second", "second_share"]
 )
 
 

@@ -23,11 +23,19 @@ from lumbar.spine import naming as naming_module
 from lumbar.spine import spinenet
 from lumbar.spine.chain import merge_vertebrae
 from lumbar.spine.fallbacks import complete_vertebrae, fit_level_prior, level_boxes
+from lumbar.spine.levels import second_boxes
 from lumbar.spine.locating import locate_unseen
 from lumbar.spine.naming import name_vertebrae
 from lumbar.spine.placement import Placement
 from lumbar.spine.spinenet import SpineNet, detect_vertebrae
-from lumbar.spine.vertebra import AMBIGUOUS_SHARE, SPINE_CLASSES, UNCERTAIN, Vertebra, spine_class, vertebrae_to_table
+from lumbar.spine.vertebra import (
+    AMBIGUOUS_SHARE,
+    SPINE_CLASSES,
+    UNCERTAIN,
+    Vertebra,
+    spine_class,
+    vertebrae_to_table,
+)
 
 CLASSES = len(SPINE_CLASSES)
 LUMBAR = ("L1", "L2", "L3", "L4", "L5", "S1")
@@ -104,7 +112,7 @@ def chain(seed, top="T11", bottom="S2", missing=(), lost=0, false=(), strength=2
 
 def names_right(truth, bodies, prior=PRIOR):
     """Has every true body of L1 to S1 its name, and no false one such a name? A body seen twice may go either way."""
-    given = {id(v.corners_lps_mm): v.name for v in name_vertebrae(bodies, prior)}
+    given = {id(v.corners_lps_mm): v.name for v in name_vertebrae(bodies, prior)[0]}
     given = [given.get(id(v.corners_lps_mm), "") for v in bodies]
 
     def near(body, name, of):
@@ -209,18 +217,19 @@ def test_shares_are_honest():
         truth, bodies = chain(seed, **corruptions)
         by_place = {id(v.corners_lps_mm): name for name, v in zip(truth, bodies)}
         sure_of = {id(v.corners_lps_mm): v.confidence for v in bodies}
-        for v in name_vertebrae(bodies, PRIOR):
+        for v in name_vertebrae(bodies, PRIOR)[0]:
             place = id(v.corners_lps_mm)
             share = v.confidence / sure_of[place]
-            assert (Source.UNCERTAIN in v.source) == (share < AMBIGUOUS_SHARE)
-            (sure if share > 0.95 else doubtful if share < AMBIGUOUS_SHARE else []).append(v.name == by_place[place])
-    assert len(sure) > 300 and np.mean(sure) > 0.97
+            # Without an S1 there is nothing to count from, whatever the share.
+            assert (Source.UNCERTAIN in v.source) == (share < AMBIGUOUS_SHARE or bool(seed % 3))
+            (sure if share > 0.9 else doubtful if share < AMBIGUOUS_SHARE else []).append(v.name == by_place[place])
+    assert len(sure) > 250 and np.mean(sure) > 0.97
     assert len(doubtful) > 20 and 0.2 < np.mean(doubtful) < 0.9
 
 
 def test_what_has_no_place_is_uncertain():
     truth, bodies = chain(1, false=("front", "twice"))
-    result = name_vertebrae(bodies, PRIOR)
+    result, _ = name_vertebrae(bodies, PRIOR)
     assert [v.name for v in result if v.name != UNCERTAIN] == [name for name in truth if name]
     (odd,) = [v for v in result if v.name == UNCERTAIN]  # the body seen twice is no other body
     named = np.stack([v.center_lps_mm for v in result if v is not odd])
@@ -247,7 +256,7 @@ def test_levels_say_when_the_numbering_is_ambiguous():
     center = next(v for v in spine(2) if v.name == "L3").center_lps_mm
     at = PRIOR["layout_mm"]["L3"]
     for shift, names in ((0, ["L2", "L3", "L4"]), (40, ["L1", "L2", "L3"])):
-        named = name_vertebrae(flat, PRIOR, center - np.mean(at, 0) - [0, 0, shift])
+        named, _ = name_vertebrae(flat, PRIOR, center - np.mean(at, 0) - [0, 0, shift])
         assert [v.name for v in named] == names
 
 
@@ -538,3 +547,54 @@ def test_bodies_of_no_adults_size_are_said(factor, said):
         assert f"{34 * factor:.0f} mm deep" in sentence
     placed = [replace(body, source=Source.T2 | Source.EXTRAPOLATED) for body in bodies]
     assert levels_module._odd_size(placed) is None
+
+
+# -- doubt about the numbering
+
+
+def seen_as(bodies, likely=0.97):
+    """Vertebrae without names, each of which looks like what it is."""
+    result = []
+    for v in bodies:
+        p = np.full(len(SPINE_CLASSES), (1 - likely) / (len(SPINE_CLASSES) - 1))
+        p[spine_class(v.name)] = likely
+        result.append(replace(v, name="", source=Source.T2, confidence=0.9, appearance=np.log(p)))
+    return result
+
+
+@pytest.mark.parametrize("lowest", ["L4", "L5"])
+def test_a_chain_without_s1_is_doubtful_and_has_a_second_numbering(lowest):
+    truth = spine(3)
+    bodies = truth[: [v.name for v in truth].index(lowest) + 1]
+    named, second = name_vertebrae(seen_as(bodies), PRIOR)
+    assert [v.name for v in named] == [v.name for v in bodies]  # the likeliest name is given all the same
+    assert all(Source.UNCERTAIN in v.source for v in named)
+    assert second is not None and second.step in (-1, 1) and 0.1 <= second.share < 0.5
+
+
+def test_a_chain_with_s1_is_sure_and_has_none():
+    named, second = name_vertebrae(seen_as(spine(3)), PRIOR)
+    assert second is None and not any(Source.UNCERTAIN in v.source for v in named)
+
+
+def test_the_second_numbering_moves_every_level_by_one(tmp_path):
+    bodies = [v for v in spine(3) if v.name not in ("S1", "S2")]
+    study = Study(1, [replace(sagittal(), study_id=1)])
+    placement = Placement.of(None, lambda volume: seen_as(bodies), PRIOR)
+    boxes, vertebrae = utils.locate_levels(study, placement)
+    assert [box.second for box in boxes] == ["t12_l1", "l1_l2", "l2_l3", "l3_l4", "l4_l5"]
+    others, share = second_boxes(study, boxes, vertebrae, placement)
+    assert share == boxes[0].second_share == boxes[4].second_share and 0.1 <= share < 0.5
+    for box, moved in zip(boxes[1:4], others[:3], strict=True):
+        assert np.linalg.norm(box.center_lps_mm - moved.center_lps_mm) < 3.0
+    table = utils.boxes_to_table(1, boxes)
+    path = tmp_path / "levels.csv"
+    table.to_csv(path, index=False)
+    for box, read in zip(boxes, utils.boxes_from_table(pd.read_csv(path), 1), strict=True):
+        assert (read.second, read.second_share, read.source) == (box.second, box.second_share, box.source)
+    # Tables of earlier versions say nothing of it; nor does one whose levels are sure.
+    for other in (table.drop(columns=["second", "second_share"]), table.assign(second="", second_share=0.0)):
+        other.to_csv(path, index=False)
+        read = utils.boxes_from_table(pd.read_csv(path), 1)
+        assert {(box.second, box.second_share) for box in read} == {("", 0.0)}
+        assert second_boxes(study, read, vertebrae, placement) is None

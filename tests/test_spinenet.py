@@ -418,7 +418,7 @@ def test_pieces_that_would_be_too_large_stay_apart(monkeypatch):
 
 
 def named(vertebrae):
-    return [v.name for v in name_vertebrae(vertebrae, PRIOR) if v.name != UNCERTAIN]
+    return [v.name for v in name_vertebrae(vertebrae, PRIOR)[0] if v.name != UNCERTAIN]
 
 
 def anonymous(vertebrae, looks=0.85, confidence=0.9):
@@ -459,11 +459,11 @@ def test_naming_bridges_a_missed_body_and_drops_a_false_one():
 
 def test_naming_is_unsure_without_the_sacrum():
     lumbar = [v for v in anonymous(spine(6)) if v.appearance.argmax() == 1][:3]
-    sure = name_vertebrae(anonymous(spine(6)), PRIOR)
-    unsure = name_vertebrae(lumbar, PRIOR)
+    sure, _ = name_vertebrae(anonymous(spine(6)), PRIOR)
+    unsure, _ = name_vertebrae(lumbar, PRIOR)
     assert min(v.confidence for v in sure) > 0.8
     assert len(unsure) == 3 and max(v.confidence for v in unsure) < 0.6
-    assert name_vertebrae([], PRIOR) == []
+    assert name_vertebrae([], PRIOR) == ([], None)
 
 
 def test_sideways_an_outlier_goes_and_a_scoliosis_stays():

@@ -34,6 +34,8 @@ class LevelBox:
 
     center_lps_mm: (3,) the disc's centre; axes: (3, 3), rows are unit vectors in LPS, a right-handed frame: towards
     the head along the disc's normal, to the patient's left, to the back; extent_mm: (3,) full edge lengths along them.
+    second: what the disc would be called by the second likeliest numbering of the vertebrae, "" where that is none;
+    second_share: how likely that is, beside this one.
     """
 
     level: str
@@ -42,6 +44,8 @@ class LevelBox:
     extent_mm: np.ndarray
     confidence: float = 1.0
     source: Source = Source(0)
+    second: str = ""
+    second_share: float = 0.0
 
     def to_lps(self, head_left_back_mm: ArrayLike) -> np.ndarray:
         """(..., 3) offsets from the centre along head, left, back -> (..., 3) LPS millimetres."""
@@ -81,6 +85,8 @@ def boxes_to_table(study_id: int, boxes: Iterable[LevelBox]) -> pd.DataFrame:
             *box.extent_mm,
             box.confidence,
             str(box.source),
+            box.second,
+            box.second_share,
         ]
         rows.append(dict(zip(LEVEL_TABLE_COLUMNS, values)))
     return pd.DataFrame(rows, columns=LEVEL_TABLE_COLUMNS)
@@ -121,9 +127,17 @@ def boxes_from_table(table: pd.DataFrame, study_id: int) -> list[LevelBox]:
                 row[["extent_head_mm", "extent_left_mm", "extent_back_mm"]].to_numpy(np.float64),
                 float(row["confidence"]),
                 Source.parse(row["source"]),
+                *_second(row),
             )
         )
     return boxes
+
+
+def _second(row: pd.Series) -> tuple[str, float]:
+    """What a row of levels.csv says of the second numbering; earlier tables say nothing."""
+    name, share = row.get("second"), row.get("second_share")
+    told = isinstance(name, str) and name != "" and share is not None and np.isfinite(share)
+    return (str(name), float(share)) if told else ("", 0.0)
 
 
 def _unit_corners(low: Iterable[float], high: Iterable[float]) -> np.ndarray:

@@ -205,6 +205,13 @@ def _space_figure() -> str:
     )
 
 
+def _or_second(box):
+    """The level's other name where stage 1 doubts the numbering, as HTML."""
+    if not box.second:
+        return ""
+    return f" <small>or {html.escape(level_name(box.second))}, {box.second_share:.0%}</small>"
+
+
 def _answer(data: Mapping[str, Any], boxes: Sequence[LevelBox]) -> str:
     """The chosen cell's probabilities and label, and where the levels are from; "" without either."""
     answer = ""
@@ -216,7 +223,7 @@ def _answer(data: Mapping[str, Any], boxes: Sequence[LevelBox]) -> str:
             + ("" if data["members"] else "<p>No prediction of this study was given.</p>")
         )
     found = "".join(
-        f"<tr><th scope=row>{html.escape(level_name(box.level))}</th>"
+        f"<tr><th scope=row>{html.escape(level_name(box.level))}{_or_second(box)}</th>"
         f"<td>{html.escape(str(box.source) or 'unknown')}</td>"
         f"<td>{box.confidence:.2f}</td><td>{tilt_caption(box)}</td></tr>"
         for box in boxes

@@ -108,7 +108,7 @@ def _check_result(result, study_id, members):
             raise ValueError(f"predictions of {member} are no probabilities of {len(CONDITIONS)} x {len(LEVELS)} rows")
     if len(result["levels"]) > len(LEVELS):
         raise ValueError(f"{len(result['levels'])} levels")
-    numbers = set(LEVEL_TABLE_COLUMNS) - {"study_id", "level", "source"}
+    numbers = set(LEVEL_TABLE_COLUMNS) - {"study_id", "level", "source", "second"}
     for row in result["levels"]:
         if not (
             isinstance(row, dict)

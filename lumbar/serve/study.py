@@ -19,7 +19,7 @@ from ..data.volume import Study
 from ..grade.member import Member, Prediction, Weights, silence, without_frames
 from ..grade.registry import MEMBERS
 from ..problems import Kind, Problem, kind_of_error
-from ..spine.levels import locate_levels_surely
+from ..spine.levels import locate_levels_surely, second_boxes
 from .members import Members
 
 
@@ -43,7 +43,8 @@ def studies_to_predict(data: str | Path, split: str) -> dict[int, dict[int, str]
 class Prepared:
     """A study made ready for the members: read, its levels found, their inputs made.
 
-    boxes: five LevelBoxes, None without a readable image; inputs: dict member's name -> what its `prepare` made;
+    boxes: five LevelBoxes, None without a readable image; second: the same by the second numbering and how likely that
+    is, where stage 1 is in doubt; inputs, second_inputs: dict member's name -> what its `prepare` made of the boxes;
     seconds: dict of reading, locating and cropping, empty where the work was given up; preparing: how much of the
     cropping was for which member.
     """
@@ -54,6 +55,8 @@ class Prepared:
     problems: list[Problem]
     seconds: dict[str, float]
     preparing: dict[str, float] = field(default_factory=dict)
+    second: tuple[list[LevelBox], float] | None = None
+    second_inputs: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare_study(
@@ -79,21 +82,26 @@ def prepare_study(
         problems.append(Problem(Kind.IMAGES, "no readable image: every row is the prior"))
         return Prepared(study, boxes, inputs, problems, seconds)
     problem: Problem | None
+    second = None
     try:
-        boxes, _, problem = locate_levels_surely(study, members.placement)
+        boxes, vertebrae, problem = locate_levels_surely(study, members.placement)
+        second = second_boxes(study, boxes, vertebrae, members.placement)
     except Exception as error:
         problem = Problem.of(error, "no level can be placed: ", kind=Kind.LEVELS)
     if problem:
         problems.append(replace(problem, text=f"levels: {problem}"))
     seconds["locating"] = time.perf_counter() - started
     preparing: dict[str, float] = {}
+    second_inputs: dict[str, Any] = {}
     for member, weights in members.weights.items():
         if wanted is None or member in wanted:
             started = time.perf_counter()
             inputs[member] = MEMBERS[member].prepare(study, boxes, weights, members.device)
+            if second is not None and not MEMBERS[member].whole_study:
+                second_inputs[member] = MEMBERS[member].prepare(study, second[0], weights, members.device)
             preparing[member] = time.perf_counter() - started
     seconds["cropping"] = sum(preparing.values())
-    return Prepared(study, boxes, inputs, problems, seconds, preparing)
+    return Prepared(study, boxes, inputs, problems, seconds, preparing, second, second_inputs)
 
 
 def predict_studies(
@@ -106,7 +114,8 @@ def predict_studies(
     has nothing to say; list of lists of Problems; dict member -> seconds).
 
     views: dict member -> at most how many of its views, -1 all; members that it lacks are not run; None: everything.
-    A study, or a member, that fails costs only its own contribution.
+    A study, or a member, that fails costs only its own contribution. Where stage 1 is in doubt, a member that looks at
+    levels is asked for both numberings, and what it says is the mean of both, by how likely they are.
     """
     views = dict.fromkeys(members.weights, -1) if views is None else views
     predictions: list[dict[str, np.ndarray]] = [{} for _ in batch]
@@ -116,15 +125,35 @@ def predict_studies(
     for name in [m for m in members.weights if m in views and readable]:
         started, member, weights = clock(), MEMBERS[name], members.weights[name]
         inputs = [_inputs_of(batch[k], member, weights, members.device) for k in readable]
+        doubtful = [k for k in readable if batch[k].second is not None and not member.whole_study]
+        inputs += [_second_inputs_of(batch[k], member, weights, members.device) for k in doubtful]
         try:
             found = member.predict(inputs, weights, views[name], members.device)
         except Exception as error:  # a member that does not keep its word, see Member.predict
-            found = [Prediction(silence(), (Problem.of(without_frames(error), f"{name}: ", name),))] * len(readable)
-        for k, prediction in zip(readable, found, strict=True):
+            found = [Prediction(silence(), (Problem.of(without_frames(error), f"{name}: ", name),))] * len(inputs)
+        seconds_by = dict(zip(doubtful, found[len(readable) :], strict=True))
+        for k, first in zip(readable, found[: len(readable)], strict=True):
+            prediction = _mixed(first, seconds_by.get(k), batch[k].second)
             predictions[k][name] = prediction.probabilities
             problems[k] += prediction.problems
         seconds[name] = clock() - started
     return predictions, problems, seconds
+
+
+def _mixed(first: Prediction, other: Prediction | None, second: tuple[list[LevelBox], float] | None) -> Prediction:
+    """The mean of both numberings' predictions; where one of them has nothing to say, what the other says."""
+    if other is None or second is None:
+        return first
+    share, p, q = second[1], first.probabilities, other.probabilities
+    mean = np.where(np.isfinite(p) & np.isfinite(q), (1 - share) * p + share * q, np.where(np.isfinite(p), p, q))
+    return Prediction(mean, tuple(dict.fromkeys([*first.problems, *other.problems])))
+
+
+def _second_inputs_of(prepared: Prepared, member: Member, weights: Sequence[Weights], device: str) -> Any:
+    """As _inputs_of, of the second numbering's boxes."""
+    if member.name not in prepared.second_inputs and prepared.second is not None:
+        prepared.second_inputs[member.name] = member.prepare(prepared.study, prepared.second[0], weights, device)
+    return prepared.second_inputs[member.name]
 
 
 def _inputs_of(prepared: Prepared, member: Member, weights: Sequence[Weights], device: str) -> Any:

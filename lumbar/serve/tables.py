@@ -48,7 +48,8 @@ def collect(
     """infer_studies' tables from the results of all studies; folder: where each has its file.
 
     The log has the columns study_id; members, partial (those that say something of all rows, of some); rows_from;
-    prior_rows (of both priors); levels; dropped (for want of time); *_s seconds, of which `seconds` is the study's
+    prior_rows (of both priors); levels; second_share (of the second numbering of the vertebrae, by which the members
+    were asked, too); dropped (for want of time); *_s seconds, of which `seconds` is the study's
     share of the whole run's time; problems; files (images_digest).
     Raises RuntimeError for a member that failed in every study, see infer_studies.
     """
@@ -81,6 +82,7 @@ def collect(
                 "rows_from": ", ".join(f"{what} {n}" for what, n in rows.items() if n),
                 "prior_rows": int((count[number] == 0).sum()),
                 "levels": " ".join(sorted({row["source"] for row in result["levels"]})),
+                "second_share": max((row["second_share"] for row in result["levels"]), default=0.0),
                 "dropped": " | ".join(result["dropped"]),
                 **{f"{step}_s": result.get(f"{step}_s", 0.0) for step in (*steps(), "predicting")},
                 "seconds": result.get("seconds", 0.0),

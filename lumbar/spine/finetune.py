@@ -318,7 +318,7 @@ def _study_records(study, model, points, prior, slices, tolerance_mm, least, rng
         for other in detected[:number] + detected[number + 1 :]:
             chain = merge_vertebrae(chain, other) if chain else other
         if prior is not None:
-            chain = name_vertebrae(chain, prior, study_anchors(study).get("sagittal"))
+            chain, _ = name_vertebrae(chain, prior, study_anchors(study).get("sagittal"))
         alone = replace(study, volumes=[volume])
         own, note = point_records(alone, chain, points, model.resolution_mm, prior, tolerance_mm, least)
         if slices is not None and len(own) > slices:

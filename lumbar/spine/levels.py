@@ -1,6 +1,6 @@
 """The levels of one study.
 
-May use: chain, placement, naming, fallbacks, spinenet, vertebra, data, problems, limits.
+May use: chain, placement, naming, fallbacks, spinenet, vertebra, data, problems, limits, names.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import numpy as np
 from ..data.geometry import LevelBox
 from ..data.volume import Study, Volume
 from ..limits import check_limit, cpu_limit
+from ..names import LEVEL_VERTEBRAE
 from ..problems import Kind, Problem, kind_of_error
 from .chain import merge_vertebrae, rejoined, smooth_sideways, thinned
 from .fallbacks import axial_levels, complete_vertebrae, level_boxes, study_anchors
@@ -75,8 +76,9 @@ def locate_levels(
                 raise
             lost.setdefault(Problem.of(error, kind=Kind.LEVELS), []).append(volume.series_id)
     anchors = study_anchors(study)
+    second = None
     if not any(v.name for v in chain):
-        chain = name_vertebrae(chain, prior, anchors.get("sagittal"))
+        chain, second = name_vertebrae(chain, prior, anchors.get("sagittal"))
     # Names of another detector may repeat: the surest body has it.
     by_name: dict[str, Vertebra] = {}
     for vertebra in sorted(chain, key=lambda v: -v.confidence):
@@ -89,7 +91,38 @@ def locate_levels(
     if planned is not None:
         return planned[0], planned[1] + [replace(v, name=UNCERTAIN) for v in uncertain + named]
     complete = complete_vertebrae(named, anchors, prior if named else layout)
-    return level_boxes(complete), sorted(complete + others, key=lambda v: _CHAIN.index(v.name)) + uncertain
+    boxes = level_boxes(complete)
+    if second is not None:
+        boxes = [_with_second(box, second) for box in boxes]
+    return boxes, sorted(complete + others, key=lambda v: _CHAIN.index(v.name)) + uncertain
+
+
+def _with_second(box, second):
+    """The box with its name by the second numbering."""
+    below = _CHAIN.index(LEVEL_VERTEBRAE[box.level][1]) + second.step
+    return replace(box, second=f"{_CHAIN[below - 1]}_{_CHAIN[below]}".lower(), second_share=second.share)
+
+
+def second_boxes(
+    study: Study, boxes: Sequence[LevelBox], vertebrae: Sequence[Vertebra], placement: Placement
+) -> tuple[list[LevelBox], float] | None:
+    """Where the levels lie by the second numbering, and how likely that is beside the first; None where there is none.
+
+    boxes, vertebrae: as locate_levels returns them.
+    """
+    told = next((box for box in boxes if box.second), None)
+    if told is None:
+        return None
+    first = LEVEL_VERTEBRAE[told.level][1].lower()
+    by_name = {name.lower(): number for number, name in enumerate(_CHAIN)}
+    step = by_name[told.second.split("_")[1]] - by_name[first]
+    moved = [
+        replace(v, name=_CHAIN[_CHAIN.index(v.name) + step])
+        for v in vertebrae
+        if v.name in _CHAIN and v.source.seen and 0 <= _CHAIN.index(v.name) + step < len(_CHAIN)
+    ]
+    complete = complete_vertebrae(moved, study_anchors(study), placement.prior)
+    return level_boxes(complete), told.second_share
 
 
 def locate_levels_surely(

@@ -39,7 +39,7 @@ def _check_located(known):
     for name in ("levels", "vertebrae"):
         for row in known[name]:
             Source.parse(row["source"])
-    texts = ("level", "vertebra", "source")
+    texts = ("level", "vertebra", "source", "second")
     numbers = [v for name in ("levels", "vertebrae") for row in known[name] for k, v in row.items() if k not in texts]
     for center in places.values():
         if not isinstance(center, list) or len(center) != 3:

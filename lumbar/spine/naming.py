@@ -4,7 +4,7 @@ May use: vertebra, data.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -182,10 +182,47 @@ def _name_shares(single, pair, drop):
     return np.exp(total - _log_sum(ends.ravel(), 0))
 
 
+# The score adds evidence that is correlated: neighbours see the same slice, a tilt and its change the same end plate.
+# Taken at its word it would call nearly every naming sure, wrong ones included. Half of it fits what is seen on real
+# volumes, less where no S1 is in the chain to count from (tests/benchmarks/bench_real.py draws the curve).
+_TEMPER, _TEMPER_WITHOUT_S1 = 0.5, 0.3
+_LEAST_SHARE = 0.1  # of a second numbering that is told: asking every member twice costs as much as a study
+
+
+@dataclass(frozen=True)
+class SecondNumbering:
+    """The naming of a whole chain that is next to the best: every name is another by `step` (1: the one below).
+
+    share: of the two namings' probability, the second's.
+    """
+
+    step: int
+    share: float
+
+
+def _numbering(names, scores):
+    """(how likely the chain's names are as a whole, SecondNumbering or None).
+
+    names: dict detection -> index into _CHAIN; scores: of _chain_scores. A chain is as likely as the median of its
+    names: the upper ones' shares also count that a body was overlooked in between.
+    """
+    from_s1 = _CHAIN.index("S1") in names.values()
+    shares = _name_shares(*(part * (_TEMPER if from_s1 else _TEMPER_WITHOUT_S1) for part in scores))
+
+    def share_of(step):
+        moved = [(i, k + step) for i, k in names.items()]
+        return float(np.median([shares[i, k] if 0 <= k < shares.shape[1] else 0.0 for i, k in moved]))
+
+    step = max((-1, 1), key=share_of)
+    share = share_of(step) / max(share_of(step) + share_of(0), 1e-12)
+    return min(share_of(0), 1.0), SecondNumbering(step, share) if share >= _LEAST_SHARE else None
+
+
 def name_vertebrae(
     vertebrae: Sequence[Vertebra], prior: dict, center_lps_mm: np.ndarray | None = None
-) -> list[Vertebra]:
-    """Name a chain of Vertebrae by one dynamic programme. Returns them head to foot, some named "uncertain".
+) -> tuple[list[Vertebra], SecondNumbering | None]:
+    """Name a chain of Vertebrae by one dynamic programme: (Vertebrae head to foot, some named "uncertain"; the second
+    numbering, where there is one of some likelihood).
 
     vertebrae: with `appearance`, head to foot; prior: from fit_level_prior; center_lps_mm: (3,) of the sagittal
     series, which is planned around L3.
@@ -202,11 +239,12 @@ def name_vertebrae(
     alone, and all but the way from body to body are capped, so that a thin L5/S1 disc (sacralised L5) or a high S1/S2
     disc (lumbarised S1) is outvoted by the rest.
     A dropped detection is kept under the name UNCERTAIN, unless it overlaps a named one (then it is the same body seen
-    twice). Confidence is the detection's times the share of its name among all namings (_name_shares); where that
-    share is below AMBIGUOUS_SHARE the source is uncertain, too.
+    twice). Confidence is the detection's times the share of its name among all namings (_name_shares), or times the
+    whole chain's (_numbering) where that is lower. The source is uncertain, too, where this is below AMBIGUOUS_SHARE,
+    and throughout where no S1 is in the chain: then nothing is there to count from.
     """
     if not vertebrae:
-        return []
+        return [], None
     # The patient's size is tried out: missed and false bodies spoil any median of distances.
     tried = []
     for size in _SIZES:
@@ -215,11 +253,14 @@ def name_vertebrae(
         tried.append((total - 0.5 * (np.log(size) / 0.1) ** 2, chain, scores))
     _, chain, scores = max(tried, key=lambda item: item[0])
     names, shares = dict(chain), _name_shares(*scores)
+    chain_share, second = _numbering(names, scores)
+    from_s1 = _CHAIN.index("S1") in names.values()
     result = []
     for i, vertebra in enumerate(vertebrae):
         if i in names:
-            share = float(min(shares[i, names[i]], 1.0))
-            source = vertebra.source | (Source.UNCERTAIN if share < AMBIGUOUS_SHARE else Source(0))
+            share = float(min(shares[i, names[i]], chain_share))
+            doubtful = share < AMBIGUOUS_SHARE or not from_s1
+            source = vertebra.source | (Source.UNCERTAIN if doubtful else Source(0))
             found = replace(vertebra, name=_CHAIN[names[i]], confidence=vertebra.confidence * share, source=source)
             result.append(found)
         else:
@@ -227,4 +268,4 @@ def name_vertebrae(
             distance = [np.linalg.norm(vertebrae[k].center_lps_mm - vertebra.center_lps_mm) for k in names]
             if min(distance) > 0.7 * height:
                 result.append(replace(vertebra, name=UNCERTAIN))
-    return result
+    return result, second

@@ -1,0 +1,121 @@
+"""Stage 1 on real lumbar MR: which levels are named right, which are said to be in doubt, and whether doubt is honest.
+
+    python tests/benchmarks/bench_real.py FOLDER [--weights spinenet.safetensors] [--out real.md]
+
+FOLDER holds NAME.npz with `image` uint8 (slice, row, column), rows to the feet, columns to the back, pixels of 1 mm,
+slices 4 mm apart, and truth.csv with volume, description, kind (`body` or `level`), name and x_mm, y_mm, z_mm. A level
+is right where its centre lies within half a body's height of the true one; a level without a true centre does not
+count. Without the folder nothing is measured.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+
+from lumbar.data.greys import normalise_study  # noqa: E402
+from lumbar.data.source import Source  # noqa: E402
+from lumbar.data.volume import Study, Volume  # noqa: E402
+from lumbar.names import LEVEL_VERTEBRAE, progress  # noqa: E402
+from lumbar.spine.levels import locate_levels  # noqa: E402
+from lumbar.spine.placement import Placement  # noqa: E402
+from lumbar.spine.spinenet import load_spinenet  # noqa: E402
+
+RIGHT_MM = 13.0  # half a body's height
+
+
+def read_volume(path, description):
+    """A Study of the one volume, on the kit's grey scale; patient coordinates are centred on it."""
+    image = np.load(path)["image"].astype(np.float32)
+    n, rows, columns = image.shape
+    affine = np.array(
+        [[4.0, 0, 0, -2.0 * (n - 1)], [0, 0, 1, -(columns - 1) / 2], [0, -1, 0, (rows - 1) / 2], [0, 0, 0, 1]]
+    )
+    return normalise_study(Study(1, [Volume(image, affine, 1, 1, description, 0, np.arange(n) + 1)]))
+
+
+def true_levels(rows):
+    """dict level -> (3,) centre in millimetres, of the levels that the truth has."""
+    where = {row.name_: np.array([row.x_mm, row.y_mm, row.z_mm]) for row in rows.itertuples()}
+    levels = {}
+    for level, (upper, lower) in LEVEL_VERTEBRAE.items():
+        if level in where:
+            levels[level] = where[level]
+        elif upper in where and lower in where:
+            levels[level] = (where[upper] + where[lower]) / 2
+    return levels
+
+
+def judge(boxes, truth):
+    """A row of the table: how many of the true levels are right, whether all are, doubt, the second numbering."""
+    right = {}
+    for box in boxes:
+        if box.level in truth:
+            # Across the slices the truth's side is not known.
+            right[box.level] = np.linalg.norm((box.center_lps_mm - truth[box.level])[1:]) < RIGHT_MM
+    second = next((box for box in boxes if box.second), None)
+    return {
+        "levels": len(right),
+        "right": sum(right.values()),
+        "all_right": all(right.values()),
+        "doubtful": any(Source.UNCERTAIN in box.source for box in boxes if box.level in truth),
+        "second_share": second.second_share if second else 0.0,
+        "confidence": float(np.median([box.confidence for box in boxes])),
+    }
+
+
+def reliability(table, edges=(0.0, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)):
+    """How often the first numbering is right, by how likely it is said to be."""
+    said = 1 - table["second_share"]
+    bins = pd.cut(said, edges, include_lowest=True)
+    return (
+        table.groupby(bins, observed=True)
+        .agg(chains=("all_right", "size"), right=("all_right", "mean"))
+        .reset_index(names="said")
+    )
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "spinenet_phantom.safetensors")
+    parser.add_argument("--out", type=Path, help="the table as CSV")
+    options = parser.parse_args(arguments)
+    if not (options.folder / "truth.csv").is_file():
+        print(f"{options.folder} has no truth.csv: nothing is measured")
+        return
+    placement = Placement.of(load_spinenet(options.weights))
+    truth = pd.read_csv(options.folder / "truth.csv").rename(columns={"name": "name_"})
+    rows = []
+    for volume, known in progress(truth.groupby("volume"), "volumes", truth["volume"].nunique()):
+        study = read_volume(options.folder / f"{volume}.npz", known["description"].iloc[0])
+        boxes, _ = locate_levels(study, placement)
+        rows.append({"volume": volume, "set": volume.split("_")[0], **judge(boxes, true_levels(known))})
+    table = pd.DataFrame(rows)
+    if options.out:
+        table.to_csv(options.out, index=False)
+    print(table[~table["all_right"] | table["doubtful"]].round(3).to_string(index=False))
+    groups = table.groupby("set")
+    summary = pd.DataFrame(
+        {
+            "volumes": groups.size(),
+            "levels": groups["levels"].sum(),
+            "levels right": groups["right"].sum(),
+            "all right": groups["all_right"].sum(),
+            "right, yet doubtful": groups.apply(lambda g: int((g["all_right"] & g["doubtful"]).sum())),
+            "wrong": groups.apply(lambda g: int((~g["all_right"]).sum())),
+            "wrong and doubtful": groups.apply(lambda g: int((~g["all_right"] & g["doubtful"]).sum())),
+        }
+    )
+    summary.loc["all"] = summary.sum()
+    print(summary.to_string())
+    print(reliability(table).round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
