@@ -105,7 +105,7 @@ class Anatomy:
             sac = sac_section(self, s)
             points[0, level] = self.canal_to_lps(0.0, (sac["front"] + sac["rear"]) / 2, s)
             for side, sign in ((0, 1), (1, -1)):
-                points[1 + side, level] = self.canal_to_lps(sign * 18.0, FORAMEN_V_MM, s + FORAMEN_RISE_MM + 3)
+                points[1 + side, level] = self.canal_to_lps(sign * 18.0, FORAMEN_V_MM, s + FORAMEN_POINT_MM)
                 points[3 + side, level] = self.canal_to_lps(sign * RECESS_U_MM, sac["front"] + 3.0, s)
         return points
 
@@ -689,6 +689,7 @@ def _ahead_mm(bodies: list[Vertebra], path_mm: np.ndarray, s: np.ndarray, disc_s
 
 FORAMEN_V_MM = -3.0  # the foramen's middle lies a little in front of the canal's
 FORAMEN_RISE_MM = -8.5  # ... and above the disc (s grows downwards)
+FORAMEN_POINT_MM = -9.2  # where readers mark it: measured in 12 of the competition's studies
 RECESS_U_MM = 9.5
 
 

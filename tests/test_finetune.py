@@ -308,3 +308,22 @@ def test_tuning_is_kept_only_if_nothing_got_worse():
         ({"right_level": float("nan")}, False),
     ):
         assert utils.tuning_helped(before, before | after) is helped
+
+
+@pytest.mark.parametrize("rise_mm", [4.0, 9.2, 13.0])
+def test_the_rise_of_the_foramina_is_the_data_sets_own(tmp_path, rise_mm):
+    rows, paths = [], {}
+    for study_id in range(1, 7):
+        volume = replace(empty_volume(), study_id=study_id)
+        paths[study_id] = tmp_path / f"{study_id}.safetensors"
+        save_study(Study(study_id, [volume]), paths[study_id])
+        for number, level in enumerate(utils.LEVELS):
+            for condition, up_mm in (("spinal_canal_stenosis", 0.0), ("left_neural_foraminal_narrowing", rise_mm)):
+                ijk = np.array([3.0, 30.0 + 15 * number, 20.0])
+                ijk = volume.lps_to_voxel(volume.voxel_to_lps(ijk) + [0, 0, up_mm])
+                rows.append((study_id, volume.series_id, volume.instance_numbers[3], condition, level, ijk[2], ijk[1]))
+    columns = ["study_id", "series_id", "instance_number", "condition", "level", "x_px", "y_px"]
+    table = pd.DataFrame(rows, columns=columns)
+    assert finetune.foramen_rise_mm(paths, table) == pytest.approx(rise_mm, abs=0.3)
+    few = table[table["study_id"] <= 3]
+    assert finetune.foramen_rise_mm(paths, few) == finetune.FORAMEN_RISE_MM
