@@ -45,6 +45,7 @@ from lumbar.grade.tta import TTA_VIEWS
 
 # Looking
 from lumbar.look.inspection import read_inspection
+from lumbar.look.page import export_html, paragraph_html, short, table_html
 from lumbar.look.plot_crops import plot_crop_gallery, plot_level_crop, view_name
 from lumbar.look.plot_curves import plot_learning_curves, plot_spinenet_history, plot_yolo_training
 from lumbar.look.plot_diagrams import plot_cumulative_logits, plot_pipeline
@@ -70,19 +71,15 @@ from lumbar.look.report import (
     TERM_NAMES,
     cell_losses,
     ensemble_table,
-    export_html,
     level_label_table,
     nested_folds,
     out_of_fold_prior,
-    paragraph_html,
     problem_table,
     read_histories,
     read_manifests,
     read_views,
     score_table,
-    short,
     summarise_levels,
-    table_html,
     term_table,
     worst_rows,
 )

@@ -75,7 +75,7 @@ DETECTOR_VIEWS = {
 # fit_point_offsets replaces point_mm by what the training labels say.
 YOLO_VIEWS = {
     "scs": YoloView((SAGITTAL_FIELD_MM, 104.0), 1.0, 20.0, 5.5, (0.0, 0.0, 24.0), 6.0, 14.0),
-    "nfn": YoloView((SAGITTAL_FIELD_MM, 104.0), 1.0, 20.0, 4.5, (5.0, 18.0, 22.0), 9.0, 14.0),
+    "nfn": YoloView((SAGITTAL_FIELD_MM, 104.0), 1.0, 20.0, 4.5, (9.0, 18.0, 22.0), 9.0, 14.0),
     "ss": YoloView((62.0, 62.0), 1.25, 16.0, 5.0, (0.0, 10.0, 22.0), 6.0, 10.0),
 }
 

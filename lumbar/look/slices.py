@@ -22,7 +22,7 @@ MEMBER_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E
 LEVEL_NAMES = tuple(level.upper().replace("_", "/") for level in LEVELS)
 CONDITION_NAMES = ("Spinal canal", "Left foramen", "Right foramen", "Left subarticular", "Right subarticular")
 # Where a condition is to be seen: mm from the disc's centre along head, left, back.
-CONDITION_OFFSETS_MM = ((0, 0, 23), (5, 17, 20), (5, -17, 20), (0, 9, 20), (0, -9, 20))
+CONDITION_OFFSETS_MM = ((0, 0, 23), (9, 17, 20), (9, -17, 20), (0, 9, 20), (0, -9, 20))
 
 
 def direction_letter(vector: ArrayLike) -> str:
