@@ -126,6 +126,7 @@ from lumbar.spine.level_scores import level_errors, locating_scores, read_verteb
 from lumbar.spine.levels import locate_levels, locate_levels_surely
 from lumbar.spine.locating import locate_studies, locate_with_own_layout
 from lumbar.spine.official import load_official_spinenet
+from lumbar.spine.placement import Placement
 from lumbar.spine.spinenet import SpineNet, load_spinenet, save_spinenet
 from lumbar.spine.spinenet_training import train_spinenet
 from lumbar.spine.synthesis import RandomisedSlices, paint_anatomies, prior_of_anatomies, training_slices
@@ -150,6 +151,7 @@ __all__ = [
     "LevelBox",
     "MEMBERS",
     "MEMBER_COLOURS",
+    "Placement",
     "RandomisedSlices",
     "SEVERITIES",
     "SMALL_BACKBONES",

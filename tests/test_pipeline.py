@@ -217,6 +217,8 @@ def test_a_new_member_is_one_module_one_notebook_and_one_line(run, tmp_path):
     assert set(pd.read_csv(inferred / "oof.csv")["member"]) == {"yolo", "level", "study", "toy"}
     report = (tmp_path / "out" / "report.html").read_text()
     assert "Prior with noise" in report
+    scores = pd.read_csv(tmp_path / "out" / "06_report" / "scores.csv")
+    assert set(scores.loc[scores["Prediction"] == "Prior with noise", "split"]) == {"out of fold", "test"}
     page = (tmp_path / "out" / "06_report" / "study.html").read_text()
     assert "Prior with noise" in page or "toy" in page
 

@@ -137,7 +137,10 @@ def stack_slices(
 def _of_one_series(slices, name, problems):
     """The slices without a few that state another examination, or another series, than most: files that got into the
     wrong folder. Where most state nothing in common the numbers mean nothing, as after some anonymisers."""
-    for key, what, least in (("study_uid", "another examination", 0.7), ("series_uid", "another series", 0.8)):
+    for key, what, several, least in (
+        ("study_uid", "another examination", "examinations", 0.7),
+        ("series_uid", "another series", "series", 0.8),
+    ):
         stated = [item.get(key, "") for item in slices]
         most, count = Counter(stated).most_common(1)[0] if stated else ("", 0)
         if count == len(slices):
@@ -145,7 +148,7 @@ def _of_one_series(slices, name, problems):
         if count < least * len(slices):
             kinds = len(set(stated))
             if kinds <= len(slices) / 2:  # else each file has a number of its own: a writer's habit
-                problems.append(f"{name}: its files are of {kinds} {what.split()[-1]}s".replace("seriess", "series"))
+                problems.append(f"{name}: its files are of {kinds} {several}")
             continue
         others = [item["instance_number"] for item in slices if item.get(key, "") != most]
         problems.append(f"{name}: {len(others)} files are of {what} (the first: {others[0]}) and were left out")

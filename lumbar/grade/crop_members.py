@@ -99,8 +99,8 @@ class CropMember(Member):
 
             def work(numbers, crop=crop, views=views, models=models, cut=cut):
                 crops = np.concatenate([cut[k] for k in numbers])
-                levels = np.tile(np.arange(len(LEVELS)), len(numbers)) if self.name == "level" else None
-                return list(crops_to_studies(_predict(models, crops, crop, levels, views), self.name))
+                levels = np.tile(np.arange(len(LEVELS)), len(numbers)) if crop.scope == "level" else None
+                return list(crops_to_studies(_predict(models, crops, crop, levels, views), crop.scope))
 
             found = dict(zip(there, together_or_alone(work, there) if there else [], strict=True))
             for k, crops in enumerate(cut):

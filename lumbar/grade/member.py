@@ -119,7 +119,7 @@ class Member(ABC):
         """
 
     def draw(self, weights: Sequence[Weights], study: Study, boxes: Sequence[LevelBox]) -> pd.DataFrame | None:
-        """What it sees where, as a table of look.viewer.DETECTION_COLUMNS; None for a member that draws no boxes."""
+        """What it sees where, as a table of names.DETECTION_COLUMNS; None for a member that draws no boxes."""
         return None
 
 

@@ -121,6 +121,9 @@ def stage_kaggle(
         about = {"title": _title(folder.name), "id": f"{user}/{folder.name}", "licenses": [{"name": "other"}]}
         write_json(folder / "dataset-metadata.json", about)
     for name, kernel in kernels.items():
+        known = check_notebook_parameters(repository / "notebooks" / f"{kernel['notebook']}.ipynb", {})
+        if "HOURS" not in known:  # a training that is over soon need not be able to stop
+            kernel["parameters"].pop("HOURS", None)
         folder, slug = build / "kernels" / name, f"{base}-{name}"
         _check_title(_title(slug), slug)
         metadata = {

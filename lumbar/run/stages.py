@@ -40,7 +40,7 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
 
     parameters: as notebook_parameters returns them; name: of the stage, which does not read itself. Of READ_PATHS those
     that are not empty; relative paths count from the working directory, else from the kit's folder, and what an input
-    on Kaggle is called is found where it is mounted (kaggle.find_input). A list of WEIGHTS stands for the folders with
+    on Kaggle is called is found where it is mounted (mounts.find_input). A list of WEIGHTS stands for the folders with
     weights in and below them, RUN for the finished stages in it.
     Raises FileNotFoundError, naming the parameter.
     """

@@ -131,9 +131,9 @@ def predict_studies(
             found = member.predict(inputs, weights, views[name], members.device)
         except Exception as error:  # a member that does not keep its word, see Member.predict
             found = [Prediction(silence(), (Problem.of(without_frames(error), f"{name}: ", name),))] * len(inputs)
-        seconds_by = dict(zip(doubtful, found[len(readable) :], strict=True))
+        by_second_numbering = dict(zip(doubtful, found[len(readable) :], strict=True))
         for k, first in zip(readable, found[: len(readable)], strict=True):
-            prediction = _mixed(first, seconds_by.get(k), batch[k].second)
+            prediction = _mixed(first, by_second_numbering.get(k), batch[k].second)
             predictions[k][name] = prediction.probabilities
             problems[k] += prediction.problems
         seconds[name] = clock() - started

@@ -186,7 +186,7 @@ def _name_shares(single, pair, drop):
 # Taken at its word it would call nearly every naming sure, wrong ones included. Half of it fits what is seen on real
 # volumes, less where no S1 is in the chain to count from (tests/benchmarks/bench_real.py draws the curve).
 _TEMPER, _TEMPER_WITHOUT_S1 = 0.5, 0.3
-_LEAST_SHARE = 0.1  # of a second numbering that is told: asking every member twice costs as much as a study
+_LEAST_SHARE = 0.1  # a less likely second numbering is not worth asking every member twice
 
 
 @dataclass(frozen=True)
