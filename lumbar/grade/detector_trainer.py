@@ -1,7 +1,8 @@
 """The part of a detector's training that ultralytics' own processes import.
 
 A module of its own because it imports ultralytics, which all else does late, after
-detector_weights.prepare_ultralytics, and because the processes that ultralytics starts for several GPUs find the class by its module's name.
+detector_weights.prepare_ultralytics, and because the processes that ultralytics starts for several GPUs find the class
+by its module's name.
 
 May use: distributed, weights, storage, names.
 """
