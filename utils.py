@@ -21,7 +21,14 @@ from lumbar.data.volume import Study, Volume, load_study, save_study, study_path
 
 # Stage 2: networks and their ensemble
 from lumbar.grade.calibration import yolo_loss_against_prior
-from lumbar.grade.classifier import SMALL_BACKBONES, backbone_config, level_centers, load_classifier, settle_views
+from lumbar.grade.classifier import (
+    SMALL_BACKBONES,
+    backbone_config,
+    level_centers,
+    load_classifier,
+    make_backbone,
+    settle_views,
+)
 from lumbar.grade.crops import CropDataset, augment_crops, expand_view, margin_shape, view_crops
 from lumbar.grade.detector import dense_scores, load_yolo, score_studies, settle_detectors, yolo_table
 from lumbar.grade.detector_data import DETECTOR_VIEWS, SCHEMES, fit_point_offsets, write_yolo_dataset
@@ -37,12 +44,17 @@ from lumbar.grade.ensemble import (
     equal_ensemble,
     fit_ensemble,
 )
+from lumbar.grade.pretrained import fetch, load_volumes, pretrained_file
 from lumbar.grade.registry import MEMBERS, member_weights
+from lumbar.grade.slice_crops import SLICE_VIEWS, SliceCrop, SliceDataset, augment_slices, view_slices
+from lumbar.grade.slice_network import Encoder, load_slices
+from lumbar.grade.slice_training import SliceConfig, SliceRecipe
 from lumbar.grade.tables import align_members, check_predictions, read_out_of_fold
-from lumbar.grade.trainer import TrainConfig, train_classifier
+from lumbar.grade.trainer import Recipe, TrainConfig, train_classifier
 from lumbar.grade.tta import TTA_VIEWS
 
 # Looking
+from lumbar.look.looks import plot_looks
 from lumbar.look.plots import (
     plot_class_counts,
     plot_confusion,
@@ -111,6 +123,7 @@ from lumbar.run.pipeline import (
     kaggle_kernels,
     member_folder,
     pipeline_stages,
+    pretrained_names,
     run_stages,
     write_run_manifest,
 )
@@ -142,6 +155,7 @@ __all__ = [
     "DETECTOR_VIEWS",
     "DamagedFile",
     "DicomProblem",
+    "Encoder",
     "GRADES",
     "GROUPS",
     "LABEL_COLUMNS",
@@ -151,10 +165,16 @@ __all__ = [
     "MEMBERS",
     "MEMBER_COLOURS",
     "RandomisedSlices",
+    "Recipe",
     "SCHEMES",
     "SEVERITIES",
+    "SLICE_VIEWS",
     "SMALL_BACKBONES",
     "SUBMISSION_COLUMNS",
+    "SliceConfig",
+    "SliceCrop",
+    "SliceDataset",
+    "SliceRecipe",
     "SpineNet",
     "Study",
     "TERM_NAMES",
@@ -164,6 +184,7 @@ __all__ = [
     "Volume",
     "align_members",
     "augment_crops",
+    "augment_slices",
     "backbone_config",
     "boxes_from_table",
     "boxes_to_table",
@@ -187,6 +208,7 @@ __all__ = [
     "equal_ensemble",
     "expand_view",
     "export_html",
+    "fetch",
     "find_input",
     "find_yolo_description",
     "fine_tuning_set",
@@ -204,8 +226,10 @@ __all__ = [
     "load_classifier",
     "load_members",
     "load_official_spinenet",
+    "load_slices",
     "load_spinenet",
     "load_study",
+    "load_volumes",
     "load_yolo",
     "loader_memory",
     "locate_levels",
@@ -213,6 +237,7 @@ __all__ = [
     "locate_studies",
     "locate_with_own_layout",
     "locating_scores",
+    "make_backbone",
     "make_folds",
     "margin_shape",
     "member_folder",
@@ -240,6 +265,7 @@ __all__ = [
     "plot_learning_curves",
     "plot_level_crop",
     "plot_level_errors",
+    "plot_looks",
     "plot_pipeline",
     "plot_reliability",
     "plot_scores",
@@ -252,6 +278,8 @@ __all__ = [
     "predict_studies",
     "prepare_study",
     "preprocess_studies",
+    "pretrained_file",
+    "pretrained_names",
     "prior_of_anatomies",
     "problem_table",
     "processes_for",
@@ -299,6 +327,7 @@ __all__ = [
     "vertebrae_to_table",
     "view_crops",
     "view_name",
+    "view_slices",
     "weight_folders",
     "worst_rows",
     "write_csv",

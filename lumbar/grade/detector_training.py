@@ -1,6 +1,6 @@
 """The training of a detector by ultralytics.
 
-May use: detector_weights, detector_data, storage, names, detector_trainer, weights.
+May use: detector_weights, detector_data, pretrained, storage, names, detector_trainer, weights.
 """
 
 import json
@@ -20,6 +20,7 @@ from .detector_weights import (
     prepare_ultralytics,
     read_detector_about,
 )
+from .pretrained import read_state
 
 # AdamW with an equal nominal batch, a gentle warm-up and a strong class term trains from random weights within few
 # epochs; no mosaic or scaling because every patch has the same millimetres a pixel. rect keeps patches unpadded.
@@ -79,7 +80,8 @@ def train_yolo(
     """Train one detector on one fold from random (or given) weights and write yolo_<condition>_<fold>.safetensors.
 
     dataset_dir: of write_yolo_dataset. model: name of an ultralytics description; width: other width factor (None =
-    the description's). initial_weights: a file of this function to start from (shapes that differ are skipped).
+    the description's). initial_weights: a file of this function to start from (shapes that differ are skipped), or
+    COCO's weights of the same network (whose class head is left out, see pretrained.load_detector).
     point_offsets: result of fit_point_offsets, prior: (5, 5, 3) of class_prior; both are kept with the weights.
     settings: changes to YOLO_SETTINGS (ultralytics' names). device: of yolo_device.
 
@@ -119,7 +121,10 @@ def train_yolo(
         return weights
     find_yolo_description(model)
     if initial_weights is not None:
-        read_weights(initial_weights, "metadata", _REMEDY)  # unusable ones end here, not in a process for each GPU
+        try:  # unusable ones end here, not in a process for each GPU
+            read_weights(initial_weights, "metadata", _REMEDY)
+        except DamagedFile:
+            read_state(initial_weights)  # COCO's are not a file of the kit
     out_dir.mkdir(parents=True, exist_ok=True)
     prepare_ultralytics(out_dir / "ultralytics")
     run = out_dir / f"run_{condition}_{fold}"

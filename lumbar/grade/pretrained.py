@@ -115,7 +115,7 @@ def read_state(path: str | Path) -> dict[str, "torch.Tensor"]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            return _checked(path, load_file(path))
         except (SafetensorError, ValueError, OSError) as error:
             what = kind_of_file(start) or f"no safetensors file ({error})"
             raise DamagedFile(f"{path} is {what}: {_REMEDY}") from None
@@ -131,7 +131,17 @@ def read_state(path: str | Path) -> dict[str, "torch.Tensor"]:
     state = _nested_state(known)
     if not state:
         raise DamagedFile(f"{path} holds no state dict: {_REMEDY}")
-    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    return _checked(path, state)
+
+
+def _checked(path, state):
+    """A state dict in full precision. Raises DamagedFile where something in it is not finite."""
+    import torch
+
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    if spoilt := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise DamagedFile(f"{path}: its tensor {spoilt[0]} has values that are not finite: {_REMEDY}")
+    return state
 
 
 def _read_pickle(path):

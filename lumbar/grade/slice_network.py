@@ -29,10 +29,13 @@ class Encoder(nn.Module):
 
     name: as timm names it; stride: 0 is the whole network, 16 or another of its feature maps' strides ends it there,
     for small crops, whose features are then the means and maxima over that map; pretrained: a file of weights to start
-    from (see pretrained.load_images), read before layers are dropped. Raises ValueError for what timm cannot build.
+    from, see pretrained.load_images, which prints how much of it fits unless `quiet`.
+    Raises ValueError for what timm cannot build.
     """
 
-    def __init__(self, name: str, channels: int, size_px: int, stride: int = 0, pretrained: str | Path = ""):
+    def __init__(
+        self, name: str, channels: int, size_px: int, stride: int = 0, pretrained: str | Path = "", quiet: bool = False
+    ):
         super().__init__()
         import timm
 
@@ -47,7 +50,7 @@ class Encoder(nn.Module):
             self.net = timm.create_model(name, **options)
         self.index = None
         if pretrained:
-            load_images(self.net, pretrained)
+            load_images(self.net, pretrained, quiet)
         if not stride:
             self.num_features = int(getattr(self.net, "head_hidden_size", None) or self.net.num_features)
             return
@@ -103,7 +106,7 @@ class SliceNetwork(nn.Module):
             "sequence": sequence,
             "levels": levels,
         }
-        self.backbone = Encoder(backbone, crop.channels, crop.size_px, stride, pretrained)
+        self.backbone = Encoder(backbone, crop.channels, crop.size_px, stride, pretrained, quiet=True)
         # As its weights want grey values, the mean of its colours.
         known = self.backbone.net.pretrained_cfg
         self.grey_mean, self.grey_std = (float(np.mean(known.get(key) or 0.5)) for key in ("mean", "std"))
@@ -181,7 +184,7 @@ class SliceNetwork(nn.Module):
 
 def save_slices(path: str | Path, model: SliceNetwork, about: Mapping[str, Any]) -> None:
     """Write a network's state and everything needed to rebuild and feed it, as safetensors."""
-    write_tensors(path, model.state_dict(), "slices", {**model.config, **about})
+    write_tensors(path, model.state_dict(), "slices", {**about, **model.config})
 
 
 # What to do about weights that cannot be used, after the file's name and what is wrong with it.
