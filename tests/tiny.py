@@ -82,7 +82,7 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
         torch.nn.init.normal_(model.score.weight, std=0.3)  # so that answers differ between studies
         about = {"crop": crop, "prior": prior.tolist(), "views": [{}, {"mirror": True}]}
         save_classifier(folder / f"{scope}_{fold}.safetensors", model, about)
-    crop = SliceCrop(size_px=shape, mm_per_px=1.2, slices=2)
+    crop = SliceCrop(size_px=shape, mm_per_px=1.2, axial_mm_per_px=0.8, slices=2)
     model = SliceNetwork("test_efficientnet", crop, prior, width=16).eval()
     torch.nn.init.normal_(model.score[1].weight, std=0.3)
     save_slices(

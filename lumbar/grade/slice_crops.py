@@ -56,18 +56,21 @@ REACH_MM = 12.0  # a place further from the nearest slice of a series is not on 
 class SliceCrop:
     """What is cut: `slices` images a look, of size_px x size_px square pixels of mm_per_px millimetres.
 
+    axial_mm_per_px: of axial looks, which are at smaller structures.
     channels: 3 puts both neighbours of a slice beside it as the image's channels; 1 is the slice alone.
     """
 
     size_px: int
     mm_per_px: float
+    axial_mm_per_px: float
     slices: int
     channels: int = 3
 
     def __post_init__(self):
-        if self.slices < 1 or self.size_px < 32 or self.mm_per_px <= 0 or self.channels not in (1, 3):
+        if self.slices < 1 or self.size_px < 32 or min(self.mm_per_px, self.axial_mm_per_px) <= 0 or self.channels not in (1, 3):
             raise ValueError(
-                f"SLICES must be 1 or more, SIZE_PX 32 or more, MM_PER_PX above 0, CHANNELS 1 or 3, not {asdict(self)}"
+                f"SLICES must be 1 or more, SIZE_PX 32 or more, MM_PER_PX and AXIAL_MM_PER_PX above 0, CHANNELS 1 or 3, "
+                f"not {asdict(self)}"
             )
 
     @property
@@ -135,6 +138,7 @@ def _cut_run(volume, place, crop, slices):
     forward, down, right = ([1, 0, 0], [0, 0, -1], [0, 1, 0]) if sagittal else ([0, 0, -1], [0, 1, 0], [1, 0, 0])
     step = 1 if volume.affine[:3, 0] @ forward > 0 else -1
     flip_rows, flip_columns = volume.affine[:3, 1] @ down < 0, volume.affine[:3, 2] @ right < 0
+    mm_per_px = crop.mm_per_px if sagittal else crop.axial_mm_per_px
     n, height, width = volume.array.shape
     at, row, column = volume.lps_to_voxel(place)
     first = int(np.clip(round(at), 0, n - 1)) - step * (count // 2)
@@ -144,7 +148,7 @@ def _cut_run(volume, place, crop, slices):
             continue
         key = (id(volume), k)
         if key not in slices:
-            slices[key] = _resampled(volume, k, crop.mm_per_px)
+            slices[key] = _resampled(volume, k, mm_per_px)
         image = slices[key]
         scale_y, scale_x = image.shape[0] / height, image.shape[1] / width
         y, x = (row + 0.5) * scale_y - 0.5, (column + 0.5) * scale_x - 0.5
@@ -315,7 +319,7 @@ def augment_slices(crops, grades, crop: SliceCrop, generator: torch.Generator, s
         crop,
         # One slice off is common where a place lies between two, two are an error of stage 1.
         slice=(0.8 * normal(*shape)).round().clamp(-JITTER, JITTER).long(),
-        shift_px=2.5 / crop.mm_per_px * normal(*shape, 2),
+        shift_px=2.5 / _mm_per_px(crop)[:, None] * normal(*shape, 2),
         rotation_deg=7 * normal(*shape),
         scale=1 + 0.07 * normal(*shape),
         mirror=mirror,
@@ -329,6 +333,12 @@ def augment_slices(crops, grades, crop: SliceCrop, generator: torch.Generator, s
     inputs = inputs.masked_fill(lost.to(inputs.device), torch.nan)
     swapped = grades[:, list(MIRRORED_CONDITIONS)]
     return inputs, torch.where(mirror.to(grades.device)[:, None, None], swapped, grades)
+
+
+def _mm_per_px(crop):
+    """(6,) of each look."""
+    axial = [look.description.startswith("Axial") for look in LOOKS]
+    return torch.where(torch.tensor(axial), crop.axial_mm_per_px, crop.mm_per_px)
 
 
 def exchange_levels(inputs, grades, generator: torch.Generator, share: float):

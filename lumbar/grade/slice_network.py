@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..names import CONDITIONS, LEVELS, SEVERITIES
@@ -22,15 +23,16 @@ from .slice_crops import JITTER, LOOK_KINDS, SliceCrop, expand_slice_view, slice
 CONDITION_KINDS = (0, 1, 1, 2, 2)  # conditions of one kind share what scores them: both sides are one
 MOST_IMAGES = 192  # that go through a backbone together when predicting
 SEQUENCES = ("lstm", "none")
+GRID = 3  # cells along the sides of a feature map that is not pooled by the backbone itself
 
 
 class Encoder(nn.Module):
     """A timm network without its head: images (n, channels, h, w), grey from 0 to 1 -> features (n, num_features).
 
     name: as timm names it; stride: 0 is the whole network, 16 or another of its feature maps' strides ends it there,
-    for small crops, whose features are then the means and maxima over that map; pretrained: a file of weights to start
-    from, see pretrained.load_images, which prints how much of it fits unless `quiet`.
-    Raises ValueError for what timm cannot build.
+    for small crops: the features are then that map's means in a coarse grid, which keeps where something is, and its
+    maxima; pretrained: a file of weights to start from, see pretrained.load_images, which prints how much of it fits
+    unless `quiet`. Raises ValueError for what timm cannot build.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Encoder(nn.Module):
         if stride not in strides or not hasattr(self.net, "prune_intermediate_layers"):
             raise ValueError(f"STRIDE of {name} must be 0 or one of {', '.join(map(str, strides))}, not {stride}")
         self.index = strides.index(stride)
-        self.num_features = 2 * int(self.net.feature_info[self.index]["num_chs"])
+        self.num_features = (GRID * GRID + 1) * int(self.net.feature_info[self.index]["num_chs"])
         self.net.prune_intermediate_layers([self.index], prune_norm=True, prune_head=True)
 
     def forward(self, images):
@@ -66,7 +68,7 @@ class Encoder(nn.Module):
         if self.index is None:
             return self.net(images)
         (x,) = self.net.forward_intermediates(images, indices=[self.index], stop_early=True, intermediates_only=True)
-        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+        return torch.cat([F.adaptive_avg_pool2d(x, GRID).flatten(1), x.amax((2, 3))], 1)
 
 
 class SliceNetwork(nn.Module):
@@ -219,10 +221,11 @@ def read_slices_about(path: str | Path) -> dict[str, Any]:
 def _check_slices(stated: Stated) -> SliceCrop:
     """Refuse a file of which SliceNetwork or cut_slices would make something else than was trained."""
     crop = stated.part("crop")
-    crop.keys(("scope", "size_px", "mm_per_px", "slices", "channels"))
+    crop.keys(("scope", "size_px", "mm_per_px", "axial_mm_per_px", "slices", "channels"))
     crop.choice("scope", ("slices",))
     crop.number("size_px", 32, 1024, whole=True)
     crop.number("mm_per_px", 0.05, 10)
+    crop.number("axial_mm_per_px", 0.05, 10)
     crop.number("slices", 1, 32, whole=True)
     crop.choice("channels", (1, 3))
     stated.numbers("prior", (len(CONDITIONS), len(LEVELS), len(SEVERITIES)), 0, 1)
