@@ -193,13 +193,13 @@ def test_settings_are_injected_and_mistakes_are_named(tmp_path):
     for user in ("", "your-kaggle-user", "me@example.org", "a/b"):
         with pytest.raises(ValueError, match="no Kaggle user name.*address of your profile"):
             utils.stage_kaggle(user, tmp_path / "b", ROOT, wheels=False)
-    with pytest.raises(ValueError, match="no kernel train-vit-leve; there are preprocess"):
+    with pytest.raises(ValueError, match="no kernel train-vit-leve; there are pretrained, preprocess"):
         utils.stage_kaggle(USER, tmp_path / "b", ROOT, wheels=False, continued=["train-vit-leve"])
     utils.stage_kaggle(USER, tmp_path / "b", ROOT, wheels=False, continued=["train-vit-level"])
     own = [f"{USER}/lumbar-spine-{name}" for name in ("preprocess", "train-spinenet", "train-vit-level")]
     assert metadata(tmp_path / "b", "train-vit-level")["kernel_sources"] == own
     assert metadata(tmp_path / "b", "train-vit-study")["kernel_sources"] == own[:2]
-    with pytest.raises(ValueError, match="no kernel train-vit; there are preprocess"):
+    with pytest.raises(ValueError, match="no kernel train-vit; there are pretrained, preprocess"):
         utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit": {}}, wheels=False)
     with pytest.raises(ValueError, match="Did you mean EPOCHS"):
         utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit-level": {"EPOCH": 7}}, wheels=False)
@@ -445,7 +445,8 @@ def test_every_staged_parameter_finds_its_input(build, mounted, tmp_path):
     for name in NAMES:
         given = injected(build, name)
         found = {**given, **find_inputs(given)}
-        assert Path(found["DATA"]).name == COMPETITION and Path(found["DATA"]).is_dir()
+        if name != "pretrained":
+            assert Path(found["DATA"]).name == COMPETITION and Path(found["DATA"]).is_dir()
         assert found["OUT"] == "/kaggle/working"
         for key, stage in (("PREPROCESSED", "01_preprocess"), ("LEVELS_DIR", "02_train_spinenet")):
             assert key not in given or (Path(found[key]) / "manifest.json").is_file() and Path(found[key]).name == stage

@@ -161,7 +161,7 @@ def test_a_mirrored_study_is_the_mirrored_patient():
     for number in range(6):
         a, b = mirrored[0, :, number].nan_to_num(), plain[0, :, number].nan_to_num()
         assert a.sum() > 0 and (a - b).abs().mean() < 0.5 * a.mean()
-        assert (view_slices(own, CROP)[0, :, number].nan_to_num() - b).abs().mean() > b.mean()
+        assert (view_slices(own, CROP)[0, :, number].nan_to_num() - b).abs().mean() > 0.8 * b.mean()
 
 
 def test_augmentation_is_repeatable_and_swaps_the_labels():

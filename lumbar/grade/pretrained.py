@@ -63,9 +63,8 @@ def pretrained_file(place: str | Path, backbone: str) -> Path | None:
         raise FileNotFoundError(f"PRETRAINED: {path} is no file and no folder: correct the path, or leave it empty")
     stem = Path(backbone).stem if backbone.endswith(".yaml") else backbone
     architecture, _, tag = stem.partition(".")
-    name = re.compile(
-        rf"{re.escape(architecture)}(_\d+)?(\.{re.escape(tag)}.*|\..+)?" if tag else rf"{re.escape(stem)}(_\d+)?(\..+)?"
-    )
+    behind = rf"(\.{re.escape(tag)}.*)?" if tag else r"(\..+)?"
+    name = re.compile(rf"{re.escape(architecture)}(_\d+)?{behind}")
     files = [file for file in sorted(path.rglob("*")) if file.suffix in ENDINGS and file.is_file()]
     found = sorted(
         (file for file in files if name.fullmatch(file.stem)), key=lambda file: (file.stem != stem, file.stem)
@@ -313,7 +312,7 @@ def _normalise_first(net, given, mean, std):
 
 
 def load_detector(path: str | Path, *networks: "torch.nn.Module", quiet: bool = False) -> tuple[int, int]:
-    """Start detectors from COCO's weights of their network, the class heads left out, and print how many matched.
+    """Start detectors from COCO's weights of their network, without what names classes; print how many matched.
 
     Of one input channel the first convolution's colours are summed. Returns and raises as load_images.
     """
@@ -321,10 +320,8 @@ def load_detector(path: str | Path, *networks: "torch.nn.Module", quiet: bool = 
     for number, net in enumerate(networks):
         own = _weights_of(net.state_dict())
         state = _best_names(own, given)
-        classes = [name for name in own if ".cv3." in name or ".one2one_cv3." in name]
-        # With other classes none of the head's tensors mean the same, also those of an equal shape.
-        if any(name in state and state[name].shape != own[name].shape for name in classes):
-            state = {name: value for name, value in state.items() if name not in classes}
+        # The layers that name the classes. The kit's mean something else, as many as there may be.
+        state = {name: value for name, value in state.items() if not re.search(r"cv3\.\d+\.2\.", name)}
         first = next(name for name, value in own.items() if value.ndim == 4)
         if first in state and own[first].shape[1] == 1 and state[first].shape[1] == 3:
             state[first] = state[first].sum(1, keepdim=True)

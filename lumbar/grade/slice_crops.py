@@ -67,10 +67,15 @@ class SliceCrop:
     channels: int = 3
 
     def __post_init__(self):
-        if self.slices < 1 or self.size_px < 32 or min(self.mm_per_px, self.axial_mm_per_px) <= 0 or self.channels not in (1, 3):
+        if (
+            self.slices < 1
+            or self.size_px < 32
+            or min(self.mm_per_px, self.axial_mm_per_px) <= 0
+            or self.channels not in (1, 3)
+        ):
             raise ValueError(
-                f"SLICES must be 1 or more, SIZE_PX 32 or more, MM_PER_PX and AXIAL_MM_PER_PX above 0, CHANNELS 1 or 3, "
-                f"not {asdict(self)}"
+                f"SLICES must be 1 or more, SIZE_PX 32 or more, MM_PER_PX and AXIAL_MM_PER_PX above 0, CHANNELS 1 or "
+                f"3, not {asdict(self)}"
             )
 
     @property
