@@ -54,9 +54,9 @@ class Encoder(nn.Module):
     """A timm network without its head: images (n, channels, h, w) -> maps of features (n, num_features, h', w').
 
     name: as timm names it; stride: 0 is the whole network, whose features are one vector (h' and w' are 1); 16 or
-    another of its feature maps' strides ends it there, for small crops; pretrained: a file of weights to start from, see
-    pretrained.load_images, which prints how much of it fits unless `quiet`. Raises ValueError for what timm cannot
-    build.
+    another of its feature maps' strides ends it there, for small crops; pretrained: a file of weights to start from
+    (see pretrained.load_images, which prints how much of it fits unless `quiet`). Raises ValueError for what timm
+    cannot build.
     """
 
     def __init__(
