@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..names import CONDITIONS, LEVELS, SEVERITIES
@@ -22,41 +23,16 @@ from .slice_crops import JITTER, LOOK_KINDS, SliceCrop, expand_slice_view, slice
 CONDITION_KINDS = (0, 1, 1, 2, 2)  # conditions of one kind share what scores them: both sides are one
 MOST_IMAGES = 192  # that go through a backbone together when predicting
 SEQUENCES = ("lstm", "none")
-
-
-class PlacePooling(nn.Module):
-    """Maps of features -> a vector an image: a mean by attention, which looks for the place, beside the maxima.
-
-    A structure is not where the crop's middle is to the millimetre, so all places are judged by the same weights, as a
-    detector does it. Where to look is part content and part distance from the middle; each kind of look learns its own.
-    """
-
-    def __init__(self, features: int, width: int, kinds: int):
-        super().__init__()
-        self.reduce = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width), nn.GELU())
-        self.content = nn.Linear(width, kinds)
-        self.center = nn.Parameter(torch.zeros(kinds, 2))  # as shares of half the image
-        self.spread = nn.Parameter(torch.full((kinds,), 0.5))
-        self.merge = nn.Sequential(nn.Linear(2 * width, width), nn.LayerNorm(width), nn.GELU())
-
-    def forward(self, maps, kind):
-        """maps: (n, features, h, w); kind: (n,) int -> (n, width)."""
-        height, width = maps.shape[2:]
-        x = self.reduce(maps.flatten(2).transpose(1, 2))  # (n, places, width)
-        rows, columns = ((torch.arange(count, device=maps.device) * 2 + 1) / count - 1 for count in (height, width))
-        places = torch.cartesian_prod(rows, columns)
-        away = ((places - self.center[kind][:, None]) ** 2).sum(-1) / (2 * self.spread[kind, None] ** 2).clamp(min=1e-3)
-        weight = (self.content(x).gather(2, kind[:, None, None].expand(-1, x.shape[1], 1))[..., 0] - away).softmax(-1)
-        return self.merge(torch.cat([(weight[..., None] * x).sum(1), x.amax(1)], -1))
+GRID = 6  # cells along the sides of a feature map that is not pooled by the backbone itself
 
 
 class Encoder(nn.Module):
-    """A timm network without its head: images (n, channels, h, w) -> maps of features (n, num_features, h', w').
+    """A timm network without its head: images (n, channels, h, w), grey from 0 to 1 -> features (n, num_features).
 
-    name: as timm names it; stride: 0 is the whole network, whose features are one vector (h' and w' are 1); 16 or
-    another of its feature maps' strides ends it there, for small crops; pretrained: a file of weights to start from
-    (see pretrained.load_images, which prints how much of it fits unless `quiet`). Raises ValueError for what timm
-    cannot build.
+    name: as timm names it; stride: 0 is the whole network; 8 or another of its feature maps' strides ends it there,
+    for small crops: the features are then that map's means in a grid, which keeps where something is, and its maxima;
+    pretrained: a file of weights to start from (see pretrained.load_images, which prints how much of it fits unless
+    `quiet`). Raises ValueError for what timm cannot build.
     """
 
     def __init__(
@@ -84,15 +60,15 @@ class Encoder(nn.Module):
         if stride not in strides or not hasattr(self.net, "prune_intermediate_layers"):
             raise ValueError(f"STRIDE of {name} must be 0 or one of {', '.join(map(str, strides))}, not {stride}")
         self.index = strides.index(stride)
-        self.num_features = int(self.net.feature_info[self.index]["num_chs"])
+        self.num_features = (GRID * GRID + 1) * int(self.net.feature_info[self.index]["num_chs"])
         self.net.prune_intermediate_layers([self.index], prune_norm=True, prune_head=True)
 
     def forward(self, images):
         images = images.contiguous(memory_format=torch.channels_last)
         if self.index is None:
-            return self.net(images)[..., None, None]
+            return self.net(images)
         (x,) = self.net.forward_intermediates(images, indices=[self.index], stop_early=True, intermediates_only=True)
-        return x
+        return torch.cat([F.adaptive_avg_pool2d(x, GRID).flatten(1), x.amax((2, 3))], 1)
 
 
 class SliceNetwork(nn.Module):
@@ -136,7 +112,7 @@ class SliceNetwork(nn.Module):
         # As its weights want grey values, the mean of its colours.
         known = self.backbone.net.pretrained_cfg
         self.grey_mean, self.grey_std = (float(np.mean(known.get(key) or 0.5)) for key in ("mean", "std"))
-        self.pool = PlacePooling(self.backbone.num_features, width, 1 + max(LOOK_KINDS))
+        self.reduce = nn.Sequential(nn.Linear(self.backbone.num_features, width), nn.LayerNorm(width), nn.GELU())
         self.kind = nn.Parameter(0.02 * torch.randn(1 + max(LOOK_KINDS), width))
         self.lstm = nn.LSTM(width, width // 2, bidirectional=True, batch_first=True) if sequence == "lstm" else None
         self.attention = nn.Linear(width, 1 + max(LOOK_KINDS))
@@ -190,13 +166,15 @@ class SliceNetwork(nn.Module):
         # A neighbour beyond the last slice looks like that one.
         images = torch.where(images.isnan(), images[:, channels // 2, None], images)
         images = (images - self.grey_mean) / self.grey_std
-        kinds = list(LOOK_KINDS)
-        kind = torch.tensor(kinds, device=x.device)[:, None].expand(there.shape)[there]
+        if self.training or len(images) <= MOST_IMAGES:
+            parts = [images]
+        else:
+            parts = images.split(MOST_IMAGES)
+        features = torch.cat([self.reduce(self.backbone(part)) for part in parts if len(part)] or [x.new_zeros(0, 1)])
         slices = x.new_zeros((*there.shape, self.kind.shape[1]), dtype=torch.float32)
         if len(images):
-            size = len(images) if self.training else MOST_IMAGES
-            parts = zip(images.split(size), kind.split(size), strict=True)
-            slices[there] = torch.cat([self.pool(self.backbone(part), own) for part, own in parts]).float()
+            slices[there] = features.float()
+        kinds = list(LOOK_KINDS)
         slices = (slices + self.kind[kinds][:, None]) * there[..., None]
         if self.lstm is not None:
             flat = slices.flatten(0, 2)

@@ -31,10 +31,10 @@ class Slices(Member):
                 "demo": {
                     "BACKBONE": "tf_efficientnet_lite0",
                     "PRETRAINED": "installed",
-                    "STRIDE": 16,
+                    "STRIDE": 8,
                     "SIZE_PX": 48,
                     "MM_PER_PX": 0.8,
-                    "AXIAL_MM_PER_PX": 0.55,
+                    "AXIAL_MM_PER_PX": 0.5,
                     "SLICES": 1,
                     "EPOCHS": 14,
                     "BATCH": 1,
