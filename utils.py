@@ -22,7 +22,14 @@ from lumbar.data.volume import Study, Volume, load_study, save_study, study_path
 
 # Stage 2: networks and their ensemble
 from lumbar.grade.calibration import yolo_loss_against_prior
-from lumbar.grade.classifier import SMALL_BACKBONES, backbone_config, level_centers, load_classifier, settle_views
+from lumbar.grade.classifier import (
+    SMALL_BACKBONES,
+    backbone_config,
+    level_centers,
+    load_classifier,
+    make_backbone,
+    settle_views,
+)
 from lumbar.grade.crops import CropDataset, augment_crops, expand_view, margin_shape, view_crops
 from lumbar.grade.detector import dense_scores, load_yolo, score_studies, settle_detectors, yolo_table
 from lumbar.grade.detector_data import DETECTOR_VIEWS, fit_point_offsets, write_yolo_dataset
@@ -38,13 +45,18 @@ from lumbar.grade.ensemble import (
     equal_ensemble,
     fit_ensemble,
 )
+from lumbar.grade.pretrained import fetch, load_volumes, pretrained_file
 from lumbar.grade.registry import MEMBERS, member_weights
+from lumbar.grade.slice_crops import SLICE_VIEWS, SliceCrop, SliceDataset, augment_slices, view_slices
+from lumbar.grade.slice_network import Encoder, load_slices
+from lumbar.grade.slice_training import SliceConfig, SliceRecipe
 from lumbar.grade.tables import align_members, check_predictions, read_out_of_fold
-from lumbar.grade.trainer import TrainConfig, train_classifier
+from lumbar.grade.trainer import Recipe, TrainConfig, train_classifier
 from lumbar.grade.tta import TTA_VIEWS
 
 # Looking
 from lumbar.look.inspection import read_inspection
+from lumbar.look.looks import plot_looks
 from lumbar.look.page import export_html, paragraph_html, short, table_html
 from lumbar.look.plot_crops import plot_crop_gallery, plot_level_crop, view_name
 from lumbar.look.plot_curves import plot_learning_curves, plot_spinenet_history, plot_yolo_training
@@ -108,6 +120,7 @@ from lumbar.run.pipeline import (
     kaggle_kernels,
     member_folder,
     pipeline_stages,
+    pretrained_names,
     run_stages,
     write_run_manifest,
 )
@@ -143,6 +156,7 @@ __all__ = [
     "DETECTOR_VIEWS",
     "DamagedFile",
     "DicomProblem",
+    "Encoder",
     "GRADES",
     "GROUPS",
     "LABEL_COLUMNS",
@@ -153,9 +167,15 @@ __all__ = [
     "MEMBER_COLOURS",
     "Placement",
     "RandomisedSlices",
+    "Recipe",
     "SEVERITIES",
+    "SLICE_VIEWS",
     "SMALL_BACKBONES",
     "SUBMISSION_COLUMNS",
+    "SliceConfig",
+    "SliceCrop",
+    "SliceDataset",
+    "SliceRecipe",
     "SpineNet",
     "Study",
     "TERM_NAMES",
@@ -165,6 +185,7 @@ __all__ = [
     "Volume",
     "align_members",
     "augment_crops",
+    "augment_slices",
     "backbone_config",
     "boxes_from_table",
     "boxes_to_table",
@@ -188,6 +209,7 @@ __all__ = [
     "equal_ensemble",
     "expand_view",
     "export_html",
+    "fetch",
     "find_input",
     "find_yolo_description",
     "fine_tuning_set",
@@ -205,8 +227,10 @@ __all__ = [
     "load_classifier",
     "load_members",
     "load_official_spinenet",
+    "load_slices",
     "load_spinenet",
     "load_study",
+    "load_volumes",
     "load_yolo",
     "loader_memory",
     "locate_levels",
@@ -214,6 +238,7 @@ __all__ = [
     "locate_studies",
     "locate_with_own_layout",
     "locating_scores",
+    "make_backbone",
     "make_folds",
     "margin_shape",
     "member_folder",
@@ -241,6 +266,7 @@ __all__ = [
     "plot_learning_curves",
     "plot_level_crop",
     "plot_level_errors",
+    "plot_looks",
     "plot_pipeline",
     "plot_reliability",
     "plot_scores",
@@ -253,6 +279,8 @@ __all__ = [
     "predict_studies",
     "prepare_study",
     "preprocess_studies",
+    "pretrained_file",
+    "pretrained_names",
     "prior_of_anatomies",
     "problem_table",
     "processes_for",
@@ -300,6 +328,7 @@ __all__ = [
     "vertebrae_to_table",
     "view_crops",
     "view_name",
+    "view_slices",
     "weight_folders",
     "worst_rows",
     "write_csv",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from benchmarks.baselines import (
     GlobalClassifier,
+    GlobalRecipe,
     WholeSlices,
     letterbox_slice,
     load_global,
@@ -180,5 +181,5 @@ def test_the_kits_trainer_trains_a_global_network(tmp_path):
         backbone="tiny", epochs=1, batch=5, learning_rate=1e-3, weight_decay=0.01, dropout=0.1, strength=0.0, ema=0.9
     )
     data = Noise([1, 2]), Noise([3])
-    history = train_classifier(tmp_path, "a_levels", *data, config, {"fold": 0}, "cpu", network=GlobalClassifier)
+    history = train_classifier(tmp_path, "a_levels", *data, config, {"fold": 0}, "cpu", recipe=GlobalRecipe())
     assert len(history) == 1 and load_global(tmp_path / "a_levels.safetensors")[1]["fold"] == 0

@@ -28,9 +28,11 @@ from lumbar.run.publish import kaggle_packages, kaggle_push, kaggle_upload, stag
 ROOT = Path(__file__).resolve().parents[1]
 COMPETITION = "rsna-2024-lumbar-spine-degenerative-classification"
 NAMES = [
+    "pretrained",
     "preprocess",
     "train-spinenet",
     "train-vit-level",
+    "train-vit-slices",
     "train-yolo-ss",
     "train-yolo-nfn",
     "train-yolo-scs",
@@ -108,7 +110,8 @@ def test_every_kernel_is_staged_as_kaggle_takes_it(build, name):
     # Every parameter that names an input by default is set: the slugs are this user's.
     defaults = assigned_literals(next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])))
     assert {key for key, value in defaults.items() if "/kaggle/" in str(value)} <= set(injected(build, name))
-    assert injected(build, name)["DATA"] == f"/kaggle/input/{COMPETITION}"
+    assert injected(build, name).get("DATA") == (None if name == "pretrained" else f"/kaggle/input/{COMPETITION}")
+    assert metadata(build, name)["enable_internet"] == (name == "pretrained")
 
 
 def test_kernels_are_the_stages_of_a_run_and_feed_one_another(build):
@@ -126,7 +129,13 @@ def test_kernels_are_the_stages_of_a_run_and_feed_one_another(build):
     kernels = kaggle_kernels(folds=(3, 0))
     told = [(s["notebook"].stem, s["parameters"].get("CONDITION", s["parameters"].get("SCOPE"))) for s in stages]
     here = [(k["notebook"], k["parameters"].get("CONDITION", k["parameters"].get("SCOPE"))) for k in kernels.values()]
-    assert sorted(told, key=str) == sorted(here[:-1], key=str) and here[-1][0] == "inspect"
+    assert sorted(told, key=str) == sorted(here[1:-1], key=str) and here[-1][0] == "inspect"
+    # Trainings start from what the one kernel with internet fetches.
+    assert here[0][0] == "pretrained" and kernels["pretrained"]["parameters"]["NAMES"] == utils.pretrained_names()
+    for name in ("train-vit-slices", "train-yolo-ss-3", "train-vit-study-3"):
+        assert "pretrained" in kernels[name]["needs"]
+        assert kernels[name]["parameters"]["PRETRAINED"] == "/kaggle/input/lumbar-spine-pretrained/00_pretrained"
+    assert "pretrained" not in kernels["train-vit-level"]["needs"]  # nobody has published its network's weights
     assert kernels["train-yolo-ss-3"]["parameters"]["FOLDS"] == [3] and "train-yolo-ss-3" in kernels["report"]["needs"]
     with pytest.raises(ValueError, match="FOLDS must be some of"):
         kaggle_kernels(folds=(5,))
@@ -184,13 +193,13 @@ def test_settings_are_injected_and_mistakes_are_named(tmp_path):
     for user in ("", "your-kaggle-user", "me@example.org", "a/b"):
         with pytest.raises(ValueError, match="no Kaggle user name.*address of your profile"):
             utils.stage_kaggle(user, tmp_path / "b", ROOT, wheels=False)
-    with pytest.raises(ValueError, match="no kernel train-vit-leve; there are preprocess"):
+    with pytest.raises(ValueError, match="no kernel train-vit-leve; there are pretrained, preprocess"):
         utils.stage_kaggle(USER, tmp_path / "b", ROOT, wheels=False, continued=["train-vit-leve"])
     utils.stage_kaggle(USER, tmp_path / "b", ROOT, wheels=False, continued=["train-vit-level"])
     own = [f"{USER}/lumbar-spine-{name}" for name in ("preprocess", "train-spinenet", "train-vit-level")]
     assert metadata(tmp_path / "b", "train-vit-level")["kernel_sources"] == own
     assert metadata(tmp_path / "b", "train-vit-study")["kernel_sources"] == own[:2]
-    with pytest.raises(ValueError, match="no kernel train-vit; there are preprocess"):
+    with pytest.raises(ValueError, match="no kernel train-vit; there are pretrained, preprocess"):
         utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit": {}}, wheels=False)
     with pytest.raises(ValueError, match="Did you mean EPOCHS"):
         utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit-level": {"EPOCH": 7}}, wheels=False)
@@ -436,7 +445,8 @@ def test_every_staged_parameter_finds_its_input(build, mounted, tmp_path):
     for name in NAMES:
         given = injected(build, name)
         found = {**given, **find_inputs(given)}
-        assert Path(found["DATA"]).name == COMPETITION and Path(found["DATA"]).is_dir()
+        if name != "pretrained":
+            assert Path(found["DATA"]).name == COMPETITION and Path(found["DATA"]).is_dir()
         assert found["OUT"] == "/kaggle/working"
         for key, stage in (("PREPROCESSED", "01_preprocess"), ("LEVELS_DIR", "02_train_spinenet")):
             assert key not in given or (Path(found[key]) / "manifest.json").is_file() and Path(found[key]).name == stage

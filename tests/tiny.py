@@ -11,6 +11,8 @@ import utils
 from lumbar.grade import detector_weights
 from lumbar.grade.classifier import OrdinalClassifier, save_classifier
 from lumbar.grade.detector_data import YOLO_VIEWS, yolo_shape_px
+from lumbar.grade.slice_crops import SliceCrop
+from lumbar.grade.slice_network import SliceNetwork, save_slices
 from lumbar.spine.spinenet import SpineNet
 
 SERIES = dict(zip((101, 102, 103), utils.DESCRIPTIONS, strict=True))  # series_id -> description
@@ -59,7 +61,6 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
     shape: voxels along each side of both crops; imgsz: of the detectors; fold: in the files' names, other numbers are
     other weights; the detectors of fold 1 and on have a second view.
     """
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(fold)
@@ -79,6 +80,12 @@ def write_members(folder, shape=32, imgsz=96, backbones=("tiny", "tiny_stride8")
         torch.nn.init.normal_(model.score.weight, std=0.3)  # so that answers differ between studies
         about = {"crop": crop, "prior": prior.tolist(), "views": [{}, {"mirror": True}]}
         save_classifier(folder / f"{scope}_{fold}.safetensors", model, about)
+    crop = SliceCrop(size_px=shape, mm_per_px=1.2, axial_mm_per_px=0.8, slices=2)
+    model = SliceNetwork("test_efficientnet", crop, prior, width=16).eval()
+    torch.nn.init.normal_(model.score[1].weight, std=0.3)
+    save_slices(
+        folder / f"slices_{fold}.safetensors", model, {"prior": prior.tolist(), "views": [{}, {"mirror": True}]}
+    )
     detector_weights.prepare_ultralytics(folder / "ultralytics")
     from ultralytics.nn.tasks import DetectionModel
 

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -411,23 +411,27 @@ def predict_dataset(
 
 def settle_views(
     out: str | Path,
-    held_out: Mapping[str, CropDataset],
+    held_out: Mapping[str, Any],
     device: str | int = "auto",
     views: Sequence[View] = TTA_VIEWS,
     workers: int = 0,
+    load: Callable[..., Any] | None = None,
+    measure: Callable[..., np.ndarray] | None = None,
 ) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
     """Choose the test-time views on held-out studies, store them beside the weights, predict these studies.
 
     out: folder with <name>.safetensors; held_out: dict name -> CropDataset of the studies that these weights were not
-    trained on; workers: processes that cut crops. What is stored is chosen on all of the studies together, see
-    choose_views. The predictions are cross-fitted: each fifth of the studies is predicted with the views that pay on
-    the other four fifths, see cross_fitted_views. Returns (dict name -> (n, 5, 5, 3) probabilities, choose_views'
-    table). Done again after a kill it ends the same.
+    trained on; workers: processes that cut crops; load, measure: of another kind of network, in place of
+    load_classifier and measure_views. What is stored is chosen on all of the studies together, see choose_views. The
+    predictions are cross-fitted: each fifth of the studies is predicted with the views that pay on the other four
+    fifths, see cross_fitted_views. Returns (dict name -> (n, 5, 5, 3) probabilities, choose_views' table). Done again
+    after a kill it ends the same.
     """
     device, measured = device_for(device), []
+    load, measure = load or load_classifier, measure or measure_views
     for name, dataset in progress(held_out.items(), desc="views"):
-        model, _ = load_classifier(Path(out) / f"{name}.safetensors", device)
-        measured.append(measure_views([model], dataset, views, workers=workers))
+        model, _ = load(Path(out) / f"{name}.safetensors", device)
+        measured.append(measure([model], dataset, views, workers=workers))
     grades, log_p = np.concatenate([dataset.grades for dataset in held_out.values()]), np.concatenate(measured, 1)
     chosen, table = choose_views(grades, log_p, views)
     for name in held_out:

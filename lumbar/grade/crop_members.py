@@ -192,5 +192,6 @@ class WholeStudy(CropMember):
                 "hour": {"EPOCHS": 16, "BATCH": 8},
                 "smoke": {"EPOCHS": 2, "SHAPE": [48, 32, 16]},
             },
+            pretrained="maxvit_rmlp_tiny_rw_256.sw_in1k",
         ),
     )

@@ -39,7 +39,9 @@ _SMALL = {
 
 def _training(condition, seconds, **own):
     settings = {"demo": _SMALL | own, "hour": {"EPOCHS": 5}, "smoke": {"EPOCHS": 1, "IMGSZ": 128}}
-    return Training(f"03_train_yolo_{condition}", "03_train_yolo", {"CONDITION": condition}, seconds, settings)
+    return Training(
+        f"03_train_yolo_{condition}", "03_train_yolo", {"CONDITION": condition}, seconds, settings, "yolov10x"
+    )
 
 
 class Detectors(Member):

@@ -4,7 +4,7 @@ A module of its own because it imports ultralytics, which all else does late, af
 detector_weights.prepare_ultralytics, and because the processes that ultralytics starts for several GPUs find the class
 by its module's name.
 
-May use: distributed, weights, storage, names.
+May use: distributed, pretrained, weights, storage, names.
 """
 
 import random
@@ -22,9 +22,10 @@ from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ..names import progress
-from ..storage import read_checkpoint, write_whole
+from ..storage import DamagedFile, read_checkpoint, write_whole
 from ..weights import read_weights
 from .distributed import end_with_parent
+from .pretrained import load_detector
 
 
 class PatchDataset(YOLODataset):
@@ -222,7 +223,11 @@ def _plain(value):
 
 def start_from(path: str | Path, *networks: torch.nn.Module) -> None:
     """Copy the tensors of a weights file that fit into the networks."""
-    given, _ = read_weights(path, "metadata", "give the file of a detector to start from, or none")
+    try:
+        given, _ = read_weights(path, "metadata", "give the file of a detector to start from, or none")
+    except DamagedFile:  # not the kit's
+        load_detector(path, *networks)
+        return
     for network in networks:
         own = network.state_dict()
         fitting = {k: v.to(own[k].dtype) for k, v in given.items() if k in own and own[k].shape == v.shape}

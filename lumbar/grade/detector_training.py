@@ -1,6 +1,6 @@
 """The training of a detector by ultralytics.
 
-May use: detector_weights, detector_data, storage, names, detector_trainer, weights.
+May use: detector_weights, detector_data, pretrained, storage, names, detector_trainer, weights.
 """
 
 import json
@@ -23,6 +23,7 @@ from .detector_weights import (
     prepare_ultralytics,
     read_detector_about,
 )
+from .pretrained import read_state
 
 # AdamW with an equal nominal batch, a gentle warm-up and a strong class term trains from random weights within few
 # epochs; no mosaic or scaling because every patch has the same millimetres a pixel. rect keeps patches unpadded.
@@ -123,7 +124,10 @@ def train_yolo(
         return weights
     find_yolo_description(model)
     if initial_weights is not None:
-        read_weights(initial_weights, "metadata", _REMEDY)  # unusable ones end here, not in a process for each GPU
+        try:  # unusable ones end here, not in a process for each GPU
+            read_weights(initial_weights, "metadata", _REMEDY)
+        except DamagedFile:
+            read_state(initial_weights)  # COCO's are not a file of the kit
     run = out_dir / f"run_{condition}_{fold}"
     # Not in the run's own folder: ultralytics empties that before it starts processes for several GPUs.
     setup = out_dir / f"setup_{condition}_{fold}"

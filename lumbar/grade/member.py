@@ -40,7 +40,8 @@ class Training:
 
     name: of the stage, which is its folder's; notebook: its stem; parameters: what the notebook is told besides DATA,
     OUT, FOLDS and where 01 and 02 left their work; seconds: of one fold in the demo, so that the longest come first;
-    settings: dict size (demo, hour, smoke) -> parameters over the notebook's full-size defaults.
+    settings: dict size (demo, hour, smoke) -> parameters over the notebook's full-size defaults; pretrained: name of
+    the weights that its full size starts from, as `python -m lumbar.grade.pretrained` fetches them, or empty.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Training:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 60.0
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    pretrained: str = ""
 
 
 @dataclass(frozen=True)

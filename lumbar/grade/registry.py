@@ -1,6 +1,6 @@
 """The registry of members, and which weights files stand for them.
 
-May use: storage, crop_members, detector_member, member.
+May use: storage, crop_members, detector_member, member, slices.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,12 +10,14 @@ from ..storage import DamagedFile
 from .crop_members import LevelCrops, WholeStudy
 from .detector_member import Detectors
 from .member import Member
+from .slices import Slices
 
 # name -> Member, in the order of tables and figures. A new member is one more line here.
 MEMBERS: dict[str, Member] = {
     member.name: member
     for member in (
         Detectors(),
+        Slices(),
         LevelCrops(),
         WholeStudy(),
     )

@@ -3,7 +3,7 @@
 accelerate sees to devices, mixed precision, accumulation and several processes, timm to the schedule, the weight decay
 and the averaged weights. Both are imported where they are used, because they take seconds.
 
-May use: classifier, crops, ordinal, distributed, data, storage, names.
+May use: classifier, crops, ordinal, pretrained, distributed, data, storage, names.
 """
 
 import math
@@ -26,6 +26,7 @@ from .classifier import USUAL_LEVEL_CENTERS, OrdinalClassifier, measure_views, s
 from .crops import CropDataset, augment_crops
 from .distributed import launch, processes_for
 from .ordinal import weighted_losses
+from .pretrained import load_volumes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class TrainConfig:
     precision: str = "auto"  # see precision_for
     recompute: bool = False  # activations again in the backward pass: a third more time, a fraction of the memory
     level_centers: tuple[float, ...] = USUAL_LEVEL_CENTERS  # of OrdinalClassifier
+    pretrained: str = ""  # file of weights that the backbone starts from, see pretrained.py
+    backbone_rate: float = 1.0  # of the backbone, as a share of learning_rate
     seed: int = 0  # of initialisation, order and augmentation
 
     def __post_init__(self) -> None:
@@ -57,6 +60,42 @@ class TrainConfig:
         for name in ("epochs", "batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.upper()} must be 1 or more, not {getattr(self, name)}")
+
+
+class Recipe:
+    """What depends on the kind of network in a training: how it is made, fed and judged. This is the 3D networks'.
+
+    Processes get it by its class's name, so it holds no state.
+    """
+
+    network = OrdinalClassifier
+
+    def build(self, train: Any, config: TrainConfig, prior: np.ndarray) -> nn.Module:
+        """A network that starts from the class prior (5, 5, 3), and with its backbone from pretrained weights."""
+        crop = train.crop
+        network = self.network(crop.scope, config.backbone, crop.shape, prior, config.dropout, config.level_centers)
+        network.recompute = config.recompute
+        if config.pretrained:
+            load_volumes(network.backbone, config.pretrained, quiet=True)
+        return network
+
+    def augment(
+        self, crops: torch.Tensor, grades: torch.Tensor, crop: Any, generator: torch.Generator, config: TrainConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and grades out of a batch of the data set's items, changed at random."""
+        return augment_crops(crops, grades, crop, generator, config.strength)
+
+    def losses(self, model: nn.Module, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """batch_losses."""
+        return batch_losses(model, *batch)
+
+    def measure(self, models: list, dataset: Any, views: Any, numbers: Any = None, workers: int = 0) -> np.ndarray:
+        """classifier.measure_views."""
+        return measure_views(models, dataset, views, numbers, workers)
+
+    def save(self, path: Path, network: Any, about: dict[str, Any]) -> None:
+        """Write a weights file. about: what else it says of itself."""
+        save_classifier(path, network, about)
 
 
 def train_classifier(
@@ -70,7 +109,7 @@ def train_classifier(
     workers: int = 0,
     processes: int = 1,
     tracker: Any = "",
-    network: type[OrdinalClassifier] = OrdinalClassifier,
+    recipe: Recipe = Recipe(),
 ) -> pd.DataFrame:
     """Train one fold of a classifier: out/<name>.safetensors and out/<name>_history.csv.
 
@@ -91,8 +130,8 @@ def train_classifier(
         is best a multiple of their number, otherwise it is rounded up to one.
     tracker : str or accelerate.tracking.GeneralTracker
         Where the curves go as well: the name of one of accelerate's trackers ("tensorboard", "wandb", ...), or "".
-    network : class
-        What is trained: OrdinalClassifier, or a class derived from it.
+    recipe : Recipe
+        Of the kind of network; `train` and `valid` are of the data set that it takes.
 
     Returns
     -------
@@ -119,7 +158,7 @@ def train_classifier(
         )
     check_tracker(tracker)
     processes, device = processes_for(processes, device), device_for(device)
-    arguments = (out, name, train, valid, config, about or {}, device, workers, processes, tracker, network)
+    arguments = (out, name, train, valid, config, about or {}, device, workers, processes, tracker, recipe)
     if processes == 1:
         _train(*arguments)
     else:
@@ -132,10 +171,10 @@ def _is_trained(out, name):
     return [path.is_file() for path in paths] == [True, True, False]
 
 
-def _train(out, name, train, valid, config, about, device, workers, processes, tracker, network):
+def _train(out, name, train, valid, config, about, device, workers, processes, tracker, recipe):
     """train_classifier in this process, one of `processes`."""
     final, checkpoint = out / f"{name}.safetensors", out / f"{name}.checkpoint"
-    training = prepare_training(train, config, device, workers, processes, tracker, out / "tracking", network)
+    training = prepare_training(train, config, device, workers, processes, tracker, out / "tracking", recipe)
     accelerator = training.accelerator
     history, best, first_epoch = [], math.inf, 0
     saved = read_checkpoint(checkpoint)
@@ -162,7 +201,7 @@ def _train(out, name, train, valid, config, about, device, workers, processes, t
             best = reached if better else best
             if main and better:
                 stated = {**about, "crop": train.crop, "epoch": epoch + 1, "scores": scores}
-                save_classifier(final, training.average.module, stated)
+                recipe.save(final, training.average.module, stated)
             if main:
                 state = {"config": _plain(config), "training": training.state(), "history": history}
                 with write_whole(checkpoint) as temporary:
@@ -183,13 +222,14 @@ class Training:
     """What a training works with: prepare_training makes it, train_epoch moves it on."""
 
     accelerator: Any  # accelerate.Accelerator
-    network: OrdinalClassifier
+    network: Any  # of Recipe.build
     model: nn.Module  # the network as accelerate runs it: in mixed precision, in step with other processes
     average: Any  # timm's ModelEmaV3 of the network
     optimizer: Any
     schedule: Any  # timm's scheduler, which has no state beside `step`
     batches: Any  # DataLoader of this process' share
     order: torch.Generator  # of the batches
+    recipe: Recipe = Recipe()
     step: int = 0  # of the optimizer, those that overflowed included
 
     def _parts(self):
@@ -215,7 +255,7 @@ def prepare_training(
     processes: int = 1,
     tracker: Any = "",
     tracking: Path | None = None,
-    network_class: type[OrdinalClassifier] = OrdinalClassifier,
+    recipe: Recipe = Recipe(),
 ) -> Training:
     """Make what train_epoch needs: AdamW, 10% warm-up, cosine decay, averaged weights and statistics.
 
@@ -228,13 +268,10 @@ def prepare_training(
 
     accelerator = _accelerator(config, device, processes, tracker, tracking)
     torch.manual_seed(config.seed)
-    crop, prior = train.crop, class_prior(train.grades)
-    network = network_class(crop.scope, config.backbone, crop.shape, prior, config.dropout, config.level_centers).to(
-        accelerator.device
-    )
-    network.recompute = config.recompute
+    network = recipe.build(train, config, class_prior(train.grades)).to(accelerator.device)
     average = ModelEmaV3(network, decay=config.ema)
     groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=["attention.position"])
+    groups = _with_rates(groups, network.backbone, config)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     order = torch.Generator()
     batches = torch.utils.data.DataLoader(
@@ -251,7 +288,19 @@ def prepare_training(
     warm = max(1, steps // 10)
     first_rate = config.learning_rate / warm
     schedule = CosineLRScheduler(optimizer, steps, warmup_t=warm, warmup_lr_init=first_rate, t_in_epochs=False)
-    return Training(accelerator, network, model, average, optimizer, schedule, batches, order)
+    return Training(accelerator, network, model, average, optimizer, schedule, batches, order, recipe)
+
+
+def _with_rates(groups, backbone, config):
+    """The optimizer's groups of parameters, the backbone's with its share of the rate."""
+    own = {id(parameter) for parameter in backbone.parameters()}
+    parts = ((True, config.learning_rate * config.backbone_rate), (False, config.learning_rate))
+    divided = [
+        {**group, "params": [p for p in group["params"] if (id(p) in own) == inside], "lr": rate}
+        for group in groups
+        for inside, rate in (parts if config.backbone_rate != 1 else ())
+    ]
+    return [group for group in divided if group["params"]] or groups
 
 
 def _accelerator(config, device, processes, tracker, tracking):
@@ -294,12 +343,12 @@ def train_epoch(training: Training, config: TrainConfig, crop: Crop, epoch: int)
     losses, sums, before = [], torch.zeros(2, device=accelerator.device), None
     for crops, level, grades in training.batches:
         with accelerator.accumulate(training.model):
-            inputs, grades = augment_crops(crops, grades, crop, generator, config.strength)
+            inputs, grades = training.recipe.augment(crops, grades, crop, generator, config)
             own = (inputs, level, grades)
             mix = torch.rand((), generator=generator) < config.mix
             batch = mix_crops(own, before or own, generator) if mix else unmixed(own)
             before = tuple(x[-1:].clone() for x in own)
-            loss, weight = batch_losses(training.model, *batch)
+            loss, weight = training.recipe.losses(training.model, *batch)
             # Divided by the labels of a batch, gradients stay within float16, which ends at 65,504. How much a step's
             # labels weigh is known at its end.
             labels = config.batch * grades[0].numel()
@@ -339,7 +388,7 @@ def predict_held_out(training: Training, valid: CropDataset, workers: int = 0) -
         broadcast(statistic)
     mine = range(accelerator.process_index, len(valid.study_ids), accelerator.num_processes)
     plain: tuple[dict, ...] = ({},)  # views are chosen when the training has ended
-    log_p = measure_views([network], valid, plain, mine, workers)[0]  # 0 where another process predicts
+    log_p = training.recipe.measure([network], valid, plain, mine, workers)[0]  # 0 where another process predicts
     log_p = accelerator.reduce(torch.from_numpy(log_p).float().to(accelerator.device))
     return log_p.cpu().double().softmax(-1).numpy()
 
@@ -375,7 +424,7 @@ def mix_crops(
         torch.cat([last[-1:], own[:-1]]) for last, own in zip(before, batch, strict=True)
     )
     share = (0.5 + 0.5 * torch.rand(len(inputs), generator=generator)).to(inputs.device)
-    part = share[:, None, None, None, None]
+    part = share.view(-1, *[1] * (inputs.ndim - 1))
     return (
         inputs * part + other * (1 - part),
         torch.stack([level, other_level], 1),

@@ -24,18 +24,19 @@ _STEPS = {
     "01": (1, 1, "01 Volumes\nin patient millimetres"),
     "02": (2, 1, "02 SpineNet\na box for each disc"),
     "03": (3, 0, "03 YOLO detectors\nseverity on slices"),
-    "level": (3, 1, "04 Level crops\nCoAtNet"),
-    "study": (3, 2, "04 Whole study\nMaxViT"),
+    "slices": (3, 0.75, "04 Native slices\n2D network, sequence"),
+    "level": (3, 1.5, "04 Level crops\nCoAtNet"),
+    "study": (3, 2.25, "04 Whole study\nMaxViT"),
     "05": (4, 1, "05 Ensemble\nweighted, calibrated"),
     "submission": (5, 1, "submission.csv\n25 rows a study"),
 }
-_FLOW = "images>01 01>02 02>03 02>level 02>study 03>05 level>05 study>05 05>submission"
+_FLOW = "images>01 01>02 02>03 02>slices 02>level 02>study 03>05 slices>05 level>05 study>05 05>submission"
 
 
 def plot_pipeline(ax: Axes, here: tuple[str, ...] = ()) -> Axes:
     """Draw the steps from images to submission as boxes and arrows.
 
-    here: steps to highlight: 01, 02, 03, level, study, 05. Returns ax. Raises ValueError for another name.
+    here: steps to highlight: 01, 02, 03, slices, level, study, 05. Returns ax. Raises ValueError for another name.
     """
     from matplotlib.patches import FancyBboxPatch
 
@@ -59,7 +60,7 @@ def plot_pipeline(ax: Axes, here: tuple[str, ...] = ()) -> Axes:
         ax.add_patch(box)
         ax.text(x, y, text, ha="center", va="center", fontsize=8, linespacing=1.4)
     ax.set_xlim(-0.5, 5.5)
-    ax.set_ylim(2.45, -0.45)
+    ax.set_ylim(2.6, -0.4)
     ax.set_axis_off()
     return ax
 

@@ -15,7 +15,7 @@ from ..names import device_for
 
 # What a stage reads, by the parameter that says where it lies. A stage knows these by what is in them, not by where
 # they are; see stages.stage_inputs.
-READ_PATHS = ("DATA", "PREPROCESSED", "LEVELS_DIR", "WEIGHTS", "RUN", "PREDICTIONS", "INFERENCE")
+READ_PATHS = ("DATA", "PREPROCESSED", "LEVELS_DIR", "WEIGHTS", "PRETRAINED", "RUN", "PREDICTIONS", "INFERENCE")
 WRITTEN_PATHS = ("OUT", "BUILD")  # where results go, which says nothing about them
 PATH_PARAMETERS = (*READ_PATHS, *WRITTEN_PATHS)
 
@@ -24,16 +24,20 @@ PATH_PARAMETERS = (*READ_PATHS, *WRITTEN_PATHS)
 RANGES = {
     "ACCUMULATE": (1, 4096),
     "ANATOMIES": (1, 1_000_000),
+    "AXIAL_MM_PER_PX": (0.05, 10.0),
+    "BACKBONE_RATE": (0.0, 100.0),
     "BATCH": (1, 65_536),
     "BATCH_STUDIES": (1, 4096),
     "BITS": (8, 16),
     "BLOCKS": (1, 100),
+    "CHANNELS": (1, 3),
     "CROP_PX": (16, 4096),
     "DRAWS": (1, 10_000_000),
     "DROPOUT": (0.0, 0.99),
     "EMA": (0.0, 0.999999),
     "EPOCHS": (1, 100_000),
     "EXAMPLES": (0, 10_000),
+    "EXCHANGE": (0.0, 1.0),
     "EXTENT_MM": (1.0, 2000.0),
     "FINE_TUNE_RATE": (1e-9, 10.0),
     "FINE_TUNE_STEPS": (0, 100_000_000),
@@ -47,6 +51,7 @@ RANGES = {
     "LEARNING_RATE": (1e-9, 10.0),
     "LEVEL_STUDIES": (1, 1_000_000),
     "MIX": (0.0, 1.0),
+    "MM_PER_PX": (0.05, 10.0),
     "N_FOLDS": (2, 100),
     "PREVALENCE": (1e-3, 1e3),
     "PROCESSES": (0, 4096),
@@ -58,8 +63,11 @@ RANGES = {
     "SEED": (0, 2**32 - 1),
     "SHAPE": (4, 4096),
     "SHIFT_MM": (-500.0, 500.0),
+    "SIZE_PX": (32, 1024),
+    "SLICES": (1, 32),
     "STEPS": (0, 100_000_000),
     "STRENGTH": (0.0, 100.0),
+    "STRIDE": (0, 64),
     "STUDY": (0, 10**12),
     "TEST_STUDIES": (1, 1_000_000),
     "THREADS": (0, 4096),
@@ -80,6 +88,7 @@ ITEM_TYPES = {  # of lists that are empty by default
     "FOLDS": int,
     "HTML_STUDIES": int,
     "MEMBERS": str,
+    "NAMES": str,
     "PUSH": str,
     "SHAPE": int,
     "STAGES": str,

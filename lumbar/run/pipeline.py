@@ -193,7 +193,8 @@ class Stage:
 
     name: of its folder; notebook: its stem; reads: dict parameter -> the stages whose folders it names; parameters:
     what the notebook is told besides DATA and OUT; after: the stages that have to be finished; gpu: whether Kaggle
-    gives it one; training: True for a fold of a member, which may share a machine with others.
+    gives it one; training: True for a fold of a member, which may share a machine with others; pretrained: name of the
+    weights that it starts from where they were fetched, or empty.
     """
 
     name: str
@@ -203,6 +204,7 @@ class Stage:
     after: tuple[str, ...] = ()
     gpu: bool = False
     training: bool = False
+    pretrained: str = ""
 
     @property
     def kernel(self) -> str:
@@ -283,12 +285,18 @@ def stage_table(folds: Sequence[int], size: str = "full") -> list[Stage]:
         for training in trainings():
             parameters = {**training.parameters, "FOLDS": [fold], **own(training.settings)}
             name = member_folder(training.name, [fold])
-            table.append(Stage(name, training.notebook, before, parameters, after=located, gpu=True, training=True))
+            start = training.pretrained if size == "full" else ""
+            table.append(Stage(name, training.notebook, before, parameters, located, True, True, start))
     trained = tuple(stage.name for stage in table if stage.training)
     weights = ["02_train_spinenet", *trained]
     table.append(Stage("05_inference", "05_inference", {"WEIGHTS": weights}, after=tuple(weights), gpu=True))
     table.append(Stage("06_report", "06_report", after=("01_preprocess", *weights, "05_inference")))
     return table
+
+
+def pretrained_names() -> list[str]:
+    """The weights that trainings start from at full size, as `python -m lumbar.grade.pretrained` fetches them."""
+    return sorted({training.pretrained for training in trainings() if training.pretrained})
 
 
 def pipeline_stages(
@@ -299,11 +307,13 @@ def pipeline_stages(
     folds: Sequence[int] = (),
     seed: int = 0,
     workers: int = 2,
+    pretrained: str = "",
 ) -> list[dict[str, Any]]:
     """The table of stages as run_stages takes it.
 
     size: `demo`, `smoke` (the same, as short as possible) and `hour` train fold 0 with the small settings, `full` every
-    fold with the notebooks' defaults; folds: to train, empty for the size's own. Raises ValueError as stage_table.
+    fold with the notebooks' defaults; folds: to train, empty for the size's own; pretrained: folder with the weights
+    that the full size starts from (those of pretrained_names), empty for none. Raises ValueError as stage_table.
     """
     notebooks, small = Path(notebooks), size != "full"
     stages = []
@@ -320,6 +330,7 @@ def pipeline_stages(
         elif stage.name != "05_inference":
             # Small crops are faster made than sent between processes.
             parameters |= {"SEED": seed} | ({"WORKERS": 0} if small else {})
+            parameters |= {"PRETRAINED": str(pretrained)} if pretrained and stage.pretrained else {}
         stages.append(
             {
                 "name": stage.name,
@@ -382,6 +393,7 @@ def write_run_manifest(
 # ---- Staging: everything that Kaggle needs, in folders ----
 
 
+PRETRAINED_STAGE = "00_pretrained"  # folder of what pretrained.ipynb fetches
 TRAINING_HOURS = 10.5  # of the 12 that Kaggle gives a kernel: the rest is for what comes before and after
 
 
@@ -390,7 +402,8 @@ def kaggle_kernels(base: str = "lumbar-spine", folds: Sequence[int] = (0,)) -> d
 
     base: what all slugs begin with; folds: to train, a kernel for each fold of each training, see Stage.kernel. One
     that is not done in TRAINING_HOURS ends there, see stage_kaggle's `continued`.
-    Each has notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads) and gpu.
+    Each has notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads), gpu and internet,
+    which only `pretrained` has: it fetches what trainings start from, and needs nothing else.
     Raises ValueError as stage_table.
     """
     table = stage_table(sorted(folds))
@@ -406,17 +419,30 @@ def kaggle_kernels(base: str = "lumbar-spine", folds: Sequence[int] = (0,)) -> d
         "05_inference": {"WEIGHTS": [KAGGLE_INPUT]},
         "06_report": {"RUN": KAGGLE_INPUT},
     }
-    kernels = {}
+    kernels = {
+        "pretrained": {
+            "notebook": "pretrained",
+            "parameters": {"NAMES": pretrained_names()},
+            "needs": [],
+            "gpu": False,
+            "internet": True,
+        }
+    }
     for stage in table:
         reads = {key: output(read) for key, read in stage.reads.items() if isinstance(read, str)}
         limit = {"HOURS": TRAINING_HOURS} if stage.training else {}
+        if stage.pretrained:
+            reads["PRETRAINED"] = f"{KAGGLE_INPUT}/{base}-pretrained/{PRETRAINED_STAGE}"
         kernels[stage.kernel] = {
             "notebook": stage.notebook,
             "parameters": {**reads, **stage.parameters, **limit, **own.get(stage.name, {})},
-            "needs": [names[name] for name in stage.after],
+            "needs": [names[name] for name in stage.after] + ["pretrained"] * bool(stage.pretrained),
             "gpu": stage.gpu,
+            "internet": False,
         }
     located = {"PREPROCESSED": output("01_preprocess"), "LEVELS_DIR": output("02_train_spinenet")}
     shown = {**located, "PREDICTIONS": [KAGGLE_INPUT], "INFERENCE": output("05_inference")}
     every = [names[stage.name] for stage in table if stage.name != "06_report"]
-    return kernels | {"inspect": {"notebook": "inspect", "parameters": shown, "needs": every, "gpu": False}}
+    return kernels | {
+        "inspect": {"notebook": "inspect", "parameters": shown, "needs": every, "gpu": False, "internet": False}
+    }

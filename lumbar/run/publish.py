@@ -132,12 +132,14 @@ def stage_kaggle(
             "title": _title(slug),
             "code_file": f"{slug}.ipynb",
             "enable_gpu": kernel["gpu"],
+            "enable_internet": kernel["internet"],
             "dataset_sources": [f"{user}/{source}" for source in sources if source != kinds["weights"] or weights],
             "kernel_sources": [f"{user}/{base}-{need}" for need in [*kernel["needs"], *({name} & set(continued))]],
         }
         if not kernel["gpu"]:
             metadata.pop("machine_shape", None)
-        given = {"DATA": data, "OUT": KAGGLE_WORKING, **kernel["parameters"], **parameters.get(name, {})}
+        own = {"OUT": KAGGLE_WORKING} | ({} if kernel["internet"] else {"DATA": data})
+        given = {**own, **kernel["parameters"], **parameters.get(name, {})}
         folder.mkdir(parents=True)
         text = staged_notebook(repository / "notebooks" / f"{kernel['notebook']}.ipynb", given)
         (folder / metadata["code_file"]).write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """One folder and one manifest a stage: finished work is found, unfinished work goes on.
 
-May use: fingerprint, parameters, mounts, storage, serve.
+May use: fingerprint, parameters, mounts, storage, serve, grade.pretrained.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, NoReturn, Self
 
+from ..grade.pretrained import INSTALLED
 from ..storage import is_dead_part, is_part, plain, remove_parts, write_json
 from .fingerprint import (
     _OF_MANIFEST,
@@ -48,6 +49,8 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
     for key in READ_PATHS:
         value = parameters.get(key)
         if not value or not isinstance(value, (str, Path, list)):
+            continue
+        if key == "PRETRAINED" and value == INSTALLED:  # a package, which is part of the machine
             continue
         places = [place for text in (value if isinstance(value, list) else [value]) for place in _located(key, text)]
         if key == "WEIGHTS" and isinstance(value, list):

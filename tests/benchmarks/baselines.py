@@ -17,6 +17,7 @@ from lumbar.grade.classifier import USUAL_LEVEL_CENTERS, OrdinalClassifier, load
 from lumbar.grade.detector import dense_scores, rebuild_detector
 from lumbar.grade.detector_data import SeverityImages
 from lumbar.grade.ordinal import CumulativeHeads, cumulative_log_probabilities
+from lumbar.grade.trainer import Recipe
 from lumbar.names import CONDITIONS, DESCRIPTIONS, DETECTORS, LEVELS, SEVERITIES
 from lumbar.weights import read_weights
 
@@ -201,6 +202,12 @@ class GlobalClassifier(OrdinalClassifier):
             elif level.ndim == 2:
                 score = score[:, None].expand(-1, level.shape[1], -1)
             return cumulative_log_probabilities(score, cutpoints)
+
+
+class GlobalRecipe(Recipe):
+    """The trainer's recipe for it."""
+
+    network = GlobalClassifier
 
 
 def load_global(path, device="cpu"):

@@ -72,7 +72,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from baselines import (  # noqa: E402
     ORIGINAL_SETTINGS,
-    GlobalClassifier,
+    GlobalRecipe,
     WholeSlices,
     load_global,
     load_original,
@@ -497,7 +497,7 @@ def train_network(job):
     train, valid, test = (Grids(job["grids"], *job[part], job["crop"]) for part in ("train", "valid", "test"))
     config = trainer.TrainConfig(**settings["config"], seed=settings["seed"])
     trainer.train_classifier(
-        job["out"], job["name"], train, valid, config, {"fold": settings["fold"]}, network=GlobalClassifier
+        job["out"], job["name"], train, valid, config, {"fold": settings["fold"]}, recipe=GlobalRecipe()
     )
     model, _ = load_global(job["out"] / f"{job['name']}.safetensors", device_for())
     p = classifier.predict_dataset([model], test) if len(test) else np.zeros((0, 5, 5, 3))

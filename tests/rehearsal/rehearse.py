@@ -32,8 +32,10 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 import utils  # noqa: E402
-from lumbar.run.pipeline import kaggle_kernels, stage_table  # noqa: E402
+from lumbar.grade.pretrained import INSTALLED, pretrained_file, read_state  # noqa: E402
+from lumbar.run.pipeline import PRETRAINED_STAGE, kaggle_kernels, stage_table  # noqa: E402
 from lumbar.serve.members import weight_folders  # noqa: E402
+from lumbar.storage import write_tensors  # noqa: E402
 
 # Of Kaggle's image of August 2026; without a version: it has the package, in whichever is newest.
 IMAGE = (
@@ -335,6 +337,9 @@ def rehearse_scoring(python, folder, build, layout, alone):
     return facts
 
 
+LITE = "tf_efficientnet_lite0"  # the slice network's backbone in the smoke test
+
+
 def smoke_settings():
     """Parameters for the chain, by kernel: as short as the kit's own smoke test."""
     settings = {name: {} for name in kaggle_kernels()}
@@ -342,6 +347,8 @@ def smoke_settings():
         settings[stage.kernel] = dict(stage.parameters)
         if stage.gpu and stage.name != "05_inference":
             settings[stage.kernel]["WORKERS"] = 0
+        if stage.training and settings[stage.kernel].pop("PRETRAINED", "") != INSTALLED:
+            settings[stage.kernel]["PRETRAINED"] = ""  # of the small networks there are no weights
     settings["inspect"]["MEMBER"] = "level"
     return settings
 
@@ -354,6 +361,10 @@ def rehearse_chain(python, folder, build, layout, alone):
     phantom.make_dataset(folder / "data", train=10, test=2, seed=5, workers=1, prevalence=3.0, progress=False)
     seconds, working = {}, {}
     for name in kaggle_kernels():
+        if name == "pretrained":  # the only one with internet: what it would have fetched comes out of a package
+            fetched = folder / name / PRETRAINED_STAGE / f"{LITE}.safetensors"
+            fetched.parent.mkdir(parents=True)
+            write_tensors(fetched, read_state(pretrained_file(INSTALLED, LITE)), "pretrained", {"name": LITE})
         about = json.loads((build / "kernels" / name / "kernel-metadata.json").read_text())
         inputs = folder / f"input_{name}"
         data = inputs / ("" if layout == "old" else "competitions") / COMPETITION
@@ -365,7 +376,11 @@ def rehearse_chain(python, folder, build, layout, alone):
             slug = ref.rpartition("/")[2]
             attach_output(inputs, layout, slug, working[slug])
         remove_wheels(python)
-        seconds[name] = run_kernel(python, build / "kernels" / name, inputs, folder / name, alone=alone)
+        seconds[name] = (
+            0.0
+            if name == "pretrained"
+            else run_kernel(python, build / "kernels" / name, inputs, folder / name, alone=alone)
+        )
         print(f"  {name}: {seconds[name]:.0f} s", flush=True)
         working[about["id"].rpartition("/")[2]] = folder / name
         shutil.rmtree(inputs)

@@ -1,0 +1,61 @@
+"""The slice network's training: what the trainer is told and what differs from the 3D networks.
+
+May use: trainer, slice_network, slice_crops, ordinal.
+"""
+
+from dataclasses import dataclass
+
+from .ordinal import weighted_losses
+from .slice_crops import augment_slices, exchange_levels
+from .slice_network import SliceNetwork, measure_slices, save_slices
+from .trainer import Recipe, TrainConfig
+
+ALONE_SHARE = 0.5  # of the loss by a level's and condition's own looks alone, beside that of all together
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceConfig(TrainConfig):
+    """What a training of the slice network is told."""
+
+    stride: int = 0  # of Encoder
+    width: int = 128  # of SliceNetwork
+    sequence: str = "lstm"  # of SliceNetwork
+    levels: bool = True  # of SliceNetwork
+    exchange: float = 0.0  # share of studies in which exchange_levels changes some
+
+
+class SliceRecipe(Recipe):
+    """Recipe of SliceNetwork, with SliceDatasets and a SliceConfig."""
+
+    def build(self, train, config, prior):
+        network = SliceNetwork(
+            config.backbone,
+            train.crop,
+            prior,
+            config.dropout,
+            config.stride,
+            config.width,
+            config.sequence,
+            config.levels,
+            config.pretrained,
+        )
+        if config.recompute:
+            network.backbone.net.set_grad_checkpointing(True)
+        return network
+
+    def augment(self, crops, grades, crop, generator, config):
+        inputs, grades = augment_slices(crops, grades, crop, generator, config.strength)
+        return exchange_levels(inputs, grades, generator, config.exchange) if config.exchange else (inputs, grades)
+
+    def losses(self, model, inputs, level, grades, share):
+        share = share.view(*share.shape, *[1] * (grades.ndim - 2))
+        both = model(inputs)
+        sums = [weighted_losses(log_p[:, None].expand(*grades.shape, -1), grades, share) for log_p in both]
+        (loss, weight), (alone, _) = sums
+        return (loss + ALONE_SHARE * alone) / (1 + ALONE_SHARE), weight
+
+    def measure(self, models, dataset, views, numbers=None, workers=0):
+        return measure_slices(models, dataset, views, numbers, workers)
+
+    def save(self, path, network, about):
+        save_slices(path, network, about)
