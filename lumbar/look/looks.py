@@ -5,31 +5,22 @@ May use: grade.slice_crops.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..grade.slice_crops import LOOKS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _NAMES = ("canal", "canal", "left foramen", "right foramen", "left subarticular", "right subarticular")
 
 
-def plot_looks(inputs) -> Figure:
-    """Draw the looks at one level, a row a look: neighbouring slices from left to right, black where there is none.
+def plot_looks(axes: np.ndarray, inputs: ArrayLike) -> np.ndarray:
+    """Draw the looks at one level: neighbouring slices from left to right, black where there is none. Returns axes.
 
-    inputs: (6 looks, slices, h, w), 0 to 1, NaN where there is no slice, as view_slices gives them of one level.
-    Returns the figure.
+    axes: (2, 3 * slices); inputs: (6 looks, slices, h, w), 0 to 1, NaN where there is no slice, as view_slices gives
+    them of one level.
     """
-    import matplotlib.pyplot as plt
-
     images = np.nan_to_num(np.asarray(inputs, np.float32))
     count = images.shape[1]
-    fig, axes = plt.subplots(
-        2, 3 * count, figsize=(12, 0.6 + 8.4 / count if count > 2 else 5), layout="constrained", squeeze=False
-    )
     for number, (look, name) in enumerate(zip(LOOKS, _NAMES, strict=True)):
         row, first = number % 2, number // 2 * count
         for k in range(count):
@@ -37,4 +28,4 @@ def plot_looks(inputs) -> Figure:
             ax.imshow(images[number, k], cmap="gray", vmin=0, vmax=1)
             ax.set_axis_off()
         axes[row, first + count // 2].set_title(f"{name}, {look.description}", fontsize=8)
-    return fig
+    return axes
