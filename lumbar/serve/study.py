@@ -78,6 +78,7 @@ def prepare_study(
     if not study.volumes:
         problems.append(Problem(Kind.IMAGES, "no readable image: every row is the prior"))
         return Prepared(study, boxes, inputs, problems, seconds)
+    problems += members.notes
     problem: Problem | None
     try:
         boxes, _, problem = locate_levels_surely(study, members.placement)
