@@ -30,6 +30,7 @@ def versions():
         "ultralytics",
         "open3d-cpu",
         "open3d",
+        "openvino",
         "pydicom",
         "numpy",
         "pandas",

@@ -3,7 +3,6 @@
 May use: vertebra, data.
 """
 
-import importlib
 import importlib.util
 import os
 import sys
@@ -68,7 +67,9 @@ def _package(place: str | Path) -> ModuleType:
     if place:
         return _import_package(Path(place))
     try:
-        return importlib.import_module("spinenet")
+        import spinenet
+
+        return spinenet
     except ModuleNotFoundError as error:
         attached = _attached() if error.name in (None, "spinenet") else None
         if attached is None:
