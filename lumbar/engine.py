@@ -24,7 +24,10 @@ _MOST_STREAMS = 4  # inferences at a time, as inference has at most so many read
 ENGINES = ("auto", "torch")  # what LUMBAR_ENGINE may say
 
 _lock = threading.Lock()
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, _Compiled | None]] = weakref.WeakKeyDictionary()
+# Network -> its tensors, what they were when it was compiled, and the engine: None where OpenVINO cannot run it.
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[list[torch.Tensor], list[tuple[int, int]], _Compiled | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def on_cpu(
@@ -53,11 +56,12 @@ def on_cpu(
     if not _is_wanted(network):
         return module
     with _lock:
-        state = _state_of(network)
         known = _known.get(network)
-        if known is None or known[0] != state:
-            _known[network] = known = state, _compiled(network, module, example)
-        engine = known[1]
+        if known is None or known[1] != _state_of(known[0]):
+            tensors = [*network.parameters(), *network.buffers()]
+            engine = _compiled(network, module, example)
+            _known[network] = known = tensors, _state_of(tensors), engine
+        engine = known[2]
     return engine if engine is not None and engine.process == os.getpid() else module
 
 
@@ -70,9 +74,8 @@ def _is_wanted(network: nn.Module) -> bool:
     return wanted == "auto" and first is not None and first.device.type == "cpu" and not network.training
 
 
-def _state_of(network: nn.Module) -> list[tuple[int, int]]:
-    """Where a network's tensors lie and how often they were written: changes with the weights."""
-    tensors = (*network.parameters(), *network.buffers())
+def _state_of(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
+    """Where tensors lie and how often they were written: changes with what they hold."""
     return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
