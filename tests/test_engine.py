@@ -21,6 +21,7 @@ has_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, 
 @pytest.fixture(autouse=True)
 def chosen_by_itself(monkeypatch):
     monkeypatch.delenv("LUMBAR_ENGINE", raising=False)
+    monkeypatch.setattr(engine, "_PAYS_AFTER_S", 0.0)
 
 
 def small(seed=0):
@@ -87,6 +88,18 @@ def test_what_is_not_for_openvino(monkeypatch):
     monkeypatch.setenv("LUMBAR_ENGINE", "tensorrt")
     with pytest.raises(ValueError, match="LUMBAR_ENGINE is 'tensorrt': auto or torch"):
         on_cpu(network, x)
+
+
+@torch.no_grad()
+def test_a_network_is_compiled_when_it_has_worked_for_as_long_as_that_takes(monkeypatch):
+    compiled, clock = [], iter(range(100))
+    monkeypatch.setattr(engine, "_compiled", lambda network, *_: compiled.append(network))
+    monkeypatch.setattr(engine, "_PAYS_AFTER_S", 3.0)
+    monkeypatch.setattr(engine.time, "thread_time", lambda: next(clock))  # a second a run
+    network, x = small(), images(1, 1, 8, 8)
+    for runs in range(1, 6):
+        assert torch.equal(on_cpu(network, x)(x), network(x))
+        assert compiled == [network] * (runs > 3)
 
 
 @has_openvino
