@@ -6,15 +6,21 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import tiny
 from test_naming import PRIOR, spine
 
 import utils
 from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume, save_study
+from lumbar.problems import Kind
+from lumbar.serve import members
+from lumbar.serve.study import prepare_study
+from lumbar.spine import official
 from lumbar.spine.chain import merge_vertebrae
 from lumbar.spine.fallbacks import level_boxes
 from lumbar.spine.official import detect_vertebrae_official
 from lumbar.spine.placement import Placement
+from lumbar.spine.spinenet import SpineNet
 
 NAMES = ("T11", "T12", "L1", "L2", "L3", "L4", "L5", "S1", "S2")
 
@@ -48,7 +54,11 @@ class StandIn:
             raise self.broken
         height, width, slices = volume.shape
         assert (height, width, slices) == (200, 100, 13) and volume.dtype == np.float32 and volume.min() == 0
-        np.testing.assert_allclose(pixel_spacing, self.spacing, rtol=1e-6)
+        # As the package does: a list raises TypeError here, an array of two ValueError below.
+        patch_px = 260 / pixel_spacing
+        if patch_px < 1:
+            raise ValueError("patches of no pixel")
+        assert patch_px == pytest.approx(260 / np.mean(self.spacing))
         assert (np.diff(volume, axis=0) < 0).all()  # rows to the feet
         assert (np.diff(volume, axis=1) > 0).all()  # columns to the back, where this volume rises
         columns, rows, result = np.arange(width), np.arange(height), []
@@ -167,9 +177,111 @@ def test_what_is_lacking_is_said(monkeypatch):
     module = ModuleType("spinenet")
 
     def without_weights(device, verbose):
-        raise FileNotFoundError("detect.pth")
+        raise NameError("No weights found")
 
     module.SpineNet = without_weights
     monkeypatch.setitem(sys.modules, "spinenet", module)
-    with pytest.raises(FileNotFoundError, match="download_weights"):
+    with pytest.raises(FileNotFoundError, match="No weights found.*download_weights.*SPINENET_DIR"):
         utils.load_official_spinenet()
+
+
+def test_the_stand_in_refuses_what_the_package_refuses():
+    truth, center = case()
+    detector = stand_in(truth, volume_of(center))
+    stack = np.ascontiguousarray(volume_of(center).array.transpose(1, 2, 0))
+    stack -= stack.min()
+    with pytest.raises(TypeError):
+        detector.detect_vb(stack, list(detector.spacing))
+    with pytest.raises(ValueError, match="truth value"):
+        detector.detect_vb(stack, np.array(detector.spacing))
+
+
+PACKAGE = """
+import os
+from .models.network import found
+
+class SpineNet:
+    def __init__(self, device, verbose):
+        folder = os.path.join(os.path.dirname(__file__), "weights", "detect-vfr")
+        if not (os.path.isdir(folder) and os.listdir(folder)):
+            raise NameError(f"nothing in {folder}")
+
+    def detect_vb(self, volume, pixel_spacing):
+        260 / pixel_spacing
+        return found
+"""
+
+
+def write_package(folder, weights="spinenet/weights"):
+    """A folder as one makes it of the package's repository: its code in `spinenet`, its weights beside or apart."""
+    package = folder / "spinenet"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("from .main import SpineNet\n")
+    (package / "main.py").write_text(PACKAGE)
+    (package / "models" / "__init__.py").touch()
+    (package / "models" / "network.py").write_text("found = []\n")
+    if weights:
+        (folder / weights / "detect-vfr").mkdir(parents=True)
+        (folder / weights / "detect-vfr" / "ckpt1.pt").write_text("a pickle, which nobody but the package opens")
+    return folder
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """No package where Python or Kaggle would have it, and none afterwards."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "spinenet"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delenv("SPINENET_DIR", raising=False)
+    monkeypatch.setenv("KAGGLE_INPUT_DIR", str(tmp_path / "input"))
+    yield tmp_path / "input"
+    official._forget()
+
+
+@pytest.mark.parametrize("how", ["argument", "environment", "input", "data set of an owner"])
+@pytest.mark.parametrize("weights", ["spinenet/weights", "own/weights"])
+def test_the_package_is_found_in_a_folder(how, weights, nowhere, tmp_path, monkeypatch):
+    place = {"input": nowhere / "spinenet-of-oxford", "data set of an owner": nowhere / "datasets" / "who" / "spine"}
+    folder = write_package(place.get(how, tmp_path / "clone") / "SpineNet-main", weights)
+    before = list(sys.path)
+    if how == "environment":
+        monkeypatch.setenv("SPINENET_DIR", str(folder))
+    detector = utils.load_official_spinenet("cpu", folder.parent if how == "argument" else None)
+    assert detect_vertebrae_official(volume_of(case()[1]), detector) == []
+    assert sys.path == before
+
+
+def test_a_folder_without_the_package_or_its_weights_says_so(nowhere, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImportError, match="no package spinenet in .*empty.*SPINENET_DIR"):
+        utils.load_official_spinenet("cpu", tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="lacks its weights .nothing in"):
+        utils.load_official_spinenet("cpu", write_package(tmp_path / "bare", weights=""))
+    broken = write_package(tmp_path / "broken")
+    (broken / "spinenet" / "main.py").write_text("import a_package_that_nobody_has")
+    with pytest.raises(ImportError, match="a_package_that_nobody_has"):
+        utils.load_official_spinenet("cpu", broken)
+    assert "spinenet" not in sys.modules
+
+
+@pytest.mark.parametrize("broken", ["no package", "no weights", "of another torch"])
+def test_inference_goes_on_with_the_kits_own_detector(broken, nowhere, tmp_path, monkeypatch, capsys):
+    if broken != "no package":
+        folder = write_package(tmp_path / "clone", "" if broken == "no weights" else "spinenet/weights")
+        monkeypatch.setenv("SPINENET_DIR", str(folder))
+        if broken == "of another torch":
+            (folder / "spinenet" / "main.py").write_text("import torch\nSpineNet = torch.what_is_no_more")
+    model = SpineNet((4,))
+    model.about = {"prior": PRIOR, "detector": "official"}
+    placement, notes = members._placement(model.eval(), tmp_path / "spinenet.safetensors")
+    assert placement.name == "own" and "kit's own detector" in capsys.readouterr().out
+    (note,) = notes
+    assert note.kind == Kind.LEVELS and "kit's own detector, not the official one" in note.text
+    loaded = members.Members(placement, {}, np.full((5, 5, 3), np.nan), notes=notes)
+    tiny.write_study(tmp_path / "7", seed=1, slices=(6, 6), pixels=(64, 64))
+    prepared = prepare_study(tmp_path / "7", tiny.SERIES, loaded)
+    assert note in prepared.problems and len(prepared.boxes) == 5
+    if broken != "no package":
+        write_package(tmp_path / "good")
+        monkeypatch.setenv("SPINENET_DIR", str(tmp_path / "good"))
+        placement, notes = members._placement(model, tmp_path / "spinenet.safetensors")
+        assert placement.name == "official" and not notes

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import toy_member
+from test_official import write_package
 
 import utils
 from lumbar.run.parameters import check_notebook_parameters
@@ -177,19 +178,13 @@ def test_each_notebook_refuses_a_mistyped_parameter(run):
 
 
 def notebook_02(run, folder, **parameters):
-    """Run 02 on the run's volumes with these parameters, and a stand-in for the official package in reach."""
+    """Run 02 on the run's volumes with these parameters."""
     folder.mkdir(exist_ok=True)
-    (folder / "spinenet.py").write_text(
-        "class SpineNet:\n"
-        "    def __init__(self, device, verbose): pass\n"
-        "    def detect_vb(self, volume, spacing): raise IndexError('nothing found')\n"
-    )
     given = {"DATA": run / "out" / "data", "PREPROCESSED": run / "out" / "01_preprocess", "OUT": folder, "WORKERS": 0}
     command = [sys.executable, "-m", "papermill", "notebooks/02_train_spinenet.ipynb", str(folder / "run.ipynb")]
     for name, value in (given | parameters).items():
         command += ["-p", name, str(value)]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     return done.returncode, done.stderr, folder / "02_train_spinenet"
 
 
@@ -237,7 +232,8 @@ def test_the_shipped_weights_find_levels_and_can_be_tuned(run):
 
 
 def test_the_official_package_can_be_chosen(run):
-    status, output, folder = notebook_02(run, run / "official", DETECTOR="official")
+    package = write_package(run / "clone")
+    status, output, folder = notebook_02(run, run / "official", DETECTOR="official", SPINENET_DIR=package)
     assert status == 0, output[-4000:]
     levels = pd.read_csv(folder / "levels.csv")
     assert len(levels) == 5 * 10 and set(levels["source"].str.split("+").str[0]) <= {"axial", "prior"}

@@ -34,6 +34,7 @@ STARTS = "starts a process"
 
 # (file, function, what, why it is safe): each as often as it occurs
 ALLOWED = [
+    ("lumbar/engine.py", "_Compiled.__init__", "torch.jit.trace", "records a network of this process; reads no file"),
     (
         "lumbar/run/mounts.py",
         "install_missing",
@@ -47,6 +48,12 @@ ALLOWED = [
         "run_notebook",
         STARTS,
         "papermill with the kit's own notebooks; parameters are a YAML file",
+    ),
+    (
+        "lumbar/spine/official.py",
+        "_import_package",
+        "exec_module (imports by path)",
+        "the package spinenet, which the user chose, from the folder that the user names or attaches",
     ),
 ]
 
@@ -64,6 +71,7 @@ UNSAFE_NAMES = {
     "RTDETR": "pickle",
     "query": "evaluates",
     "import_module": "imports by name",
+    "exec_module": "imports by path",
     "run_path": "evaluates",
     "run_module": "evaluates",
     "run_cell": "evaluates",

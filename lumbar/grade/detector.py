@@ -1,6 +1,6 @@
 """A detector of severities: its weights, its dense class scores in every slice, and a study's probabilities.
 
-May use: detector_weights, detector_data, calibration, tta, data, names, member, storage, weights.
+May use: detector_weights, detector_data, calibration, tta, data, engine, names, member, storage, weights.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 
 from ..data.geometry import LevelBox, boxes_from_table
 from ..data.volume import Study, load_study
+from ..engine import on_cpu
 from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, progress
 from ..storage import DamagedFile
 from ..weights import Stated, check_network, read_settled, read_weights, store_settled
@@ -185,13 +186,24 @@ def _anchor_centers(detector, rows, columns):
     return np.concatenate(centers)
 
 
+class _ClassScores(torch.nn.Module):
+    """A DetectionModel's class scores (n, anchors, classes) of images (n, 1, rows, columns), mean of its heads."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        _, raw = self.net(x)
+        heads = [raw[name]["scores"] for name in ("one2one", "one2many") if name in raw] or [raw["scores"]]
+        return torch.stack([h.sigmoid() for h in heads]).mean(0).permute(0, 2, 1)
+
+
 def _network_scores(detector, patches):
     """Class scores (n, anchors, classes) float32 of patches (n, rows, columns) uint8, in one batch."""
     with torch.inference_mode():
         x = torch.from_numpy(patches).to(next(detector.net.parameters()).device)[:, None].float() / 255
-        _, raw = detector.net(x)
-        heads = [raw[name]["scores"] for name in ("one2one", "one2many") if name in raw] or [raw["scores"]]
-        return torch.stack([h.sigmoid() for h in heads]).mean(0).permute(0, 2, 1).float().cpu().numpy()
+        return on_cpu(detector.net, x, _ClassScores)(x).float().cpu().numpy()
 
 
 def dense_scores(detector: YoloDetector, patches: np.ndarray, batch: int = 16) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,7 @@ def versions() -> dict[str, str]:
         "ultralytics",
         "open3d-cpu",
         "open3d",
+        "openvino",
         "pydicom",
         "numpy",
         "pandas",

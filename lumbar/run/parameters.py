@@ -15,7 +15,17 @@ from ..names import device_for
 
 # What a stage reads, by the parameter that says where it lies. A stage knows these by what is in them, not by where
 # they are; see stages.stage_inputs.
-READ_PATHS = ("DATA", "PREPROCESSED", "LEVELS_DIR", "WEIGHTS", "PRETRAINED", "RUN", "PREDICTIONS", "INFERENCE")
+READ_PATHS = (
+    "DATA",
+    "PREPROCESSED",
+    "LEVELS_DIR",
+    "WEIGHTS",
+    "PRETRAINED",
+    "SPINENET_DIR",
+    "RUN",
+    "PREDICTIONS",
+    "INFERENCE",
+)
 WRITTEN_PATHS = ("OUT", "BUILD")  # where results go, which says nothing about them
 PATH_PARAMETERS = (*READ_PATHS, *WRITTEN_PATHS)
 

@@ -1,6 +1,6 @@
 """What folders of weights hold: loaded members, and their out-of-fold predictions.
 
-May use: grade, spine, names.
+May use: grade, spine, problems, names.
 """
 
 import os
@@ -15,8 +15,9 @@ from ..grade.member import Weights
 from ..grade.registry import MEMBERS, by_member, member_weights
 from ..grade.tables import read_out_of_fold
 from ..names import CONDITIONS, LEVELS, SEVERITIES, SUBMISSION_COLUMNS, device_for
+from ..problems import Kind, Problem
 from ..spine.placement import Placement
-from ..spine.spinenet import load_spinenet
+from ..spine.spinenet import SpineNet, load_spinenet
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Members:
     weights: dict[str, list[Weights]]  # member's name -> its weights, of those members that have any
     prior: np.ndarray  # (5, 5, 3), the training set's weighted class prior
     device: str = "cpu"  # where the networks are
+    notes: tuple[Problem, ...] = ()  # what is not as it was in the training, of every study
 
     def abouts(self) -> dict[str, list]:
         """dict member's name -> what its weights files say of themselves."""
@@ -66,17 +68,36 @@ def load_members(folders: Sequence[str | Path], members: Collection[str] = (), d
     stated = [own.about.get("prior") for known in weights.values() for own in known]
     priors = [np.asarray(prior, np.float64) for prior in stated if prior is not None]
     model = load_spinenet(spinenet[0], device)
-    # Boxes at inference come from the detector that made those of the training.
-    try:
-        placement = Placement.of(model, "official" if model.about.get("detector") == "official" else "own")
-    except ValueError as error:
-        raise ValueError(f"{spinenet[0]}: {error}") from None
+    placement, notes = _placement(model, spinenet[0])
     return Members(
         placement,
         weights,
         np.mean(priors, 0) if priors else np.full((len(CONDITIONS), len(LEVELS), len(SEVERITIES)), np.nan),
         device,
+        notes,
     )
+
+
+def _placement(model: SpineNet, path: Path) -> tuple[Placement, tuple[Problem, ...]]:
+    """How levels are placed with a SpineNet's weights, and what every study's log has to say of that.
+
+    Boxes come from the detector that made those of the training; where that is the official package and it cannot be
+    loaded here, from the kit's own.
+    """
+    notes: tuple[Problem, ...] = ()
+    try:
+        if model.about.get("detector") == "official":
+            try:
+                return Placement.of(model, "official"), notes
+            except Exception as error:  # whatever a package of other versions' Python and torch raises
+                if model.about.get("prior") is None:
+                    raise
+                text = f"levels: by the kit's own detector, not the official one ({type(error).__name__}: {error})"
+                notes = (Problem(Kind.LEVELS, text),)
+                print(text)
+        return Placement.of(model), notes
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _where(chosen: Mapping[str, Path]) -> list[str]:

@@ -81,6 +81,7 @@ def prepare_study(
     if not study.volumes:
         problems.append(Problem(Kind.IMAGES, "no readable image: every row is the prior"))
         return Prepared(study, boxes, inputs, problems, seconds)
+    problems += members.notes
     problem: Problem | None
     second = None
     try:

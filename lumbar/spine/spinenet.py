@@ -1,6 +1,6 @@
 """SpineNet after Windsor et al. (MICCAI 2020), trained here: its network and weights, and how it finds bodies.
 
-May use: vertebra, data, weights, storage, limits, names.
+May use: vertebra, data, engine, weights, storage, limits, names.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..data.source import Source
 from ..data.volume import Volume
+from ..engine import on_cpu
 from ..limits import check_limit
 from ..names import VERTEBRAE
 from ..storage import write_tensors
@@ -222,9 +223,10 @@ def spinenet_maps(model: SpineNet, images: torch.Tensor, batch_size: int = 8) ->
     probabilities."""
     device = next(model.parameters()).device
     maps = []
+    forward = on_cpu(model, images[:1])
     for start in range(0, len(images), batch_size):
         images_now = images[start : start + batch_size].to(device).contiguous(memory_format=torch.channels_last)
-        output = model(images_now).float()
+        output = forward(images_now).float()
         output[:, :5] = output[:, :5].sigmoid()
         maps.append(output.cpu())
     return torch.cat(maps)
@@ -323,8 +325,11 @@ def decode_slices(
     return slices
 
 
+_GAP = 1  # slices in which a vertebra may be missed
+
+
 def link_slices(
-    slices: Sequence[list[dict[str, Any]]], min_iou: float = 0.2, gap: int = 1
+    slices: Sequence[list[dict[str, Any]]], min_iou: float = 0.2, gap: int = _GAP
 ) -> list[list[tuple[int, dict[str, Any]]]]:
     """Join the detections of neighbouring slices that overlap into vertebrae.
 
@@ -393,6 +398,38 @@ def every_nth_slice(volume: Volume, step: int) -> Volume:
     return replace(volume, array=volume.array[::step], affine=affine, instance_numbers=numbers)
 
 
+def _all_slices(model, images, batch_size):
+    """What every slice shows: list of decode_slices."""
+    slices = []
+    for start in range(0, len(images), batch_size):
+        check_limit()
+        maps = spinenet_maps(model, images[start : start + batch_size], batch_size)
+        slices += decode_slices(maps, model.resolution_mm)
+    return slices
+
+
+def _slices_from_the_middle(model, images):
+    """What slices show, as _all_slices, without those beside the spine.
+
+    From the middle outwards. A side ends with the second slice in a row that shows nothing, once bodies have been seen
+    anywhere: link_slices would not bridge the two.
+    """
+    slices: list[list[dict[str, Any]]] = [[] for _ in images]
+    middle = len(images) // 2
+    ahead = [list(range(middle, len(images))), list(range(middle - 1, -1, -1))]
+    empty = [0, 0]
+    while any(ahead):
+        for side in (0, 1):
+            if not ahead[side]:
+                continue
+            index = ahead[side].pop(0)
+            (slices[index],) = _all_slices(model, images[index : index + 1], 1)
+            empty[side] = 0 if slices[index] else empty[side] + 1
+        if any(slices):
+            ahead = [[] if empty[side] > _GAP else ahead[side] for side in (0, 1)]
+    return slices
+
+
 def detect_vertebrae(model: SpineNet, volume: Volume, batch_size: int = 8) -> list[Vertebra]:
     """Find the vertebral bodies of one sagittal volume.
 
@@ -408,11 +445,9 @@ def detect_vertebrae(model: SpineNet, volume: Volume, batch_size: int = 8) -> li
     volume = every_nth_slice(volume, math.ceil(max(count / MAX_SEARCHED_SLICES, count * slice_px / MAX_SEARCHED_PX, 1)))
     images, affine = sagittal_images(volume, model.resolution_mm)
     batch_size = int(max(1, min(batch_size, _BATCH_PX // slice_px)))
-    slices = []
-    for start in range(0, len(images), batch_size):
-        check_limit()
-        maps = spinenet_maps(model, images[start : start + batch_size], batch_size)
-        slices += decode_slices(maps, model.resolution_mm)
+    # A GPU is quicker with many slices at a time than with few.
+    on_gpu = next(model.parameters()).device.type != "cpu"
+    slices = _all_slices(model, images, batch_size) if on_gpu else _slices_from_the_middle(model, images)
     tracks = link_slices(slices)
     source = Source.T1 if volume.description == "Sagittal T1" else Source.T2
     step_mm = volume.spacing_mm[0]

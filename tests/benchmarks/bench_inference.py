@@ -4,7 +4,8 @@
 
 Both ways use the same files, the same weights and the same number of CPU threads, and must give the same rows. The
 plain way reads a study, passes its slices through SpineNet one by one and its patches through the detectors one by one,
-cuts and predicts one level after the other, and only then reads the next study. Each way runs in a fresh process, in
+cuts and predicts one level after the other, and only then reads the next study; PyTorch runs its networks, while the
+stream takes what lumbar/engine.py chooses. Each way runs in a fresh process, in
 turns; its memory is that process' peak less what it holds with the weights loaded. It ends with an error where the rows
 differ by more than 1e-3. --run: a folder with the outputs of 02 to 04 (and, by default, `data`); without one, phantom
 studies and random weights of two folds, of the demo's size, are made. A script, which pytest does not collect.
@@ -234,11 +235,14 @@ def main():
         found = {"plain": [], "stream": []}
         for _ in range(arguments.rounds):
             for way, results in found.items():
+                engine = {"LUMBAR_ENGINE": "torch"} if way == "plain" else {}
                 command = [sys.executable, __file__, "--only", way, "--weights", str(weights), "--work", str(work)]
                 command += ["--data", str(work / "data"), "--split", split, "--device", arguments.device]
                 for name in ("views", "batch", "readers", "threads"):
                     command += [f"--{name}", str(getattr(arguments, name))]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                done = subprocess.run(
+                    command, env={**os.environ, **engine}, stdout=subprocess.PIPE, text=True, check=True
+                )
                 results.append(json.loads(done.stdout.strip().splitlines()[-1]))
         rows = [pd.read_csv(work / f"{way}.csv")[list(utils.SEVERITIES)].to_numpy() for way in found]
     table = pd.DataFrame(
