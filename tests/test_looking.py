@@ -89,7 +89,7 @@ def test_the_pipelines_picture_names_every_notebook_and_highlights_the_readers(a
     text = " ".join(text.get_text() for text in ax.texts)
     assert all(name in text for name in ("01", "02", "03", "04", "05", "submission.csv"))
     faces = [patch.get_facecolor() for patch in ax.patches]
-    assert [faces.count(face) for face in faces] == [6, 6, 6, 2, 2, 6, 6, 6]  # 03 and level
+    assert [faces.count(face) for face in faces] == [7, 7, 7, 2, 7, 2, 7, 7, 7]  # 03 and level
     with pytest.raises(ValueError, match="no step crops"):
         utils.plot_pipeline(ax, ("crops",))
 

@@ -118,7 +118,7 @@ def test_a_run_ends_with_submission_report_and_manifest(run):
     log = pd.read_csv(out / "05_inference" / "inference_log.csv")
     assert len(log) == 2 and log["prior_rows"].max() == 0
     said = log["members"] + " " + log["partial"].fillna("")
-    assert said.str.split().apply(set).eq({"yolo", "level", "study"}).all(), log.to_dict("records")
+    assert said.str.split().apply(set).eq({"yolo", "slices", "level", "study"}).all(), log.to_dict("records")
     report = (out / "report.html").read_text()
     assert "<img" in report and re.search('type="?range', report)
     assert 'src="http' not in report and "@import url(http" not in report
@@ -209,7 +209,7 @@ def test_a_new_member_is_one_module_one_notebook_and_one_line(run, tmp_path):
     log = pd.read_csv(inferred / "inference_log.csv")
     assert log["members"].str.contains("toy").all() and (log["toy_s"] >= 0).all()
     assert len(pd.read_csv(inferred / "submission_toy.csv")) == 50
-    assert set(pd.read_csv(inferred / "oof.csv")["member"]) == {"yolo", "level", "study", "toy"}
+    assert set(pd.read_csv(inferred / "oof.csv")["member"]) == {"yolo", "slices", "level", "study", "toy"}
     report = (tmp_path / "out" / "report.html").read_text()
     assert "Prior with noise" in report
     scores = pd.read_csv(tmp_path / "out" / "06_report" / "scores.csv")

@@ -26,7 +26,7 @@ class Slices(Member):
             "04_train_vit_slices",
             "04_train_vit",
             {"SCOPE": "slices"},
-            seconds=200,
+            seconds=100,
             settings={
                 "demo": {
                     "BACKBONE": "tf_efficientnet_lite0",
@@ -36,7 +36,7 @@ class Slices(Member):
                     "MM_PER_PX": 0.8,
                     "AXIAL_MM_PER_PX": 0.5,
                     "SLICES": 1,
-                    "EPOCHS": 14,
+                    "EPOCHS": 10,
                     "BATCH": 1,
                     "ACCUMULATE": 1,
                     "LEARNING_RATE": 1.0e-3,
