@@ -95,7 +95,8 @@ def test_every_kernel_is_staged_as_kaggle_takes_it(build, name):
     assert set(about) <= set(template) and None not in about.values()
     assert about["competition_sources"] == template["competition_sources"] == [COMPETITION]
     assert about["dataset_sources"] == [f"{USER}/lumbar-spine-code", f"{USER}/lumbar-spine-wheels"]
-    assert about["enable_internet"] is False and about["is_private"] is True
+    # One kernel fetches weights and needs no GPU; all others are offline.
+    assert about["enable_internet"] is (name == "pretrained") and about["is_private"] is True
     on_gpu = name.startswith("train-") or name == "inference"
     assert about["enable_gpu"] is on_gpu and ("machine_shape" in about) == on_gpu
     path = build / "kernels" / name / about["code_file"]
@@ -198,7 +199,7 @@ def test_settings_are_injected_and_mistakes_are_named(tmp_path):
     utils.stage_kaggle(USER, tmp_path / "b", ROOT, wheels=False, continued=["train-vit-level"])
     own = [f"{USER}/lumbar-spine-{name}" for name in ("preprocess", "train-spinenet", "train-vit-level")]
     assert metadata(tmp_path / "b", "train-vit-level")["kernel_sources"] == own
-    assert metadata(tmp_path / "b", "train-vit-study")["kernel_sources"] == own[:2]
+    assert metadata(tmp_path / "b", "train-vit-study")["kernel_sources"] == [*own[:2], f"{USER}/lumbar-spine-pretrained"]
     with pytest.raises(ValueError, match="no kernel train-vit; there are pretrained, preprocess"):
         utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit": {}}, wheels=False)
     with pytest.raises(ValueError, match="Did you mean EPOCHS"):

@@ -446,7 +446,7 @@ def detect_vertebrae(model: SpineNet, volume: Volume, batch_size: int = 8) -> li
     images, affine = sagittal_images(volume, model.resolution_mm)
     batch_size = int(max(1, min(batch_size, _BATCH_PX // slice_px)))
     # A GPU is quicker with many slices at a time than with few.
-    on_gpu = next(model.parameters()).device.type != "cpu"
+    on_gpu = isinstance(model, nn.Module) and next(model.parameters()).device.type != "cpu"
     slices = _all_slices(model, images, batch_size) if on_gpu else _slices_from_the_middle(model, images)
     tracks = link_slices(slices)
     source = Source.T1 if volume.description == "Sagittal T1" else Source.T2
