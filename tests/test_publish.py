@@ -95,7 +95,7 @@ def test_every_kernel_is_staged_as_kaggle_takes_it(build, name):
     assert set(about) <= set(template) and None not in about.values()
     assert about["competition_sources"] == template["competition_sources"] == [COMPETITION]
     assert about["dataset_sources"] == [f"{USER}/lumbar-spine-code", f"{USER}/lumbar-spine-wheels"]
-    assert about["enable_internet"] is False and about["is_private"] is True
+    assert about["enable_internet"] is (name == "pretrained") and about["is_private"] is True
     on_gpu = name.startswith("train-") or name == "inference"
     assert about["enable_gpu"] is on_gpu and ("machine_shape" in about) == on_gpu
     path = build / "kernels" / name / about["code_file"]
@@ -111,7 +111,6 @@ def test_every_kernel_is_staged_as_kaggle_takes_it(build, name):
     defaults = assigned_literals(next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])))
     assert {key for key, value in defaults.items() if "/kaggle/" in str(value)} <= set(injected(build, name))
     assert injected(build, name).get("DATA") == (None if name == "pretrained" else f"/kaggle/input/{COMPETITION}")
-    assert metadata(build, name)["enable_internet"] == (name == "pretrained")
 
 
 def test_kernels_are_the_stages_of_a_run_and_feed_one_another(build):
