@@ -128,6 +128,16 @@ def _say_why_not(network: nn.Module, error: Exception) -> None:
     print(f"OpenVINO cannot run {type(network).__name__} here, PyTorch does ({reason[:300]})")
 
 
+def _converted(traced: Any, example: torch.Tensor) -> Any:
+    """A traced module as OpenVINO's model. By its front end itself: openvino.convert_model does the same and reports
+    each call to its makers, where openvino-telemetry is installed, which nobody here was asked about."""
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    return frontend.convert(frontend.load(TorchScriptPythonDecoder(traced, example_input=example)))
+
+
 class _Compiled:
     """A module compiled by OpenVINO, as a function of a Tensor; of this process alone, its threads do not outlive a
     fork."""
@@ -137,7 +147,7 @@ class _Compiled:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing, whose own check would run the module twice more
             traced = torch.jit.trace(module, example, check_trace=False)
-            model = openvino.convert_model(traced, example_input=example)
+            model = _converted(traced, example)
         # As many threads for one inference as PyTorch would take, and as many inferences at a time as then find cores.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = min(torch.get_num_threads(), cores)
