@@ -134,8 +134,10 @@ def _converted(traced: Any, example: torch.Tensor) -> Any:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    return frontend.convert(frontend.load(TorchScriptPythonDecoder(traced, example_input=example)))
+    manager = FrontEndManager()
+    frontend = manager.load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(traced, example_input=example)  # has to live until all is converted
+    return frontend.convert(frontend.load(decoder))
 
 
 class _Compiled:

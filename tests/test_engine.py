@@ -43,8 +43,6 @@ class Broken(ModuleType):
 class Wrong(ModuleType):
     """An openvino that answers, but not what the network does."""
 
-    convert_model = staticmethod(lambda module, example_input: None)
-
     class Core:
         def compile_model(self, model, device, settings):
             return self
@@ -60,6 +58,7 @@ class Wrong(ModuleType):
 @torch.no_grad()
 def test_pytorch_stands_in_with_one_line(openvino, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "openvino", openvino)
+    monkeypatch.setattr(engine, "_converted", lambda traced, example: openvino.Core())
     network, x = small(), images(1, 1, 8, 8)
     for _ in range(3):
         assert torch.equal(on_cpu(network, x)(x), network(x))
@@ -146,3 +145,13 @@ def test_a_forked_child_does_not_wait_for_threads_that_it_lacks():
     assert on_cpu(network, x) is not network
     found = run_in_child(lambda: on_cpu(network, x)(x).flatten().tolist(), 30.0)
     np.testing.assert_allclose(found, network(x).flatten(), rtol=1e-5)
+
+
+@has_openvino
+def test_nothing_is_reported_to_anybody(monkeypatch):
+    """openvino.convert_model would tell its makers of every call."""
+    sent = []
+    telemetry = pytest.importorskip("openvino_telemetry")
+    monkeypatch.setattr(telemetry.Telemetry, "send_event", lambda *given, **named: sent.append(given))
+    network = torch.nn.Conv2d(1, 2, 3).eval()
+    assert engine._compiled(network, network, images(1, 1, 8, 8)) is not None and not sent

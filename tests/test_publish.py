@@ -199,7 +199,10 @@ def test_settings_are_injected_and_mistakes_are_named(tmp_path):
     utils.stage_kaggle(USER, tmp_path / "b", ROOT, wheels=False, continued=["train-vit-level"])
     own = [f"{USER}/lumbar-spine-{name}" for name in ("preprocess", "train-spinenet", "train-vit-level")]
     assert metadata(tmp_path / "b", "train-vit-level")["kernel_sources"] == own
-    assert metadata(tmp_path / "b", "train-vit-study")["kernel_sources"] == [*own[:2], f"{USER}/lumbar-spine-pretrained"]
+    assert metadata(tmp_path / "b", "train-vit-study")["kernel_sources"] == [
+        *own[:2],
+        f"{USER}/lumbar-spine-pretrained",
+    ]
     with pytest.raises(ValueError, match="no kernel train-vit; there are pretrained, preprocess"):
         utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit": {}}, wheels=False)
     with pytest.raises(ValueError, match="Did you mean EPOCHS"):
