@@ -89,7 +89,7 @@ def test_fitted_weights_prefer_the_better_member_and_help_on_other_studies():
 def test_few_rows_leave_the_defaults_nearly_alone():
     _, ids, labels, members = case(2)
     tables = {m: utils.to_submission(ids, p) for m, p in members.items()}
-    fitted = utils.fit_ensemble(labels, tables, strength=1e6, members=["yolo", "level"])
+    fitted = utils.fit_ensemble(labels, tables, strength=1e6, members=["yolo", "level"], towards="defaults")
     for group in utils.GROUPS:
         assert fitted["weights"][group]["yolo"] == pytest.approx(0.65 / 0.9, abs=0.01)
         assert fitted["temperature"][group] == pytest.approx(1, abs=0.01)
@@ -455,3 +455,41 @@ def test_a_kept_ensemble_json_brings_its_stacker(bed, tmp_path):
     (tmp_path / "ensemble.json").write_text("{")
     with pytest.raises(utils.DamagedFile, match="ensemble.json is no JSON: delete it"):
         utils.ensemble_for([tmp_path], tmp_path)
+
+
+@pytest.mark.parametrize("studies", [12, 60])
+def test_a_member_that_is_far_behind_does_not_hold_the_best_up(studies):
+    """On few studies the start weighs much: fixed shares would give a poor member a third of the weight."""
+    rng = np.random.default_rng(studies)
+    grades = rng.choice(3, (studies + 200, 5, 5), p=(0.7, 0.2, 0.1))
+
+    def member(sharpness):
+        logits = rng.normal(0, 1, (*grades.shape, 3)) + sharpness * np.eye(3)[grades]
+        return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+
+    good, poor = member(2.0), member(0.3)
+    scores = {}
+    for towards in ("scores", "defaults"):
+        seen = {"level": good[:studies], "yolo": poor[:studies]}
+        found = ensemble_module._fit_arrays(grades[:studies], seen, 1.0, ["yolo", "level"], towards, stacker=False)
+        rest = {"level": good[studies:], "yolo": poor[studies:]}
+        prior = utils.class_prior(grades[:studies])
+        scores[towards] = utils.score_arrays(grades[studies:], combine_members(rest, found, prior)[0])["total"]
+        if towards == "scores":
+            assert all(weights["level"] > 0.8 for weights in found["weights"].values())
+    alone = utils.score_arrays(grades[studies:], good[studies:])["total"]
+    assert scores["scores"] < scores["defaults"] + 0.005 and scores["scores"] < alone + 0.02
+
+
+def test_shares_by_score_are_the_defaults_where_nothing_tells_members_apart():
+    rng = np.random.default_rng(0)
+    grades = rng.choice(3, (10, 5, 5))
+    p = rng.dirichlet((1, 1, 1), grades.shape)
+    same = ensemble_module._shares_by_score(grades, {"yolo": p, "level": p}, ["yolo", "level"])
+    nothing = ensemble_module._shares_by_score(np.full_like(grades, -1), {"yolo": p, "level": p}, ["yolo", "level"])
+    for shares in (*same.values(), *nothing.values()):
+        assert shares["yolo"] / shares["level"] == pytest.approx(0.65 / 0.25)
+    apart = {"yolo": np.where(np.arange(10)[:, None, None, None] < 5, p, np.nan), "level": p}
+    apart["level"] = np.where(np.arange(10)[:, None, None, None] < 5, np.nan, p)  # no row in common
+    for shares in ensemble_module._shares_by_score(grades, apart, ["yolo", "level"]).values():
+        assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0

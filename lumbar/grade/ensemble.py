@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from scipy.special import softmax
 
 from ..data.competition import class_prior, to_submission
-from ..data.metric import paired_gain, score_arrays
+from ..data.metric import paired_gain, row_losses, score_arrays
 from ..data.tables import read_labels
 from ..names import GROUPS
 from ..storage import read_json
@@ -47,6 +47,10 @@ from .tables import (
 # gain so many standard errors in cross-validation, a group at a time.
 SCALING_STUDIES = 200
 SCALING_ERRORS = 2.0
+# The search starts from default shares times exp(-(a member's loss - the best one's) / scale): with a dozen studies the
+# start weighs much, and fixed shares would hold up a member that is far behind. The scale is SCORE_SCALE on many
+# studies, twice that on SCORE_STUDIES and more on fewer, which say less of who is better.
+SCORE_SCALE, SCORE_STUDIES = 0.1, 12
 VARIANTS = ("equal weights", "default weights", "fitted weights", "+ scaling", "+ stacker")
 
 
@@ -132,7 +136,7 @@ def fit_ensemble(
     tables: Mapping[str, pd.DataFrame],
     strength: float = STRENGTH,
     members: Collection[str] = MEMBERS,
-    towards: str = "defaults",
+    towards: str = "scores",
     scaling: bool = True,
     stacker: bool = True,
 ) -> dict[str, Any]:
@@ -141,16 +145,17 @@ def fit_ensemble(
     labels: train.csv's wide form; tables: dict member -> submission-like DataFrame (any rows may be missing).
     The competition's own terms are minimised (canal together with any-severe), plus a penalty of `strength` over the
     number of studies that keeps them near the start: a few dozen studies must not decide alone.
-    members: the order of the names; others follow. towards: "defaults" (default_share) or "equal", the weights that
-    the penalty regularises towards. scaling: whether temperature, bias and floor are tried, stacker: whether
+    members: the order of the names; others follow. towards: the weights that the penalty regularises towards, "scores"
+    (default_share, less for members that are behind the best on these studies, see SCORE_SCALE), "defaults"
+    (default_share alone) or "equal". scaling: whether temperature, bias and floor are tried, stacker: whether
     fit_stacker is: both are kept only in groups where cross-validation within these studies says that they gain
     (scaling: with SCALING_STUDIES or more always).
     Returns a dict like default_ensemble's, with the scores before and after in `found`, and `stacker` where it gains.
     Deterministic, whatever the order of the rows. Raises ValueError on tables that check_predictions refuses, and on
     one that predicts none of the labelled studies.
     """
-    if towards not in ("defaults", "equal"):
-        raise ValueError(f"towards is 'defaults' or 'equal', not {towards!r}")
+    if towards not in ("scores", "defaults", "equal"):
+        raise ValueError(f"towards is 'scores', 'defaults' or 'equal', not {towards!r}")
     study_ids, grades = _sorted_grades(labels)
     return _fit_arrays(grades, _align_to_labels(study_ids, tables), strength, members, towards, scaling, stacker)
 
@@ -161,7 +166,9 @@ def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, s
     judged: whether scaling has to gain in cross-validation to be kept.
     """
     names = [m for m in members if m in predictions] + [m for m in predictions if m not in members]
-    ensemble = default_ensemble(names) if towards == "defaults" else equal_ensemble(names)
+    ensemble = equal_ensemble(names) if towards == "equal" else default_ensemble(names)
+    if towards == "scores":
+        ensemble["weights"] = _shares_by_score(grades, predictions, names)
     log_p, there = _log_probabilities([predictions[m] for m in names])
     prior, grades = class_prior(grades), np.where(there.any(0), grades, -1)
     scaled = dict.fromkeys(GROUPS, scaling)
@@ -187,6 +194,31 @@ def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, s
         if found["coefficients"]:
             ensemble["stacker"] = found
     return ensemble
+
+
+def _shares_by_score(grades, predictions, names):
+    """dict group -> dict member -> default share, less for each by its loss on these studies, see SCORE_SCALE.
+
+    Members are compared on the rows that all of them have, or each on its own where those are none.
+    """
+    weights, losses = zip(*(row_losses(grades, predictions[m]) for m in names), strict=True)
+    known = np.isfinite(losses) & (np.array(weights) > 0)
+    shares = {}
+    for group, conditions in GROUPS.items():
+        own = known[:, :, list(conditions)]
+        own = np.where(own.all(0).any(), own.all(0), own)
+        weight = np.where(own, np.array(weights)[:, :, list(conditions)], 0.0)
+        loss = np.where(own, np.array(losses)[:, :, list(conditions)], 0.0)
+        total = weight.sum((1, 2, 3))
+        mean = (weight * loss).sum((1, 2, 3)) / np.where(total > 0, total, 1)
+        best = mean[total > 0].min() if (total > 0).any() else 0.0
+        studies = max(int((weight > 0).any((0, 2, 3)).sum()), 1)
+        scale = SCORE_SCALE * (1 + SCORE_STUDIES / studies)
+        behind = np.where(total > 0, np.exp(-(mean - best) / scale), 1.0)
+        # Never nothing: what was unlucky on a few studies must be able to come back.
+        share = np.array([default_share(m) for m in names]) * np.maximum(behind, 1e-3)
+        shares[group] = dict(zip(names, (share / share.sum()).tolist(), strict=True))
+    return shares
 
 
 def _scaling_gains(grades, predictions, parts=4, errors=SCALING_ERRORS, **options):
@@ -271,7 +303,7 @@ def cross_validate_ensemble(
     folds: pd.DataFrame,
     strength: float = STRENGTH,
     members: Collection[str] = MEMBERS,
-    towards: str = "defaults",
+    towards: str = "scores",
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """Nested cross-validation of the whole search: everything is fitted on the other folds, scored on this one.
 
