@@ -70,7 +70,7 @@ def backbone_config(name: str, img_size: Sequence[int]) -> Any:
     return config
 
 
-def make_backbone(name: str, img_size: Sequence[int]) -> nn.Module:
+def make_backbone(name: str, img_size: Sequence[int]) -> Any:
     """A timm_3d MaxxVit without its head: (B, 3, d, h, w) -> (B, features, d', h', w'). Arguments and errors are those
     of backbone_config."""
     config = backbone_config(name, img_size)
@@ -124,13 +124,13 @@ class OrdinalClassifier(nn.Module):
 
     def __init__(
         self,
-        scope,
-        backbone,
-        img_size,
-        prior,
-        dropout=0.2,
-        level_centers=USUAL_LEVEL_CENTERS,
-    ):
+        scope: str,
+        backbone: str,
+        img_size: Sequence[int],
+        prior: ArrayLike,
+        dropout: float = 0.2,
+        level_centers: Sequence[float] = USUAL_LEVEL_CENTERS,
+    ) -> None:
         super().__init__()
         if scope not in ("level", "study"):
             raise ValueError(f"SCOPE must be level or study, not {scope!r}")
@@ -225,7 +225,9 @@ def save_classifier(path: str | Path, model: OrdinalClassifier, about: Mapping[s
 _REMEDY = "give a classifier's file as 04_train_vit wrote it (attach its output again, or train again)"
 
 
-def load_classifier(path, device="cpu", network=OrdinalClassifier):
+def load_classifier(
+    path: str | Path, device: str | torch.device = "cpu", network: type[OrdinalClassifier] = OrdinalClassifier
+) -> tuple[OrdinalClassifier, dict[str, Any]]:
     """(model in evaluation mode, about): what save_classifier wrote of a model of the class `network`, `crop` in it a
     Crop.
 
@@ -246,7 +248,7 @@ def load_classifier(path, device="cpu", network=OrdinalClassifier):
     return model.to(device).eval(), about
 
 
-def read_classifier_about(path):
+def read_classifier_about(path: str | Path) -> dict[str, Any]:
     """What a classifier's weights file says of itself: dict. Raises DamagedFile, FileNotFoundError."""
     with open_tensors(path, "classifier", _REMEDY, whose="a classifier's") as (about, _):
         return about | read_settled(path)

@@ -6,14 +6,16 @@ around the same place in the patient; they are not resampled across slices. What
 May use: data, storage, names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 
 from ..data.geometry import LevelBox, boxes_from_table
 from ..data.volume import Study, Volume, load_study
@@ -191,15 +193,23 @@ class SliceDataset(torch.utils.data.Dataset):
 
     per_study = 1
 
-    def __init__(self, paths, study_ids, grades, levels_table, crop: SliceCrop, cache=None):
+    def __init__(
+        self,
+        paths: Mapping[int, str | Path],
+        study_ids: Iterable[int],
+        grades: ArrayLike,
+        levels_table: pd.DataFrame,
+        crop: SliceCrop,
+        cache: str | Path | None = None,
+    ) -> None:
         self.paths, self.study_ids, self.grades = paths, list(study_ids), np.asarray(grades)
         self.levels_table, self.crop = levels_table, crop
         self.cache = Path(cache) if cache else None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.study_ids)
 
-    def crops_of(self, study_id, level=None):
+    def crops_of(self, study_id: int, level: int | None = None) -> np.ndarray:
         """(1, *crop.shape) uint8, from the cache if it is there."""
         if not self.cache:
             return self._cut(study_id)
@@ -215,7 +225,7 @@ class SliceDataset(torch.utils.data.Dataset):
         boxes = boxes_from_table(self.levels_table, study_id)
         return cut_slices(load_study(self.paths[study_id]), boxes, self.crop)[None]
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int, torch.Tensor]:
         crops = torch.from_numpy(np.array(self.crops_of(self.study_ids[number])[0]))
         return crops, 0, torch.from_numpy(np.ascontiguousarray(self.grades[number]))
 
@@ -244,7 +254,15 @@ SLICE_VIEWS: tuple[dict[str, Any], ...] = (
 )
 
 
-def view_slices(crops, crop: SliceCrop, slice=None, shift_px=None, rotation_deg=None, scale=None, mirror=None):
+def view_slices(
+    crops: torch.Tensor,
+    crop: SliceCrop,
+    slice: torch.Tensor | None = None,
+    shift_px: torch.Tensor | None = None,
+    rotation_deg: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    mirror: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Cut the network's input out of looks with margin and edge, moved as asked: augmentation and TTA alike.
 
     Parameters
@@ -309,7 +327,9 @@ def expand_slice_view(view: Mapping, batch: int) -> dict:
     return found
 
 
-def augment_slices(crops, grades, crop: SliceCrop, generator: torch.Generator, strength: float = 1.0):
+def augment_slices(
+    crops: torch.Tensor, grades: torch.Tensor, crop: SliceCrop, generator: torch.Generator, strength: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Random views for training: stage-1 jitter, slices shifted, mirroring with labels, contrast, noise, looks lost.
 
     crops: (B, *crop.shape); grades: (B, 5, 5). Returns (inputs of view_slices, grades).
@@ -347,7 +367,9 @@ def _mm_per_px(crop):
     return torch.where(torch.tensor(axial), crop.axial_mm_per_px, crop.mm_per_px)
 
 
-def exchange_levels(inputs, grades, generator: torch.Generator, share: float):
+def exchange_levels(
+    inputs: torch.Tensor, grades: torch.Tensor, generator: torch.Generator, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """CutMix with whole levels: some levels come from the study before in the batch, with their labels.
 
     A grade is read at one small place. A patch that misses or hides it would say nothing of how much of its label is

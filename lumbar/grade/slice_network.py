@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import nn
 
 from ..names import CONDITIONS, LEVELS, SEVERITIES
@@ -18,7 +19,7 @@ from ..weights import Stated, check_network, read_settled, read_weights
 from .crops import mirror_conditions
 from .ordinal import CumulativeHeads, cumulative_log_probabilities
 from .pretrained import load_images
-from .slice_crops import JITTER, LOOK_KINDS, SliceCrop, expand_slice_view, slice_crop, view_slices
+from .slice_crops import JITTER, LOOK_KINDS, SliceCrop, SliceDataset, expand_slice_view, slice_crop, view_slices
 
 CONDITION_KINDS = (0, 1, 1, 2, 2)  # conditions of one kind share what scores them: both sides are one
 MOST_IMAGES = 192  # that go through a backbone together when predicting
@@ -63,7 +64,7 @@ class Encoder(nn.Module):
         self.num_features = (GRID * GRID + 1) * int(net.feature_info[self.index]["num_chs"])
         net.prune_intermediate_layers([self.index], prune_norm=True, prune_head=True)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = images.contiguous(memory_format=torch.channels_last)
         if self.index is None:
             return self.net(images)
@@ -86,7 +87,7 @@ class SliceNetwork(nn.Module):
         self,
         backbone: str,
         crop: SliceCrop,
-        prior,
+        prior: ArrayLike,
         dropout: float = 0.2,
         stride: int = 0,
         width: int = 128,
@@ -132,7 +133,7 @@ class SliceNetwork(nn.Module):
             nn.init.zeros_(layer.get_parameter("bias"))
         self.heads = CumulativeHeads(prior)
 
-    def forward(self, x, level=None):
+    def forward(self, x: torch.Tensor, level: torch.Tensor | None = None) -> torch.Tensor:
         """x: of view_slices, NaN where there is no slice; level: taken for the other networks' sake.
 
         Returns float32 log probabilities (B, 5 conditions, 5 levels, 3); in training a second time, in front, those of
@@ -279,7 +280,13 @@ def _log_p_of(model, inputs):
     return model(inputs) if half and not torch.isfinite(log_p).all() else log_p
 
 
-def measure_slices(models, dataset, views=({},), numbers=None, workers=0) -> np.ndarray:
+def measure_slices(
+    models: Sequence[SliceNetwork],
+    dataset: SliceDataset,
+    views: Sequence[Mapping] = ({},),
+    numbers: Sequence[int] | np.ndarray | None = None,
+    workers: int = 0,
+) -> np.ndarray:
     """Log probabilities of each view for a SliceDataset: (views, n studies, 5, 5, 3), as choose_views takes them.
 
     Arguments as of classifier.measure_views.

@@ -4,6 +4,12 @@ May use: trainer, slice_network, slice_crops, ordinal.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
 
 from .ordinal import weighted_losses
 from .slice_crops import augment_slices, exchange_levels
@@ -27,7 +33,7 @@ class SliceConfig(TrainConfig):
 class SliceRecipe(Recipe):
     """Recipe of SliceNetwork, with SliceDatasets and a SliceConfig."""
 
-    def build(self, train, config, prior):
+    def build(self, train: Any, config: Any, prior: np.ndarray) -> nn.Module:
         network = SliceNetwork(
             config.backbone,
             train.crop,
@@ -43,19 +49,22 @@ class SliceRecipe(Recipe):
             network.backbone.net.set_grad_checkpointing(True)
         return network
 
-    def augment(self, crops, grades, crop, generator, config):
+    def augment(
+        self, crops: torch.Tensor, grades: torch.Tensor, crop: Any, generator: torch.Generator, config: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, grades = augment_slices(crops, grades, crop, generator, config.strength)
         return exchange_levels(inputs, grades, generator, config.exchange) if config.exchange else (inputs, grades)
 
-    def losses(self, model, inputs, level, grades, share):
+    def losses(self, model: nn.Module, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, _, grades, share = batch
         share = share.view(*share.shape, *[1] * (grades.ndim - 2))
         both = model(inputs)
         sums = [weighted_losses(log_p[:, None].expand(*grades.shape, -1), grades, share) for log_p in both]
         (loss, weight), (alone, _) = sums
         return (loss + ALONE_SHARE * alone) / (1 + ALONE_SHARE), weight
 
-    def measure(self, models, dataset, views, numbers=None, workers=0):
+    def measure(self, models: list, dataset: Any, views: Any, numbers: Any = None, workers: int = 0) -> np.ndarray:
         return measure_slices(models, dataset, views, numbers, workers)
 
-    def save(self, path, network, about):
+    def save(self, path: Path, network: Any, about: dict[str, Any]) -> None:
         save_slices(path, network, about)

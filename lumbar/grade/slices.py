@@ -1,16 +1,22 @@
 """The slice network as a member: native slices around each level, see slice_crops.
 
-May use: member, slice_network, slice_crops, limits, names, problems.
+May use: member, slice_network, slice_crops, data, limits, names, problems.
 """
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..data.geometry import LevelBox
+from ..data.volume import Study
 from ..limits import check_limit
 from ..names import CONDITIONS, LEVELS, SEVERITIES
 from ..problems import Problem
 from .member import Member, Prediction, Training, Weights, free_memory, silence, together_or_alone, without_frames
-from .slice_crops import cut_slices, slice_crop
+from .slice_crops import SliceCrop, cut_slices, slice_crop
 from .slice_network import load_slices, predict_slices, read_slices_about
 
 BATCH_STUDIES = 4  # that go through the network together
@@ -54,16 +60,20 @@ class Slices(Member):
         ),
     )
 
-    def read_about(self, path):
+    def read_about(self, path: Path) -> Mapping[str, Any]:
         return read_slices_about(path)
 
-    def load(self, path, device):
+    def load(self, path: Path, device: str) -> Weights:
         return Weights(path.stem, *load_slices(path, device))
 
-    def prepare(self, study, boxes, weights, device):
+    def prepare(
+        self, study: Study, boxes: Sequence[LevelBox] | None, weights: Sequence[Weights], device: str
+    ) -> dict[SliceCrop, Any]:
         """dict of a crop (SliceCrop) -> what cut_slices cut, or the Exception that it raised."""
-        found = {}
-        for crop in {slice_crop(own.about["crop"]) for own in weights} if boxes is not None else ():
+        found: dict[SliceCrop, Any] = {}
+        if boxes is None:
+            return found
+        for crop in {slice_crop(own.about["crop"]) for own in weights}:
             try:
                 check_limit()
                 found[crop] = cut_slices(study, boxes, crop)
@@ -71,9 +81,12 @@ class Slices(Member):
                 found[crop] = without_frames(error)
         return found
 
-    def predict(self, inputs, weights, most_views, device):
+    def predict(
+        self, inputs: Sequence[dict[SliceCrop, Any]], weights: Sequence[Weights], most_views: int, device: str
+    ) -> list[Prediction]:
         logs = np.zeros((len(inputs), len(CONDITIONS), len(LEVELS), len(SEVERITIES)))
-        folds, failed = np.zeros(len(inputs)), [{} for _ in inputs]
+        folds = np.zeros(len(inputs))
+        failed: list[dict[Problem, bool]] = [{} for _ in inputs]
         for own in weights:
             crop, views = slice_crop(own.about["crop"]), self.views(own, most_views)
             there = [k for k, cut in enumerate(inputs) if not isinstance(cut.get(crop), Exception | None)]
