@@ -102,6 +102,7 @@ def test_a_run_ends_with_submission_report_and_manifest(run):
         "03_train_yolo_scs_0",
         "03_train_yolo_ss_0",
         "04_train_vit_level_0",
+        "04_train_vit_slices_0",
         "04_train_vit_study_0",
         "05_inference",
         "06_report",
@@ -150,7 +151,7 @@ def test_finished_work_is_found_and_deleted_work_is_done_again(run):
         path.name in ("manifest.json", "report.html") and path.parent == out or kept & set(path.relative_to(out).parts)
         for path in changed
     ), changed
-    assert output.count("found by its manifest") == 9  # all but the report, and the phantom
+    assert output.count("found by its manifest") == 10  # all but the report, and the phantom
     assert (out / "06_report" / "manifest.json").stat().st_mtime > started
 
 

@@ -144,7 +144,7 @@ def test_pipeline_table(tmp_path):
     both = [s["name"] for s in utils.choose_stages(folds, ["04_train_vit_level"])]
     assert both == ["04_train_vit_level_0", "04_train_vit_level_3"]
     weights = next(s for s in folds if s["name"] == "05_inference")["parameters"]["WEIGHTS"]
-    assert len(weights) == 1 + 2 * 5 and str(tmp_path / "out" / "03_train_yolo_ss_3") in weights
+    assert len(weights) == 1 + 2 * 6 and str(tmp_path / "out" / "03_train_yolo_ss_3") in weights
     with pytest.raises(ValueError, match="FOLDS must be"):
         utils.pipeline_stages(ROOT / "notebooks", tmp_path, tmp_path, "demo", [5])
     only = utils.choose_stages(stages, ["05_inference"])
@@ -228,5 +228,5 @@ def test_messages_say_what_to_do_next(tmp_path):
         utils.read_labels(tmp_path / "train.csv")
     with pytest.raises(FileNotFoundError, match="^/no/such/place does not exist: correct the path$"):
         utils.find_input("/no/such/place")
-    with pytest.raises(ValueError, match="MEMBER must be one of yolo, level, study, not 'levle'"):
+    with pytest.raises(ValueError, match="MEMBER must be one of yolo, slices, level, study, not 'levle'"):
         utils.read_inspection(tmp_path, tmp_path, first="levle")
