@@ -25,7 +25,7 @@ BATCH_STUDIES = 4  # that go through the network together
 class Slices(Member):
     """A 2.5D network on native slices, see SliceNetwork."""
 
-    name, title, share = "slices", "Native slices, 2.5D network", 0.65
+    name, title, share = "slices", "Native slices, 2.5D network", 0.35
     parts = ("slices",)
     trainings = (
         Training(
