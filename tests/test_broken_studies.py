@@ -23,6 +23,7 @@ from lumbar.data.competition import row_ids
 from lumbar.data.dicom import read_study
 from lumbar.grade.ensemble import default_ensemble
 
+EVERY_MEMBER = " ".join(utils.MEMBERS)
 GOOD = (7, 1505, 9000)  # before, between and after the broken ones
 T1, AXIAL, T2 = tiny.SERIES
 ALL = tuple(tiny.SERIES)
@@ -380,7 +381,7 @@ def test_the_good_studies_are_as_they_are_alone(runs):
         np.testing.assert_allclose(together[study_id], alone[study_id], rtol=0, atol=1e-6)
     assert np.abs(alone[GOOD[0]] - alone[GOOD[1]]).max() > 1e-3  # the networks do look at the images
     log = runs[0]["together"][1].set_index("study_id")
-    assert (log.loc[list(GOOD), "members"] == "yolo level study").all() and (
+    assert (log.loc[list(GOOD), "members"] == EVERY_MEMBER).all() and (
         log.loc[list(GOOD), "problems"] == ""
     ).all()
 
@@ -396,7 +397,7 @@ def test_what_is_lost_has_its_reason_in_the_log(runs, name, reason):
 @pytest.mark.slow
 def test_what_a_member_does_not_say_has_its_reason(runs):
     log = runs[0]["together"][1]
-    less = (log["members"] != "yolo level study") & (log["problems"] == "")
+    less = (log["members"] != EVERY_MEMBER) & (log["problems"] == "")
     assert not less.any(), log[less]
 
 
