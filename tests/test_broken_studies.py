@@ -381,9 +381,7 @@ def test_the_good_studies_are_as_they_are_alone(runs):
         np.testing.assert_allclose(together[study_id], alone[study_id], rtol=0, atol=1e-6)
     assert np.abs(alone[GOOD[0]] - alone[GOOD[1]]).max() > 1e-3  # the networks do look at the images
     log = runs[0]["together"][1].set_index("study_id")
-    assert (log.loc[list(GOOD), "members"] == EVERY_MEMBER).all() and (
-        log.loc[list(GOOD), "problems"] == ""
-    ).all()
+    assert (log.loc[list(GOOD), "members"] == EVERY_MEMBER).all() and (log.loc[list(GOOD), "problems"] == "").all()
 
 
 @pytest.mark.slow

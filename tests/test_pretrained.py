@@ -133,6 +133,22 @@ def test_what_is_pickled_in_a_file_is_not_run(whole, tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
+def test_an_ultralytics_that_would_unpickle_all_the_same_is_not_asked(whole, tmp_path, monkeypatch):
+    harm = Harm(tmp_path / "harm")
+    torch.save({"model": harm, "name": "ultralytics.nn.tasks"}, tmp_path / "a.pt")
+    monkeypatch.setattr(
+        torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: ["ultralytics.nn.tasks.DetectionModel"]
+    )
+    from ultralytics.nn import tasks
+
+    asked = []
+    monkeypatch.setattr(tasks, "torch_safe_load", lambda *given, **named: asked.append(given))
+    monkeypatch.setattr(tasks, "_SafeLoad", None)
+    with pytest.raises(utils.DamagedFile, match="a.pt is no weights file that can be read without running"):
+        read_state(tmp_path / "a.pt")
+    assert not asked and not (tmp_path / "harm").exists()
+
+
 @pytest.mark.parametrize(
     "content, ending, word",
     [

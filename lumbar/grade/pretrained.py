@@ -157,9 +157,12 @@ def _read_pickle(path):
     from .detector_weights import prepare_ultralytics
 
     prepare_ultralytics(Path(tempfile.gettempdir()) / "ultralytics_config")
-    from ultralytics.nn.tasks import torch_safe_load
+    from ultralytics.nn import tasks
 
-    return torch_safe_load(str(path), safe_only=True)[0]
+    # Versions that lack this, or whose torch does, take `safe_only` for a wish and unpickle all the same.
+    if not getattr(getattr(tasks, "_SafeLoad", None), "SUPPORTED", False):
+        raise ValueError("this version of ultralytics cannot read it without running what is pickled: take a newer one")
+    return tasks.torch_safe_load(str(path), safe_only=True)[0]
 
 
 def _nested_state(known: Any) -> dict:
