@@ -139,6 +139,7 @@ def test_an_ultralytics_that_would_unpickle_all_the_same_is_not_asked(whole, tmp
     monkeypatch.setattr(
         torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: ["ultralytics.nn.tasks.DetectionModel"]
     )
+    prepare_ultralytics(tmp_path / "ultralytics")
     from ultralytics.nn import tasks
 
     asked = []
