@@ -3,7 +3,7 @@
 A new member is a module with a Member in it, one line in registry.py, and a notebook (or a parameter of one) that
 trains it and writes its weights, `oof.csv` and `history.csv`.
 
-May use: data, storage, problems, names.
+May use: data, problems, names.
 """
 
 from abc import ABC, abstractmethod
