@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.tables import read_folds
-from ..grade.member import Training
+from ..grade.member import TrainingStage
 from ..grade.registry import MEMBERS
 from ..storage import plain, write_json
 from .fingerprint import code_fingerprint, read_manifest, versions
@@ -246,7 +246,7 @@ SETTINGS = {
 SIZES = {"demo": ("demo",), "smoke": ("demo", "smoke"), "hour": ("demo", "hour"), "full": ()}
 
 
-def trainings() -> list[Training]:
+def trainings() -> list[TrainingStage]:
     """The members' trainings, longest first: the short ones then fill the gaps."""
     return sorted((t for member in MEMBERS.values() for t in member.trainings), key=lambda t: -t.seconds)
 
