@@ -49,6 +49,7 @@ def dataset(folder, first, count):
     return utils.CropDataset({}, range(first, first + count), grades, levels, CROP, folder)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path, capfd):
     train, valid = dataset(tmp_path / "cache", 100, 4), dataset(tmp_path / "cache", 200, 3)
     for name in ("one", "two"):
@@ -97,6 +98,7 @@ def notes(folder):
     return [int(text) for path in Path(folder).iterdir() if (text := path.read_text())]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others_and_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="one of 2 processes failed. Its last lines:(.|\n)*no l1_l2 for study 103"):
         distributed.launch(launched.fail_on_one, (tmp_path,), 2)
@@ -107,6 +109,7 @@ class TimeIsUp(BaseException):
     """As stages.time_limit stops a training."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("how", ["time is up", "Ctrl-C"])
 def test_what_stops_the_launch_stops_its_processes(tmp_path, how):
@@ -137,6 +140,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
 def test_processes_end_with_the_one_that_started_them(tmp_path):
     script, here, folder = tmp_path / "launcher.py", Path(__file__).resolve().parent, tmp_path / "notes"
