@@ -14,6 +14,7 @@ import torch
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 from safetensors import safe_open
+from scipy.special import softmax
 from torch import nn
 
 import phantom
@@ -31,7 +32,6 @@ from lumbar.grade.classifier import (
     load_classifier,
     make_backbone,
     measure_views,
-    predict_dataset,
     save_classifier,
 )
 from lumbar.grade.crops import augment_crops, cut_crops, mirror_conditions
@@ -44,6 +44,11 @@ from lumbar.spine.fallbacks import level_boxes
 from lumbar.storage import DamagedFile
 
 CROP = Crop("level", (32, 32, 32), (32.0, 64.0, 48.0))
+
+
+def predict_dataset(models, dataset, views=({},)):
+    """(n studies, 5, 5, 3) probabilities of a CropDataset."""
+    return softmax(measure_views(models, dataset, views).mean(0), -1)
 
 
 def test_probabilities_and_loss_equal_spacecutter():

@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_classifiers import predict_dataset
 
 import utils
 from lumbar.grade import distributed
-from lumbar.grade.classifier import load_classifier, predict_dataset
+from lumbar.grade.classifier import load_classifier
 from lumbar.grade.trainer import TrainConfig
 
 CROP = utils.Crop("level", (16, 16, 32), (32.0, 64.0, 48.0))
