@@ -55,6 +55,7 @@ from lumbar.grade.trainer import Recipe, TrainConfig, train_classifier
 from lumbar.grade.tta import TTA_VIEWS
 
 # Looking
+from lumbar.look.folder_pages import open_folder, write_pages
 from lumbar.look.inspection import read_inspection
 from lumbar.look.looks import plot_looks
 from lumbar.look.page import export_html, paragraph_html, short, table_html
@@ -128,10 +129,13 @@ from lumbar.run.publish import kaggle_publish, stage_kaggle
 from lumbar.run.stages import open_stage, time_limit
 
 # Inference
+from lumbar.serve.folder import find_studies, lay_out, series_table
 from lumbar.serve.inference import infer_studies
 from lumbar.serve.members import load_members, out_of_fold_table, weight_folders
+from lumbar.serve.predict_folder import folder_log, grade_folder, locate_folder, members_of, placement_of
 from lumbar.serve.results import mended_studies
 from lumbar.serve.study import predict_studies, prepare_study, studies_to_predict
+from lumbar.serve.tables import refuse_prior_only
 
 # Stage 1: vertebrae and levels
 from lumbar.spine.finetune import fine_tuning_set, point_scores, tuning_helped
@@ -211,16 +215,20 @@ __all__ = [
     "export_html",
     "fetch",
     "find_input",
+    "find_studies",
     "find_yolo_description",
     "fine_tuning_set",
     "fit_ensemble",
     "fit_point_offsets",
+    "folder_log",
     "from_submission",
+    "grade_folder",
     "infer_studies",
     "inspect_study",
     "kaggle_kernels",
     "kaggle_publish",
     "labels_to_array",
+    "lay_out",
     "level_centers",
     "level_errors",
     "level_label_table",
@@ -233,6 +241,7 @@ __all__ = [
     "load_volumes",
     "load_yolo",
     "loader_memory",
+    "locate_folder",
     "locate_levels",
     "locate_levels_surely",
     "locate_studies",
@@ -243,17 +252,20 @@ __all__ = [
     "margin_shape",
     "member_folder",
     "member_weights",
+    "members_of",
     "mended_studies",
     "nearest_slice",
     "nested_folds",
     "normalise_study",
     "normalise_volume",
+    "open_folder",
     "open_stage",
     "out_of_fold_prior",
     "out_of_fold_table",
     "paint_anatomies",
     "paragraph_html",
     "pipeline_stages",
+    "placement_of",
     "plot_class_counts",
     "plot_confusion",
     "plot_crop_gallery",
@@ -298,6 +310,7 @@ __all__ = [
     "read_study",
     "read_vertebra_truth",
     "read_views",
+    "refuse_prior_only",
     "row_ids",
     "run_stages",
     "save_spinenet",
@@ -305,6 +318,7 @@ __all__ = [
     "score_arrays",
     "score_studies",
     "score_table",
+    "series_table",
     "settle_detectors",
     "settle_views",
     "short",
@@ -333,6 +347,7 @@ __all__ = [
     "worst_rows",
     "write_csv",
     "write_json",
+    "write_pages",
     "write_run_manifest",
     "write_text",
     "write_yolo_dataset",

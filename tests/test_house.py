@@ -11,12 +11,13 @@ import pytest
 import utils
 
 ROOT = Path(__file__).resolve().parents[1]
+TOP = "top"  # `python -m lumbar`
 BASE = "base"  # the modules beside the rooms: names, storage, limits, in_flight, weights
 # Who stands above whom: a room imports from itself and from what is to its right in a row. Neither of spine and grade
 # is above the other, nor of grade and the phantom.
 ROWS = (
-    ("look", "run", "serve", "spine", "phantom", "data", BASE),
-    ("look", "run", "serve", "grade", "data", BASE),
+    (TOP, "look", "run", "serve", "spine", "phantom", "data", BASE),
+    (TOP, "look", "run", "serve", "grade", "data", BASE),
 )
 NOTHING = "nothing of the kit"
 
@@ -34,7 +35,7 @@ def room(module: str) -> str:
     parts = module.split(".")
     if parts[0] == "phantom":
         return "phantom"
-    return parts[1] if len(parts) > 2 or module in rooms() else BASE
+    return parts[1] if len(parts) > 2 or module in rooms() else TOP if module == "lumbar.__main__" else BASE
 
 
 @cache

@@ -90,13 +90,14 @@ def read_inspection(
     predictions: Sequence[str | Path] = (),
     inference: str | Path = "",
     first: str = "level",
+    verbose: bool = True,
 ) -> Inspection:
     """Gather an Inspection from a run's folders; what is absent is left out.
 
     data: competition folder; preprocessed: of 01; levels_dir: of 02; predictions: folders of 03 and 04, or one above
     them; inference: of 05, with which the test set is looked at, too; first: the member that ranks the errors.
     Raises FileNotFoundError without volumes, ValueError for a member that does not exist. What was looked for and is
-    not there is printed.
+    not there is printed where `verbose`.
     """
     if first not in MEMBERS:
         raise ValueError(f"MEMBER must be one of {', '.join(MEMBERS)}, not {first!r}")
@@ -117,10 +118,12 @@ def read_inspection(
         f"level boxes: levels.csv in {levels_dir or 'LEVELS_DIR'}": levels,
         f"out-of-fold predictions: oof.csv in or below {', '.join(map(str, predictions)) or 'PREDICTIONS'}": members,
     }
-    for what in (what for what, there in absent.items() if not there):
+    for what in (what for what, there in absent.items() if verbose and not there):
         print(f"not there: {what}")
+    volumes = study_paths(preprocessed)
+    unseen = unseen_studies(data) if submission is not None or log is not None else {}
     return Inspection(
-        study_paths(preprocessed) | (unseen_studies(data) if submission is not None or log is not None else {}),
+        {**volumes, **{study_id: read for study_id, read in unseen.items() if study_id not in volumes}},
         pd.concat(levels, ignore_index=True) if levels else None,
         table(levels_dir, "vertebrae.csv"),
         read_coordinates(data) if labels.is_file() else None,

@@ -17,6 +17,7 @@ from ..names import device_for
 # they are; see stages.stage_inputs.
 READ_PATHS = (
     "DATA",
+    "FOLDER",
     "PREPROCESSED",
     "LEVELS_DIR",
     "WEIGHTS",
