@@ -86,6 +86,8 @@ def _header(path: Path, dataset: Any) -> FileHeader:
     if modality not in ("MR", "") or (sop_class and sop_class not in _MR_CLASSES):
         name = dataset["SOPClassUID"].repval if sop_class and modality in ("MR", "") else f"modality {modality}"
         raise DicomProblem(f"no MR slices ({name.removesuffix(' Storage')})")
+    if not (_positive(dataset, "Rows") > 0 and _positive(dataset, "Columns") > 0):
+        raise DicomProblem("no image in it, or cut off before it")
     places = list(_places(dataset))
     planes = tuple(plane_of(row, column) for row, column, _ in places)
     kinds = frozenset(word for word in _words(dataset, "ImageType", "FrameType") if word)

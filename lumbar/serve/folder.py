@@ -119,7 +119,7 @@ def find_studies(source: str | Path, out: str | Path, workers: int = 4) -> list[
     if not headers:
         there = ", ".join(f"{count} of them: {what}" for what, count in other.most_common(3)) or "it is empty"
         raise ValueError(f"{source} holds no MR image ({len(places)} files; {there})")
-    return _studies(_without_copies(headers), names, out)
+    return _studies(_without_copies(headers), names, source, out)
 
 
 def lay_out(studies: Sequence[FoundStudy], out: str | Path) -> Path:
@@ -130,6 +130,7 @@ def lay_out(studies: Sequence[FoundStudy], out: str | Path) -> Path:
     where no study has a series of use, with the reasons.
     """
     data, rows = Path(out) / "data", []
+    data.mkdir(parents=True, exist_ok=True)
     for old in (data / "test_images").iterdir() if (data / "test_images").is_dir() else ():
         if old.name not in {str(study.study_id) for study in studies if study.used}:
             shutil.rmtree(old)
@@ -308,7 +309,7 @@ def _without_copies(headers: Sequence[FileHeader]) -> list[FileHeader]:
     return kept
 
 
-def _studies(headers: Sequence[FileHeader], names: dict[Path, str], out: Path) -> list[FoundStudy]:
+def _studies(headers: Sequence[FileHeader], names: dict[Path, str], source: Path, out: Path) -> list[FoundStudy]:
     groups: dict[tuple[str, ...], list[FileHeader]] = defaultdict(list)
     for header in headers:
         name = PurePosixPath(names[header.path])
@@ -316,7 +317,8 @@ def _studies(headers: Sequence[FileHeader], names: dict[Path, str], out: Path) -
         groups[(uid, patient) if uid else ("", patient, name.parts[0] if len(name.parts) > 1 else "")].append(header)
     folders = {key: _common_folder(names[h.path] for h in files) for key, files in groups.items()}
     keys = {key: hashlib.sha256("\0".join(key).encode(errors="surrogateescape")).hexdigest()[:16] for key in groups}
-    ids = _study_ids({keys[key]: folder for key, folder in folders.items()}, out)
+    own_name = source.resolve().name if source.is_dir() else ""
+    ids = _study_ids({keys[key]: folder.name or own_name for key, folder in folders.items()}, out)
     studies = []
     for key, files in groups.items():
         private = frozenset().union(*(file.patient for file in files))
@@ -334,14 +336,15 @@ def _common_folder(names: Iterable[str]) -> PurePosixPath:
     return PurePosixPath(os.path.commonpath([str(PurePosixPath(name).parent) for name in names]) or ".")
 
 
-def _study_ids(folders: dict[str, PurePosixPath], out: Path) -> dict[str, int]:
-    """dict key -> study_id: as an earlier call numbered them, as their folders are numbered, else counted."""
+def _study_ids(folders: dict[str, str], out: Path) -> dict[str, int]:
+    """dict key -> study_id: as an earlier call numbered them, as their folders (dict key -> name) are numbered, else
+    counted."""
     known: dict[str, int] = {}
     if (Path(out) / "studies.csv").is_file():
         table = pd.read_csv(Path(out) / "studies.csv", dtype={"key": str})
         known = {str(key): int(study_id) for key, study_id in zip(table["key"], table["study_id"], strict=True)}
     known = {key: study_id for key, study_id in known.items() if key in folders}
-    numbers = {key: whole_number(folder.name) for key, folder in folders.items()}
+    numbers = {key: whole_number(folder) for key, folder in folders.items()}
     stated = [number for number in numbers.values() if number is not None and 0 < number < 10**12]
     numbered = len(set(stated)) == len(folders)
     used = set(known.values())

@@ -114,7 +114,9 @@ def folder_log(
     series: of locate_folder's series.csv; log: infer_studies' log, None where nothing was graded.
     """
     graded = {} if log is None else {row["study_id"]: row for row in log.to_dict("records")}
-    problems = series[series["problem"].fillna("") != ""].groupby("study_id")["problem"].agg(list).to_dict()
+    problems = (
+        series[series["problem"].notna() & (series["problem"] != "")].groupby("study_id")["problem"].agg(list).to_dict()
+    )
     rows = []
     for study in studies:
         own = levels[levels["study_id"] == study.study_id]
