@@ -1,22 +1,24 @@
 """The levels of every study of a split, kept as they are found.
 
-May use: levels, placement, fallbacks, spinenet, vertebra, data, in_flight, storage, names.
+May use: levels, placement, fallbacks, spinenet, vertebra, data, cluster, in_flight, problems, storage, names.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ..cluster import spread
 from ..data.geometry import boxes_to_table
 from ..data.source import Source
 from ..data.volume import load_study
 from ..in_flight import read_left_json
 from ..names import LEVEL_TABLE_COLUMNS, LEVELS, progress
+from ..problems import Problem
 from ..storage import write_json
 from .fallbacks import axial_levels, complete_vertebrae, level_boxes, refit_level_prior, study_anchors
 from .levels import locate_levels_surely, seen
@@ -49,11 +51,44 @@ def _check_located(known):
         raise ValueError("some numbers are none, or not finite")
 
 
+_NOT_TRIED = ""  # of a study that was found, or has no sagittal series: it says nothing of the detector
+
+
+@dataclass(frozen=True)
+class _Locating:
+    """What locating one study needs besides its number."""
+
+    placement: Placement
+    key: str
+    paths: Mapping[int, Path]
+    folder: Path | None
+
+
+def _locate_kept(shared: _Locating, study_id: int) -> tuple[dict[str, Any], Problem | str | None]:
+    """(a study's rows for JSON, the Problem where nothing was seen in its sagittal series, None where something was,
+    _NOT_TRIED), kept in the folder where there is one and nothing went wrong."""
+    file = shared.folder / f"{study_id}.json" if shared.folder is not None else None
+    known = _kept(file, shared.key, study_id) if file is not None else None
+    if known is not None:
+        return known, _NOT_TRIED
+    result, problem, blind = _locate(study_id, shared.paths[study_id], shared.placement)
+    if file is not None and not problem:
+        write_json(file, {"key": shared.key} | result)
+    return result, _NOT_TRIED if blind is None else problem if blind else None
+
+
+def _lost(shared: _Locating, study_id: int, why: str) -> tuple[dict[str, Any], Problem | str | None]:
+    """Levels of a study at which worker after worker died: those of the mean layout."""
+    print(f"study {study_id}: {why}; its levels are those of the mean layout")
+    return _locate(study_id, shared.paths[study_id], shared.placement.blind())[0], _NOT_TRIED
+
+
 def locate_studies(
     paths: Mapping[int, str | Path],
     placement: Placement | SpineNet,
     folder: str | Path | None = None,
     workers: int = 1,
+    scheduler: str = "",
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[int, dict]]:
     """Levels and vertebrae of many studies.
 
@@ -71,6 +106,8 @@ def locate_studies(
         weights, prior or detector is not taken; a function is known by its repr.
     workers : int
         Threads; most of the time is spent outside Python's lock.
+    scheduler : str
+        Address of a Dask scheduler whose workers locate the studies, see cluster.spread; empty: this machine.
 
     Returns
     -------
@@ -89,25 +126,16 @@ def locate_studies(
     key = placement.key()
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    problems = []
-
-    def locate(study_id: int) -> dict[str, Any]:
-        file = Path(folder) / f"{study_id}.json" if folder is not None else None
-        known = _kept(file, key, study_id) if file is not None else None
-        if known is not None:
-            return known
-        result, problem, blind = _locate(study_id, paths[study_id], placement)
-        if blind is not None:
-            problems.append(problem if blind else None)
-        if file is not None and not problem:
-            write_json(file, {"key": key} | result)
-        return result
-
-    pool = ThreadPoolExecutor(max(int(workers), 1))
-    try:
-        results = list(progress(pool.map(locate, paths), "locating levels", len(paths)))
-    finally:  # an interrupted run must not finish the queue first
-        pool.shutdown(cancel_futures=True)
+    shared = _Locating(
+        placement,
+        key,
+        {i: Path(p).resolve() for i, p in paths.items()},
+        Path(folder).resolve() if folder is not None else None,
+    )
+    with progress(desc="locating levels", total=len(paths)) as bar:
+        located = spread(_locate_kept, list(paths), shared, workers, scheduler, partial(_lost, shared), done=bar.update)
+    results = [result for result, _ in located.values()]
+    problems = [problem for _, problem in located.values() if problem != _NOT_TRIED]
     if len(problems) > 2 and all(problems):  # no odd studies, but an installation that cannot work
         raise RuntimeError(f"the detector failed in all of {len(problems)} studies; the first: {problems[0]}")
     levels = pd.DataFrame([row for result in results for row in result["levels"]], columns=LEVEL_TABLE_COLUMNS)
@@ -189,6 +217,7 @@ def locate_with_own_layout(
     folder: str | Path | None = None,
     workers: int = 1,
     detector: Detector = "own",
+    scheduler: str = "",
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """locate_studies; and where nothing is seen, the mean layout of these patients instead of the phantoms'.
 
@@ -197,7 +226,7 @@ def locate_with_own_layout(
 
     Parameters
     ----------
-    paths, model, folder, workers, detector
+    paths, model, folder, workers, detector, scheduler
         As locate_studies and Placement.of take them; the model must carry a prior.
 
     Returns
@@ -206,6 +235,6 @@ def locate_with_own_layout(
         levels.csv and vertebrae.csv.
     """
     placement = Placement.of(model, detector)
-    levels, vertebrae, anchors = locate_studies(paths, placement, folder, workers)
+    levels, vertebrae, anchors = locate_studies(paths, placement, folder, workers, scheduler)
     model.about["layout"] = refit_level_prior(anchors, vertebrae, placement.prior)
     return locate_unseen(levels, vertebrae, anchors, model.about["layout"], paths)
