@@ -5,6 +5,7 @@ May use: names, grade.
 
 import ast
 import difflib
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -258,19 +259,32 @@ def notebook_parameters(history: Sequence[str], namespace: Mapping[str, Any]) ->
 
     history: IPython's `In`; namespace: `globals()`. papermill warns of a mistyped parameter and runs on with the
     default: here it is an error. Found by their first lines: our parameters cell starts with `# Parameters:` and
-    papermill's injected one is `# Parameters` alone.
+    papermill's injected one is `# Parameters` alone. Values that were typed into the cell itself are held against the
+    defaults of the kit's notebook with the same parameters.
     """
     cells = [cell for cell in history if cell.startswith("# Parameters:")]
     if not cells:
         raise ValueError("run the parameters cell (its first line starts with '# Parameters:') before this one")
-    defaults = assigned_literals(cells[-1])
+    typed = assigned_literals(cells[-1])
+    notebook, defaults = _shipped_defaults(tuple(typed)) or ("parameters", typed)
+    check_values(defaults, typed, notebook)
     injected = [cell for cell in history if cell.startswith("# Parameters\n")]
     if injected:
-        check_values(defaults, assigned_literals(injected[-1]))
-    parameters = check_values(defaults, {name: namespace[name] for name in defaults})
+        check_values(defaults, assigned_literals(injected[-1]), notebook)
+    parameters = check_values(defaults, {name: namespace[name] for name in typed}, notebook)
     check_device_here(parameters.get("DEVICE", "auto"))
     check_tracker_here(parameters.get("TRACKER", ""))
     return parameters
+
+
+@functools.cache
+def _shipped_defaults(names: tuple[str, ...]) -> tuple[str, dict[str, Any]] | None:
+    """(file name, dict name -> default) of the kit's notebook that has just these parameters; None without one."""
+    for path in sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb")):
+        defaults = check_notebook_parameters(path, {})
+        if set(defaults) == set(names):
+            return path.name, defaults
+    return None
 
 
 def check_notebook_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
