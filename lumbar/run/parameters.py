@@ -8,7 +8,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +146,7 @@ def check_values(defaults: Mapping[str, Any], given: Mapping[str, Any], where: s
     merged = dict(defaults)
     for name, value in given.items():
         if name not in defaults:
-            close = difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.5)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{where}: there is no parameter {name!r}.{hint} There are: {', '.join(defaults)}")
+            raise ValueError(f"{where}: there is no parameter {name!r}.{nearest(name, defaults)} There are: {', '.join(defaults)}")
         default = defaults[name]
         is_number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
         if default is not None and not is_number and type(value) is not type(default):
@@ -223,11 +221,18 @@ def _within(default, least, most):
     return all(least <= item <= most for item in (default if isinstance(default, list) else [default]))
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """" Did you mean x?" for the known name that a mistyped one resembles most; empty where none does."""
+    known = list(known)
+    folded = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(str(name).lower(), folded, n=1, cutoff=0.5)
+    return f" Did you mean {folded[close[0]]}?" if close else ""
+
+
 def check_device_name(name: str, where: str = "parameters") -> None:
     """Refuse a DEVICE that names none on any machine: a misspelt one. Whether it is here: see names.device_for."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|\d+(,\d+)*", name):
-        close = difflib.get_close_matches(name.lower(), ("auto", "cpu", "cuda", "mps"), n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = nearest(name, ("auto", "cpu", "cuda", "mps"))
         raise ValueError(f"{where}: DEVICE is auto, cpu, cuda or the number of a GPU (0), not {name!r}.{hint}")
 
 
@@ -241,8 +246,7 @@ def check_device_here(name: str) -> None:
 def check_tracker_name(name: str, where: str = "parameters") -> None:
     """Refuse a TRACKER that accelerate does not have. Whether it is installed here: see check_tracker_here."""
     if name and name not in TRACKERS:
-        close = difflib.get_close_matches(name.lower(), TRACKERS, n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = nearest(name, TRACKERS)
         raise ValueError(f"{where}: TRACKER is empty or one of {', '.join(TRACKERS)}, not {name!r}.{hint}")
 
 
