@@ -313,9 +313,7 @@ def test_inference_alone_takes_whatever_was_trained(tmp_path):
     for names, more in ((["05_inference"], []), (["05_inference", "04_train_vit_level_3"], ["04_train_vit_level_3"])):
         chosen = {s["name"]: s for s in utils.choose_stages(stages, names)}
         read = [Path(place).name for place in chosen["05_inference"]["parameters"]["WEIGHTS"]]
-        assert sorted(read) == sorted(
-            ["02_train_spinenet", "04_train_vit_study_0", "04_train_vit_study_3", *more]
-        )
+        assert sorted(read) == sorted(["02_train_spinenet", "04_train_vit_study_0", "04_train_vit_study_3", *more])
     whole = utils.choose_stages(stages, [])[-2]["parameters"]["WEIGHTS"]
     assert whole == stages[-2]["parameters"]["WEIGHTS"] and len(whole) == 13
     with pytest.raises(ValueError, match="no stage '05_inferense'. Did you mean 05_inference"):

@@ -146,7 +146,9 @@ def check_values(defaults: Mapping[str, Any], given: Mapping[str, Any], where: s
     merged = dict(defaults)
     for name, value in given.items():
         if name not in defaults:
-            raise ValueError(f"{where}: there is no parameter {name!r}.{nearest(name, defaults)} There are: {', '.join(defaults)}")
+            raise ValueError(
+                f"{where}: there is no parameter {name!r}.{nearest(name, defaults)} There are: {', '.join(defaults)}"
+            )
         default = defaults[name]
         is_number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
         if default is not None and not is_number and type(value) is not type(default):
@@ -222,7 +224,7 @@ def _within(default, least, most):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """" Did you mean x?" for the known name that a mistyped one resembles most; empty where none does."""
+    """ " Did you mean x?" for the known name that a mistyped one resembles most; empty where none does."""
     known = list(known)
     folded = {other.lower(): other for other in known}
     close = difflib.get_close_matches(str(name).lower(), folded, n=1, cutoff=0.5)
