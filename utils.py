@@ -125,6 +125,7 @@ from lumbar.run.pipeline import (
     run_stages,
     write_run_manifest,
 )
+from lumbar.run.preflight import preflight, preflight_stages
 from lumbar.run.publish import kaggle_publish, stage_kaggle
 from lumbar.run.stages import open_stage, time_limit
 
@@ -289,6 +290,8 @@ __all__ = [
     "plot_yolo_training",
     "point_scores",
     "predict_studies",
+    "preflight",
+    "preflight_stages",
     "prepare_study",
     "preprocess_studies",
     "pretrained_file",

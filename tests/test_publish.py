@@ -1,5 +1,6 @@
 """What publish stages for Kaggle, and the real client pushing all of it to a stub of the server on this machine."""
 
+import ast
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from kaggle_stub import KEY, USER, client_environment, failure, running_stub, wr
 import utils
 from lumbar.run import mounts, publish
 from lumbar.run.mounts import find_inputs, install_missing
-from lumbar.run.parameters import assigned_literals, check_notebook_parameters
+from lumbar.run.parameters import assigned_literals, check_notebook_parameters, notebook_parameters
 from lumbar.run.pipeline import kaggle_kernels
 from lumbar.run.publish import kaggle_packages, kaggle_push, kaggle_upload, stage_wheels
 
@@ -74,13 +75,24 @@ def metadata(build, name):
     return json.loads((build / "kernels" / name / "kernel-metadata.json").read_text())
 
 
-def injected(build, name):
-    """Parameters that the staged notebook injects."""
-    about = metadata(build, name)
-    notebook = nbformat.read(build / "kernels" / name / about["code_file"], as_version=4)
-    (cell,) = (c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", []))
-    assert cell.source.startswith("# Parameters\n")  # how notebook_parameters knows it
-    return assigned_literals(cell.source)
+def staged_cell(build, name):
+    """The one parameters cell of a staged notebook."""
+    notebook = nbformat.read(build / "kernels" / name / metadata(build, name)["code_file"], as_version=4)
+    (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    assert not [c for c in notebook.cells if c.source.startswith("# Parameters\n")]  # such a one would win over edits
+    assert cell.source.startswith("# Parameters:")  # how notebook_parameters knows it
+    return cell.source
+
+
+def source_of(name):
+    """The notebook that a kernel is staged from."""
+    return ROOT / "notebooks" / f"{kaggle_kernels()[name]['notebook']}.ipynb"
+
+
+def told(build, name):
+    """dict parameter -> value that the staged notebook has in place of the default."""
+    defaults = check_notebook_parameters(source_of(name), {})
+    return {key: value for key, value in assigned_literals(staged_cell(build, name)).items() if value != defaults[key]}
 
 
 # ---- Staging ----
@@ -106,12 +118,10 @@ def test_every_kernel_is_staged_as_kaggle_takes_it(build, name):
     assert notebook.metadata.kernelspec.name == "python3" and "papermill" not in notebook.metadata
     for cell in notebook.cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
-    source = next(p for p in (ROOT / "notebooks").glob("*.ipynb") if p.stem == kaggle_kernels()[name]["notebook"])
-    check_notebook_parameters(source, injected(build, name))
-    # Every parameter that names an input by default is set: the slugs are this user's.
-    defaults = assigned_literals(next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])))
-    assert {key for key, value in defaults.items() if "/kaggle/" in str(value)} <= set(injected(build, name))
-    assert injected(build, name).get("DATA") == (None if name == "pretrained" else f"/kaggle/input/{COMPETITION}")
+    values = assigned_literals(staged_cell(build, name))
+    assert check_notebook_parameters(source_of(name), values) == values
+    assert values["OUT"] == "/kaggle/working"
+    assert values.get("DATA") == (None if name == "pretrained" else f"/kaggle/input/{COMPETITION}")
     assert metadata(build, name)["enable_internet"] == (name == "pretrained")
 
 
@@ -122,7 +132,7 @@ def test_kernels_are_the_stages_of_a_run_and_feed_one_another(build):
         assert set(kernel["needs"]) <= set(list(kernels)[:number])
         assert metadata(build, name)["kernel_sources"] == [f"{USER}/lumbar-spine-{need}" for need in kernel["needs"]]
         # Whatever is read from another kernel's output is among the sources, under the slug that it is pushed with.
-        for value in injected(build, name).values():
+        for value in assigned_literals(staged_cell(build, name)).values():
             if isinstance(value, str) and (slug := re.match("/kaggle/input/(lumbar-spine-[^/]+)", value)):
                 assert f"{USER}/{slug[1]}" in metadata(build, name)["kernel_sources"]
     # The same stages as the local run's, each fold of each member once.
@@ -188,9 +198,49 @@ def test_weights_made_elsewhere_become_a_data_set_that_inference_reads(tmp_path)
         utils.stage_kaggle(USER, tmp_path / "build", ROOT, weights=[run], wheels=False)
 
 
-def test_settings_are_injected_and_mistakes_are_named(tmp_path):
+def run_cells(source, **edits):
+    """The parameters in force where Kaggle runs a staged notebook whose parameters cell somebody edited by hand."""
+    for name, text in edits.items():
+        source, count = re.subn(rf"(?m)^{name} = .*?(  #.*)?$", rf"{name} = {text}\1", source)
+        assert count == 1
+    namespace = {}
+    exec(source, namespace)
+    return notebook_parameters([source], namespace)
+
+
+def test_whoever_copies_a_kernel_and_edits_a_parameter_is_obeyed(tmp_path):
+    given = {"EPOCHS": 7, "SHAPE": [96, 96, 96], "BACKBONE": "coatnet_nano_rw"}
+    utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit-level": given}, wheels=False)
+    source = staged_cell(tmp_path / "b", "train-vit-level")
+    assert run_cells(source) | given == run_cells(source)
+    edited = run_cells(source, EPOCHS="9", SHAPE="[64, 64, 64]", HOURS="2", BACKBONE="'tiny'", CACHE="True")
+    assert [edited[name] for name in ("EPOCHS", "SHAPE", "HOURS", "BACKBONE", "CACHE")] == [
+        9,
+        [64, 64, 64],
+        2.0,
+        "tiny",
+        True,
+    ]
+    # The comments say what a parameter is, also beside a value that was staged.
+    default = next(line for line in parameters_source("04_train_vit").splitlines() if line.startswith("EPOCHS"))
+    assert f"EPOCHS = 7  #{default.partition('#')[2]}\n" in source
+    names = [node.targets[0].id for node in ast.parse(source).body]
+    assert len(names) == len(set(names)) == len(ast.parse(parameters_source("04_train_vit")).body)
+    # What is typed in there is checked as what papermill is given.
+    with pytest.raises(ValueError, match="04_train_vit.ipynb: EPOCHS must be from 1"):
+        run_cells(source, EPOCHS="-1")
+    with pytest.raises(TypeError, match="04_train_vit.ipynb: FOLDS must be list"):
+        run_cells(source, FOLDS="3")
+
+
+def parameters_source(stem):
+    cells = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4).cells
+    return next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+
+
+def test_settings_are_staged_and_mistakes_are_named(tmp_path):
     utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit-level": {"EPOCHS": 7}}, wheels=False)
-    assert injected(tmp_path / "b", "train-vit-level")["EPOCHS"] == 7
+    assert told(tmp_path / "b", "train-vit-level")["EPOCHS"] == 7
     for user in ("", "your-kaggle-user", "me@example.org", "a/b"):
         with pytest.raises(ValueError, match="no Kaggle user name.*address of your profile"):
             utils.stage_kaggle(user, tmp_path / "b", ROOT, wheels=False)
@@ -287,7 +337,7 @@ def test_data_sets_travel_whole_and_a_second_time_as_a_version(stub, environment
     assert request["ownerSlug"] == USER and request["slug"] == "lumbar-spine-code" and request["isPrivate"] is True
     assert request["title"] == "Lumbar Spine Code" and request["licenseName"] == "other"
     sent = stub.datasets["lumbar-spine-code"]
-    assert set(sent) == {"utils.py", "phantom.zip", "lumbar.zip", "weights.zip"}
+    assert set(sent) == {"utils.py", "notebooks.zip", "phantom.zip", "lumbar.zip", "weights.zip"}
     assert sent["utils.py"] == (ROOT / "utils.py").read_bytes()
     with zipfile.ZipFile(io.BytesIO(sent["lumbar.zip"])) as archive:  # Kaggle unpacks it into a folder of its name
         assert set(archive.namelist()) == {
@@ -449,20 +499,20 @@ def mounted(request, build, tmp_path, monkeypatch):
 
 def test_every_staged_parameter_finds_its_input(build, mounted, tmp_path):
     for name in NAMES:
-        given = injected(build, name)
+        given = assigned_literals(staged_cell(build, name))
         found = {**given, **find_inputs(given)}
         if name != "pretrained":
             assert Path(found["DATA"]).name == COMPETITION and Path(found["DATA"]).is_dir()
         assert found["OUT"] == "/kaggle/working"
         for key, stage in (("PREPROCESSED", "01_preprocess"), ("LEVELS_DIR", "02_train_spinenet")):
             assert key not in given or (Path(found[key]) / "manifest.json").is_file() and Path(found[key]).name == stage
-    assert find_inputs(injected(build, "inference"))["WEIGHTS"] == [str(mounted)]
-    run = Path(find_inputs(injected(build, "report"))["RUN"])
+    assert find_inputs(assigned_literals(staged_cell(build, "inference")))["WEIGHTS"] == [str(mounted)]
+    run = Path(find_inputs(assigned_literals(staged_cell(build, "report")))["RUN"])
     stages = ["01_preprocess", "02_train_spinenet", "04_train_vit_level_0", "05_inference"]
     assert sorted(path.name for path in run.iterdir()) == stages and all(
         (run / s / "manifest.json").is_file() for s in stages
     )
-    shown = find_inputs(injected(build, "inspect"))
+    shown = find_inputs(assigned_literals(staged_cell(build, "inspect")))
     assert [Path(place).name for place in shown["PREDICTIONS"]] == stages
     assert (Path(shown["INFERENCE"]) / "manifest.json").is_file()
     # The notebooks' own defaults name other kernels: their stages are found by name.

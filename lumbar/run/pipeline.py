@@ -20,7 +20,7 @@ from ..grade.registry import MEMBERS
 from ..storage import plain, write_json
 from .fingerprint import code_fingerprint, read_manifest, versions
 from .mounts import KAGGLE_INPUT
-from .parameters import check_device_here, check_notebook_parameters
+from .parameters import check_device_here, check_notebook_parameters, nearest
 from .stages import _identity, _state, stage_inputs
 
 
@@ -246,21 +246,27 @@ SETTINGS = {
 SIZES = {"demo": ("demo",), "smoke": ("demo", "smoke"), "hour": ("demo", "hour"), "full": ()}
 
 
-def trainings() -> list[Training]:
-    """The members' trainings, longest first: the short ones then fill the gaps."""
-    return sorted((t for member in MEMBERS.values() for t in member.trainings), key=lambda t: -t.seconds)
+def trainings(members: Sequence[str] = ()) -> list[Training]:
+    """The members' trainings (all, or those of the named ones), longest first: the short ones then fill the gaps."""
+    chosen = [member for name, member in MEMBERS.items() if not members or name in members]
+    return sorted((t for member in chosen for t in member.trainings), key=lambda t: -t.seconds)
 
 
-def stage_table(folds: Sequence[int], size: str = "full") -> list[Stage]:
+def stage_table(folds: Sequence[int], size: str = "full", members: Sequence[str] = ()) -> list[Stage]:
     """Every stage in one order: each reads what earlier ones wrote.
 
     Each fold of each member is a stage of its own with a folder of its own, `<training>_<fold>`: independent jobs,
-    wherever they run. Raises ValueError on another size or fold.
+    wherever they run. members: to train, by their names in the registry; empty for all. Raises ValueError on another
+    size, fold or member.
     """
     if size not in SIZES:
-        raise ValueError(f"SIZE must be {', '.join(SIZES)}, not {size!r}")
+        raise ValueError(f"SIZE must be {', '.join(SIZES)}, not {size!r}.{nearest(size, SIZES)}")
     if not folds or not set(folds) <= set(ALL_FOLDS):
         raise ValueError(f"FOLDS must be some of {', '.join(map(str, ALL_FOLDS))}, not {list(folds)}")
+    for name in members:
+        if name not in MEMBERS:
+            there = ", ".join(MEMBERS)
+            raise ValueError(f"MEMBERS: there is no member {name!r}.{nearest(name, MEMBERS)} There are {there}")
     before = {"PREPROCESSED": "01_preprocess", "LEVELS_DIR": "02_train_spinenet"}
     located = ("01_preprocess", "02_train_spinenet")
 
@@ -282,7 +288,7 @@ def stage_table(folds: Sequence[int], size: str = "full") -> list[Stage]:
         ),
     ]
     for fold in folds:
-        for training in trainings():
+        for training in trainings(members):
             parameters = {**training.parameters, "FOLDS": [fold], **own(training.settings)}
             name = member_folder(training.name, [fold])
             start = training.pretrained if size == "full" else ""
@@ -294,9 +300,9 @@ def stage_table(folds: Sequence[int], size: str = "full") -> list[Stage]:
     return table
 
 
-def pretrained_names() -> list[str]:
+def pretrained_names(members: Sequence[str] = ()) -> list[str]:
     """The weights that trainings start from at full size, as `python -m lumbar.grade.pretrained` fetches them."""
-    return sorted({training.pretrained for training in trainings() if training.pretrained})
+    return sorted({training.pretrained for training in trainings(members) if training.pretrained})
 
 
 def pipeline_stages(
@@ -308,58 +314,142 @@ def pipeline_stages(
     seed: int = 0,
     workers: int = 2,
     pretrained: str = "",
+    members: Sequence[str] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """The table of stages as run_stages takes it.
 
     size: `demo`, `smoke` (the same, as short as possible) and `hour` train fold 0 with the small settings, `full` every
-    fold with the notebooks' defaults; folds: to train, empty for the size's own; pretrained: folder with the weights
-    that the full size starts from (those of pretrained_names), empty for none. Raises ValueError as stage_table.
+    fold with the notebooks' defaults; folds: to train, empty for the size's own; workers: CPU cores, which every stage
+    gets that has WORKERS or READERS; pretrained: folder with the weights that the full size starts from (those of
+    pretrained_names), empty for none; members: to train, empty for all; settings: parameters over all of these, see
+    stage_settings. Raises ValueError as stage_table, ValueError and TypeError as stage_settings.
     """
     notebooks, small = Path(notebooks), size != "full"
+    table = stage_table(list(folds) or ([0] if small else list(ALL_FOLDS)), size, members)
+    own = stage_settings(table, settings or {}, notebooks)
+    # Small trainings run side by side on a core each, and small crops are faster made than sent between processes: only
+    # cores that would be idle load for them. At full size each training takes the GPUs, and all cores, in turn.
+    side_by_side = sum(stage.training for stage in table)
     stages = []
-    for stage in stage_table(list(folds) or ([0] if small else list(ALL_FOLDS)), size):
+    for stage in table:
         reads = {
             key: f"{out}/{names}" if isinstance(names, str) else [f"{out}/{name}" for name in names]
             for key, names in stage.reads.items()
         }
+        alone = small and stage.training
+        notebook = notebooks / f"{stage.notebook}.ipynb"
+        shared = {
+            "SEED": seed,
+            "WORKERS": max(workers // side_by_side - 1, 0) if alone else workers,
+            "READERS": min(workers, 4),
+            "RUN": str(out),
+            **({"PRETRAINED": str(pretrained)} if pretrained and stage.pretrained else {}),
+        }
+        known = check_notebook_parameters(notebook, {})
         parameters: dict[str, Any] = {"OUT": str(out), "DATA": str(data), **reads}
-        if stage.name == "01_preprocess":
-            parameters |= {"SEED": seed, "WORKERS": workers}
-        elif stage.name == "06_report":
-            parameters["RUN"] = str(out)
-        elif stage.name != "05_inference":
-            # Small crops are faster made than sent between processes.
-            parameters |= {"SEED": seed} | ({"WORKERS": 0} if small else {})
-            parameters |= {"PRETRAINED": str(pretrained)} if pretrained and stage.pretrained else {}
+        parameters |= {name: value for name, value in shared.items() if name in known}
         stages.append(
             {
                 "name": stage.name,
-                "notebook": notebooks / f"{stage.notebook}.ipynb",
+                "notebook": notebook,
                 "after": list(stage.after),
-                # Small trainings run side by side on a core each; at full size each takes the GPUs in turn.
-                "threads": 1 if small and stage.training else workers,
-                "parameters": parameters | stage.parameters,
+                "threads": 1 if alone else workers,
+                "parameters": parameters | stage.parameters | own[stage.name],
             }
         )
     return stages
 
 
+def stage_settings(
+    table: Sequence[Stage], settings: Mapping[str, Mapping[str, Any]], notebooks: str | Path
+) -> dict[str, dict[str, Any]]:
+    """SETTINGS of 00_pipeline and publish, stage by stage: dict name of a stage -> dict parameter -> value.
+
+    settings: dict of a stage (04_train_vit_level_0), a training of all folds (04_train_vit_level), a notebook
+    (04_train_vit) or a kernel (train-vit-level) -> its parameters; the narrower name wins. Raises ValueError for a name
+    or parameter that is not there, naming the nearest, and for one that the pipeline itself sets, TypeError for a value
+    of another type.
+    """
+    found = settings_of({stage.name: names_of(stage) for stage in table}, settings)
+    for stage in table:
+        given = found[stage.name]
+        where = f"SETTINGS of {', '.join(name for name in dict.fromkeys(names_of(stage)) if name in settings)}"
+        try:
+            checked = check_notebook_parameters(Path(notebooks) / f"{stage.notebook}.ipynb", given)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{where}: {error}") from None
+        fixed = {"OUT", "DATA", "RUN", *stage.reads} | ({"FOLDS", *_of_training(stage)} if stage.training else set())
+        if wrong := sorted(fixed & set(given)):
+            raise ValueError(
+                f"{where}: the pipeline itself sets {', '.join(wrong)}; "
+                "FOLDS and MEMBERS say what is trained, DATA and OUT where things lie"
+            )
+        found[stage.name] = {name: checked[name] for name in given}
+    return found
+
+
+def names_of(stage: Stage) -> tuple[str, ...]:
+    """What a stage may be called in SETTINGS, the widest name first: notebook, training, kernel, stage."""
+    training = (stage.name.rpartition("_")[0],) if stage.training else ()
+    return (stage.notebook, *training, stage.kernel, stage.name)
+
+
+def settings_of(
+    names: Mapping[str, Sequence[str]], settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """SETTINGS by stage (or kernel): dict of it -> parameters, of all its names, those of the last name winning.
+
+    names: dict stage -> what it may be called, the widest name first. Raises ValueError for a name that is not there,
+    naming the nearest, TypeError where a name does not hold parameters.
+    """
+    known = dict.fromkeys(name for own in names.values() for name in own)
+    for name, parameters in settings.items():
+        if name not in known:
+            there = ", ".join(known)
+            hint = nearest(name, known)
+            raise ValueError(f"SETTINGS: there is no stage, notebook or kernel {name!r}.{hint} There are {there}")
+        if not isinstance(parameters, Mapping):
+            raise TypeError(f"SETTINGS: {name} must hold parameters, such as {{EPOCHS: 3}}, not {parameters!r}")
+    return {stage: {k: v for name in own for k, v in settings.get(name, {}).items()} for stage, own in names.items()}
+
+
+def _of_training(stage):
+    """The parameters that say which of a notebook's trainings a stage is, such as SCOPE."""
+    return next(t.parameters for t in trainings() if t.name == stage.name.rpartition("_")[0])
+
+
 def choose_stages(stages: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """The stages with these names (all, if none is given). What they wait for must be finished or chosen too.
 
-    A training's name without a fold (04_train_vit_level) is all of its folds.
+    A training's name without a fold (04_train_vit_level) is all of its folds. Of the folders of weights that a stage
+    reads, those are left that will be there: of chosen stages, and of those that lie there already. So 05_inference
+    alone takes whatever was trained.
     """
     known, without_fold = [stage["name"] for stage in stages], [training.name for training in trainings()]
     for name in names:
         if name not in known and name not in without_fold:
             training, _, fold = name.rpartition("_")
             hint = (
-                f" FOLDS leaves fold {fold} out: add it there." if training in without_fold and fold.isdigit() else ""
+                f" FOLDS leaves fold {fold} out: add it there."
+                if training in without_fold and fold.isdigit()
+                else nearest(name, [*known, *without_fold])
             )
             there = ", ".join([*known, *without_fold])
             raise ValueError(f"STAGES: there is no stage {name!r}.{hint} There are {there}")
     chosen = [s for s in stages if not names or s["name"] in names or s["name"].rpartition("_")[0] in names]
-    return [{**stage, "after": [a for a in stage["after"] if a in [s["name"] for s in chosen]]} for stage in chosen]
+    own = {stage["name"] for stage in chosen}
+
+    def left(parameters):
+        weights = parameters.get("WEIGHTS")
+        if not isinstance(weights, list):
+            return parameters
+        return {**parameters, "WEIGHTS": [p for p in weights if Path(p).name in own or Path(p).is_dir()]}
+
+    return [
+        {**stage, "after": [a for a in stage["after"] if a in own], "parameters": left(stage["parameters"])}
+        for stage in chosen
+    ]
 
 
 def write_run_manifest(
@@ -397,16 +487,18 @@ PRETRAINED_STAGE = "00_pretrained"  # folder of what pretrained.ipynb fetches
 TRAINING_HOURS = 10.5  # of the 12 that Kaggle gives a kernel: the rest is for what comes before and after
 
 
-def kaggle_kernels(base: str = "lumbar-spine", folds: Sequence[int] = (0,)) -> dict[str, dict[str, Any]]:
+def kaggle_kernels(
+    base: str = "lumbar-spine", folds: Sequence[int] = (0,), members: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
     """The table of stages as kernels on Kaggle, in their order: dict name -> dict.
 
-    base: what all slugs begin with; folds: to train, a kernel for each fold of each training, see Stage.kernel. One
-    that is not done in TRAINING_HOURS ends there, see stage_kaggle's `continued`.
-    Each has notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads), gpu and internet,
+    base: what all slugs begin with; folds, members: to train, a kernel for each fold of each training, see
+    Stage.kernel. One that is not done in TRAINING_HOURS ends there, see stage_kaggle's `continued`.
+    Each has stage (the folder that it writes), names (of it in SETTINGS), notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads), gpu and internet,
     which only `pretrained` has: it fetches what trainings start from, and needs nothing else.
     Raises ValueError as stage_table.
     """
-    table = stage_table(sorted(folds))
+    table = stage_table(sorted(folds), members=members)
     names = {stage.name: stage.kernel for stage in table}
 
     def output(stage):
@@ -421,8 +513,10 @@ def kaggle_kernels(base: str = "lumbar-spine", folds: Sequence[int] = (0,)) -> d
     }
     kernels = {
         "pretrained": {
+            "stage": PRETRAINED_STAGE,
+            "names": ("pretrained",),
             "notebook": "pretrained",
-            "parameters": {"NAMES": pretrained_names()},
+            "parameters": {"NAMES": pretrained_names(members)},
             "needs": [],
             "gpu": False,
             "internet": True,
@@ -434,6 +528,8 @@ def kaggle_kernels(base: str = "lumbar-spine", folds: Sequence[int] = (0,)) -> d
         if stage.pretrained:
             reads["PRETRAINED"] = f"{KAGGLE_INPUT}/{base}-pretrained/{PRETRAINED_STAGE}"
         kernels[stage.kernel] = {
+            "stage": stage.name,
+            "names": names_of(stage),
             "notebook": stage.notebook,
             "parameters": {**reads, **stage.parameters, **limit, **own.get(stage.name, {})},
             "needs": [names[name] for name in stage.after] + ["pretrained"] * bool(stage.pretrained),
@@ -443,6 +539,5 @@ def kaggle_kernels(base: str = "lumbar-spine", folds: Sequence[int] = (0,)) -> d
     located = {"PREPROCESSED": output("01_preprocess"), "LEVELS_DIR": output("02_train_spinenet")}
     shown = {**located, "PREDICTIONS": [KAGGLE_INPUT], "INFERENCE": output("05_inference")}
     every = [names[stage.name] for stage in table if stage.name != "06_report"]
-    return kernels | {
-        "inspect": {"notebook": "inspect", "parameters": shown, "needs": every, "gpu": False, "internet": False}
-    }
+    inspect = {"notebook": "inspect", "parameters": shown, "needs": every, "gpu": False, "internet": False}
+    return kernels | {"inspect": {"stage": "", "names": ("inspect",), **inspect}}

@@ -1,6 +1,6 @@
 """Staging and pushing kernels and data sets to Kaggle.
 
-May use: pipeline, parameters, serve.members, storage, grade, mounts.
+May use: cells, pipeline, parameters, serve.members, storage, grade, mounts.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ from typing import Any
 
 from ..grade.registry import MEMBERS
 from ..storage import write_json
+from .cells import with_values
 from .mounts import KAGGLE_HAS, KAGGLE_INPUT, KAGGLE_WORKING, NEEDED
 from .parameters import check_notebook_parameters
 from .pipeline import kaggle_kernels
@@ -25,20 +26,21 @@ KAGGLE_OWNER_PLACEHOLDER = "your-kaggle-user"
 
 
 def staged_notebook(notebook: str | Path, parameters: Mapping[str, Any]) -> str:
-    """A notebook's JSON text with the parameters injected as papermill does it, without outputs or traces of a run.
+    """A notebook's JSON text with these parameters in its one parameters cell, without outputs or traces of a run.
 
-    Raises ValueError or TypeError for a parameter that the notebook does not have, see check_notebook_parameters.
+    The values stand where the defaults stood, with the comments beside them: whoever copies the kernel on Kaggle edits
+    them there. Raises ValueError or TypeError for a parameter that the notebook does not have, see
+    check_notebook_parameters.
     """
     import nbformat
-    from papermill.iorw import load_notebook_node
-    from papermill.parameterize import parameterize_notebook
 
-    check_notebook_parameters(notebook, parameters)
-    staged = parameterize_notebook(load_notebook_node(str(notebook)), parameters)
-    staged.metadata.pop("papermill")
+    checked, defaults = check_notebook_parameters(notebook, parameters), check_notebook_parameters(notebook, {})
+    changed = {name: checked[name] for name in parameters if checked[name] != defaults[name]}
+    staged = nbformat.read(notebook, as_version=4)
+    (cell,) = (cell for cell in staged.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source = with_values(cell.source, changed)
     for number, cell in enumerate(staged.cells):
-        cell.metadata.pop("papermill", None)
-        cell["id"] = f"cell-{number}"  # papermill's own are random: the same notebook shall give the same text
+        cell["id"] = f"cell-{number}"  # the same notebook shall give the same text
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     staged.nbformat_minor = max(staged.nbformat_minor, 5)
@@ -149,10 +151,13 @@ def stage_kaggle(
 
 
 def stage_code(folder: str | Path, repository: str | Path = ".") -> Path:
-    """Copy what the notebooks import, and the shipped weights, into the folder of a data set. Returns the folder."""
+    """Copy the notebooks, what they import, and the shipped weights into the folder of a data set. Returns the folder.
+
+    The notebooks are what 00_pipeline runs, and what says which values a parameter may have.
+    """
     folder, repository = Path(folder), Path(repository)
     folder.mkdir(parents=True)
-    for pattern in ("utils.py", "phantom/*.py", "lumbar/**/*.*", "weights/*.safetensors"):
+    for pattern in ("utils.py", "notebooks/*.ipynb", "phantom/*.py", "lumbar/**/*.*", "weights/*.safetensors"):
         for path in sorted(path for path in repository.glob(pattern) if path.is_file() and path.suffix != ".pyc"):
             target = folder / path.relative_to(repository)
             target.parent.mkdir(parents=True, exist_ok=True)
