@@ -32,6 +32,18 @@ try {
   if (theme) root.dataset.theme = theme === 'true' ? 'light' : 'dark';
   const fit = () => { window.frameElement.style.height = root.offsetHeight + 4 + 'px'; };
   new ResizeObserver(fit).observe(root);
+  // Keys reach the frame while the mouse is over it, without a click first, unless somebody is writing.
+  let before = null;
+  document.documentElement.addEventListener('pointerenter', () => {
+    before = window.frameElement.ownerDocument.activeElement;
+    if (before === window.frameElement) before = null;
+    else if (!before || !before.closest('input,textarea,select,[contenteditable=true]')) window.focus();
+  });
+  document.documentElement.addEventListener('pointerdown', () => { before = null; });
+  document.documentElement.addEventListener('pointerleave', () => {
+    if (before && before.isConnected) before.focus({ preventScroll: true });
+    before = null;
+  });
 } catch (error) {}
 })();
 """

@@ -285,7 +285,7 @@ def test_texts_stand_out(chromium, file, scheme):
     page = Page(chromium, file, color_scheme=scheme)
     paper = luminance(page.page.locator(".lumbar-viewer").evaluate("x => getComputedStyle(x).backgroundColor"))
     assert (paper > 0.5) == (scheme == "light")
-    for selector in ("h3", "summary", "figcaption span", "td[data-cell]", "th", ".legend", ".tools label"):
+    for selector in (".title", "summary", "figcaption span", "td[data-cell]", "th", ".legend", ".tools label"):
         ink = luminance(page.page.locator(selector).first.evaluate("x => getComputedStyle(x).color"))
         ratio = (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05)
         assert ratio >= 4.5, f"{selector}: {ratio:.1f}"
