@@ -279,7 +279,11 @@ def _tables(members: Mapping[str, np.ndarray], truth: np.ndarray | None, always:
         for number, p in enumerate(members.values())
     )
     tables = tables or (grade_table_html(None, truth) if truth is not None or always else "")
-    return f"<div class=scroll tabindex=0 role=group aria-label='all levels and conditions'>{tables}</div>" if tables else ""
+    return (
+        f"<div class=scroll tabindex=0 role=group aria-label='all levels and conditions'>{tables}</div>"
+        if tables
+        else ""
+    )
 
 
 def _legend() -> str:
