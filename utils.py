@@ -55,9 +55,21 @@ from lumbar.grade.trainer import Recipe, TrainConfig, train_classifier
 from lumbar.grade.tta import TTA_VIEWS
 
 # Looking
+from lumbar.look.findings import (
+    calibration_text,
+    confusion_text,
+    curves_text,
+    example_text,
+    grid_finding,
+    numbering_text,
+    report_findings,
+    scores_text,
+    summary_html,
+    time_finding,
+)
 from lumbar.look.inspection import read_inspection
 from lumbar.look.looks import plot_looks
-from lumbar.look.page import export_html, paragraph_html, short, table_html
+from lumbar.look.page import export_html, paragraph_html, short, show_figure, table_html
 from lumbar.look.plot_crops import plot_crop_gallery, plot_level_crop, view_name
 from lumbar.look.plot_curves import plot_learning_curves, plot_spinenet_history, plot_yolo_training
 from lumbar.look.plot_diagrams import plot_cumulative_logits, plot_pipeline
@@ -190,6 +202,7 @@ __all__ = [
     "boxes_from_table",
     "boxes_to_table",
     "bytes_of",
+    "calibration_text",
     "cell_losses",
     "check_folds",
     "check_predictions",
@@ -198,15 +211,18 @@ __all__ = [
     "combine_members",
     "combine_tables",
     "competition_score",
+    "confusion_text",
     "crop_level",
     "crop_study",
     "cross_validate_ensemble",
+    "curves_text",
     "default_ensemble",
     "dense_scores",
     "device_for",
     "ensemble_for",
     "ensemble_table",
     "equal_ensemble",
+    "example_text",
     "expand_view",
     "export_html",
     "fetch",
@@ -216,6 +232,7 @@ __all__ = [
     "fit_ensemble",
     "fit_point_offsets",
     "from_submission",
+    "grid_finding",
     "infer_studies",
     "inspect_study",
     "kaggle_kernels",
@@ -248,6 +265,7 @@ __all__ = [
     "nested_folds",
     "normalise_study",
     "normalise_volume",
+    "numbering_text",
     "open_stage",
     "out_of_fold_prior",
     "out_of_fold_table",
@@ -298,6 +316,7 @@ __all__ = [
     "read_study",
     "read_vertebra_truth",
     "read_views",
+    "report_findings",
     "row_ids",
     "run_stages",
     "save_spinenet",
@@ -305,9 +324,11 @@ __all__ = [
     "score_arrays",
     "score_studies",
     "score_table",
+    "scores_text",
     "settle_detectors",
     "settle_views",
     "short",
+    "show_figure",
     "stage_kaggle",
     "start_notebook",
     "studies_to_predict",
@@ -315,8 +336,10 @@ __all__ = [
     "study_html",
     "study_paths",
     "summarise_levels",
+    "summary_html",
     "table_html",
     "term_table",
+    "time_finding",
     "time_limit",
     "to_submission",
     "train_classifier",
