@@ -92,7 +92,8 @@ def table_html(
 
 _PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#1b1b1b;--soft:#555;--paper:#fff;--rule:#ccc;--stripe:#f4f6f8;--key:#0067a3}
-@media (prefers-color-scheme:dark){:root{--ink:#eaeaea;--soft:#b5b5b5;--paper:#161616;--rule:#444;--stripe:#202326;--key:#6fc1f2}}
+@media (prefers-color-scheme:dark){:root{--ink:#eaeaea;--soft:#b5b5b5;--paper:#161616;--rule:#444;--stripe:#202326;
+ --key:#6fc1f2}}
 body{margin:0 auto;padding:24px 20px 80px;max-width:1060px;background:var(--paper);
  color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 h1{font-size:1.9em;line-height:1.2}h2{margin-top:2.2em;border-bottom:1px solid var(--rule);padding-bottom:.2em}

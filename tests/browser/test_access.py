@@ -3,11 +3,15 @@
 axe-core comes with `pip install axe-playwright-python`; without it these tests are skipped.
 """
 
+from pathlib import Path
+
 import pytest
 from small_study import make_boxes, make_detections, make_points, make_probabilities, make_study, make_vertebrae
 
 import utils
+from lumbar.data.volume import Study
 
+ROOT = Path(__file__).resolve().parents[2]
 SCREENS = {"1280x720": (1280, 720), "200%": (640, 360)}
 
 
@@ -52,7 +56,7 @@ def pages(tmp_path_factory):
         vertebrae=make_vertebrae(),
         detections=make_detections(),
     )
-    bare = utils.study_html(utils.Study(7, []), page=True)
+    bare = utils.study_html(Study(7, []), page=True)
     return {name: utils.write_text(folder / f"{name}.html", text) for name, text in (("full", full), ("bare", bare))}
 
 
