@@ -53,12 +53,24 @@ from lumbar.grade.slice_training import SliceConfig, SliceRecipe
 from lumbar.grade.tables import align_members, check_predictions, read_out_of_fold
 from lumbar.grade.trainer import Recipe, TrainConfig, train_classifier
 from lumbar.grade.tta import TTA_VIEWS
+from lumbar.look.findings import (
+    calibration_text,
+    confusion_text,
+    curves_text,
+    example_text,
+    grid_finding,
+    numbering_text,
+    report_findings,
+    scores_text,
+    summary_html,
+    time_finding,
+)
 
 # Looking
 from lumbar.look.folder_pages import open_folder, write_pages
 from lumbar.look.inspection import read_inspection
 from lumbar.look.looks import plot_looks
-from lumbar.look.page import export_html, paragraph_html, short, table_html
+from lumbar.look.page import export_html, paragraph_html, short, show_figure, table_html
 from lumbar.look.plot_crops import plot_crop_gallery, plot_level_crop, view_name
 from lumbar.look.plot_curves import plot_learning_curves, plot_spinenet_history, plot_yolo_training
 from lumbar.look.plot_diagrams import plot_cumulative_logits, plot_pipeline
@@ -195,6 +207,7 @@ __all__ = [
     "boxes_from_table",
     "boxes_to_table",
     "bytes_of",
+    "calibration_text",
     "cell_losses",
     "check_folds",
     "check_predictions",
@@ -203,15 +216,18 @@ __all__ = [
     "combine_members",
     "combine_tables",
     "competition_score",
+    "confusion_text",
     "crop_level",
     "crop_study",
     "cross_validate_ensemble",
+    "curves_text",
     "default_ensemble",
     "dense_scores",
     "device_for",
     "ensemble_for",
     "ensemble_table",
     "equal_ensemble",
+    "example_text",
     "expand_view",
     "export_html",
     "fetch",
@@ -224,6 +240,7 @@ __all__ = [
     "folder_log",
     "from_submission",
     "grade_folder",
+    "grid_finding",
     "infer_studies",
     "inspect_study",
     "kaggle_kernels",
@@ -260,6 +277,7 @@ __all__ = [
     "normalise_study",
     "normalise_volume",
     "open_folder",
+    "numbering_text",
     "open_stage",
     "out_of_fold_prior",
     "out_of_fold_table",
@@ -314,6 +332,7 @@ __all__ = [
     "read_vertebra_truth",
     "read_views",
     "refuse_prior_only",
+    "report_findings",
     "row_ids",
     "run_stages",
     "save_spinenet",
@@ -322,9 +341,11 @@ __all__ = [
     "score_studies",
     "score_table",
     "series_table",
+    "scores_text",
     "settle_detectors",
     "settle_views",
     "short",
+    "show_figure",
     "stage_kaggle",
     "start_notebook",
     "studies_to_predict",
@@ -332,8 +353,10 @@ __all__ = [
     "study_html",
     "study_paths",
     "summarise_levels",
+    "summary_html",
     "table_html",
     "term_table",
+    "time_finding",
     "time_limit",
     "to_submission",
     "train_classifier",

@@ -884,7 +884,6 @@ SHOWN = {
     "25 * len(log)",
     "int(log['prior_rows'].sum())",
     "final_name.lower()",  # Ensemble or Class prior
-    "'below (better than)' if gain > 0 else 'above (no better than)'",
     "title",  # Training studies or Test studies
     "row.study_id",  # an integer of the labels
     "utils.LEVEL_NAMES[row.level]",
@@ -906,7 +905,7 @@ def test_notebooks_escape_what_they_display():
             calls += 1
             made = ast.unparse(node.args[0])
             if node.func.id == "HTML":
-                assert re.match(r"(utils\.(table|paragraph|study)_html|inspection\.study_html)\(", made), made
+                assert re.match(r"(utils\.(table|paragraph|study|summary)_html|inspection\.study_html)\(", made), made
                 continue
             for part in ast.walk(node.args[0]):
                 if isinstance(part, ast.FormattedValue) and part.format_spec is None:

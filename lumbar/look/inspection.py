@@ -52,15 +52,32 @@ class Inspection:
     detectors: Drawing | Callable[[], Drawing] = ()
     log: pd.DataFrame | None = None
 
+    def first_study(self) -> int:
+        """The study to open on: of those with most members' predictions and, if possible, labels the first.
+
+        Raises ValueError without any study.
+        """
+        if not self.paths:
+            raise ValueError("no study to look at: paths is empty (run 01_preprocess first)")
+
+        def shown(study_id):
+            return sum(study_id in own for own in self.predicted.values()), study_id in self.truths
+
+        return max(sorted(self.paths), key=shown)
+
+    def load(self, study_id: int) -> Study:
+        """A study, normalised. Raises ValueError for one that is not there."""
+        if study_id not in self.paths:
+            raise ValueError(f"there is no study {study_id}; one of the {len(self.paths)} is {next(iter(self.paths))}")
+        path = self.paths[study_id]
+        return path() if callable(path) else load_study(path)
+
     def study_html(self, study_id: int, detections: bool = False, **options: Any) -> tuple[str, list[str]]:
         """A study's page or fragment: (HTML text, the study's problems as sentences).
 
         detections: run the detectors, a second or two; options: as study_html takes them.
         """
-        if study_id not in self.paths:
-            raise ValueError(f"there is no study {study_id}; one of the {len(self.paths)} is {next(iter(self.paths))}")
-        path = self.paths[study_id]
-        study = path() if callable(path) else load_study(path)
+        study = self.load(study_id)
         there = self.levels is not None and (self.levels["study_id"] == study_id).any()
         boxes = boxes_from_table(self.levels, study_id) if there else []
         found = study_detections(self._drawing(), study, boxes) if detections and boxes else None
