@@ -46,11 +46,17 @@ def rooms() -> dict[str, str]:
     }
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A module, parsed once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports_of(name: str, path: Path, source: str | None = None) -> set[str]:
     """The kit's modules that a module imports, inside functions and at its top."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8") if source is None else source)):
+    for node in ast.walk(tree_of(path) if source is None else ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -136,16 +142,59 @@ def allowed_by(docstring: str, name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", [name for name, path in kit().items() if path.name != "__init__.py"])
 def test_docstrings_say_what_is_used(name):
-    docstring = ast.get_docstring(ast.parse(kit()[name].read_text(encoding="utf-8"))) or ""
+    docstring = ast.get_docstring(tree_of(kit()[name])) or ""
     allowed = allowed_by(docstring, name)
     used = imports_of(name, kit()[name])
     unsaid = [other for other in used if other not in allowed and other.rpartition(".")[0] not in allowed]
     assert not unsaid, f"{name} uses {unsaid}, which its docstring does not say"
+    unused = allowed - used - {other.rpartition(".")[0] for other in used}
+    assert not unused, f"{name} does not use {sorted(unused)}, which its docstring says it may"
 
 
 def test_rooms_say_what_they_are_for():
     for name in rooms():
-        assert ast.get_docstring(ast.parse(kit()[name].read_text(encoding="utf-8"))), f"{name} has no docstring"
+        assert ast.get_docstring(tree_of(kit()[name])), f"{name} has no docstring"
+
+
+def unprepared_imports(source: str) -> list[int]:
+    """Lines that import ultralytics, directly or with its trainer, where no call before them in the same function
+    prepares it.
+
+    The process' first import decides whether ultralytics may use the network: a file of tests that imports it
+    unprepared makes others fail, or not, by the order in which they run.
+    """
+    found, prepared = set(), set()
+    for top in ast.parse(source).body:
+        for node in ast.walk(top):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("prepare_ultralytics"):
+                prepared |= set(range(node.lineno, top.end_lineno + 1))
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "ultralytics" or name.endswith("detector_trainer") for name in names):
+                found.add(node.lineno)
+    return sorted(found - prepared)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
+def test_ultralytics_is_prepared_before_tests_import_it(path):
+    lines = unprepared_imports(path.read_text(encoding="utf-8"))
+    assert not lines, f"{path.name}: call prepare_ultralytics in the function before lines {lines} import ultralytics"
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("from ultralytics.nn import tasks", [1]),
+        ("import torch\nimport ultralytics.cfg as cfg", [2]),
+        ("def f():\n    from lumbar.grade.detector_trainer import PatchTrainer", [2]),
+        ("def f():\n    from lumbar.grade import detector_trainer\n    prepare_ultralytics(x)", [2]),
+        ("def f():\n    prepare_ultralytics(x)\ndef g():\n    import ultralytics", [4]),
+        ("def f():\n    own.prepare_ultralytics(x)\n    import ultralytics", []),
+        ("from ultralytics_thop import x", []),
+    ],
+)
+def test_unprepared_imports_are_found(source, expected):
+    assert unprepared_imports(source) == expected
 
 
 @cache

@@ -296,6 +296,7 @@ def coco(tmp_path_factory):
 
 
 def detector(folder, classes=3):
+    prepare_ultralytics(folder / "ultralytics")
     from ultralytics.nn.tasks import DetectionModel
 
     torch.manual_seed(3)
@@ -324,6 +325,7 @@ def test_a_detector_starts_from_cocos_weights_without_the_class_head(coco, tmp_p
 @pytest.mark.slow
 def test_a_checkpoint_of_another_detector_is_refused(coco, tmp_path):
     wide = _yolo_model_yaml("yolov10n.yaml", 0.25, tmp_path)
+    prepare_ultralytics(tmp_path / "ultralytics")
     from ultralytics.nn.tasks import DetectionModel
 
     with pytest.raises(utils.DamagedFile, match="another network"):

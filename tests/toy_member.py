@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lumbar.grade.member import Member, Prediction, Training, Weights
+from lumbar.grade.member import Member, Prediction, TrainingStage, Weights
 from lumbar.storage import open_tensors
 
 NOTEBOOK = """
@@ -48,7 +48,7 @@ NOISE = 0.2  # standard deviation of the log probabilities
 class Toy(Member):
     name, title, share = "toy", "Prior with noise", 0.05
     parts = ("toy",)
-    trainings = (Training("07_train_toy", "toy", seconds=1.0),)
+    trainings = (TrainingStage("07_train_toy", "toy", seconds=1.0),)
 
     def read_about(self, path):
         with open_tensors(path, "toy", "train it again") as (about, _):

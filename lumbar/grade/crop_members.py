@@ -28,7 +28,7 @@ from .classifier import (
     read_classifier_about,
 )
 from .crops import cut_crops
-from .member import Member, Prediction, Training, Weights, free_memory, together_or_alone, without_frames
+from .member import Member, Prediction, TrainingStage, Weights, free_memory, together_or_alone, without_frames
 
 # Voxels that go through a network together, at most: eight crops of 128^3, one study of 256^3.
 BATCH_VOXELS = 1 << 24
@@ -139,7 +139,7 @@ class LevelCrops(CropMember):
     name, title, share = "level", "Level crops, 3D network", 0.25
     parts = ("level",)
     trainings = (
-        Training(
+        TrainingStage(
             "04_train_vit_level",
             "04_train_vit",
             {"SCOPE": "level"},
@@ -173,7 +173,7 @@ class WholeStudy(CropMember):
     parts = ("study",)
     whole_study = True
     trainings = (
-        Training(
+        TrainingStage(
             "04_train_vit_study",
             "04_train_vit",
             {"SCOPE": "study"},

@@ -1,6 +1,6 @@
 """Crops for the 3D networks: cut, stored, augmented, mirrored, seen in test-time views.
 
-May use: tta, data, storage, names.
+May use: data, storage, names.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -276,16 +276,11 @@ def write_yolo_dataset(
         Nothing could be labelled.
     """
     images = images or SeverityImages(condition, imgsz, view)
-    out_dir, volumes_dir = Path(out_dir), Path(volumes_dir)
+    out_dir = Path(out_dir)
     fold_of = dict(zip(folds["study_id"].astype(int), folds["fold"].astype(int)))
     points = yolo_examples(coordinates, study_ids, grades, condition)
     points = points[points["study_id"].isin(fold_of)]
-    paths = {study_id: volumes_dir / f"{study_id}.safetensors" for study_id in sorted(points["study_id"].unique())}
-    there = {study_id: path for study_id, path in paths.items() if path.is_file()}
-    if paths and not there:
-        raise FileNotFoundError(
-            f"{next(iter(paths.values()))}: no volumes for a labelled study; run 01_preprocess for it first"
-        )
+    there = _volume_files(Path(volumes_dir), points["study_id"])
     settings = images.about | {
         "condition": condition,
         "scheme": images.scheme,
@@ -316,6 +311,17 @@ def write_yolo_dataset(
     counts = {"images": sum(map(len, written.values())), "outside_field": outside, "without_slice": len(left_out)}
     write_json(done, settings | counts)
     return settings | counts
+
+
+def _volume_files(folder, study_ids):
+    """Dict study_id -> its volume file, for those that have one. Raises FileNotFoundError where none has."""
+    paths = {study_id: folder / f"{study_id}.safetensors" for study_id in sorted(set(study_ids))}
+    there = {study_id: path for study_id, path in paths.items() if path.is_file()}
+    if paths and not there:
+        raise FileNotFoundError(
+            f"{next(iter(paths.values()))}: no volumes for a labelled study; run 01_preprocess for it first"
+        )
+    return there
 
 
 def _read_finished(path, settings):

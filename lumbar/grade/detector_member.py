@@ -21,7 +21,7 @@ from ..weights import Stated
 from .detector import YoloDetector, dense_scores, load_yolo, yolo_studies, yolo_views
 from .detector_data import SeverityImages
 from .detector_weights import _REMEDY, read_detector_about
-from .member import Member, Prediction, Training, Weights, free_memory, silence, together_or_alone
+from .member import Member, Prediction, TrainingStage, Weights, free_memory, silence, together_or_alone
 
 FEW_PATCHES = 4  # that go through a detector together where memory is short
 LEAST_SCORE = 0.05  # of a box that is drawn
@@ -39,7 +39,7 @@ _SMALL = {
 
 def _training(condition, seconds, **own):
     settings = {"demo": _SMALL | own, "hour": {"EPOCHS": 5}, "smoke": {"EPOCHS": 1, "IMGSZ": 128}}
-    return Training(
+    return TrainingStage(
         f"03_train_yolo_{condition}", "03_train_yolo", {"CONDITION": condition}, seconds, settings, "yolov10x"
     )
 

@@ -1,6 +1,6 @@
 """The training of a detector by ultralytics.
 
-May use: detector_weights, detector_data, pretrained, storage, names, detector_trainer, weights.
+May use: detector_trainer, detector_weights, pretrained, storage, weights.
 """
 
 import json
@@ -124,10 +124,7 @@ def train_yolo(
         return weights
     find_yolo_description(model)
     if initial_weights is not None:
-        try:  # unusable ones end here, not in a process for each GPU
-            read_weights(initial_weights, "metadata", _REMEDY)
-        except DamagedFile:
-            read_state(initial_weights)  # COCO's are not a file of the kit
+        _check_initial_weights(initial_weights)
     run = out_dir / f"run_{condition}_{fold}"
     # Not in the run's own folder: ultralytics empties that before it starts processes for several GPUs.
     setup = out_dir / f"setup_{condition}_{fold}"
@@ -141,6 +138,14 @@ def train_yolo(
     shutil.rmtree(run / "weights", ignore_errors=True)  # ultralytics makes it and nothing is in it
     (setup / "state.pt").unlink()
     return weights
+
+
+def _check_initial_weights(path):
+    """Raise ValueError for weights that cannot be used: here, not later in a process for each GPU."""
+    try:
+        read_weights(path, "metadata", _REMEDY)
+    except DamagedFile:
+        read_state(path)  # COCO's are not a file of the kit
 
 
 def _read_dataset(folder, fold):

@@ -3,7 +3,7 @@
 A new member is a module with a Member in it, one line in registry.py, and a notebook (or a parameter of one) that
 trains it and writes its weights, `oof.csv` and `history.csv`.
 
-May use: data, storage, problems, names.
+May use: data, problems, names.
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +35,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingStage:
     """A member's stage in the pipeline: one notebook, once for each fold.
 
     name: of the stage, which is its folder's; notebook: its stem; parameters: what the notebook is told besides DATA,
@@ -73,7 +73,7 @@ class Member(ABC):
         Of the weights, in an ensemble that no out-of-fold predictions fitted.
     parts : tuple of str
         What the names of its weights files begin with: `<part>_<fold>.safetensors`.
-    trainings : tuple of Training
+    trainings : tuple of TrainingStage
     whole_study : bool
         True where it grades a study whose levels are not known: what it alone grades is said in the log.
     """
@@ -82,7 +82,7 @@ class Member(ABC):
     title: str
     share: float
     parts: tuple[str, ...]
-    trainings: tuple[Training, ...] = ()
+    trainings: tuple[TrainingStage, ...] = ()
     whole_study: bool = False
 
     @abstractmethod

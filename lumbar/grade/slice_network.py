@@ -1,6 +1,6 @@
 """The 2.5D network: a 2D backbone on every slice, a sequence over slices, one over the levels; its weights files.
 
-May use: slice_crops, crops, ordinal, pretrained, weights, data, storage, names.
+May use: slice_crops, crops, ordinal, pretrained, weights, storage, names.
 """
 
 from collections.abc import Mapping, Sequence

@@ -15,7 +15,7 @@ from ..data.volume import Study
 from ..limits import check_limit
 from ..names import CONDITIONS, LEVELS, SEVERITIES
 from ..problems import Problem
-from .member import Member, Prediction, Training, Weights, free_memory, silence, together_or_alone, without_frames
+from .member import Member, Prediction, TrainingStage, Weights, free_memory, silence, together_or_alone, without_frames
 from .slice_crops import SliceCrop, cut_slices, slice_crop
 from .slice_network import load_slices, predict_slices, read_slices_about
 
@@ -28,7 +28,7 @@ class Slices(Member):
     name, title, share = "slices", "Native slices, 2.5D network", 0.35
     parts = ("slices",)
     trainings = (
-        Training(
+        TrainingStage(
             "04_train_vit_slices",
             "04_train_vit",
             {"SCOPE": "slices"},

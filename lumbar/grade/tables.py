@@ -1,6 +1,6 @@
 """Tables of predictions, out of fold and of members: read, checked, brought into one order.
 
-May use: registry, data, storage, names.
+May use: registry, data, names.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

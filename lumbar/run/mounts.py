@@ -1,6 +1,6 @@
 """Where inputs are mounted on Kaggle, and what is installed there.
 
-May use: names.
+May use: nothing of the kit.
 """
 
 import hashlib

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.tables import read_folds
-from ..grade.member import Training
+from ..grade.member import TrainingStage
 from ..grade.registry import MEMBERS
 from ..storage import plain, write_json
 from .fingerprint import code_fingerprint, read_manifest, versions
@@ -246,7 +246,7 @@ SETTINGS = {
 SIZES = {"demo": ("demo",), "smoke": ("demo", "smoke"), "hour": ("demo", "hour"), "full": ()}
 
 
-def trainings(members: Sequence[str] = ()) -> list[Training]:
+def trainings(members: Sequence[str] = ()) -> list[TrainingStage]:
     """The members' trainings (all, or those of the named ones), longest first: the short ones then fill the gaps."""
     chosen = [member for name, member in MEMBERS.items() if not members or name in members]
     return sorted((t for member in chosen for t in member.trainings), key=lambda t: -t.seconds)

@@ -137,7 +137,7 @@ def _old_fingerprint(path):
 
 
 @dataclass
-class Stage:
+class StageFolder:
     """One stage's folder.
 
     done: an earlier run finished the same work with the same parameters and inputs; inputs: what its parameters lead to
@@ -290,7 +290,7 @@ def open_stage(
     name: str,
     parameters: Mapping[str, Any],
     inputs: Sequence[str | Path] | Mapping[str, str | Path] = (),
-) -> Stage:
+) -> StageFolder:
     """Open the folder OUT/name of a stage: new, to be continued, or finished.
 
     parameters: dict, as notebook_parameters returns it. What a stage reads is found by those of them that are paths
@@ -332,7 +332,7 @@ def open_stage(
             write_json(folder / "begun.json", identity)
     done = state == "finished"
     print(f"{name}: " + ("already finished, found by its manifest" if done else f"working in {folder}"))
-    return Stage(folder, name, done, identity, started, places)
+    return StageFolder(folder, name, done, identity, started, places)
 
 
 def _identity(parameters, places, inputs=()):

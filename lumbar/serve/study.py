@@ -1,6 +1,6 @@
 """Studies on their way to the members: which there are, one made ready, a batch predicted.
 
-May use: members, grade, spine, data, names, problems.
+May use: members, grade, spine, data, problems.
 """
 
 import time

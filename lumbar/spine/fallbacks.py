@@ -259,39 +259,35 @@ def axial_levels(study: Study, prior: dict) -> tuple[list[LevelBox], list[Verteb
         anchors["sagittal"] = np.array([*within, anchors["sagittal"][2]])
     bodies = complete_vertebrae([], anchors, prior)
     blocks = _axial_blocks(stacks)
-    if not blocks:
-        longest = max(stacks, key=lambda stack: stack["high_mm"] - stack["low_mm"])
-        normal = longest["normal"]
-        parallel = [stack for stack in stacks if stack["normal"] @ normal > np.cos(np.radians(15))]
-        low = min(float(stack["low_mm"]) for stack in parallel)
-        high = max(float(stack["high_mm"]) for stack in parallel)
-        discs_mm = [float(box.center_lps_mm @ normal) for box in level_boxes(bodies)]
-        if high - low < 40:
-            return None
-        # The uppermost disc that the stack shows: by its length, and by where the layout stands in the series.
-        fits = []
-        for first in range(len(LEVELS) - 1):
-            spare = (high - low - 24 - (discs_mm[first] - discs_mm[-1])) / 12
-            move = (high + low) / 2 - (discs_mm[first] + discs_mm[-1]) / 2
-            away = move / _PLACE_SPREAD_MM[0]
-            fits.append((float(_capped(spare, 10.0) + _capped(away, _PLACE_SPREAD_MM[1])), move))
-        shift = min(fits)[1] * normal
-        bodies = [
-            replace(v, corners_lps_mm=v.corners_lps_mm + shift, source=Source.AXIAL, confidence=0.2) for v in bodies
-        ]
-        return level_boxes(bodies), bodies
+    return _levels_of_blocks(blocks, bodies, prior) if blocks else _levels_of_stack(stacks, bodies)
+
+
+def _levels_of_stack(stacks, bodies):
+    """axial_levels of one contiguous stack: the layout's bodies, moved along its normal to its middle."""
+    longest = max(stacks, key=lambda stack: stack["high_mm"] - stack["low_mm"])
+    normal = longest["normal"]
+    parallel = [stack for stack in stacks if stack["normal"] @ normal > np.cos(np.radians(15))]
+    low = min(float(stack["low_mm"]) for stack in parallel)
+    high = max(float(stack["high_mm"]) for stack in parallel)
+    if high - low < 40:
+        return None
+    discs_mm = [float(box.center_lps_mm @ normal) for box in level_boxes(bodies)]
+    # The uppermost disc that the stack shows: by its length, and by where the layout stands in the series.
+    fits = []
+    for first in range(len(LEVELS) - 1):
+        spare = (high - low - 24 - (discs_mm[first] - discs_mm[-1])) / 12
+        move = (high + low) / 2 - (discs_mm[first] + discs_mm[-1]) / 2
+        away = move / _PLACE_SPREAD_MM[0]
+        fits.append((float(_capped(spare, 10.0) + _capped(away, _PLACE_SPREAD_MM[1])), move))
+    shift = min(fits)[1] * normal
+    bodies = [replace(v, corners_lps_mm=v.corners_lps_mm + shift, source=Source.AXIAL, confidence=0.2) for v in bodies]
+    return level_boxes(bodies), bodies
+
+
+def _levels_of_blocks(blocks, bodies, prior):
+    """axial_levels of one block a disc: the layout's bodies, moved to the discs that the blocks show."""
     boxes = level_boxes(bodies)
-    layout = _chain_layout(prior)
-    chain = {name: Vertebra(corners, 40.0, name=name) for name, corners in zip(_CHAIN, layout)}
-    offset = bodies[0].corners_lps_mm.mean(0) - chain["L1"].center_lps_mm
-
-    def disc(upper, lower):
-        around = np.concatenate([chain[upper].corners_lps_mm[[3, 2]], chain[lower].corners_lps_mm[[0, 1]]])
-        back = (around[1] - around[0]) + (around[3] - around[2])
-        normal = np.array([0.0, -back[2], back[1]])
-        return {"center": around.mean(0) + offset, "normal": normal / np.linalg.norm(normal)}
-
-    discs = [disc("T12", "L1")] + [{"center": b.center_lps_mm, "normal": b.axes[0]} for b in boxes] + [disc("S1", "S2")]
+    discs = _layout_discs(boxes, bodies, prior)
     blocks = sorted(blocks, key=lambda block: -block["center"][2])[-len(discs) :]  # more reach into the chest
     picked = _match_blocks(blocks, discs)
     if picked is None:
@@ -321,3 +317,19 @@ def axial_levels(study: Study, prior: dict) -> tuple[list[LevelBox], list[Verteb
         else:
             result.append(replace(box, confidence=0.15, source=Source.AXIAL | Source.EXTRAPOLATED))
     return result, moved
+
+
+def _layout_discs(boxes, bodies, prior):
+    """Dicts center, normal of the layout's discs, head to foot: those of the boxes, with T12/L1 and S1/S2."""
+    layout = _chain_layout(prior)
+    chain = {name: Vertebra(corners, 40.0, name=name) for name, corners in zip(_CHAIN, layout)}
+    offset = bodies[0].corners_lps_mm.mean(0) - chain["L1"].center_lps_mm
+
+    def disc(upper, lower):
+        around = np.concatenate([chain[upper].corners_lps_mm[[3, 2]], chain[lower].corners_lps_mm[[0, 1]]])
+        back = (around[1] - around[0]) + (around[3] - around[2])
+        normal = np.array([0.0, -back[2], back[1]])
+        return {"center": around.mean(0) + offset, "normal": normal / np.linalg.norm(normal)}
+
+    between = [{"center": box.center_lps_mm, "normal": box.axes[0]} for box in boxes]
+    return [disc("T12", "L1"), *between, disc("S1", "S2")]

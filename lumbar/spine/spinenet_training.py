@@ -251,6 +251,11 @@ def _one_cycle(step, steps, peak):
     return peak * (0.001 + 0.999 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1))) / 2)
 
 
+def _set_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 def _half_precision(device):
     """bfloat16 where the hardware multiplies it (twice as fast on a CPU with AMX), else a context that does nothing.
 
@@ -318,29 +323,22 @@ def train_spinenet(
     RuntimeError
         The loss is no longer a number.
     """
-    if start is not None:
-        widths, blocks, resolution_mm = (start.architecture[k] for k in ("widths", "blocks", "resolution_mm"))
+    torch.manual_seed(seed)
+    model = _first_network(start, widths, blocks, resolution_mm).to(device).to(memory_format=torch.channels_last)
+    resolution_mm = model.architecture["resolution_mm"]
     sigma_px = sigma_mm / resolution_mm
     dataset = _training_items(records, steps, batch_size, crop_px, sigma_px, seed)
     held_out = _validation_items(validation, crop_px, sigma_px)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    model = SpineNet(widths, blocks, resolution_mm).to(device).to(memory_format=torch.channels_last)
-    if start is not None:
-        model.load_state_dict(start.state_dict())
-        model.about = dict(start.about)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
-    state = folder / "spinenet_training.safetensors"
+    state = Path(folder) / "spinenet_training.safetensors"
+    state.parent.mkdir(parents=True, exist_ok=True)
     first, history = _load_training(state, model, optimizer)
-    rest = torch.utils.data.Subset(dataset, range(first * batch_size, len(dataset)))
-    loader = torch.utils.data.DataLoader(rest, batch_size, num_workers=workers, pin_memory=str(device) != "cpu")
+    loader = _batches_from(first, dataset, batch_size, workers, pin_memory=str(device) != "cpu")
     validate_at = {round(steps * k / 8) for k in range(1, 9)}
     saved = time.monotonic()
     bar = progress(loader, "training SpineNet", max(steps - first, 0))
     for step, batch in enumerate(bar, first):
-        for group in optimizer.param_groups:
-            group["lr"] = _one_cycle(step, steps, learning_rate)
+        _set_rate(optimizer, _one_cycle(step, steps, learning_rate))
         losses = _train_step(model, optimizer, batch, step, resolution_mm, device)
         history.append({"step": step + 1, **losses, "split": "train"})
         if step + 1 in validate_at and len(held_out):
@@ -351,6 +349,16 @@ def train_spinenet(
             _save_training(state, model, optimizer, step + 1, history)
             saved = time.monotonic()
     return model.eval(), pd.DataFrame(history)
+
+
+def _first_network(start, widths, blocks, resolution_mm):
+    """What a training starts from: a network of random weights, or a copy of `start`, whose architecture counts."""
+    if start is None:
+        return SpineNet(widths, blocks, resolution_mm)
+    model = SpineNet(**start.architecture)
+    model.load_state_dict(start.state_dict())
+    model.about = dict(start.about)
+    return model
 
 
 def _training_items(records, steps, batch_size, crop_px, sigma_px, seed):
@@ -370,6 +378,12 @@ def _validation_items(validation, crop_px, sigma_px):
         return validation
     chosen = [validation[i] for i in np.linspace(0, len(validation) - 1, min(len(validation), 64)).astype(int)]
     return SpineSlices(chosen, len(chosen), crop_px, sigma_px, augment=False)
+
+
+def _batches_from(first, dataset, batch_size, workers, pin_memory):
+    """The data set's batches in their order, without those before batch `first`."""
+    rest = torch.utils.data.Subset(dataset, range(first * batch_size, len(dataset)))
+    return torch.utils.data.DataLoader(rest, batch_size, num_workers=workers, pin_memory=pin_memory)
 
 
 def _train_step(model, optimizer, batch, step, resolution_mm, device):
