@@ -1,6 +1,6 @@
 """SpineNet after Windsor et al. (MICCAI 2020), trained here: its network and weights, and how it finds bodies.
 
-May use: vertebra, data, engine, weights, storage, limits, names.
+May use: counting, vertebra, data, engine, weights, storage, limits, names.
 """
 
 import math
@@ -21,6 +21,7 @@ from ..limits import check_limit
 from ..names import VERTEBRAE
 from ..storage import write_tensors
 from ..weights import Stated, check_network, read_weights
+from .counting import COUNTING_FEATURES
 from .vertebra import _LUMBAR, SPINE_CLASSES, Vertebra, polygon_iou, upright
 
 
@@ -201,7 +202,8 @@ def load_spinenet(path: str | Path, device: str = "cpu") -> SpineNet:
 
 
 def _check_layouts(stated):
-    """Refuse a prior or layout (of fit_level_prior) that would place levels by something other than millimetres."""
+    """Refuse a prior or layout (of fit_level_prior) that would place levels by something other than millimetres, or
+    name them by something other than numbers."""
     for layout in (stated.part(name, optional=True) for name in ("prior", "layout")):
         if layout is None:
             continue
@@ -212,6 +214,11 @@ def _check_layouts(stated):
         for name in {*_LUMBAR, *corners.about}:
             corners.numbers(name, (4, 3), -2000, 2000)
             widths.number(name, 0, 500)
+        counting = layout.part("counting", optional=True)
+        if counting is not None:
+            counting.keys(COUNTING_FEATURES)
+            for name in counting.about:
+                counting.number(name, -1000, 1000)
 
 
 # -- from maps to vertebrae
