@@ -29,7 +29,7 @@ COUNTING_FEATURES = (
 )
 _SPREAD = 3.0  # standard deviation of each weight before anything is learned
 _SLIPS = 0.03  # share of studies whose points may say any numbering
-_LEAST_SHARE = 1e-5  # of a numbering: the chain's own score may be outvoted
+_LEAST_SHARE = 0.01  # of a numbering: the chain knows one convention and is surer of it than readers are
 _FEWEST = 20  # studies with points, below which nothing is learned
 _FEWEST_MOVED = 3  # held-out studies that have to come right for each one that goes wrong, and at least
 _LEAST_GAIN = 3.0  # nats by which the held-out names have to be more likely

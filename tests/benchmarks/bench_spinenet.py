@@ -166,8 +166,8 @@ def cobb_deg(anatomy):
 def simulate_sagittal(seed, kind, transitional=0.0, variety="wide", series=("T1", "T2")):
     """One study's sagittal series in memory.
 
-    transitional: probability of transitional anatomy; series: which are made. Returns (normalised Study whose id is the seed, truth: vertebra
-    table of T8 to S5, anatomy).
+    transitional: probability of transitional anatomy; variety: as sample_anatomy's; series: which are made. Returns
+    (normalised Study whose id is the seed, truth: vertebra table of T8 to S5, anatomy).
     """
     anatomy, _, _, grids, plans, rng = phantom.simulate(
         seed, prevalence=PREVALENCE, transitional=transitional, anomalies="none", variety=variety
