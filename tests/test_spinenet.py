@@ -478,7 +478,13 @@ def test_sideways_an_outlier_goes_and_a_scoliosis_stays():
         chain = list(straight)
         chain[k] = replace(chain[k], corners_lps_mm=chain[k].corners_lps_mm + [9, 0, 0])
         smooth = smooth_sideways(chain)
-        assert max(np.abs(a.center_lps_mm - b.center_lps_mm).max() for a, b in zip(smooth, straight)) < 2.5
+        # Beyond the last body there is nothing that would tell a bend from an outlier.
+        least = 1.0 if k == 4 else 3.0
+        assert max(np.abs(a.center_lps_mm - b.center_lps_mm).max() for a, b in zip(smooth, straight)) < least
+        # What is known surely stays where it is.
+        chain[k] = replace(chain[k], across_sd_mm=0.2)
+        off = smooth_sideways([v if v is chain[k] else replace(v, across_sd_mm=8.0) for v in chain])[k]
+        assert abs(off.center_lps_mm[0] - chain[k].center_lps_mm[0]) < 1.0
     assert smooth_sideways(straight[:2]) == straight[:2]
 
 

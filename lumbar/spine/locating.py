@@ -1,6 +1,7 @@
 """The levels of every study of a split, kept as they are found.
 
-May use: levels, placement, fallbacks, spinenet, vertebra, data, cluster, in_flight, problems, storage, names.
+May use: levels, placement, finetune, counting, naming, fallbacks, spinenet, vertebra, data, cluster, in_flight,
+problems, storage, names.
 """
 
 from collections.abc import Mapping
@@ -20,8 +21,11 @@ from ..in_flight import read_left_json
 from ..names import LEVEL_TABLE_COLUMNS, LEVELS, progress
 from ..problems import Problem
 from ..storage import write_json
+from .counting import Numberings
 from .fallbacks import axial_levels, complete_vertebrae, level_boxes, refit_level_prior, study_anchors
+from .finetune import learn_counting
 from .levels import locate_levels_surely, seen
+from .naming import chain_numberings
 from .placement import Detector, Placement
 from .spinenet import SpineNet
 from .vertebra import UNCERTAIN, VERTEBRA_TABLE_COLUMNS, vertebrae_to_table
@@ -49,6 +53,8 @@ def _check_located(known):
         numbers += center
     if not all(isinstance(value, (int, float)) and abs(value) < 1e12 for value in numbers):
         raise ValueError("some numbers are none, or not finite")
+    if known.get("numberings", "missing") is not None:
+        Numberings.from_json(known["numberings"])
 
 
 _NOT_TRIED = ""  # of a study that was found, or has no sagittal series: it says nothing of the detector
@@ -121,7 +127,22 @@ def locate_studies(
     RuntimeError
         A file cannot be read, or detection failed in every one of three or more studies.
     """
-    placement = Placement.of(placement)
+    return _tables(_located(paths, Placement.of(placement), folder, workers, scheduler))
+
+
+def _tables(results):
+    """(levels, vertebrae, anchors) of what _located returns."""
+    levels = pd.DataFrame([row for result in results.values() for row in result["levels"]], columns=LEVEL_TABLE_COLUMNS)
+    rows = [row for result in results.values() for row in result["vertebrae"]]
+    anchors = {
+        study_id: {plane: np.array(center) for plane, center in result["anchors"].items()}
+        for study_id, result in results.items()
+    }
+    return levels, pd.DataFrame(rows, columns=VERTEBRA_TABLE_COLUMNS), anchors
+
+
+def _located(paths, placement, folder, workers, scheduler=""):
+    """dict study_id -> what _locate finds, kept in the folder; arguments and errors as of locate_studies."""
     placement = replace(placement, layout=placement.prior)
     key = placement.key()
     if folder is not None:
@@ -138,13 +159,7 @@ def locate_studies(
     problems = [problem for _, problem in located.values() if problem != _NOT_TRIED]
     if len(problems) > 2 and all(problems):  # no odd studies, but an installation that cannot work
         raise RuntimeError(f"the detector failed in all of {len(problems)} studies; the first: {problems[0]}")
-    levels = pd.DataFrame([row for result in results for row in result["levels"]], columns=LEVEL_TABLE_COLUMNS)
-    rows = [row for result in results for row in result["vertebrae"]]
-    anchors = {
-        study_id: {plane: np.array(center) for plane, center in result["anchors"].items()}
-        for study_id, result in zip(paths, results)
-    }
-    return levels, pd.DataFrame(rows, columns=VERTEBRA_TABLE_COLUMNS), anchors
+    return dict(zip(paths, results, strict=True))
 
 
 def _kept(file, key, study_id):
@@ -171,10 +186,15 @@ def _locate(study_id, path, placement):
     boxes, bodies, problem = locate_levels_surely(study, placement)
     if problem:
         print(f"study {study_id}: {problem}")
+    anchors = study_anchors(study)
+    # Another detector's names are its own.
+    chain = [body for body in seen(bodies) if body.appearance is not None]
+    numberings = chain_numberings(chain, placement.prior, anchors.get("sagittal"))
     result = {
         "levels": boxes_to_table(study_id, boxes).to_dict("records"),
         "vertebrae": vertebrae_to_table(study_id, bodies).to_dict("records"),
-        "anchors": {plane: center.tolist() for plane, center in study_anchors(study).items()},
+        "anchors": {plane: center.tolist() for plane, center in anchors.items()},
+        "numberings": None if numberings is None else numberings.to_json(),
     }
     sagittal = any(volume.plane == "sagittal" for volume in study.volumes)
     return result, problem, not seen(bodies) if sagittal else None
@@ -217,17 +237,21 @@ def locate_with_own_layout(
     folder: str | Path | None = None,
     workers: int = 1,
     detector: Detector = "own",
+    coordinates: pd.DataFrame | None = None,
     scheduler: str = "",
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """locate_studies; and where nothing is seen, the mean layout of these patients instead of the phantoms'.
+    """locate_studies, counted as these readers count; and where nothing is seen, by the mean layout of these patients.
 
-    The layout goes into model.about["layout"], so that inference places its studies alike; names are given with
-    model.about["prior"] here and there.
+    The layout goes into model.about["layout"], what was learned of the counting into model.about["prior"], so that
+    inference places and names its studies alike.
 
     Parameters
     ----------
     paths, model, folder, workers, detector, scheduler
         As locate_studies and Placement.of take them; the model must carry a prior.
+    coordinates : DataFrame, optional
+        From read_coordinates, without the studies held out. Where readers number transitional spines another way than
+        the chains are, and their points suffice to learn it, names are given as they give them.
 
     Returns
     -------
@@ -235,6 +259,34 @@ def locate_with_own_layout(
         levels.csv and vertebrae.csv.
     """
     placement = Placement.of(model, detector)
-    levels, vertebrae, anchors = locate_studies(paths, placement, folder, workers, scheduler)
+    if coordinates is not None:
+        placement = replace(placement, detector=_remembering(placement.detector))
+    results = _located(paths, placement, folder, workers, scheduler)
+    if coordinates is not None:
+        numberings = {
+            study_id: None if result["numberings"] is None else Numberings.from_json(result["numberings"])
+            for study_id, result in results.items()
+        }
+        before = placement.prior.get("counting", {})
+        counting = learn_counting(numberings, paths, coordinates, before)
+        if counting != before:
+            prior = {key: value for key, value in placement.prior.items() if key != "counting"}
+            model.about["prior"] = prior | ({"counting": counting} if counting else {})
+            placement = replace(placement, prior=model.about["prior"])
+            results = _located(paths, placement, folder, workers, scheduler)
+    levels, vertebrae, anchors = _tables(results)
     model.about["layout"] = refit_level_prior(anchors, vertebrae, placement.prior)
     return locate_unseen(levels, vertebrae, anchors, model.about["layout"], paths)
+
+
+def _remembering(detector):
+    """The detector, which looks at each volume once: bodies are small, and naming them anew needs no second look."""
+    found = {}
+
+    def detect(volume):
+        place = (volume.study_id, volume.series_id, volume.block, volume.array.shape)
+        if place not in found:
+            found[place] = detector(volume)
+        return list(found[place])
+
+    return detect

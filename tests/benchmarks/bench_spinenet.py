@@ -163,18 +163,18 @@ def cobb_deg(anatomy):
     return max(lean) - min(lean)
 
 
-def simulate_sagittal(seed, kind, transitional=0.0):
+def simulate_sagittal(seed, kind, transitional=0.0, variety="wide", series=("T1", "T2")):
     """One study's sagittal series in memory.
 
-    transitional: probability of transitional anatomy. Returns (normalised Study whose id is the seed, truth: vertebra
-    table of T8 to S5, anatomy).
+    transitional: probability of transitional anatomy; variety: as sample_anatomy's; series: which are made. Returns
+    (normalised Study whose id is the seed, truth: vertebra table of T8 to S5, anatomy).
     """
     anatomy, _, _, grids, plans, rng = phantom.simulate(
-        seed, prevalence=PREVALENCE, transitional=transitional, anomalies="none", variety="wide"
+        seed, prevalence=PREVALENCE, transitional=transitional, anomalies="none", variety=variety
     )
     front = np.array([(v.centre_mm - v.frame[:, 1] * v.depth_mm / 2)[1:] for v in anatomy.vertebrae])
-    volumes = []
-    for number, plan in enumerate(plan for plan in plans if plan.description.startswith("Sagittal")):
+    volumes, made = [], [f"Sagittal {name}" for name in series]
+    for number, plan in enumerate(plan for plan in plans if plan.description.startswith(tuple(made))):
         plan.series_id = number + 1
         table = grey_table(kind, plan.description, rng)
         images = [phantom.render(grid, table) for grid in grids]
