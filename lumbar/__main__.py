@@ -2,7 +2,7 @@
 
 The same steps as notebooks/predict.ipynb.
 
-May use: look, serve, data, storage.
+May use: look, serve, storage.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 Measured attributes decide (repetition, echo and inversion times, the kind of sequence); the words of whoever named the
 protocol decide where those are missing or say nothing clear, and tell what no number does: the part of the body.
 
-May use: names.
+May use: nothing of the kit.
 """
 
 import math

@@ -4,7 +4,7 @@ which series serves as which of the three.
 Nothing that is written names a patient: files get numbers, and words of the headers' names are struck out of folders'
 names and descriptions.
 
-May use: data, limits, names, storage.
+May use: data, names, storage.
 """
 
 import hashlib
