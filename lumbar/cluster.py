@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item", bound=Hashable)
 Result = TypeVar("Result")
 
+CONNECT_S = 30.0  # for the scheduler to answer
 WAIT_S = 600.0  # for the first worker: a queue may take its time
 GPU = "GPU"  # the resource that workers with a GPU are started with: dask worker ... --resources GPU=1
 
@@ -37,7 +38,7 @@ def connect(scheduler: str) -> Iterator["Client"]:
         raise ModuleNotFoundError("SCHEDULER needs Dask: pip install distributed") from None
     where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
     try:
-        client = Client(**where, timeout="30s", set_as_default=False)
+        client = Client(**where, timeout=CONNECT_S, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise ValueError(f"SCHEDULER {scheduler!r}: no Dask scheduler answers there ({error})") from None
     with client:
@@ -127,10 +128,15 @@ def spread(
         return _spread_over(client, work, items, shared, lost, gpu, done)
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 def _spread_over(client, work, items, shared, lost, gpu, done):
     from distributed import KilledWorker, as_completed
 
-    held = client.scatter(shared, broadcast=True, hash=False) if shared is not None else None
+    # A task and not scattered: what is lost with the worker that held it is then made anew.
+    held = client.submit(_same, shared, pure=False) if shared is not None else None
     resources = (gpu_of(client) if gpu else {}) or None
     futures = {client.submit(work, held, item, pure=False, resources=resources): item for item in items}
     found = {}

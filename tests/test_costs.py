@@ -9,7 +9,7 @@ import torch
 
 import utils
 from lumbar.run import costs, preflight
-from lumbar.run.costs import SESSION_HOURS, WEEK_HOURS, cost_line, cost_table, gpu_speed, kernel_costs, stage_cost
+from lumbar.run.costs import WEEK_HOURS, cost_line, cost_table, gpu_speed, kernel_costs, stage_cost
 from lumbar.run.pipeline import kaggle_kernels
 from lumbar.run.preflight import Machine, count_studies, this_machine
 

@@ -1,19 +1,22 @@
 """The stages in their order, here and as Kaggle kernels, and notebooks run one after another.
 
-May use: stages, parameters, mounts, grade.registry, data, grade, fingerprint, storage.
+May use: stages, parameters, mounts, grade.registry, data, grade, fingerprint, cluster, storage.
 """
 
+import contextlib
 import json
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cluster import connect, gpu_of
 from ..data.tables import read_folds
 from ..grade.member import TrainingStage
 from ..grade.registry import MEMBERS
@@ -21,7 +24,7 @@ from ..storage import plain, write_json
 from .fingerprint import code_fingerprint, read_manifest, versions
 from .mounts import KAGGLE_INPUT
 from .parameters import check_device_here, check_notebook_parameters, nearest
-from .stages import _identity, _state, stage_inputs
+from .stages import BUSY, _identity, _state, stage_inputs
 
 
 def member_folder(name: str, folds: Sequence[int]) -> str:
@@ -77,8 +80,17 @@ _LOG_NOISE = (
 )
 
 
-def run_notebook(notebook: str | Path, output: str | Path, parameters: Mapping[str, Any], threads: int = 1) -> None:
-    """Run a notebook by papermill in a process of its own; its log goes to this process' stdout, a line at a time.
+def run_notebook(
+    notebook: str | Path,
+    output: str | Path,
+    parameters: Mapping[str, Any],
+    threads: int = 1,
+    say: Callable[..., None] = print,
+    folder: str | Path | None = None,
+) -> None:
+    """Run a notebook by papermill in a process of its own; its log goes to `say`, a line at a time.
+
+    folder: to run it in; default: this process' own.
 
     A process and not papermill's function: stages can then run side by side with their own number of threads.
     Raises RuntimeError with the last lines when it fails; what ran until then is in `output`.
@@ -122,69 +134,122 @@ def run_notebook(notebook: str | Path, output: str | Path, parameters: Mapping[s
         text=True,
         errors="replace",
         env=environment,
+        cwd=folder,
         preexec_fn=(lambda: libc.prctl(1, signal.SIGTERM)) if libc else None,
     ) as process:
         for line in process.stdout or ():
             line = line.rstrip().split("\r")[-1]
             if line and not line.startswith(_LOG_NOISE):
                 tail = [*tail[-29:], line]
-                print(f"[{output.stem}] {line}", flush=True)
+                say(f"[{output.stem}] {line}", flush=True)
     if process.returncode:
         raise RuntimeError(f"{notebook} failed; see {output}. Its last lines:\n" + "\n".join(tail))
 
 
-def run_stages(stages: Sequence[dict[str, Any]], runs: str | Path, workers: int = 2) -> dict[str, float]:
+def run_stages(
+    stages: Sequence[dict[str, Any]], runs: str | Path, workers: int = 2, scheduler: str = ""
+) -> dict[str, float]:
     """Run a table of stages, side by side where they do not need each other.
 
-    stages: list of dicts: name, notebook, parameters, after (names of stages to wait for), threads.
-    runs: folder for the executed notebooks. A finished stage (see is_finished) is not run again. When a stage fails,
-    running ones finish and the first error is raised. Returns dict name -> seconds, of the stages that ran.
+    stages: list of dicts: name, notebook, parameters, after (names of stages to wait for), threads, gpu (whether it
+    wants one). runs: folder for the executed notebooks. scheduler: address of a Dask scheduler whose workers run the
+    stages, as many at a time as they have threads, see cluster.connect; empty: this machine, with `workers` cores. A
+    finished stage (see is_finished) is not run again. When a stage fails, running ones finish and the first error is
+    raised. Returns dict name -> seconds, of the stages that ran.
     """
+    with contextlib.ExitStack() as held:
+        if scheduler:
+            client = held.enter_context(connect(scheduler))
+            client.subscribe_topic(_LOG_TOPIC, lambda event: print(event[1], flush=True))
+            wanted = {False: None, True: gpu_of(client) or None}
+            pools = {gpu: client.get_executor(pure=False, resources=asked) for gpu, asked in wanted.items()}
+            for stage in stages:
+                check_notebook_parameters(stage["notebook"], stage["parameters"])
+            return _run_stages(stages, Path(runs).resolve(), math.inf, pools, _run_on_worker)
+        for stage in stages:
+            check_device_here(check_notebook_parameters(stage["notebook"], stage["parameters"]).get("DEVICE", "auto"))
+        pool = held.enter_context(ThreadPoolExecutor(workers))
+        return _run_stages(stages, Path(runs), workers, {False: pool, True: pool}, _run_here)
+
+
+def _run_stages(
+    stages: Sequence[dict[str, Any]],
+    runs: Path,
+    cores: float,
+    pools: Mapping[bool, Executor],
+    run: Callable[[dict[str, Any], Path], float],
+) -> dict[str, float]:
+    """run_stages on executors, by whether a stage wants a GPU; cores: how many threads run at a time."""
     from concurrent.futures import FIRST_COMPLETED, wait
 
-    for stage in stages:
-        check_device_here(check_notebook_parameters(stage["notebook"], stage["parameters"]).get("DEVICE", "auto"))
     seconds: dict[str, float] = {}
     finished: set[str] = set()
     running: dict[Future[float], dict[str, Any]] = {}
     waiting, failure = list(stages), None
-
-    def run(stage):
-        started = time.monotonic()
-        run_notebook(stage["notebook"], Path(runs) / f"{stage['name']}.ipynb", stage["parameters"], stage["threads"])
-        return time.monotonic() - started
-
-    with ThreadPoolExecutor(workers) as pool:
-        while (waiting and failure is None) or running:
-            free = workers - sum(stage["threads"] for stage in running.values())
-            for stage in list(waiting) if failure is None else []:
-                if not set(stage["after"]) <= finished:
-                    continue
-                if is_finished(stage):
-                    waiting.remove(stage)
-                    finished.add(stage["name"])
-                    print(f"== {stage['name']} is finished: found by its manifest", flush=True)
-                elif min(stage["threads"], workers) <= free:
-                    waiting.remove(stage)
-                    free -= stage["threads"]
-                    running[pool.submit(run, stage)] = stage
-            if not running:
-                if any(set(stage["after"]) <= finished for stage in waiting) or not waiting:
-                    continue
-                names = ", ".join(stage["name"] for stage in waiting)
-                raise ValueError(f"{names}: waits for a stage that is not in the table")
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                stage = running.pop(future)
-                if future.exception() is None:
-                    seconds[stage["name"]] = round(future.result(), 1)
-                    finished.add(stage["name"])
-                    done = f"{len(finished)} of {len(stages)} stages"
-                    print(f"== {stage['name']} finished in {seconds[stage['name']]:.0f} s ({done})", flush=True)
-                else:
-                    failure = failure or future.exception()
+    while (waiting and failure is None) or running:
+        free = cores - sum(stage["threads"] for stage in running.values())
+        for stage in list(waiting) if failure is None else []:
+            if not set(stage["after"]) <= finished:
+                continue
+            if is_finished(stage):
+                waiting.remove(stage)
+                finished.add(stage["name"])
+                print(f"== {stage['name']} is finished: found by its manifest", flush=True)
+            elif min(stage["threads"], cores) <= free:
+                waiting.remove(stage)
+                free -= stage["threads"]
+                running[pools[stage.get("gpu", False)].submit(run, stage, runs)] = stage
+        if not running:
+            if any(set(stage["after"]) <= finished for stage in waiting) or not waiting:
+                continue
+            names = ", ".join(stage["name"] for stage in waiting)
+            raise ValueError(f"{names}: waits for a stage that is not in the table")
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            stage = running.pop(future)
+            if future.exception() is None:
+                seconds[stage["name"]] = round(future.result(), 1)
+                finished.add(stage["name"])
+                done = f"{len(finished)} of {len(stages)} stages"
+                print(f"== {stage['name']} finished in {seconds[stage['name']]:.0f} s ({done})", flush=True)
+            else:
+                failure = failure or future.exception()
     if failure is not None:
         raise failure
     return seconds
+
+
+def _run_here(stage: dict[str, Any], runs: Path) -> float:
+    """Run a stage's notebook; returns its seconds."""
+    started = time.monotonic()
+    run_notebook(stage["notebook"], runs / f"{stage['name']}.ipynb", stage["parameters"], stage["threads"])
+    return time.monotonic() - started
+
+
+_LOG_TOPIC = "lumbar stages"
+LOCK_S = 120.0  # for what a worker that died has left running to end
+
+
+def _run_on_worker(stage: dict[str, Any], runs: Path) -> float:
+    """As _run_here, on a worker of a cluster; what the stage prints goes to the client of run_stages."""
+    from distributed import get_worker, secede
+
+    worker = get_worker()
+    if stage["parameters"].get("SCHEDULER"):
+        secede()  # it waits for tasks of its own, which must not wait for its thread
+    started, root = time.monotonic(), Path(stage["notebook"]).resolve().parents[1]
+    output = runs / f"{stage['name']}.ipynb"
+
+    def say(line: str, **_: Any) -> None:
+        worker.log_event(_LOG_TOPIC, line)  # not distributed.print: that reaches the stage's own client, too
+
+    while True:
+        try:
+            run_notebook(stage["notebook"], output, stage["parameters"], stage["threads"], say, root)
+            return time.monotonic() - started
+        except RuntimeError as error:
+            if BUSY not in str(error) or time.monotonic() - started > LOCK_S:
+                raise
+            time.sleep(5)  # the worker before this one died, and its kernel has not noticed yet
 
 
 @dataclass(frozen=True)
@@ -316,6 +381,7 @@ def pipeline_stages(
     pretrained: str = "",
     members: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    scheduler: str = "",
 ) -> list[dict[str, Any]]:
     """The table of stages as run_stages takes it.
 
@@ -323,7 +389,8 @@ def pipeline_stages(
     fold with the notebooks' defaults; folds: to train, empty for the size's own; workers: CPU cores, which every stage
     gets that has WORKERS or READERS; pretrained: folder with the weights that the full size starts from (those of
     pretrained_names), empty for none; members: to train, empty for all; settings: parameters over all of these, see
-    stage_settings. Raises ValueError as stage_table, ValueError and TypeError as stage_settings.
+    stage_settings; scheduler: address of a Dask scheduler whose workers share the studies of 01, 02 and 05. Raises
+    ValueError as stage_table, ValueError and TypeError as stage_settings.
     """
     notebooks, small = Path(notebooks), size != "full"
     table = stage_table(list(folds) or ([0] if small else list(ALL_FOLDS)), size, members)
@@ -344,6 +411,7 @@ def pipeline_stages(
             "WORKERS": max(workers // side_by_side - 1, 0) if alone else workers,
             "READERS": min(workers, 4),
             "RUN": str(out),
+            "SCHEDULER": scheduler,
             **({"PRETRAINED": str(pretrained)} if pretrained and stage.pretrained else {}),
         }
         known = check_notebook_parameters(notebook, {})
@@ -355,6 +423,7 @@ def pipeline_stages(
                 "notebook": notebook,
                 "after": list(stage.after),
                 "threads": 1 if alone else workers,
+                "gpu": stage.gpu and not small,
                 "parameters": parameters | stage.parameters | own[stage.name],
             }
         )
