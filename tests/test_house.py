@@ -199,10 +199,11 @@ def test_unprepared_imports_are_found(source, expected):
 
 @cache
 def used_of_utils() -> frozenset[str]:
-    """The names that notebooks, README and test_front.py, which stands for users' scripts, take from `utils`."""
+    """The names that notebooks, README, docs and test_front.py, which stands for users' scripts, take from `utils`."""
     notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     texts = ["".join(cell["source"]) for notebook in notebooks for cell in notebook["cells"]]
-    texts += [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "tests/test_front.py")]
+    pages = [ROOT / "README.md", ROOT / "tests" / "test_front.py", *sorted((ROOT / "docs").glob("*.md"))]
+    texts += [path.read_text(encoding="utf-8") for path in pages]
     return frozenset(re.findall(r"(?<![\w./])utils\.(?!py\b)([A-Za-z_]\w*)", "\n".join(texts)))
 
 
