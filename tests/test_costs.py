@@ -9,7 +9,7 @@ import torch
 
 import utils
 from lumbar.run import costs, preflight
-from lumbar.run.costs import SESSION_HOURS, WEEK_HOURS, cost_line, cost_table, gpu_speed, kernel_costs, stage_cost
+from lumbar.run.costs import WEEK_HOURS, cost_line, cost_table, gpu_speed, kernel_costs, stage_cost
 from lumbar.run.pipeline import kaggle_kernels
 from lumbar.run.preflight import Machine, count_studies, this_machine
 
@@ -37,9 +37,9 @@ def test_the_table_counts_every_kernel_and_names_what_it_rests_on():
                 and "counted" in cost.note
                 and cost.epoch_hours * cost.epochs == pytest.approx(cost.hours)
             )
-    table = cost_table(found, kernels)
+    table = cost_table(found)
     assert list(table.index) == list(kernels) and table.loc["preprocess", "GPU hours"] == 0
-    line = cost_line(found, kernels)
+    line = cost_line(found)
     assert f"of Kaggle's {WEEK_HOURS:.0f} a week" in line and "train-vit-level" in line
 
 
@@ -68,10 +68,10 @@ def test_costs_follow_the_parameters():
 
 
 def test_what_does_not_fit_a_week_is_said():
-    found, kernels = kernel_costs(NOTEBOOKS, (0, 1, 2, 3, 4)), kaggle_kernels(folds=(0, 1, 2, 3, 4))
-    assert "weeks: FOLDS, MEMBERS and SETTINGS make it less" in cost_line(found, kernels)
+    found = kernel_costs(NOTEBOOKS, (0, 1, 2, 3, 4))
+    assert "weeks: FOLDS, MEMBERS and SETTINGS make it less" in cost_line(found)
     given = {"04_train_vit": {"BACKBONE": "coatnet_0_rw"}}
-    assert "Not counted: train-vit-level, " in cost_line(kernel_costs(NOTEBOOKS, settings=given), kaggle_kernels())
+    assert "Not counted: train-vit-level, " in cost_line(kernel_costs(NOTEBOOKS, settings=given))
 
 
 def test_the_counted_operations_are_those_of_the_networks():

@@ -272,7 +272,7 @@ def notebook_parameters(history: Sequence[str], namespace: Mapping[str, Any]) ->
     if not cells:
         raise ValueError("run the parameters cell (its first line starts with '# Parameters:') before this one")
     typed = assigned_literals(cells[-1])
-    notebook, defaults = _shipped_defaults(tuple(typed)) or ("parameters", typed)
+    notebook, defaults = shipped_defaults(tuple(typed)) or ("parameters", typed)
     check_values(defaults, typed, notebook)
     injected = [cell for cell in history if cell.startswith("# Parameters\n")]
     if injected:
@@ -284,7 +284,7 @@ def notebook_parameters(history: Sequence[str], namespace: Mapping[str, Any]) ->
 
 
 @functools.cache
-def _shipped_defaults(names: tuple[str, ...]) -> tuple[str, dict[str, Any]] | None:
+def shipped_defaults(names: tuple[str, ...]) -> tuple[str, dict[str, Any]] | None:
     """(file name, dict name -> default) of the kit's notebook that has just these parameters; None without one."""
     for path in sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb")):
         defaults = check_notebook_parameters(path, {})

@@ -91,13 +91,13 @@ def findings(name: str, cost: Cost, given: Mapping[str, Any], machine: Machine) 
         epoch = hours / cost.epochs
         if not gpus and hours > NEVER_HOURS:
             wrong.append(
-                f"DEVICE: there is no GPU here, and {cores} would take about {_duration(hours)}. Run it "
-                f"on a machine with one, or take a smaller BACKBONE, {smaller} or EPOCHS (SIZE of 00_pipeline: demo, hour)"
+                f"DEVICE: there is no GPU here, and {cores} would take about {_duration(hours)}. Run "
+                f"it on a machine with one, or take a smaller BACKBONE, {smaller} or EPOCHS (in 00_pipeline SIZE demo or hour)"
             )
         elif limit and epoch > HOURS_DOUBT * limit:
             wrong.append(
-                f"HOURS: one pass over the training studies takes about {_duration(epoch)}, and {limit:g} hours are given: "
-                f"nothing would be kept. Give more HOURS, or a smaller {smaller} or BACKBONE"
+                f"HOURS: one pass over the training studies takes about {_duration(epoch)}, and {limit:g} hours are "
+                f"given: nothing would be kept. Give more HOURS, or a smaller {smaller} or BACKBONE"
             )
         elif limit and hours > limit:
             sessions = math.ceil(hours / limit)
@@ -121,8 +121,8 @@ def findings(name: str, cost: Cost, given: Mapping[str, Any], machine: Machine) 
         )
     if given.get("WORKERS", 0) and cost.shared_gb * processes > machine.shared_gb:
         wrong.append(
-            f"WORKERS: its loader processes need {cost.shared_gb * processes:.1f} GB of shared memory, and /dev/shm has "
-            f"{machine.shared_gb:.1f} free. Make WORKERS smaller, or give the container more (docker run --shm-size=8g)"
+            f"WORKERS: its loader processes need {cost.shared_gb * processes:.1f} GB of shared memory, and /dev/shm "
+            f"has {machine.shared_gb:.1f} free. Make WORKERS smaller, or give the container more (docker run --shm-size=8g)"
         )
     if cost.disk_gb > machine.disk_gb:
         parameter = "CACHE" if given.get("CACHE") else "BITS" if given.get("BITS", 8) > 8 else "OUT"
@@ -161,9 +161,9 @@ def preflight(
 ) -> None:
     """Hold a training against this machine before it starts: print what to expect, refuse what cannot work.
 
-    notebook: its path, or the name of one of the kit's; parameters: as notebook_parameters returns them; machine: instead of this one, to try things
-    out; studies: to train on and to hold out, 0 to count those of DATA. Raises ValueError naming the parameter to
-    change.
+    notebook: its path, or the name of one of the kit's; parameters: as notebook_parameters returns them; machine:
+    instead of this one, to try things out; studies: to train on and to hold out, 0 to count those of DATA. Raises
+    ValueError naming the parameter to change.
     """
     own = Path(__file__).resolve().parents[2] / "notebooks" / f"{notebook}.ipynb"
     notebook = notebook if Path(notebook).suffix else own
