@@ -570,7 +570,7 @@ def smoke_kernels(base: str = "lumbar-spine", members: Sequence[str] = ()) -> di
     def output(stage, folder=""):
         return f"{KAGGLE_INPUT}/{base}-{names[stage]}/{folder or stage}"
 
-    own = {"05_inference": {"WEIGHTS": [KAGGLE_INPUT]}, "06_report": {"RUN": KAGGLE_INPUT}}
+    own: dict[str, dict[str, Any]] = {"05_inference": {"WEIGHTS": [KAGGLE_INPUT]}, "06_report": {"RUN": KAGGLE_INPUT}}
     kernels = {}
     for stage in table:
         reads = {key: output(read) for key, read in stage.reads.items() if isinstance(read, str)}

@@ -92,7 +92,7 @@ def findings(name: str, cost: Cost, given: Mapping[str, Any], machine: Machine) 
         if not gpus and hours > NEVER_HOURS:
             wrong.append(
                 f"DEVICE: there is no GPU here, and {cores} would take about {_duration(hours)}. Run "
-                f"it on a machine with one, or take a smaller BACKBONE, {smaller} or EPOCHS (in 00_pipeline SIZE demo or hour)"
+                f"it on a machine with one, or take a smaller BACKBONE, {smaller} or EPOCHS (of 00_pipeline: SIZE)"
             )
         elif limit and epoch > HOURS_DOUBT * limit:
             wrong.append(
@@ -122,7 +122,7 @@ def findings(name: str, cost: Cost, given: Mapping[str, Any], machine: Machine) 
     if given.get("WORKERS", 0) and cost.shared_gb * processes > machine.shared_gb:
         wrong.append(
             f"WORKERS: its loader processes need {cost.shared_gb * processes:.1f} GB of shared memory, and /dev/shm "
-            f"has {machine.shared_gb:.1f} free. Make WORKERS smaller, or give the container more (docker run --shm-size=8g)"
+            f"has {machine.shared_gb:.1f} free. Make WORKERS smaller, or give the container more (docker's --shm-size=8g)"
         )
     if cost.disk_gb > machine.disk_gb:
         parameter = "CACHE" if given.get("CACHE") else "BITS" if given.get("BITS", 8) > 8 else "OUT"
