@@ -1,6 +1,7 @@
 """What is said to be needed and to be there, before hours are spent: counted costs, and a machine held against them."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,3 +185,17 @@ def test_studies_are_counted(tmp_path):
     assert count_studies(tmp_path) == count_studies("") == costs.STUDIES
     (tmp_path / "train.csv").write_text("study_id\n1\n2\n\n")
     assert count_studies(tmp_path) == 2
+
+
+def test_the_documents_table_is_what_the_command_prints():
+    table = cost_table(kernel_costs(NOTEBOOKS))
+    rows = [
+        line.split("|")[1:-1] for line in (ROOT / "docs" / "kaggle.md").read_text().splitlines() if "`train-" in line
+    ]
+    shown = {
+        re.search("`(train-[a-z-]+)`", row[0])[1]: [cell.strip() for cell in row[1:4]] for row in rows if len(row) == 5
+    }
+    assert set(shown) == {name for name in table.index if name.startswith("train-")}
+    for name, cells in shown.items():
+        counted = [f"{table.loc[name, column]:.1f}" for column in ("GPU hours", "of one T4", "GPU memory, GB")]
+        assert cells == (counted if name != "train-spinenet" else [counted[0], "", ""])

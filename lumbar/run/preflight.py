@@ -122,7 +122,7 @@ def findings(name: str, cost: Cost, given: Mapping[str, Any], machine: Machine) 
     if given.get("WORKERS", 0) and cost.shared_gb * processes > machine.shared_gb:
         wrong.append(
             f"WORKERS: its loader processes need {cost.shared_gb * processes:.1f} GB of shared memory, and /dev/shm "
-            f"has {machine.shared_gb:.1f} free. Make WORKERS smaller, or give the container more (docker's --shm-size=8g)"
+            f"has {machine.shared_gb:.1f} free. Make WORKERS smaller, or give the container more (--shm-size=8g)"
         )
     if cost.disk_gb > machine.disk_gb:
         parameter = "CACHE" if given.get("CACHE") else "BITS" if given.get("BITS", 8) > 8 else "OUT"
