@@ -241,7 +241,7 @@ def test_the_official_package_can_be_chosen(run):
     assert utils.load_spinenet(folder / "spinenet.safetensors").about["detector"] == "official"
     assert not (folder / "history.csv").exists() and not (folder / "fine_tuning.csv").exists()
     status, output, _ = notebook_02(run, run / "mistyped", DETECTOR="Official")
-    assert status != 0 and "DETECTOR is 'Official'" in output
+    assert status != 0 and "DETECTOR must be own or official, not 'Official'" in output
 
 
 def test_a_training_that_ran_out_of_time_goes_on_from_its_attached_output(run):

@@ -732,6 +732,7 @@ def test_members_leave_the_others_out(tmp_path):
     needs = metadata(tmp_path / "b", "inference")["kernel_sources"]
     trained = ["train-spinenet", "train-vit-slices", "train-vit-slices-2"]
     assert needs == [f"{USER}/lumbar-spine-{name}" for name in trained]
+    assert told(tmp_path / "b", "inspect")["MEMBER"] == "slices"
     assert told(tmp_path / "b", "pretrained")["NAMES"] == ["convnext_small.fb_in22k_ft_in1k"]
 
 

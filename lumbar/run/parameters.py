@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..names import device_for
+from ..names import DETECTORS, device_for
 
 # What a stage reads, by the parameter that says where it lies. A stage knows these by what is in them, not by where
 # they are; see stages.stage_inputs.
@@ -91,6 +91,19 @@ RANGES = {
     "WORKERS": (0, 1024),
     "YOLO_IMGSZ": (32, 4096),
 }
+# Parameters of which only these values are meant.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "BITS": (8, 16),
+    "CHANNELS": (1, 3),
+    "CONDITION": tuple(DETECTORS),
+    "DETECTOR": ("own", "official"),
+    "PRECISION": ("auto", "float32", "bfloat16", "float16"),
+    "SCOPE": ("level", "study", "slices"),
+    "SEQUENCE": ("lstm", "none"),
+    "SIZE": ("demo", "smoke", "hour", "full"),
+    "SPLIT": ("test", "train"),
+}
+MULTIPLES = {"IMGSZ": 32, "YOLO_IMGSZ": 32}  # px: the detectors' largest stride
 LENGTHS = {"CROP_PX": 2, "EXTENT_MM": 3, "SHAPE": 3, "SHIFT_MM": 3}  # of lists, unless they are empty as their default
 ITEM_TYPES = {  # of lists that are empty by default
     "CONTINUE": str,
@@ -213,6 +226,12 @@ def _check_range(name, default, value, where):
             own = f" (or {default!r}, its default)" if default == [] or not _within(default, least, most) else ""
             bounds = f"from {least:,} to {most:,}{own}" if math.isfinite(least) else "a finite number"
             raise ValueError(f"{where}: {name} must be {bounds}, not {item!r}")
+    if name in CHOICES and value not in CHOICES[name]:
+        *most_of, last = map(str, CHOICES[name])
+        hint = nearest(value, CHOICES[name]) if isinstance(value, str) else ""
+        raise ValueError(f"{where}: {name} must be {', '.join(most_of)} or {last}, not {value!r}.{hint}")
+    if (step := MULTIPLES.get(name)) and value % step:
+        raise ValueError(f"{where}: {name} must be a multiple of {step}, not {value!r}")
     if name == "DEVICE":
         check_device_name(value, where)
     if name == "TRACKER":

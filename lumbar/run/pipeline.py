@@ -541,6 +541,8 @@ def kaggle_kernels(
         }
     located = {"PREPROCESSED": output("01_preprocess"), "LEVELS_DIR": output("02_train_spinenet")}
     shown = {**located, "PREDICTIONS": [KAGGLE_INPUT], "INFERENCE": output("05_inference")}
+    if members and "level" not in members:  # whose errors inspect lists by default
+        shown["MEMBER"] = members[0]
     every = [names[stage.name] for stage in table if stage.name != "06_report"]
     inspect = {
         "notebook": "inspect",
