@@ -622,6 +622,17 @@ def test_what_cannot_be_continued_is_said(stub, fast_client, build, tmp_path, ca
         utils.stage_kaggle(USER, build, ROOT, continued=["train-vit-lev"])
 
 
+@pytest.mark.slow
+def test_the_clients_listing_of_an_output_is_read_page_by_page(stub, environment):
+    output_of(stub, "train-vit-level", "a b.csv", "begun.json", "c.csv", "d.csv", "e.csv", "manifest.json")
+    found = publish.kaggle_files(f"{USER}/lumbar-spine-train-vit-level", environment)
+    assert found == stub.files["lumbar-spine-train-vit-level"] and len(found) == 7
+    assert not publish._is_paused(found, "04_train_vit_level_0")
+    assert publish._is_paused(found[:-1], "04_train_vit_level_0")
+    assert publish.kaggle_files(f"{USER}/lumbar-spine-nothing", environment) == []
+    assert publish._state_of(f"{USER}/lumbar-spine-nothing", environment) == ""
+
+
 def test_inference_is_not_pushed_where_no_training_has_finished(stub, fast_client, build, tmp_path):
     build = folder_of(build, tmp_path)
     everything_has_run(stub)

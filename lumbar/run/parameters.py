@@ -314,10 +314,21 @@ def shipped_defaults(names: tuple[str, ...]) -> tuple[str, dict[str, Any]] | Non
 
 def check_notebook_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse parameters that a notebook does not have, before it starts. See check_values."""
+    status = Path(notebook).stat()
+    return check_values(
+        assigned_literals(_parameters_cell(str(notebook), status.st_mtime_ns, status.st_size)),
+        given,
+        Path(notebook).name,
+    )
+
+
+@functools.lru_cache(maxsize=100)
+def _parameters_cell(notebook: str, changed_ns: int, size: int) -> str:
+    """The text of a notebook's parameters cell, read once unless the file changes."""
     import nbformat
 
     cells = nbformat.read(notebook, as_version=4).cells
     source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), None)
     if source is None:
         raise ValueError(f"{notebook} has no cell tagged `parameters`")
-    return check_values(assigned_literals(source), given, Path(notebook).name)
+    return source

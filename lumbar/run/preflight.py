@@ -61,13 +61,10 @@ def _available_memory_gb():
         found += [int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable")]
     except OSError:
         pass  # not Linux
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
-            texts = [(Path("/sys/fs/cgroup") / name).read_text().strip() for name in (limit, used)]
-            found.append((int(texts[0]) - int(texts[1])) / 1e9)
+            # Not less what is used: that counts files that were read, which make room again.
+            found.append(int((Path("/sys/fs/cgroup") / limit).read_text()) / 1e9)
         except (OSError, ValueError):
             continue  # no such group, or no limit
     return min(found)
@@ -178,8 +175,8 @@ def preflight_stages(
 ) -> dict[str, float]:
     """The same of a table of stages that are to run one after the other, as run_stages takes it.
 
-    What they write adds up. Returns dict name -> hours expected, of those whose hours are known. Raises ValueError
-    with everything that is wrong.
+    What they write adds up; those that have a manifest are passed over. Returns dict name -> hours expected, of those
+    whose hours are known. Raises ValueError with everything that is wrong.
     """
     wrong: list[str] = []
     known: list[str] = []
@@ -187,6 +184,8 @@ def preflight_stages(
     written = 0.0
     for stage in stages:
         given = check_notebook_parameters(stage["notebook"], stage["parameters"])
+        if (Path(given.get("OUT", "")) / stage["name"] / "manifest.json").is_file():
+            continue
         here = machine or this_machine(given.get("OUT", "."), given.get("DEVICE", "auto"))
         cost = stage_cost(stage["notebook"], given, studies or count_studies(given.get("DATA", "")))
         more_wrong, more_known = findings(stage["name"], cost, given, here)
@@ -194,7 +193,9 @@ def preflight_stages(
         written += cost.output_gb
         if cost.epochs and not math.isnan(cost.gpu_hours):
             hours[stage["name"]] = hours_on(cost, [name for name, _ in here.gpus], here.cores)
-    if stages and written > here.disk_gb:
+    if len(hours) > 1:
+        known.append(f"all trainings, one after the other: about {_duration(sum(hours.values()))}")
+    if written and written > here.disk_gb:
         wrong.append(f"OUT: all stages write about {written:.0f} GB, and {here.disk_gb:.0f} are free")
     _judge(wrong, known)
     return hours

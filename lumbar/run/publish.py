@@ -643,9 +643,7 @@ def _push_kernels(build, kernels, chosen, left, said, environment, at_once, paus
 
 def _look(need, name, ref, plan, environment, running, finished, paused):
     """See to a kernel that another needs and that is not pushed here. Raises RuntimeError where it has no output."""
-    state, status, said = _ask("kernels", ref, environment)
-    if status and not (_NOT_FOUND.search(said) or _FORBIDDEN.search(said) or "denied" in said):
-        raise _refusal("kaggle kernels status", status, said)
+    state = _state_of(ref, environment)
     if not state:
         raise RuntimeError(f"{name} reads the output of {need}, which Kaggle does not have: push that first")
     if state == "complete":
@@ -656,6 +654,14 @@ def _look(need, name, ref, plan, environment, running, finished, paused):
     else:
         print(f"{name} waits for {need}, which is {state} on Kaggle", flush=True)
         running[need] = ref
+
+
+def _state_of(ref, environment):
+    """State of a kernel's last run, "" where Kaggle has none. Raises RuntimeError where it does not say."""
+    state, status, said = _ask("kernels", ref, environment)
+    if status and not (_NOT_FOUND.search(said) or _FORBIDDEN.search(said)):
+        raise _refusal("kaggle kernels status", status, said)
+    return state
 
 
 def _has_ended(name, ref, plan, environment, finished, paused):
@@ -677,7 +683,7 @@ def _how_to_continue(build, paused):
 
 def _why_not_continued(ref, stage, environment):
     """Why a training's last version cannot be continued, in words; empty where it can."""
-    state = kaggle_status("kernels", ref, environment)
+    state = _state_of(ref, environment)
     if not state:
         return "Kaggle has no run of it, so there is nothing to continue: push it without CONTINUE"
     if state in ("queued", "running", "new_script"):
