@@ -125,6 +125,7 @@ from lumbar.names import (
 )
 
 # Running: parameters, stages, pipelines, Kaggle
+from lumbar.run.costs import cost_line
 from lumbar.run.mounts import find_input
 from lumbar.run.notebook import start_notebook
 from lumbar.run.pipeline import (
@@ -138,7 +139,7 @@ from lumbar.run.pipeline import (
     write_run_manifest,
 )
 from lumbar.run.preflight import preflight, preflight_stages
-from lumbar.run.publish import kaggle_publish, stage_kaggle
+from lumbar.run.publish import kaggle_publish, stage_kaggle, staged_costs
 from lumbar.run.stages import open_stage, time_limit
 
 # Inference
@@ -217,6 +218,7 @@ __all__ = [
     "combine_tables",
     "competition_score",
     "confusion_text",
+    "cost_line",
     "crop_level",
     "crop_study",
     "cross_validate_ensemble",
@@ -347,6 +349,7 @@ __all__ = [
     "short",
     "show_figure",
     "stage_kaggle",
+    "staged_costs",
     "start_notebook",
     "studies_to_predict",
     "study_figure",

@@ -1,6 +1,7 @@
 """What is said to be needed and to be there, before hours are spent: counted costs, and a machine held against them."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,9 +38,9 @@ def test_the_table_counts_every_kernel_and_names_what_it_rests_on():
                 and "counted" in cost.note
                 and cost.epoch_hours * cost.epochs == pytest.approx(cost.hours)
             )
-    table = cost_table(found, kernels)
+    table = cost_table(found)
     assert list(table.index) == list(kernels) and table.loc["preprocess", "GPU hours"] == 0
-    line = cost_line(found, kernels)
+    line = cost_line(found)
     assert f"of Kaggle's {WEEK_HOURS:.0f} a week" in line and "train-vit-level" in line
 
 
@@ -68,10 +69,10 @@ def test_costs_follow_the_parameters():
 
 
 def test_what_does_not_fit_a_week_is_said():
-    found, kernels = kernel_costs(NOTEBOOKS, (0, 1, 2, 3, 4)), kaggle_kernels(folds=(0, 1, 2, 3, 4))
-    assert "weeks: FOLDS, MEMBERS and SETTINGS make it less" in cost_line(found, kernels)
+    found = kernel_costs(NOTEBOOKS, (0, 1, 2, 3, 4))
+    assert "weeks: FOLDS, MEMBERS and SETTINGS make it less" in cost_line(found)
     given = {"04_train_vit": {"BACKBONE": "coatnet_0_rw"}}
-    assert "Not counted: train-vit-level, " in cost_line(kernel_costs(NOTEBOOKS, settings=given), kaggle_kernels())
+    assert "Not counted: train-vit-level, " in cost_line(kernel_costs(NOTEBOOKS, settings=given))
 
 
 def test_the_counted_operations_are_those_of_the_networks():
@@ -184,3 +185,17 @@ def test_studies_are_counted(tmp_path):
     assert count_studies(tmp_path) == count_studies("") == costs.STUDIES
     (tmp_path / "train.csv").write_text("study_id\n1\n2\n\n")
     assert count_studies(tmp_path) == 2
+
+
+def test_the_documents_table_is_what_the_command_prints():
+    table = cost_table(kernel_costs(NOTEBOOKS))
+    rows = [
+        line.split("|")[1:-1] for line in (ROOT / "docs" / "kaggle.md").read_text().splitlines() if "`train-" in line
+    ]
+    shown = {
+        re.search("`(train-[a-z-]+)`", row[0])[1]: [cell.strip() for cell in row[1:4]] for row in rows if len(row) == 5
+    }
+    assert set(shown) == {name for name in table.index if name.startswith("train-")}
+    for name, cells in shown.items():
+        counted = [f"{table.loc[name, column]:.1f}" for column in ("GPU hours", "of one T4", "GPU memory, GB")]
+        assert cells == (counted if name != "train-spinenet" else [counted[0], "", ""])

@@ -41,12 +41,12 @@ def with_values(source: str, values: Mapping[str, Any]) -> str:
     comments between its lines then stand above it.
     """
     lines = source.split("\n")
-    assigned = {node.targets[0].id: node for node in ast.parse(source).body if _is_assignment(node)}
+    assigned = _assignments(source)
     if unknown := [name for name in values if name not in assigned]:
         raise ValueError(f"the parameters cell does not assign {', '.join(unknown)}")
     # From the last to the first, so that the places of what is still to come stay right.
     for name, node in sorted(assigned.items(), key=lambda item: (-item[1].lineno, -item[1].col_offset)):
-        first, last = node.lineno - 1, node.end_lineno - 1
+        first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
         if name not in values and first == last:
             continue
         text = literal_text(values[name] if name in values else ast.literal_eval(node.value))
@@ -57,8 +57,12 @@ def with_values(source: str, values: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _is_assignment(node):
-    return isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+def _assignments(source: str) -> dict[str, ast.Assign]:
+    return {
+        node.targets[0].id: node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+    }
 
 
 def _comments(lines, first, last):

@@ -250,8 +250,10 @@ def kernel_costs(
     members: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Cost]:
-    """What each kernel costs on Kaggle: dict name -> Cost, in their order. Arguments as stage_kaggle's. Raises ValueError
-    or TypeError for settings that a kernel cannot have."""
+    """What each kernel costs on Kaggle: dict name -> Cost, in their order. Arguments as stage_kaggle's.
+
+    Raises ValueError or TypeError for settings that a kernel cannot have.
+    """
     kernels = kaggle_kernels(folds=folds, members=members)
     own = settings_of({name: kernel["names"] for name, kernel in kernels.items()}, settings or {})
     found = {}
@@ -259,17 +261,21 @@ def kernel_costs(
         path = Path(notebooks) / f"{kernel['notebook']}.ipynb"
         known = check_notebook_parameters(path, {})
         parameters = {k: v for k, v in kernel["parameters"].items() if k in known} | own[name]
-        cost = stage_cost(path, parameters)
-        found[name] = cost if kernel["gpu"] else replace(cost, gpu_hours=0.0, gpu_gb=0.0)
+        found[name] = on_kaggle(stage_cost(path, parameters), kernel["gpu"])
     return found
 
 
-def cost_table(costs: Mapping[str, Cost], kernels: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+def on_kaggle(cost: Cost, gpu: bool) -> Cost:
+    """The cost of a kernel that has GPUs or not: without, it spends none of the week's hours."""
+    return cost if gpu else replace(cost, gpu_hours=0.0, gpu_gb=0.0)
+
+
+def cost_table(costs: Mapping[str, Cost]) -> pd.DataFrame:
     """The costs as a table for people, a row for each kernel, GPU hours being what Kaggle takes off the week's."""
     rows = [
         {
             "kernel": name,
-            "GPU hours": cost.hours if kernels[name]["gpu"] else 0.0,
+            "GPU hours": cost.hours if cost.gpu_hours else 0.0,
             "of one T4": cost.gpu_hours,
             "GPU memory, GB": cost.gpu_gb,
             "memory, GB": cost.memory_gb,
@@ -282,9 +288,9 @@ def cost_table(costs: Mapping[str, Cost], kernels: Mapping[str, Mapping[str, Any
     return pd.DataFrame(rows).set_index("kernel").round(1)
 
 
-def cost_line(costs: Mapping[str, Cost], kernels: Mapping[str, Mapping[str, Any]]) -> str:
+def cost_line(costs: Mapping[str, Cost]) -> str:
     """In a sentence or two: what all that costs of Kaggle's week, and what will not fit."""
-    on_gpu = {name: costs[name].hours for name, kernel in kernels.items() if kernel["gpu"] and name in costs}
+    on_gpu = {name: cost.hours for name, cost in costs.items() if cost.gpu_hours}
     if not on_gpu:
         return "No kernel uses a GPU: nothing of the week's hours is spent."
     unknown = [name for name, hours in on_gpu.items() if math.isnan(hours)]
@@ -319,16 +325,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     members = options.members or given.get("MEMBERS") or []
     notebooks = Path(__file__).resolve().parents[2] / "notebooks"
     try:
-        kernels = kaggle_kernels(folds=folds, members=members)
         costs = kernel_costs(notebooks, folds, members, given.get("SETTINGS"))
     except (ValueError, TypeError) as error:
         parser.error(str(error))
-    print(cost_table(costs, kernels).to_string())
-    print(f"\n{cost_line(costs, kernels)}\n")
+    print(cost_table(costs).to_string())
+    print(f"\n{cost_line(costs)}\n")
     print(
         "Counted: operations, by torch's flop_counter. Measured: patches a study, seconds to cut inputs, memory on a\n"
-        "CPU. Assumed: the speed of a T4, which may be wrong by a factor of two; GPU hours are those of a session with\n"
-        "both T4s. The first training that ends tells how far: its manifest.json has the seconds."
+        "CPU. Assumed: the speed of a T4, which may be wrong by a factor of two; GPU hours are those of a session\n"
+        "with both T4s. The first training that ends tells how far: its manifest.json has the seconds."
     )
 
 

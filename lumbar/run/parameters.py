@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..names import device_for
+from ..names import DETECTORS, device_for
 
 # What a stage reads, by the parameter that says where it lies. A stage knows these by what is in them, not by where
 # they are; see stages.stage_inputs.
@@ -92,6 +92,19 @@ RANGES = {
     "WORKERS": (0, 1024),
     "YOLO_IMGSZ": (32, 4096),
 }
+# Parameters of which only these values are meant.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "BITS": (8, 16),
+    "CHANNELS": (1, 3),
+    "CONDITION": tuple(DETECTORS),
+    "DETECTOR": ("own", "official"),
+    "PRECISION": ("auto", "float32", "bfloat16", "float16"),
+    "SCOPE": ("level", "study", "slices"),
+    "SEQUENCE": ("lstm", "none"),
+    "SIZE": ("demo", "smoke", "hour", "full"),
+    "SPLIT": ("test", "train"),
+}
+MULTIPLES = {"IMGSZ": 32, "YOLO_IMGSZ": 32}  # px: the detectors' largest stride
 LENGTHS = {"CROP_PX": 2, "EXTENT_MM": 3, "SHAPE": 3, "SHIFT_MM": 3}  # of lists, unless they are empty as their default
 ITEM_TYPES = {  # of lists that are empty by default
     "CONTINUE": str,
@@ -214,6 +227,12 @@ def _check_range(name, default, value, where):
             own = f" (or {default!r}, its default)" if default == [] or not _within(default, least, most) else ""
             bounds = f"from {least:,} to {most:,}{own}" if math.isfinite(least) else "a finite number"
             raise ValueError(f"{where}: {name} must be {bounds}, not {item!r}")
+    if name in CHOICES and value not in CHOICES[name]:
+        *most_of, last = map(str, CHOICES[name])
+        hint = nearest(value, CHOICES[name]) if isinstance(value, str) else ""
+        raise ValueError(f"{where}: {name} must be {', '.join(most_of)} or {last}, not {value!r}.{hint}")
+    if (step := MULTIPLES.get(name)) and value % step:
+        raise ValueError(f"{where}: {name} must be a multiple of {step}, not {value!r}")
     if name == "DEVICE":
         check_device_name(value, where)
     if name == "TRACKER":
@@ -273,7 +292,7 @@ def notebook_parameters(history: Sequence[str], namespace: Mapping[str, Any]) ->
     if not cells:
         raise ValueError("run the parameters cell (its first line starts with '# Parameters:') before this one")
     typed = assigned_literals(cells[-1])
-    notebook, defaults = _shipped_defaults(tuple(typed)) or ("parameters", typed)
+    notebook, defaults = shipped_defaults(tuple(typed)) or ("parameters", typed)
     check_values(defaults, typed, notebook)
     injected = [cell for cell in history if cell.startswith("# Parameters\n")]
     if injected:
@@ -285,7 +304,7 @@ def notebook_parameters(history: Sequence[str], namespace: Mapping[str, Any]) ->
 
 
 @functools.cache
-def _shipped_defaults(names: tuple[str, ...]) -> tuple[str, dict[str, Any]] | None:
+def shipped_defaults(names: tuple[str, ...]) -> tuple[str, dict[str, Any]] | None:
     """(file name, dict name -> default) of the kit's notebook that has just these parameters; None without one."""
     for path in sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb")):
         defaults = check_notebook_parameters(path, {})
@@ -296,10 +315,21 @@ def _shipped_defaults(names: tuple[str, ...]) -> tuple[str, dict[str, Any]] | No
 
 def check_notebook_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse parameters that a notebook does not have, before it starts. See check_values."""
+    status = Path(notebook).stat()
+    return check_values(
+        assigned_literals(_parameters_cell(str(notebook), status.st_mtime_ns, status.st_size)),
+        given,
+        Path(notebook).name,
+    )
+
+
+@functools.lru_cache(maxsize=100)
+def _parameters_cell(notebook: str, changed_ns: int, size: int) -> str:
+    """The text of a notebook's parameters cell, read once unless the file changes."""
     import nbformat
 
     cells = nbformat.read(notebook, as_version=4).cells
     source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), None)
     if source is None:
         raise ValueError(f"{notebook} has no cell tagged `parameters`")
-    return check_values(assigned_literals(source), given, Path(notebook).name)
+    return source

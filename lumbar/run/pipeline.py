@@ -563,8 +563,9 @@ def kaggle_kernels(
 
     base: what all slugs begin with; folds, members: to train, a kernel for each fold of each training, see
     Stage.kernel. One that is not done in TRAINING_HOURS ends there, see stage_kaggle's `continued`.
-    Each has stage (the folder that it writes), names (of it in SETTINGS), notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads), gpu and internet,
-    which only `pretrained` has: it fetches what trainings start from, and needs nothing else.
+    Each has stage (the folder that it writes), training (whether it can run out of time), names (of it in SETTINGS),
+    notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads), gpu and internet, which
+    only `pretrained` has: it fetches what trainings start from, and needs nothing else.
     Raises ValueError as stage_table.
     """
     table = stage_table(sorted(folds), members=members)
@@ -589,6 +590,7 @@ def kaggle_kernels(
             "needs": [],
             "gpu": False,
             "internet": True,
+            "training": False,
         }
     }
     for stage in table:
@@ -604,9 +606,59 @@ def kaggle_kernels(
             "needs": [names[name] for name in stage.after] + ["pretrained"] * bool(stage.pretrained),
             "gpu": stage.gpu,
             "internet": False,
+            "training": stage.training,
         }
     located = {"PREPROCESSED": output("01_preprocess"), "LEVELS_DIR": output("02_train_spinenet")}
     shown = {**located, "PREDICTIONS": [KAGGLE_INPUT], "INFERENCE": output("05_inference")}
+    if members and "level" not in members:  # whose errors inspect lists by default
+        shown["MEMBER"] = members[0]
     every = [names[stage.name] for stage in table if stage.name != "06_report"]
-    inspect = {"notebook": "inspect", "parameters": shown, "needs": every, "gpu": False, "internet": False}
+    inspect = {
+        "notebook": "inspect",
+        "parameters": shown,
+        "needs": every,
+        "gpu": False,
+        "internet": False,
+        "training": False,
+    }
     return kernels | {"inspect": {"stage": "", "names": ("inspect",), **inspect}}
+
+
+SMOKE_STUDIES = {"TRAIN_STUDIES": 10, "TEST_STUDIES": 2}  # phantoms of a smoke run
+
+
+def smoke_kernels(base: str = "lumbar-spine", members: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """A chain of small kernels that proves the large ones' before GPU hours are spent: as kaggle_kernels, smoke-*.
+
+    The first makes phantom studies and preprocesses them (00_pipeline, which Kaggle's papermill runs), the others
+    train, predict and report on its output with the settings of SIZE smoke. No GPU, no internet, no competition data;
+    minutes each.
+    """
+    table = stage_table((0,), "smoke", members)
+    names = {stage.name: f"smoke-{stage.kernel}" for stage in table}
+    first = names["01_preprocess"]
+
+    def output(stage, folder=""):
+        return f"{KAGGLE_INPUT}/{base}-{names[stage]}/{folder or stage}"
+
+    own: dict[str, dict[str, Any]] = {"05_inference": {"WEIGHTS": [KAGGLE_INPUT]}, "06_report": {"RUN": KAGGLE_INPUT}}
+    kernels = {}
+    for stage in table:
+        reads = {key: output(read) for key, read in stage.reads.items() if isinstance(read, str)}
+        parameters = {"DATA": output("01_preprocess", "data"), **reads, **stage.parameters, **own.get(stage.name, {})}
+        if stage.training:
+            # Weights that are "installed" are of a package that Kaggle's image lacks; loaders would only slow it down.
+            parameters |= {"PRETRAINED": "", "WORKERS": 0, "HOURS": 1.0}
+        elif stage.name == "01_preprocess":
+            parameters = {"DATA": "", "SIZE": "smoke", "STAGES": [stage.name], "SEED": 5, **SMOKE_STUDIES}
+        kernels[names[stage.name]] = {
+            "stage": stage.name,
+            "names": (*names_of(stage), names[stage.name]),
+            "notebook": "00_pipeline" if stage.name == "01_preprocess" else stage.notebook,
+            "parameters": parameters,
+            "needs": [] if stage.name == "01_preprocess" else [*dict.fromkeys([first, *map(names.get, stage.after)])],
+            "gpu": False,
+            "internet": False,
+            "training": stage.training,
+        }
+    return kernels

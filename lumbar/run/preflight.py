@@ -61,13 +61,10 @@ def _available_memory_gb():
         found += [int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable")]
     except OSError:
         pass  # not Linux
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
-            texts = [(Path("/sys/fs/cgroup") / name).read_text().strip() for name in (limit, used)]
-            found.append((int(texts[0]) - int(texts[1])) / 1e9)
+            # Not less what is used: that counts files that were read, which make room again.
+            found.append(int((Path("/sys/fs/cgroup") / limit).read_text()) / 1e9)
         except (OSError, ValueError):
             continue  # no such group, or no limit
     return min(found)
@@ -91,13 +88,13 @@ def findings(name: str, cost: Cost, given: Mapping[str, Any], machine: Machine) 
         epoch = hours / cost.epochs
         if not gpus and hours > NEVER_HOURS:
             wrong.append(
-                f"DEVICE: there is no GPU here, and {cores} would take about {_duration(hours)}. Run it "
-                f"on a machine with one, or take a smaller BACKBONE, {smaller} or EPOCHS (SIZE of 00_pipeline: demo, hour)"
+                f"DEVICE: there is no GPU here, and {cores} would take about {_duration(hours)}. Run "
+                f"it on a machine with one, or take a smaller BACKBONE, {smaller} or EPOCHS (of 00_pipeline: SIZE)"
             )
         elif limit and epoch > HOURS_DOUBT * limit:
             wrong.append(
-                f"HOURS: one pass over the training studies takes about {_duration(epoch)}, and {limit:g} hours are given: "
-                f"nothing would be kept. Give more HOURS, or a smaller {smaller} or BACKBONE"
+                f"HOURS: one pass over the training studies takes about {_duration(epoch)}, and {limit:g} hours are "
+                f"given: nothing would be kept. Give more HOURS, or a smaller {smaller} or BACKBONE"
             )
         elif limit and hours > limit:
             sessions = math.ceil(hours / limit)
@@ -121,8 +118,8 @@ def findings(name: str, cost: Cost, given: Mapping[str, Any], machine: Machine) 
         )
     if given.get("WORKERS", 0) and cost.shared_gb * processes > machine.shared_gb:
         wrong.append(
-            f"WORKERS: its loader processes need {cost.shared_gb * processes:.1f} GB of shared memory, and /dev/shm has "
-            f"{machine.shared_gb:.1f} free. Make WORKERS smaller, or give the container more (docker run --shm-size=8g)"
+            f"WORKERS: its loader processes need {cost.shared_gb * processes:.1f} GB of shared memory, and /dev/shm "
+            f"has {machine.shared_gb:.1f} free. Make WORKERS smaller, or give the container more (--shm-size=8g)"
         )
     if cost.disk_gb > machine.disk_gb:
         parameter = "CACHE" if given.get("CACHE") else "BITS" if given.get("BITS", 8) > 8 else "OUT"
@@ -161,9 +158,9 @@ def preflight(
 ) -> None:
     """Hold a training against this machine before it starts: print what to expect, refuse what cannot work.
 
-    notebook: its path, or the name of one of the kit's; parameters: as notebook_parameters returns them; machine: instead of this one, to try things
-    out; studies: to train on and to hold out, 0 to count those of DATA. Raises ValueError naming the parameter to
-    change.
+    notebook: its path, or the name of one of the kit's; parameters: as notebook_parameters returns them; machine:
+    instead of this one, to try things out; studies: to train on and to hold out, 0 to count those of DATA. Raises
+    ValueError naming the parameter to change.
     """
     own = Path(__file__).resolve().parents[2] / "notebooks" / f"{notebook}.ipynb"
     notebook = notebook if Path(notebook).suffix else own
@@ -178,8 +175,8 @@ def preflight_stages(
 ) -> dict[str, float]:
     """The same of a table of stages that are to run one after the other, as run_stages takes it.
 
-    What they write adds up. Returns dict name -> hours expected, of those whose hours are known. Raises ValueError
-    with everything that is wrong.
+    What they write adds up; those that have a manifest are passed over. Returns dict name -> hours expected, of those
+    whose hours are known. Raises ValueError with everything that is wrong.
     """
     wrong: list[str] = []
     known: list[str] = []
@@ -187,6 +184,8 @@ def preflight_stages(
     written = 0.0
     for stage in stages:
         given = check_notebook_parameters(stage["notebook"], stage["parameters"])
+        if (Path(given.get("OUT", "")) / stage["name"] / "manifest.json").is_file():
+            continue
         here = machine or this_machine(given.get("OUT", "."), given.get("DEVICE", "auto"))
         cost = stage_cost(stage["notebook"], given, studies or count_studies(given.get("DATA", "")))
         more_wrong, more_known = findings(stage["name"], cost, given, here)
@@ -194,7 +193,9 @@ def preflight_stages(
         written += cost.output_gb
         if cost.epochs and not math.isnan(cost.gpu_hours):
             hours[stage["name"]] = hours_on(cost, [name for name, _ in here.gpus], here.cores)
-    if stages and written > here.disk_gb:
+    if len(hours) > 1:
+        known.append(f"all trainings, one after the other: about {_duration(sum(hours.values()))}")
+    if written and written > here.disk_gb:
         wrong.append(f"OUT: all stages write about {written:.0f} GB, and {here.disk_gb:.0f} are free")
     _judge(wrong, known)
     return hours
