@@ -50,7 +50,7 @@ def test_the_summary_comes_first_and_leads_everywhere(soup):
     alarms = ["Look here." in text for text in looks]
     assert alarms == sorted(alarms, reverse=True) and any("the class prior (" in text for text in looks)
     doubt = next(text for text in looks if "second numbering" in text)
-    assert "training: 1 of 6 studies in doubt; 1 (17%) with a second numbering, 30% likely on average" in doubt
+    assert "in doubt in 1 of 6 studies, with a second numbering in 1 (17%), which is 30% likely on average" in doubt
     assert "Look here." in doubt
 
 
