@@ -237,7 +237,9 @@ def curves_text(runs: Mapping[str, pd.DataFrame], x: str) -> str:
             ("total", "held-out score", "idxmin"),
             ("metrics/mAP50(B)", "mAP50", "idxmax"),
         ):
-            values = pd.to_numeric(history[column], errors="coerce").dropna() if column in history else []
+            if column not in history:
+                continue
+            values = pd.to_numeric(history[column], errors="coerce").dropna()
             if len(values) and best:
                 place = getattr(values, best)()
                 parts.append(f"{name} {words} best at {x} {history.loc[place, x]:g} with {values[place]:.3f}")

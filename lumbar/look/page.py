@@ -153,8 +153,8 @@ def export_html(notebook: str | Path, page: str | Path, title: str | None = None
     for table in soup.select("table.kit"):
         # Where it is wider than the screen it scrolls, which takes a keyboard as well.
         caption = table.find("caption")
-        table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0", "role": "group"}))
-        table.parent["aria-label"] = caption.get_text() if caption else "table"
+        name = caption.get_text() if caption else "table"
+        table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0", "role": "group", "aria-label": name}))
     body = soup.decode(formatter=HTMLFormatter(entity_substitution=html.escape))
     return write_text(
         page,
