@@ -134,7 +134,7 @@ def severe_finding(grades: np.ndarray, probabilities: np.ndarray) -> Finding:
             called = int((severe.argmax(1) == 2).sum())
             least = min(least, called / len(severe))
             parts.append(f"{TERM_NAMES[group].lower()} {called} of {len(severe)}")
-    text = f"Of the severe cases are called severe: {', '.join(parts)}." if parts else "There is no severe case."
+    text = f"Severe cases that would be called severe: {', '.join(parts)}." if parts else "There is no severe case."
     return Finding("Most probable grade and label", text, least < 0.5)
 
 
@@ -170,9 +170,11 @@ def numbering_text(levels: pd.DataFrame) -> str:
     studies = levels.assign(doubt=levels["source"].map(lambda source: Source.UNCERTAIN in Source.parse(source)))
     studies = studies.assign(share=second_shares(levels)).groupby("study_id")[["doubt", "share"]].max()
     there = studies["share"].dropna()
-    text = f"{int(studies['doubt'].sum())} of {len(studies)} studies in doubt; {len(there)} "
-    text += f"({len(there) / max(len(studies), 1):.0%}) with a second numbering"
-    return text + (f", {there.mean():.0%} likely on average" if len(there) else "")
+    text = (
+        f"in doubt in {int(studies['doubt'].sum())} of {len(studies)} studies, with a second numbering in {len(there)} "
+    )
+    text += f"({len(there) / max(len(studies), 1):.0%})"
+    return text + (f", which is {there.mean():.0%} likely on average" if len(there) else "")
 
 
 def levels_finding(compared: pd.DataFrame, levels: Mapping[str, pd.DataFrame]) -> Finding:
@@ -182,15 +184,17 @@ def levels_finding(compared: pd.DataFrame, levels: Mapping[str, pd.DataFrame]) -
     """
     right = (compared["nearest"] == compared["level"]).mean() if len(compared) else np.nan
     text = f"{right:.1%} of {len(compared)} label points lie at the disc of their level. " if len(compared) else ""
-    text += "; ".join(f"{title}: {numbering_text(table)}" for title, table in levels.items()) + "."
+    text += " ".join(f"Numbering of the {title} set: {numbering_text(table)}." for title, table in levels.items())
     doubtful = any(second_shares(table).notna().any() for table in levels.values())
     return Finding("Levels", text, doubtful or right < 0.95)
 
 
 def left_out_finding(met: Mapping[str, pd.Series], log: pd.DataFrame | None) -> Finding:
     """How much was left out or doubtful, and how many rows rest on a prior. met: sentences by title; log: of 05."""
-    said = [f"{title.lower()} {sentences.dropna().astype(bool).sum()}" for title, sentences in met.items()]
-    text, prior = f"Sentences on files, slices and series: {', '.join(said)}.", 0
+    said = {title: int(sentences.dropna().astype(bool).sum()) for title, sentences in met.items()}
+    told = ", ".join(f"{title.lower()} {count}" for title, count in said.items())
+    text = f"Reports of something left out or doubtful: {told}." if any(said.values()) else "Nothing was left out."
+    prior = 0
     if log is not None:
         prior = int(log["prior_rows"].sum())
         text += f" {prior} of {25 * len(log)} test rows rest on the class prior alone."
@@ -233,7 +237,9 @@ def curves_text(runs: Mapping[str, pd.DataFrame], x: str) -> str:
             ("total", "held-out score", "idxmin"),
             ("metrics/mAP50(B)", "mAP50", "idxmax"),
         ):
-            values = pd.to_numeric(history[column], errors="coerce").dropna() if column in history else []
+            if column not in history:
+                continue
+            values = pd.to_numeric(history[column], errors="coerce").dropna()
             if len(values) and best:
                 place = getattr(values, best)()
                 parts.append(f"{name} {words} best at {x} {history.loc[place, x]:g} with {values[place]:.3f}")
@@ -289,5 +295,5 @@ def summary_html(
     contents = "".join(f"<li>{link(section)}</li>" for section in sections)
     return (
         table_html(headline_table(tables, name), "The score, a weighted log loss: lower is better.")
-        + f"<h3>What to look at</h3><ul>{items}</ul><h3>Contents</h3><ol>{contents}</ol>"
+        + f"<h3>What to look at</h3><ul>{items}</ul><h3>Contents</h3><ol class=contents>{contents}</ol>"
     )

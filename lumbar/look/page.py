@@ -105,7 +105,8 @@ table.kit tbody tr:nth-child(even){background:var(--stripe)}
 pre{white-space:pre-wrap;font-size:13px;color:var(--soft)}code{font-size:.92em}
 .anchor-link,.jp-InputPrompt,.jp-OutputPrompt,.prompt{display:none}
 .scroll{overflow-x:auto}a{color:var(--key)}:focus-visible{outline:2px solid var(--key)}
-li{margin:.3em 0}h2,h3{scroll-margin-top:8px}
+li{margin:.3em 0}.contents{columns:18em}h2,h3{scroll-margin-top:8px}
+@media (max-width:700px){body{padding:12px 12px 60px}table.kit{font-size:13px}table.kit :is(th,td){padding:3px 5px}}
 """
 
 
@@ -152,8 +153,8 @@ def export_html(notebook: str | Path, page: str | Path, title: str | None = None
     for table in soup.select("table.kit"):
         # Where it is wider than the screen it scrolls, which takes a keyboard as well.
         caption = table.find("caption")
-        table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0", "role": "group"}))
-        table.parent["aria-label"] = caption.get_text() if caption else "table"
+        name = caption.get_text() if caption else "table"
+        table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0", "role": "group", "aria-label": name}))
     body = soup.decode(formatter=HTMLFormatter(entity_substitution=html.escape))
     return write_text(
         page,

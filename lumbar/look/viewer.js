@@ -190,9 +190,10 @@ function drawPanel(panel) {
   });
   for (const [level, x, y, name] of points) if (seen(x, y)) {
     const colour = data.colours[level], off = side*.022;
-    // Of two points at one height, left and right, each has its name on its own side.
+    // On an axial slice, and of two points at one height, each has its name on its own side.
     const wishes = [[x + off, y, 'start', true], [x - off, y, 'end', true]];
-    if (points.some(other => other[1] > x + 1 && Math.abs(other[2] - y) < side*.06)) wishes.reverse();
+    const outer = 'LR'.includes(frame.l[0]) && x < x0 + side/2;
+    if (outer || points.some(other => other[1] > x + 1 && Math.abs(other[2] - y) < side*.06)) wishes.reverse();
     wishes.push([x, y - off - .6*font, 'middle'], [x, y + off + .6*font, 'middle']);
     const spot = place(name, font, wishes, side*.25);
     if (!spot) continue;
