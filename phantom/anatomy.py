@@ -53,7 +53,6 @@ class Disc:
     width_mm: float
     height_mm: float
     water: float  # 1 young nucleus, 0 black disc
-    bulge_mm: float = 0.0
     shape: dict = field(default_factory=dict)
 
 

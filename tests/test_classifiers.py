@@ -14,6 +14,7 @@ import torch
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 from safetensors import safe_open
+from scipy.special import softmax
 from torch import nn
 
 import phantom
@@ -31,7 +32,6 @@ from lumbar.grade.classifier import (
     load_classifier,
     make_backbone,
     measure_views,
-    predict_dataset,
     save_classifier,
 )
 from lumbar.grade.crops import augment_crops, cut_crops, mirror_conditions
@@ -44,6 +44,11 @@ from lumbar.spine.fallbacks import level_boxes
 from lumbar.storage import DamagedFile
 
 CROP = Crop("level", (32, 32, 32), (32.0, 64.0, 48.0))
+
+
+def predict_dataset(models, dataset, views=({},)):
+    """(n studies, 5, 5, 3) probabilities of a CropDataset."""
+    return softmax(measure_views(models, dataset, views).mean(0), -1)
 
 
 def test_probabilities_and_loss_equal_spacecutter():
@@ -197,7 +202,7 @@ def test_mirroring_swaps_left_and_right_conditions():
 def phantom_study(tmp_path_factory):
     """One phantom study: (study with its volumes, true level boxes, grades (5, 5), table of label points)."""
     out = tmp_path_factory.mktemp("phantom")
-    phantom.make_dataset(out, train=1, test=1, seed=5, workers=1, prevalence=3, progress=False)
+    phantom.make_dataset(out, train=1, test=0, seed=5, workers=1, prevalence=3, progress=False)
     table = read_descriptions(out, "train")
     study_id = int(table["study_id"].iloc[0])
     descriptions = dict(zip(table["series_id"], table["description"], strict=True))
@@ -771,9 +776,9 @@ def test_other_processes_cut_the_crops_of_held_out_studies(tmp_path):
 
 def test_every_trained_parameter_has_a_gradient():
     """What has none stops DistributedDataParallel; some backbones have a hidden layer in the head that is not used."""
-    model = OrdinalClassifier("level", "coatnet_0", (64, 64, 64), np.full((5, 5, 3), 1 / 3))
+    model = OrdinalClassifier("level", "coatnet_0", (32, 32, 32), np.full((5, 5, 3), 1 / 3))
     assert any(name.startswith("backbone.head.") for name, _ in model.named_parameters())
-    model(torch.rand(2, 3, 64, 64, 64), torch.tensor([0, 1])).sum().backward()
+    model(torch.rand(2, 3, 32, 32, 32), torch.tensor([0, 1])).sum().backward()
     lacking = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not lacking
 

@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_classifiers import predict_dataset
 
 import utils
 from lumbar.grade import distributed
-from lumbar.grade.classifier import load_classifier, predict_dataset
+from lumbar.grade.classifier import load_classifier
 from lumbar.grade.trainer import TrainConfig
 
 CROP = utils.Crop("level", (16, 16, 32), (32.0, 64.0, 48.0))
@@ -50,6 +51,7 @@ def dataset(folder, first, count):
     return utils.CropDataset({}, range(first, first + count), grades, levels, CROP, folder)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path, capfd):
     train, valid = dataset(tmp_path / "cache", 100, 4), dataset(tmp_path / "cache", 200, 3)
     for name in ("one", "two"):
@@ -98,6 +100,7 @@ def notes(folder):
     return [int(text) for path in Path(folder).iterdir() if (text := path.read_text())]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others_and_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="one of 2 processes failed. Its last lines:(.|\n)*no l1_l2 for study 103"):
         distributed.launch(launched.fail_on_one, (tmp_path,), 2)
@@ -108,6 +111,7 @@ class TimeIsUp(BaseException):
     """As stages.time_limit stops a training."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("how", ["time is up", "Ctrl-C"])
 def test_what_stops_the_launch_stops_its_processes(tmp_path, how):
@@ -138,6 +142,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
 def test_processes_end_with_the_one_that_started_them(tmp_path):
     script, here, folder = tmp_path / "launcher.py", Path(__file__).resolve().parent, tmp_path / "notes"

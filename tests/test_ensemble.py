@@ -119,6 +119,17 @@ def bed():
     return labels, tables, *utils.cross_validate_ensemble(labels, tables, folds)
 
 
+@pytest.fixture(scope="module")
+def fitted(bed):
+    """The ensemble of all of the bed's studies. Not to be changed."""
+    return utils.fit_ensemble(*bed[:2])
+
+
+def few(tables):
+    """Three of the bed's members: one that lacks rows, one that looks at all cells, one that is complete."""
+    return {name: tables[name] for name in ("yolo", "level", "study")}
+
+
 def test_the_search_gains_on_studies_it_has_not_seen(bed):
     _, tables, scores, _ = bed
     assert list(scores.index) == [*tables, *VARIANTS]
@@ -130,16 +141,18 @@ def test_the_search_gains_on_studies_it_has_not_seen(bed):
     assert scores["gain"]["+ stacker"] > scores["gain"]["+ scaling"] + 0.004 and scores["gain_se"]["+ stacker"] > 0
 
 
+@pytest.mark.slow
 def test_scaling_mends_members_that_are_too_sure():
     labels, tables, folds = bench_ensemble.make_case(200, 3, folds=3)
     sharp = {}
-    for name, table in tables.items():
+    for name, table in few(tables).items():
         p = table[list(utils.SEVERITIES)] ** 2.5
         sharp[name] = table.assign(**p.div(p.sum(axis=1), axis=0))
     total = utils.cross_validate_ensemble(labels, sharp, folds)[0]["total"]
     assert total["+ scaling"] < total["fitted weights"] - 0.05
 
 
+@pytest.mark.slow
 def test_a_dozen_studies_change_next_to_nothing():
     scores = [bench_ensemble.run(12, seed, folds=3)["gain"] for seed in range(6)]
     for name in ("fitted weights", "+ scaling", "+ stacker"):
@@ -147,9 +160,10 @@ def test_a_dozen_studies_change_next_to_nothing():
         assert np.mean(gains) > -0.004 and min(gains) > -0.02, name
 
 
+@pytest.mark.slow
 def test_where_nothing_is_to_be_found_nothing_is_lost():
     labels, tables, folds = bench_ensemble.make_case(200, 2, "null", 3)
-    total = utils.cross_validate_ensemble(labels, tables, folds)[0]["total"]
+    total = utils.cross_validate_ensemble(labels, few(tables), folds)[0]["total"]
     assert total["+ stacker"] < total["+ scaling"] + 0.002
 
 
@@ -188,9 +202,8 @@ def test_slips_of_the_readers_find_their_floor():
     assert scores[0] < 0.8 * min(scores[1:])
 
 
-def test_what_other_cells_say_shifts_along_the_scale(bed):
-    labels, tables, _, _ = bed
-    stacker = utils.fit_ensemble(labels, tables)["stacker"]
+def test_what_other_cells_say_shifts_along_the_scale(fitted):
+    stacker = fitted["stacker"]
     for group, names in stacker["features"].items():
         if group not in stacker["coefficients"]:
             continue
@@ -235,6 +248,7 @@ def test_nested_predictions_are_a_submission_and_give_the_table(bed):
 
 def test_nested_predictions_have_not_seen_their_fold():
     labels, tables, folds = bench_ensemble.make_case(80, 7, "none", 2)
+    tables = few(tables)
     before = utils.cross_validate_ensemble(labels, tables, folds)[1]
     first = folds["study_id"][folds["fold"] == 0]
     changed = labels.copy()
@@ -249,7 +263,7 @@ def test_nested_predictions_have_not_seen_their_fold():
 def test_rows_and_studies_may_be_missing():
     labels, tables, folds = bench_ensemble.make_case(60, 8, folds=3)
     ids = labels["study_id"].to_numpy()
-    gone = {m: t[~t["row_id"].str.startswith(f"{ids[0]}_")] for m, t in tables.items()}
+    gone = {m: t[~t["row_id"].str.startswith(f"{ids[0]}_")] for m, t in few(tables).items()}
     lost = f"{ids[1]}_{LABEL_COLUMNS[0]}"
     gone = {m: t[t["row_id"] != lost] for m, t in gone.items()}
     scores, submissions = utils.cross_validate_ensemble(labels, gone, folds)
@@ -260,6 +274,7 @@ def test_rows_and_studies_may_be_missing():
 
 def test_the_order_of_rows_does_not_matter():
     labels, tables, _ = bench_ensemble.make_case(60, 9)
+    tables = few(tables)
     mixed = {m: t.sample(frac=1, random_state=1) for m, t in tables.items()}
     one = utils.fit_ensemble(labels, tables)
     assert one == utils.fit_ensemble(labels.sample(frac=1, random_state=2), mixed) == utils.fit_ensemble(labels, tables)
@@ -291,11 +306,10 @@ def test_the_loss_is_the_competitions():
     assert list(loss.sum(0) / weight.sum(0)) == pytest.approx([score[t] for t in (*utils.GROUPS, "any_severe")])
 
 
-def test_the_stacker_is_the_same_in_the_mirror_and_in_json(bed):
-    labels, tables, _, _ = bed
-    ensemble = utils.fit_ensemble(labels, tables)
+def test_the_stacker_is_the_same_in_the_mirror_and_in_json(bed, fitted):
+    ensemble = fitted
     assert set(ensemble["stacker"]["coefficients"]) >= {"foraminal", "subarticular"}
-    _, p = utils.from_submission(tables["study"])
+    _, p = utils.from_submission(bed[1]["study"])
     turned = list(MIRRORED_CONDITIONS)
     corrected = apply_stacker(ensemble["stacker"], p)
     np.testing.assert_allclose(apply_stacker(ensemble["stacker"], p[:, turned])[:, turned], corrected)
@@ -310,13 +324,11 @@ def test_the_stacker_is_the_same_in_the_mirror_and_in_json(bed):
         apply_stacker(read["stacker"], p)
 
 
-def test_rows_without_a_member_keep_the_prior_under_a_stacker(bed):
-    labels, tables, _, _ = bed
-    ensemble = utils.fit_ensemble(labels, tables)
-    _, p = utils.from_submission(tables["study"])
+def test_rows_without_a_member_keep_the_prior_under_a_stacker(bed, fitted):
+    _, p = utils.from_submission(bed[1]["study"])
     prior = np.full((5, 5, 3), 1 / 3)
     p[0, 2, 1] = np.nan
-    np.testing.assert_allclose(combine_members({"study": p}, ensemble, prior)[0][0, 2, 1], 1 / 3)
+    np.testing.assert_allclose(combine_members({"study": p}, fitted, prior)[0][0, 2, 1], 1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -360,9 +372,9 @@ def test_bad_folds_and_labels_are_refused():
 
 
 def test_folds_and_ids_of_any_type_are_the_same_folds():
-    _, ids, labels, members = case(40)
+    _, ids, labels, members = case(12)
     tables = {m: utils.to_submission(ids, p) for m, p in members.items()}
-    folds = pd.DataFrame({"study_id": ids, "fold": np.arange(40) % 4})
+    folds = pd.DataFrame({"study_id": ids, "fold": np.arange(12) % 2})
     expected, _ = utils.cross_validate_ensemble(labels, tables, folds)
     mixed = folds.astype({"fold": object, "study_id": str})
     mixed.loc[::3, "fold"] = mixed.loc[::3, "fold"].astype(str)
@@ -395,10 +407,10 @@ def test_a_table_of_none_of_the_labelled_studies_is_an_error(table):
 
 
 def test_a_member_alone_scores_what_it_would_if_it_were_submitted():
-    grades, ids, labels, members = case(40)
+    grades, ids, labels, members = case(16)
     members["level"] = np.eye(3)[members["level"].argmax(-1)]  # sure of everything, and sometimes wrong
     tables = {m: utils.to_submission(ids, p) for m, p in members.items()}
-    folds = pd.DataFrame({"study_id": ids, "fold": np.arange(40) % 4})
+    folds = pd.DataFrame({"study_id": ids, "fold": np.arange(16) % 2})
     scores, _ = utils.cross_validate_ensemble(labels, tables, folds)
     for member, table in tables.items():
         assert scores.loc[member, "total"] == pytest.approx(utils.competition_score(labels, table)["total"], rel=1e-6)
@@ -447,9 +459,7 @@ def test_out_of_fold_tables_of_other_studies_leave_the_defaults(tmp_path, monkey
     assert found["found"] != "defaults" and 0 < found["weights"]["spinal"]["yolo"] < 1
 
 
-def test_a_kept_ensemble_json_brings_its_stacker(bed, tmp_path):
-    labels, tables, _, _ = bed
-    fitted = utils.fit_ensemble(labels, tables)
+def test_a_kept_ensemble_json_brings_its_stacker(fitted, tmp_path):
     utils.write_json(tmp_path / "ensemble.json", fitted)
     assert utils.ensemble_for([tmp_path], tmp_path)["stacker"] == fitted["stacker"]
     (tmp_path / "ensemble.json").write_text("{")

@@ -1,6 +1,7 @@
 """Fine-tuning on label points: detections are confirmed, renamed and completed by them, against a drawn truth."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -95,11 +96,19 @@ def check(records, true_records, names=LUMBAR, near_px=1.5):
     assert counted > 5 * len(names)
 
 
+@cache
 def case(seed=4):
+    """(true vertebrae, study, the study with its T2 series alone, points). Not to be changed."""
     truth = spine(seed)
     study = study_of(truth)
     sagittal = replace(study, volumes=study.volumes[:1])
     return truth, study, sagittal, points_of(coordinates_of(truth, study), study)
+
+
+@cache
+def true_records_of_case():
+    truth, _, sagittal, _ = case()
+    return spinenet_records(sagittal, truth, 2.0)
 
 
 @pytest.mark.parametrize("prior", [PRIOR, None], ids=["prior", "no prior"])
@@ -111,10 +120,10 @@ def test_records_come_out_right(missing, shifted, prior):
     records, note = point_records(sagittal, bodies, points, 2.0, prior)
     # Without a layout a missed body lies only roughly where it is: nothing is learnt there.
     sure = [name for name in LUMBAR if prior is not None or name not in missing]
-    check(records, spinenet_records(sagittal, truth, 2.0), sure)
+    check(records, true_records_of_case(), sure)
     assert note["used"] and note["confirmed"] == note["levels"] == 5 and note["completed"] == len(missing)
     if not missing:  # a slice that grazes a body is as uncertain as with the truth
-        for record, true in zip(records, spinenet_records(sagittal, truth, 2.0)):
+        for record, true in zip(records, true_records_of_case()):
             lumbar = (true["classes"] > 0) & (true["classes"] < CLASSES - 1)
             assert record["certain"].sum() == true["certain"][lumbar].sum()
     assert note["renamed"] == (6 - len(missing) if shifted else 0) and note["dropped"] == 0

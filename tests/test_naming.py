@@ -6,6 +6,7 @@ The chains are the phantom's spines with noise and corruptions: no network is ne
 import itertools
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -41,11 +42,12 @@ CLASSES = len(SPINE_CLASSES)
 LUMBAR = ("L1", "L2", "L3", "L4", "L5", "S1")
 
 
+@cache
 def spine(seed, transitional=0.0):
     """True Vertebrae, T8 to S5, of one of the phantom's spines."""
     rng = np.random.default_rng(seed)
     anatomy = phantom.sample_anatomy(rng, np.clip(rng.normal(0.3, 0.7, (5, 5)), 0, 2), transitional)
-    return [Vertebra(v.corners_mm(), v.width_mm, 1.0, v.name, Source.TRUTH) for v in anatomy.vertebrae]
+    return tuple(Vertebra(v.corners_mm(), v.width_mm, 1.0, v.name, Source.TRUTH) for v in anatomy.vertebrae)
 
 
 def prior_of(seeds):
@@ -136,13 +138,13 @@ def share_right(count=100, **corruptions):
         dict(),
         dict(lost=1),
         dict(false=("between",)),
-        dict(lost=1, false=("front",)),
-        dict(lost=1, false=("behind",)),
-        dict(false=("front",) * 3),
-        dict(false=("twice",) * 3),
+        pytest.param(dict(lost=1, false=("front",)), marks=pytest.mark.slow),
+        pytest.param(dict(lost=1, false=("behind",)), marks=pytest.mark.slow),
+        pytest.param(dict(false=("front",) * 3), marks=pytest.mark.slow),
+        pytest.param(dict(false=("twice",) * 3), marks=pytest.mark.slow),
         dict(missing=("L5",)),
-        dict(bottom="S1"),
-        dict(bottom="S4", top="T8"),
+        pytest.param(dict(bottom="S1"), marks=pytest.mark.slow),
+        pytest.param(dict(bottom="S4", top="T8"), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -150,6 +152,7 @@ def test_names_are_right_under_noise(corruptions):
     assert share_right(**corruptions) >= 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("corruptions", "least"),
     [

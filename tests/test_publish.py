@@ -429,6 +429,7 @@ def test_only_what_passes_is_tried_again(monkeypatch, no_pauses, said, tries):
     assert len(calls) == tries
 
 
+@pytest.mark.slow
 def test_missing_sources_failed_kernels_and_unknown_names_stop_the_run(stub, environment, build):
     with pytest.raises(RuntimeError, match="(?s)not valid dataset sources.*push what it names first"):
         utils.kaggle_publish(build, ["preprocess"], environment, pause_s=0.0)

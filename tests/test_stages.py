@@ -90,6 +90,7 @@ def write_notebook(path, body):
     return path
 
 
+@pytest.mark.slow
 def test_stages_run_side_by_side_in_order_and_parameters_arrive_as_they_were_given(tmp_path, capfd):
     """a and b each wait until both have begun, which they would do in vain one after the other."""
     notebook = write_notebook(
@@ -117,6 +118,7 @@ def test_stages_run_side_by_side_in_order_and_parameters_arrive_as_they_were_giv
     assert "[1] said" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_failing_stage_stops_the_run_with_its_reason(tmp_path):
     bad = write_notebook(tmp_path / "bad.ipynb", "raise ValueError('the spoon is missing')")
     stages = [

@@ -832,6 +832,7 @@ def test_model_names():
             utils.find_yolo_description(wrong)
 
 
+@pytest.mark.slow
 def test_looking_a_model_up_leaves_ultralytics_unimported():
     code = "import sys, utils; utils.find_yolo_description('yolov10n.yaml'); sys.exit('ultralytics' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(utils.__file__).parent).returncode == 0

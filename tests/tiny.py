@@ -1,6 +1,8 @@
 """Small things that act like the real ones: a phantom study of few slices and pixels, members with random weights."""
 
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +41,21 @@ def resized(plan, count, size):
     )
 
 
-def write_study(folder, seed=3, slices=(9, 12), pixels=(112, 96)):
-    """Write one phantom study's series (see SERIES) below `folder`; slices, pixels: of sagittal and axial series."""
+@cache
+def acquired(seed, slices, pixels):
+    """(plans, images, random numbers) of write_study: to paint a spine takes seconds. Not to be changed."""
     anatomy, _, _, grids, plans, rng = phantom.simulate(seed, anomalies="none")
     plans = {plan.description: plan for plan in plans}
     plans = [
         resized(plans[d], *((slices[1], pixels[1]) if d == "Axial T2" else (slices[0], pixels[0])))
         for d in SERIES.values()
     ]
-    images = phantom.acquire_study(rng, anatomy, grids, plans)
+    return plans, phantom.acquire_study(rng, anatomy, grids, plans), rng
+
+
+def write_study(folder, seed=3, slices=(9, 12), pixels=(112, 96)):
+    """Write one phantom study's series (see SERIES) below `folder`; slices, pixels: of sagittal and axial series."""
+    plans, images, rng = deepcopy(acquired(seed, slices, pixels))
     for number, (series_id, plan, image) in enumerate(zip(SERIES, plans, images, strict=True), 1):
         where, plan = Path(folder) / str(series_id), replace(plan, series_id=series_id)
         phantom.write_series(

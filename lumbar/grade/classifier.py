@@ -397,20 +397,6 @@ def measure_views(
     return result
 
 
-def predict_dataset(
-    models: Sequence[OrdinalClassifier],
-    dataset: CropDataset,
-    views: Sequence[View] = ({},),
-    numbers: Sequence[int] | np.ndarray | None = None,
-    workers: int = 0,
-) -> np.ndarray:
-    """(n studies, 5, 5, 3) probabilities for a CropDataset; rows of studies not among `numbers` are uniform.
-
-    The arguments are measure_views'.
-    """
-    return softmax(measure_views(models, dataset, views, numbers, workers).mean(0), -1)
-
-
 def settle_views(
     out: str | Path,
     held_out: Mapping[str, Any],

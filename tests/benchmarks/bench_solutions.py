@@ -78,6 +78,7 @@ from baselines import (  # noqa: E402
     load_original,
     original_study,
 )
+from scipy.special import softmax  # noqa: E402
 
 import phantom  # noqa: E402
 from lumbar.data.competition import class_prior, labels_to_array  # noqa: E402
@@ -500,7 +501,7 @@ def train_network(job):
         job["out"], job["name"], train, valid, config, {"fold": settings["fold"]}, recipe=GlobalRecipe()
     )
     model, _ = load_global(job["out"] / f"{job['name']}.safetensors", device_for())
-    p = classifier.predict_dataset([model], test) if len(test) else np.zeros((0, 5, 5, 3))
+    p = softmax(classifier.measure_views([model], test)[0], -1) if len(test) else np.zeros((0, 5, 5, 3))
     _save(target, study_ids=np.array(test.study_ids, np.int64), p=p)
 
 
