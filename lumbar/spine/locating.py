@@ -50,8 +50,9 @@ def _check_located(known):
         numbers += center
     if not all(isinstance(value, (int, float)) and abs(value) < 1e12 for value in numbers):
         raise ValueError("some numbers are none, or not finite")
-    if known.get("numberings", "missing") is not None:
-        Numberings.from_json(known["numberings"])
+    numberings = known.get("numberings", {})
+    if numberings is not None:
+        Numberings.from_json(numberings)
 
 
 def locate_studies(
