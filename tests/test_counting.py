@@ -19,6 +19,7 @@ from lumbar.spine.naming import chain_numberings, name_vertebrae
 from lumbar.spine.placement import Placement
 from lumbar.spine.spinenet import SpineNet
 from lumbar.spine.vertebra import _CHAIN
+from phantom import dataset
 
 LAST_DISC = {"sacralised L5": 1, "lumbarised S1": -1}  # the last full disc is L5/S1
 STUDIES = 40
@@ -193,3 +194,38 @@ def test_tuning_learns_from_label_points_and_looks_once(tmp_path, monkeypatch, c
     plain, _ = utils.locate_with_own_layout(paths, model, detector=detect, coordinates=known)
     before, after = (utils.point_scores(each, own, coordinates) for each in (plain, levels))
     assert before["right_level"] < 0.8 and after["right_level"] > 0.95, (before, after)
+
+
+def test_the_phantoms_readers_can_count_another_way(made_row):
+    for step in (-1, 0, 1):
+        row = dataset.renumbered(made_row, step)
+        for name, *where in row["vertebrae"]:
+            old = dataset.VERTEBRAE[dataset.VERTEBRAE.index(name) - step]
+            assert where == next(rest for first, *rest in made_row["vertebrae"] if first == old)
+        # Every point stays with its grade, its place and its bodies.
+        assert len(row["points"]) == len(made_row["points"]) - 5 * abs(step)
+        for series, instance, condition, level, x, y in row["points"]:
+            k = [dataset.level_title(name) for name in LEVELS].index(level) - step
+            assert [series, instance, condition, dataset.level_title(LEVELS[k]), x, y] in made_row["points"]
+        for key, healthy in (("latent", -2.5), ("severity", 0.0), ("grade", 0)):
+            old, new = np.array(made_row[key]), np.array(row[key])
+            assert new.shape == (5, 5) and (new.dtype == old.dtype)
+            inside = slice(max(step, 0), 5 + min(step, 0))
+            np.testing.assert_array_equal(new[:, inside], old[:, max(-step, 0) : 5 - max(step, 0)])
+            assert step == 0 or (new[:, 0 if step == 1 else 4] == healthy).all()
+    assert dataset.renumbered(made_row, 0) is made_row
+    with pytest.raises(ValueError, match="readers.*last disc"):
+        phantom.make_dataset("never", readers="nobody")
+
+
+@pytest.fixture
+def made_row():
+    rng = np.random.default_rng(1)
+    points = [
+        [7, k + 1, condition, dataset.level_title(level), 10.0 * k, 20.0 + c]
+        for k, level in enumerate(LEVELS)
+        for c, condition in enumerate(utils.CONDITIONS)
+    ]
+    vertebrae = [[name, float(k), 0.0] for k, name in enumerate(dataset.TRUTH_VERTEBRAE)]
+    cells = {key: rng.normal(size=(5, 5)).tolist() for key in ("latent", "severity")}
+    return {"study_id": 3, "points": points, "vertebrae": vertebrae, "grade": [[0, 1, 2, 0, 1]] * 5, **cells}

@@ -529,6 +529,23 @@ def test_missing_levels_are_extrapolated(seen):
     assert {v.name for v in vertebrae} >= {"L1", "L2", "L3", "L4", "L5", "S1"}
 
 
+@pytest.mark.parametrize("missing", [("S1",), ("L1",), ("L4", "L5"), ("L1", "L2")])
+def test_extrapolation_follows_a_curve_sideways(missing):
+    straight = [v for v in spine(6) if v.name in ("T12", "L1", "L2", "L3", "L4", "L5", "S1")]
+
+    def leaning(slope):
+        return [replace(v, corners_lps_mm=v.corners_lps_mm + [slope * v.center_lps_mm[2], 0, 0]) for v in straight]
+
+    def off_mm(truth):
+        seen = [v for v in truth if v.name not in missing]
+        placed = {v.name: v for v in complete_vertebrae(seen, {}, PRIOR)}
+        return max(abs(placed[v.name].center_lps_mm[0] - v.center_lps_mm[0]) for v in truth if v.name in missing)
+
+    assert off_mm(leaning(0.25)) < off_mm(leaning(0.0)) + 4.0  # by 10 mm a body
+    alone = complete_vertebrae([v for v in leaning(0.25) if v.name == "L3"], {}, PRIOR)
+    assert np.ptp([v.center_lps_mm[0] for v in alone]) < 5.0
+
+
 def test_extrapolation_follows_posture_and_size():
     turn, names = np.radians(14), [name for name in PRIOR["layout_mm"] if name != "L3"]
 

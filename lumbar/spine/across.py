@@ -15,7 +15,7 @@ _SEEN_WITHIN, _SEEN_STEEPNESS = 0.955, 17.5  # as often seen as not, and how qui
 _LOG_DEPTH_SD, _SURENESS_SD = 0.04, 0.05  # of one slice
 _MOST_OFF = 3.0  # nats: no slice outvotes the others
 _HALF_WIDTH, _HALF_WIDTH_SD = 0.62, 0.06  # of a body, in its depths
-_TEMPER = 0.7  # slices err together
+_TEMPER, _APART_MM = 0.7, 4.0  # slices err together, those nearer than this all the more
 
 
 def middle_across(
@@ -30,7 +30,7 @@ def middle_across(
     middle = (index[0] + index[-1]) / 2
     place_mm = (index - middle) * step_mm
     best = np.sort(sureness)[::-1][:5].mean()
-    deep_mm = float(np.median(depth_mm[sureness >= np.median(sureness)]))
+    deep_mm = max(float(np.median(depth_mm[sureness >= np.median(sureness)])), 1.0)
     half_mm = deep_mm * (_HALF_WIDTH + _HALF_WIDTH_SD * np.linspace(-2, 2, 5))[:, None]
     reach_mm = max(deep_mm * _HALF_WIDTH, step_mm)
     grid_mm = np.linspace(-reach_mm, reach_mm, 2 * int(np.ceil(reach_mm / 0.5)) + 1)
@@ -45,7 +45,7 @@ def middle_across(
     for beside in (index[0] - 2, index[0] - 1, index[-1] + 1, index[-1] + 2):
         if 0 <= beside < count:
             score = score + _log_chance(np.abs((beside - middle) * step_mm - grid_mm) / half_mm, False)
-    weight = np.exp(_TEMPER * (score - score.max())).sum(0)
+    weight = np.exp(_TEMPER * min(1.0, step_mm / _APART_MM) * (score - score.max())).sum(0)
     weight = weight / weight.sum()
     mean_mm = float(weight @ grid_mm)
     return middle + mean_mm / step_mm, float(np.sqrt(weight @ (grid_mm - mean_mm) ** 2 + (step_mm / 12) ** 2))

@@ -53,8 +53,9 @@ def _check_located(known):
         numbers += center
     if not all(isinstance(value, (int, float)) and abs(value) < 1e12 for value in numbers):
         raise ValueError("some numbers are none, or not finite")
-    if known.get("numberings", "missing") is not None:
-        Numberings.from_json(known["numberings"])
+    numberings = known.get("numberings", {})
+    if numberings is not None:
+        Numberings.from_json(numberings)
 
 
 _NOT_TRIED = ""  # of a study that was found, or has no sagittal series: it says nothing of the detector

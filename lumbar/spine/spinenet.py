@@ -477,8 +477,10 @@ def _bodies(slices, affine, shape, step_mm, source):
         corners_mm = corners_px @ affine[:3, 1:3].T
         depth_mm = np.linalg.norm(corners_mm[:, [1, 2]] - corners_mm[:, [0, 3]], axis=2).mean(1)
         middle, across_sd_mm = middle_across(index, depth_mm, score, len(slices), step_mm)
-        # Slices through the middle count more: towards its sides a body is shallower.
-        away = (index - middle) / max(middle - index[0] + 0.5, index[-1] - middle + 0.5, 1.0)
+        # Slices through the middle count more: towards its sides a body is shallower. Where the stack ends within it,
+        # it is wider than what is seen of it.
+        reach = max(middle - index[0] + 0.5, index[-1] - middle + 0.5, 1.0)
+        away = (index - middle) / reach
         weight = score * (1 - 0.8 * away**2)
         rows_columns = np.average(corners_px, axis=0, weights=weight)
         ijk = np.column_stack([np.full(4, middle), rows_columns])
@@ -493,7 +495,7 @@ def _bodies(slices, affine, shape, step_mm, source):
         vertebrae.append(
             Vertebra(
                 ijk @ affine[:3, :3].T + affine[:3, 3],
-                float((index[-1] - index[0] + 1) * step_mm),
+                float(max((index[-1] - index[0] + 1) * step_mm, min(2 * reach * step_mm, 1.5 * np.median(depth_mm)))),
                 float(best.mean() * min(1.0, len(track) * step_mm / 25.0) * (0.5 if cut else 1.0)),
                 source=source,
                 appearance=log_p - np.log(np.exp(log_p).sum()),
