@@ -53,11 +53,24 @@ from lumbar.grade.slice_training import SliceConfig, SliceRecipe
 from lumbar.grade.tables import align_members, check_predictions, read_out_of_fold
 from lumbar.grade.trainer import Recipe, TrainConfig, train_classifier
 from lumbar.grade.tta import TTA_VIEWS
+from lumbar.look.findings import (
+    calibration_text,
+    confusion_text,
+    curves_text,
+    example_text,
+    grid_finding,
+    numbering_text,
+    report_findings,
+    scores_text,
+    summary_html,
+    time_finding,
+)
 
 # Looking
+from lumbar.look.folder_pages import open_folder, write_pages
 from lumbar.look.inspection import read_inspection
 from lumbar.look.looks import plot_looks
-from lumbar.look.page import export_html, paragraph_html, short, table_html
+from lumbar.look.page import export_html, paragraph_html, short, show_figure, table_html
 from lumbar.look.plot_crops import plot_crop_gallery, plot_level_crop, view_name
 from lumbar.look.plot_curves import plot_learning_curves, plot_spinenet_history, plot_yolo_training
 from lumbar.look.plot_diagrams import plot_cumulative_logits, plot_pipeline
@@ -112,6 +125,7 @@ from lumbar.names import (
 )
 
 # Running: parameters, stages, pipelines, Kaggle
+from lumbar.run.costs import cost_line
 from lumbar.run.mounts import find_input
 from lumbar.run.notebook import start_notebook
 from lumbar.run.pipeline import (
@@ -124,14 +138,18 @@ from lumbar.run.pipeline import (
     run_stages,
     write_run_manifest,
 )
-from lumbar.run.publish import kaggle_publish, stage_kaggle
+from lumbar.run.preflight import preflight, preflight_stages
+from lumbar.run.publish import kaggle_publish, stage_kaggle, staged_costs
 from lumbar.run.stages import open_stage, time_limit
 
 # Inference
+from lumbar.serve.folder import find_studies, lay_out, series_table
 from lumbar.serve.inference import infer_studies
 from lumbar.serve.members import load_members, out_of_fold_table, weight_folders
+from lumbar.serve.predict_folder import folder_log, grade_folder, locate_folder, members_of, placement_of
 from lumbar.serve.results import mended_studies
 from lumbar.serve.study import predict_studies, prepare_study, studies_to_predict
+from lumbar.serve.tables import refuse_prior_only
 
 # Stage 1: vertebrae and levels
 from lumbar.spine.finetune import fine_tuning_set, point_scores, tuning_helped
@@ -190,6 +208,7 @@ __all__ = [
     "boxes_from_table",
     "boxes_to_table",
     "bytes_of",
+    "calibration_text",
     "cell_losses",
     "check_folds",
     "check_predictions",
@@ -198,29 +217,38 @@ __all__ = [
     "combine_members",
     "combine_tables",
     "competition_score",
+    "confusion_text",
+    "cost_line",
     "crop_level",
     "crop_study",
     "cross_validate_ensemble",
+    "curves_text",
     "default_ensemble",
     "dense_scores",
     "device_for",
     "ensemble_for",
     "ensemble_table",
     "equal_ensemble",
+    "example_text",
     "expand_view",
     "export_html",
     "fetch",
     "find_input",
+    "find_studies",
     "find_yolo_description",
     "fine_tuning_set",
     "fit_ensemble",
     "fit_point_offsets",
+    "folder_log",
     "from_submission",
+    "grade_folder",
+    "grid_finding",
     "infer_studies",
     "inspect_study",
     "kaggle_kernels",
     "kaggle_publish",
     "labels_to_array",
+    "lay_out",
     "level_centers",
     "level_errors",
     "level_label_table",
@@ -233,6 +261,7 @@ __all__ = [
     "load_volumes",
     "load_yolo",
     "loader_memory",
+    "locate_folder",
     "locate_levels",
     "locate_levels_surely",
     "locate_studies",
@@ -243,17 +272,21 @@ __all__ = [
     "margin_shape",
     "member_folder",
     "member_weights",
+    "members_of",
     "mended_studies",
     "nearest_slice",
     "nested_folds",
     "normalise_study",
     "normalise_volume",
+    "open_folder",
+    "numbering_text",
     "open_stage",
     "out_of_fold_prior",
     "out_of_fold_table",
     "paint_anatomies",
     "paragraph_html",
     "pipeline_stages",
+    "placement_of",
     "plot_class_counts",
     "plot_confusion",
     "plot_crop_gallery",
@@ -277,6 +310,8 @@ __all__ = [
     "plot_yolo_training",
     "point_scores",
     "predict_studies",
+    "preflight",
+    "preflight_stages",
     "prepare_study",
     "preprocess_studies",
     "pretrained_file",
@@ -298,6 +333,8 @@ __all__ = [
     "read_study",
     "read_vertebra_truth",
     "read_views",
+    "refuse_prior_only",
+    "report_findings",
     "row_ids",
     "run_stages",
     "save_spinenet",
@@ -305,18 +342,24 @@ __all__ = [
     "score_arrays",
     "score_studies",
     "score_table",
+    "series_table",
+    "scores_text",
     "settle_detectors",
     "settle_views",
     "short",
+    "show_figure",
     "stage_kaggle",
+    "staged_costs",
     "start_notebook",
     "studies_to_predict",
     "study_figure",
     "study_html",
     "study_paths",
     "summarise_levels",
+    "summary_html",
     "table_html",
     "term_table",
+    "time_finding",
     "time_limit",
     "to_submission",
     "train_classifier",
@@ -333,6 +376,7 @@ __all__ = [
     "worst_rows",
     "write_csv",
     "write_json",
+    "write_pages",
     "write_run_manifest",
     "write_text",
     "write_yolo_dataset",

@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -98,6 +98,9 @@ class InFlight:
         item -> str: whatever the item's fate depends on (its files, the weights). With another key an item is new.
     is_done : callable
         item -> bool: True for an item that was finished before the process died.
+    items : collection of int, optional
+        The items of this process, where several processes, on other machines perhaps, share the folder: entries of
+        others are left alone. Default: all are its own.
     """
 
     def __init__(
@@ -106,18 +109,21 @@ class InFlight:
         what: str,
         key_of: Callable[[int], str],
         is_done: Callable[[int], bool] = lambda item: False,
+        items: Collection[int] | None = None,
     ) -> None:
         self.folder, self.what, self.key_of = Path(folder), what, key_of
         self.suspects: dict[int, dict[str, Any]] = {}  # item -> its entry
         self.passed_over: dict[int, str] = {}  # item -> why, a sentence
         self._open: dict[int, dict[str, Any]] = {}
         self._lock, self._closed, self._silent = threading.RLock(), False, False
-        self._read(is_done)
+        self._read(is_done, items)
 
-    def _read(self, is_done: Callable[[int], bool]) -> None:
+    def _read(self, is_done: Callable[[int], bool], items: Collection[int] | None) -> None:
         left = {}
         remove_parts(self.folder)  # the process may have died while it wrote an entry
         for path in sorted(self.folder.glob("*.json")):
+            if items is not None and path.stem not in map(str, items):
+                continue
             entry = _read_entry(path)
             if entry is not None and _lives(entry["process"]):
                 continue

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .anatomy import RECESS_U_MM, TRUTH_VERTEBRAE
-from .dataset import make_dataset, simulate
+from .dataset import READERS, make_dataset, simulate
 from .scanner import acquire_study
 
 
@@ -106,6 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compress", choices=("none", "rle", "j2k"), default="none")
     parser.add_argument("--anomalies", choices=("real", "none"), default="real")
     parser.add_argument("--variety", choices=("standard", "wide"), default="standard", help="spread of spines")
+    parser.add_argument(
+        "--readers",
+        choices=tuple(READERS),
+        default="from above",
+        help="how transitional spines are numbered: %(default)s, or so that the last full disc is L5/S1",
+    )
     parser.add_argument("--figure", metavar="PNG", help="draw an example instead")
     a = parser.parse_args(arguments)
     if a.figure:
@@ -127,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             a.compress,
             a.anomalies,
             variety=a.variety,
+            readers=a.readers,
         )
     except FileExistsError as error:
         print(error, file=sys.stderr)

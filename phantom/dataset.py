@@ -22,7 +22,7 @@ from lumbar.data.competition import to_submission
 from lumbar.names import CONDITIONS, GRADES, LABEL_COLUMNS, LEVELS
 from lumbar.storage import write_csv, write_text
 
-from .anatomy import TRUTH_VERTEBRAE, Anatomy, sample_anatomy
+from .anatomy import TRUTH_VERTEBRAE, VERTEBRAE, Anatomy, sample_anatomy
 from .grid import TissueGrid
 from .painting import paint
 from .scanner import SeriesPlan, acquire_study, sample_protocol
@@ -178,6 +178,35 @@ def _missing(rng, anomalies):
     return no_grade, no_point
 
 
+# By how many names lower readers number a spine, by its variant: counted from above, or so that the last full disc is
+# L5/S1, whether the vertebra above it is the fourth lumbar one or the sixth.
+READERS: dict[str, dict[str, int]] = {"from above": {}, "last disc": {"sacralised L5": 1, "lumbarised S1": -1}}
+_HEALTHY = (-2.5, 0.0, 0)  # latent, severity and grade of a disc above or below the five that have disease
+
+
+def renumbered(row: dict, step: int) -> dict:
+    """A study's table rows with all names `step` lower: grades and points go with their discs. What moves out of the
+    five levels is dropped; what moves in has no disease, and no points."""
+    if step == 0:
+        return row
+    levels, titles = range(len(LEVELS)), [level_title(level) for level in LEVELS]
+
+    def moved(cells, healthy):
+        return [[cells[c][k - step] if k - step in levels else healthy for k in levels] for c in range(len(cells))]
+
+    points = []
+    for *start, title, x, y in row["points"]:
+        if titles.index(title) + step in levels:
+            points.append([*start, titles[titles.index(title) + step], x, y])
+    vertebrae = []
+    for name, *rest in row["vertebrae"]:
+        number = VERTEBRAE.index(name) + step
+        if 0 <= number < len(VERTEBRAE) and VERTEBRAE[number] in TRUTH_VERTEBRAE:
+            vertebrae.append([VERTEBRAE[number], *rest])
+    cells = {key: moved(row[key], value) for key, value in zip(("latent", "severity", "grade"), _HEALTHY, strict=True)}
+    return row | cells | {"points": points, "vertebrae": vertebrae}
+
+
 def _make_study(job: dict) -> dict:
     """Worker: make one study and write its images; returns its table rows."""
     done = Path(job["out"]) / ".studies" / f"{job['study_id']}.json"
@@ -246,6 +275,7 @@ def _make_study(job: dict) -> dict:
         variant=anatomy.variant,
         severity=anatomy.severity.tolist(),
     )
+    row = renumbered(row, READERS[job["readers"]].get(anatomy.variant, 0))
     write_text(done, json.dumps(row))
     return row
 
@@ -262,12 +292,16 @@ def make_dataset(
     anomalies: str = "real",
     progress: bool = True,
     variety: str = "standard",
+    readers: str = "from above",
 ) -> dict:
     """Write a data set and return its floor (the perfect reader's scores).
 
+    readers: how they number transitional spines, a key of READERS.
     The same arguments give the same bytes for any number of workers. An interrupted run goes on
     where it stopped; a folder that holds another data set is refused."""
     out = Path(out)
+    if readers not in READERS:
+        raise ValueError(f"readers is {readers!r}: one of {', '.join(READERS)}")
     settings = dict(
         version=VERSION,
         train=train,
@@ -280,6 +314,8 @@ def make_dataset(
     )
     if variety != "standard":  # the standard's marker stays as it was
         settings["variety"] = variety
+    if readers != "from above":
+        settings["readers"] = readers
     marker = out / "phantom.json"
     if marker.exists():
         try:
@@ -313,6 +349,7 @@ def make_dataset(
             compress=compress,
             anomalies=anomalies,
             variety=variety,
+            readers=readers,
         )
         for i in range(train + test)
     ]

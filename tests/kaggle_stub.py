@@ -24,6 +24,7 @@ class Stub(ThreadingHTTPServer):
         self.requests, self.blobs, self.refuse, self.stumbles, self.after = [], {}, {}, {}, {}
         self.datasets, self.kernels = {}, {}
         self.states = {}  # slug -> states to be told, one a look
+        self.files = {}  # slug -> names of the files in a kernel's output
 
     def answer(self, method, request):
         """(status, answer) of a call of the API; method: its name, request: its JSON."""
@@ -56,6 +57,14 @@ class Stub(ThreadingHTTPServer):
             }
             self.kernels[own] = request
             return 200, {"url": f"https://www.kaggle.com/code/{own}", "versionNumber": 1, **bad}
+        if method in ("GetKernelSessionStatus", "ListKernelFiles"):
+            if f"{USER}/{slug}" not in self.kernels:
+                return failure(403, "Permission 'kernels.get' was denied")
+        if method == "ListKernelFiles":  # a page of three, so that there are some
+            names, first = self.files.get(slug, []), int(request.get("pageToken") or 0)
+            page = [{"name": name, "size": 1, "creationDate": "2026-01-01"} for name in names[first : first + 3]]
+            more = {"nextPageToken": str(first + 3)} if len(names) > first + 3 else {}
+            return 200, {"files": page, **more}
         if method == "GetKernelSessionStatus":
             states = self.states.get(slug, [])
             return 200, {"status": states.pop(0) if states else "COMPLETE"}

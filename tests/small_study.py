@@ -45,8 +45,12 @@ def make_study():
     )
 
 
-def make_boxes():
-    """Five level boxes below each other; the first was found with little confidence."""
+def make_boxes(second=0.0):
+    """Five level boxes below each other; the first was found with little confidence.
+
+    second: above 0, the share of a second numbering, which counts one farther down.
+    """
+    names = (*utils.LEVELS[1:], "s1_s2")
     return [
         LevelBox(
             level,
@@ -54,7 +58,9 @@ def make_boxes():
             np.stack([HEAD, LEFT, BACK]),
             np.array([30.0, 60.0, 50.0]),
             0.9 if n else 0.2,
-            Source.T2,
+            Source.T2 | Source.UNCERTAIN if second else Source.T2,
+            names[n] if second else "",
+            second,
         )
         for n, level in enumerate(utils.LEVELS)
     ]

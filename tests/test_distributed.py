@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -216,3 +217,44 @@ def test_other_failures_keep_their_words():
 def test_bytes_of_an_item():
     item = {"image": torch.zeros(2, 3), "targets": [np.zeros(4, np.float16), (torch.zeros(1, dtype=torch.uint8), 7)]}
     assert utils.bytes_of(item) == 24 + 8 + 1
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_distributed as t
+folder = Path(sys.argv[1])
+train, valid = t.dataset(folder / "cache", 100, 4), t.dataset(folder / "cache", 200, 3)
+history = t.utils.train_classifier(folder / "out", "level_0", train, valid, t.CONFIG, device="cpu")
+print("history of", len(history), "epochs")
+"""
+
+
+@pytest.mark.slow
+def test_machines_that_torchrun_joins_train_together(tmp_path):
+    (tmp_path / "out").mkdir()
+    dataset(tmp_path / "cache", 100, 4), dataset(tmp_path / "cache", 200, 3)
+    (tmp_path / "train.py").write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "1"]
+    machines = [
+        subprocess.Popen(
+            [*command, "--local-addr", "127.0.0.1", str(tmp_path / "train.py"), str(tmp_path), str(here)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    told = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], told
+    assert all("history of 2 epochs" in text for text in told)
+    assert sum("0/2 [" in text for text in told) == 1, "one of them shows its progress"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["level_0.safetensors", "level_0_history.csv"]

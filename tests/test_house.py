@@ -11,12 +11,13 @@ import pytest
 import utils
 
 ROOT = Path(__file__).resolve().parents[1]
+TOP = "top"  # `python -m lumbar`
 BASE = "base"  # the modules beside the rooms: names, storage, limits, in_flight, weights
 # Who stands above whom: a room imports from itself and from what is to its right in a row. Neither of spine and grade
 # is above the other, nor of grade and the phantom.
 ROWS = (
-    ("look", "run", "serve", "spine", "phantom", "data", BASE),
-    ("look", "run", "serve", "grade", "data", BASE),
+    (TOP, "look", "run", "serve", "spine", "phantom", "data", BASE),
+    (TOP, "look", "run", "serve", "grade", "data", BASE),
 )
 NOTHING = "nothing of the kit"
 
@@ -34,7 +35,7 @@ def room(module: str) -> str:
     parts = module.split(".")
     if parts[0] == "phantom":
         return "phantom"
-    return parts[1] if len(parts) > 2 or module in rooms() else BASE
+    return parts[1] if len(parts) > 2 or module in rooms() else TOP if module == "lumbar.__main__" else BASE
 
 
 @cache
@@ -198,10 +199,11 @@ def test_unprepared_imports_are_found(source, expected):
 
 @cache
 def used_of_utils() -> frozenset[str]:
-    """The names that notebooks, README and test_front.py, which stands for users' scripts, take from `utils`."""
+    """The names that notebooks, README, docs and test_front.py, which stands for users' scripts, take from `utils`."""
     notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     texts = ["".join(cell["source"]) for notebook in notebooks for cell in notebook["cells"]]
-    texts += [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "tests/test_front.py")]
+    pages = [ROOT / "README.md", ROOT / "tests" / "test_front.py", *sorted((ROOT / "docs").glob("*.md"))]
+    texts += [path.read_text(encoding="utf-8") for path in pages]
     return frozenset(re.findall(r"(?<![\w./])utils\.(?!py\b)([A-Za-z_]\w*)", "\n".join(texts)))
 
 

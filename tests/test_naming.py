@@ -456,6 +456,7 @@ def test_a_killed_run_continues(tmp_path, capsys):
     # A damaged file and results of another prior are made anew.
     good = json.loads((kept / "1.json").read_text())
     damaged = [good | {"levels": "x"}, good | {"levels": []}, good | {"vertebrae": [{"x": 1}]}, good | {"anchors": [0]}]
+    damaged += [good | {"numberings": [0]}, {key: value for key, value in good.items() if key != "numberings"}]
     damaged = map(json.dumps, [*damaged, good | {"anchors": {"axial": [0, 0, None]}}, [], 7])
     for text in ('{"key": ', "", "[" * 100_000, *damaged):
         (kept / "1.json").write_text(text)

@@ -77,6 +77,14 @@ def test_defaults_are_allowed_and_numbers_beyond_their_range_are_not(path):
         ("04_train_vit", "DROPOUT", 1.5, "DROPOUT must be from"),
         ("04_train_vit", "FOLDS", [1, 1], "names a fold twice"),
         ("04_train_vit", "FOLDS", [-1], "FOLDS must be from 0"),
+        ("01_preprocess", "BITS", 12, "01_preprocess.ipynb: BITS must be 8 or 16, not 12"),
+        ("04_train_vit", "CHANNELS", 2, "CHANNELS must be 1 or 3, not 2"),
+        ("04_train_vit", "SCOPE", "slice", "SCOPE must be level, study or slices, not 'slice'. Did you mean slices"),
+        ("04_train_vit", "SEQUENCE", "gru", "SEQUENCE must be lstm or none, not 'gru'"),
+        ("03_train_yolo", "CONDITION", "NFN", "CONDITION must be scs, nfn or ss, not 'NFN'. Did you mean nfn"),
+        ("03_train_yolo", "IMGSZ", 100, "IMGSZ must be a multiple of 32, not 100"),
+        ("01_preprocess", "YOLO_IMGSZ", 250, "YOLO_IMGSZ must be a multiple of 32, not 250"),
+        ("00_pipeline", "SIZE", "Full", "SIZE must be demo, smoke, hour or full, not 'Full'. Did you mean full"),
         ("03_train_yolo", "DEVICE", "cdua", "not 'cdua'. Did you mean cuda"),
         ("05_inference", "DEVICE", "GPU", "DEVICE is auto, cpu, cuda or the number of a GPU"),
     ],
@@ -151,3 +159,13 @@ def test_the_pipeline_refuses_what_a_later_stage_cannot_take_before_the_first_ru
 
 def test_ranges_are_ranges():
     assert all(least < most for least, most in parameters.RANGES.values())
+
+
+def test_choices_are_those_that_the_code_takes():
+    from lumbar.run.pipeline import SIZES
+
+    assert set(parameters.CHOICES["SIZE"]) == set(SIZES) and set(parameters.CHOICES["CONDITION"]) == set(
+        utils.DETECTORS
+    )
+    defaults = {key: value for path in NOTEBOOKS for key, value in check_notebook_parameters(path, {}).items()}
+    assert all(defaults[name] in choices for name, choices in parameters.CHOICES.items())

@@ -236,7 +236,7 @@ def test_the_official_package_can_be_chosen(run):
     assert utils.load_spinenet(folder / "spinenet.safetensors").about["detector"] == "official"
     assert not (folder / "history.csv").exists() and not (folder / "fine_tuning.csv").exists()
     status, output, _ = notebook_02(run, run / "mistyped", DETECTOR="Official")
-    assert status != 0 and "DETECTOR is 'Official'" in output
+    assert status != 0 and "DETECTOR must be own or official, not 'Official'" in output
 
 
 def test_a_training_that_ran_out_of_time_goes_on_from_its_attached_output(run):
@@ -286,3 +286,30 @@ def test_inspect_shows_a_study(run):
     text = (run / "inspect.ipynb").read_text()
     assert "application/vnd.jupyter.widget-view+json" in text
     assert re.search('type="?range', (run / f"study_{study_id}.html").read_text())
+
+
+def test_one_more_fold_and_the_ensemble_of_both_end_in_a_new_report(run):
+    """The README's two lines, after the stages of the first fold."""
+    out = run / "out"
+    old = {name: (out / name).read_bytes() for name in ("report.html", "submission.csv")}
+    given = {"OUT": str(out), "SIZE": "smoke", "TRAIN_STUDIES": 10, "TEST_STUDIES": 2, "SEED": 5, "FOLDS": [0, 3]}
+    given |= {"STAGES": ["04_train_vit_study", "05_inference", "06_report"], "SETTINGS": {"06_report": {"DRAWS": 20}}}
+    (run / "both.yaml").write_text(json.dumps(given))
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--log-output",
+        "notebooks/00_pipeline.ipynb",
+        str(run / "both.ipynb"),
+    ]
+    done = subprocess.run([*command, "-f", str(run / "both.yaml")], cwd=ROOT, text=True, capture_output=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-6000:]
+    assert "04_train_vit_study_0 is finished" in said and "04_train_vit_study_3 finished in" in said
+    assert {name: (out / name).read_bytes() != before for name, before in old.items()} == dict.fromkeys(old, True)
+    log = pd.read_csv(out / "05_inference" / "oof.csv")
+    assert set(log.loc[log["member"] == "study", "fold"]) == {0, 3}
+    manifest = json.loads((out / "06_report" / "manifest.json").read_text())
+    assert manifest["parameters"]["DRAWS"] == 20 and "04_train_vit_study_3" in (out / "report.html").read_text()
+    assert (out / "06_report.old-1" / "manifest.json").is_file()  # what the first fold alone gave is kept

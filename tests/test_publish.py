@@ -1,9 +1,11 @@
 """What publish stages for Kaggle, and the real client pushing all of it to a stub of the server on this machine."""
 
+import ast
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,12 +18,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import yaml
 from kaggle_stub import KEY, USER, client_environment, failure, running_stub, write_wheel
 
 import utils
 from lumbar.run import mounts, publish
 from lumbar.run.mounts import find_inputs, install_missing
-from lumbar.run.parameters import assigned_literals, check_notebook_parameters
+from lumbar.run.parameters import assigned_literals, check_notebook_parameters, notebook_parameters
 from lumbar.run.pipeline import kaggle_kernels
 from lumbar.run.publish import kaggle_packages, kaggle_push, kaggle_upload, stage_wheels
 
@@ -74,13 +77,24 @@ def metadata(build, name):
     return json.loads((build / "kernels" / name / "kernel-metadata.json").read_text())
 
 
-def injected(build, name):
-    """Parameters that the staged notebook injects."""
-    about = metadata(build, name)
-    notebook = nbformat.read(build / "kernels" / name / about["code_file"], as_version=4)
-    (cell,) = (c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", []))
-    assert cell.source.startswith("# Parameters\n")  # how notebook_parameters knows it
-    return assigned_literals(cell.source)
+def staged_cell(build, name):
+    """The one parameters cell of a staged notebook."""
+    notebook = nbformat.read(build / "kernels" / name / metadata(build, name)["code_file"], as_version=4)
+    (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    assert not [c for c in notebook.cells if c.source.startswith("# Parameters\n")]  # such a one would win over edits
+    assert cell.source.startswith("# Parameters:")  # how notebook_parameters knows it
+    return cell.source
+
+
+def source_of(name):
+    """The notebook that a kernel is staged from."""
+    return ROOT / "notebooks" / f"{kaggle_kernels()[name]['notebook']}.ipynb"
+
+
+def told(build, name):
+    """dict parameter -> value that the staged notebook has in place of the default."""
+    defaults = check_notebook_parameters(source_of(name), {})
+    return {key: value for key, value in assigned_literals(staged_cell(build, name)).items() if value != defaults[key]}
 
 
 # ---- Staging ----
@@ -106,12 +120,10 @@ def test_every_kernel_is_staged_as_kaggle_takes_it(build, name):
     assert notebook.metadata.kernelspec.name == "python3" and "papermill" not in notebook.metadata
     for cell in notebook.cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
-    source = next(p for p in (ROOT / "notebooks").glob("*.ipynb") if p.stem == kaggle_kernels()[name]["notebook"])
-    check_notebook_parameters(source, injected(build, name))
-    # Every parameter that names an input by default is set: the slugs are this user's.
-    defaults = assigned_literals(next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])))
-    assert {key for key, value in defaults.items() if "/kaggle/" in str(value)} <= set(injected(build, name))
-    assert injected(build, name).get("DATA") == (None if name == "pretrained" else f"/kaggle/input/{COMPETITION}")
+    values = assigned_literals(staged_cell(build, name))
+    assert check_notebook_parameters(source_of(name), values) == values
+    assert values["OUT"] == "/kaggle/working"
+    assert values.get("DATA") == (None if name == "pretrained" else f"/kaggle/input/{COMPETITION}")
     assert metadata(build, name)["enable_internet"] == (name == "pretrained")
 
 
@@ -122,7 +134,7 @@ def test_kernels_are_the_stages_of_a_run_and_feed_one_another(build):
         assert set(kernel["needs"]) <= set(list(kernels)[:number])
         assert metadata(build, name)["kernel_sources"] == [f"{USER}/lumbar-spine-{need}" for need in kernel["needs"]]
         # Whatever is read from another kernel's output is among the sources, under the slug that it is pushed with.
-        for value in injected(build, name).values():
+        for value in assigned_literals(staged_cell(build, name)).values():
             if isinstance(value, str) and (slug := re.match("/kaggle/input/(lumbar-spine-[^/]+)", value)):
                 assert f"{USER}/{slug[1]}" in metadata(build, name)["kernel_sources"]
     # The same stages as the local run's, each fold of each member once.
@@ -188,22 +200,57 @@ def test_weights_made_elsewhere_become_a_data_set_that_inference_reads(tmp_path)
         utils.stage_kaggle(USER, tmp_path / "build", ROOT, weights=[run], wheels=False)
 
 
-def test_settings_are_injected_and_mistakes_are_named(tmp_path):
+def run_cells(source, **edits):
+    """The parameters in force where Kaggle runs a staged notebook whose parameters cell somebody edited by hand."""
+    for name, text in edits.items():
+        source, count = re.subn(rf"(?m)^{name} = .*?(  #.*)?$", rf"{name} = {text}\1", source)
+        assert count == 1
+    namespace = {}
+    exec(source, namespace)
+    return notebook_parameters([source], namespace)
+
+
+def test_whoever_copies_a_kernel_and_edits_a_parameter_is_obeyed(tmp_path):
+    given = {"EPOCHS": 7, "SHAPE": [96, 96, 96], "BACKBONE": "coatnet_nano_rw"}
+    utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit-level": given}, wheels=False)
+    source = staged_cell(tmp_path / "b", "train-vit-level")
+    assert run_cells(source) | given == run_cells(source)
+    edited = run_cells(source, EPOCHS="9", SHAPE="[64, 64, 64]", HOURS="2", BACKBONE="'tiny'", CACHE="True")
+    assert [edited[name] for name in ("EPOCHS", "SHAPE", "HOURS", "BACKBONE", "CACHE")] == [
+        9,
+        [64, 64, 64],
+        2.0,
+        "tiny",
+        True,
+    ]
+    # The comments say what a parameter is, also beside a value that was staged.
+    default = next(line for line in parameters_source("04_train_vit").splitlines() if line.startswith("EPOCHS"))
+    assert f"EPOCHS = 7  #{default.partition('#')[2]}\n" in source
+    names = [node.targets[0].id for node in ast.parse(source).body]
+    assert len(names) == len(set(names)) == len(ast.parse(parameters_source("04_train_vit")).body)
+    # What is typed in there is checked as what papermill is given.
+    with pytest.raises(ValueError, match="04_train_vit.ipynb: EPOCHS must be from 1"):
+        run_cells(source, EPOCHS="-1")
+    with pytest.raises(TypeError, match="04_train_vit.ipynb: FOLDS must be list"):
+        run_cells(source, FOLDS="3")
+
+
+def parameters_source(stem):
+    cells = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4).cells
+    return next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+
+
+def test_settings_are_staged_and_mistakes_are_named(tmp_path):
     utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit-level": {"EPOCHS": 7}}, wheels=False)
-    assert injected(tmp_path / "b", "train-vit-level")["EPOCHS"] == 7
+    assert told(tmp_path / "b", "train-vit-level")["EPOCHS"] == 7
     for user in ("", "your-kaggle-user", "me@example.org", "a/b"):
         with pytest.raises(ValueError, match="no Kaggle user name.*address of your profile"):
             utils.stage_kaggle(user, tmp_path / "b", ROOT, wheels=False)
-    with pytest.raises(ValueError, match="no kernel train-vit-leve; there are pretrained, preprocess"):
-        utils.stage_kaggle(USER, tmp_path / "b", ROOT, wheels=False, continued=["train-vit-leve"])
-    utils.stage_kaggle(USER, tmp_path / "b", ROOT, wheels=False, continued=["train-vit-level"])
-    own = [f"{USER}/lumbar-spine-{name}" for name in ("preprocess", "train-spinenet", "train-vit-level")]
-    assert metadata(tmp_path / "b", "train-vit-level")["kernel_sources"] == own
-    assert metadata(tmp_path / "b", "train-vit-study")["kernel_sources"] == [
-        *own[:2],
-        f"{USER}/lumbar-spine-pretrained",
-    ]
-    with pytest.raises(ValueError, match="no kernel train-vit; there are pretrained, preprocess"):
+    with pytest.raises(
+        ValueError, match="pushed.json does not say how train-vit-level was pushed.*It knows of no kernel"
+    ):
+        utils.stage_kaggle(USER, tmp_path / "b", ROOT, wheels=False, continued=["train-vit-level"])
+    with pytest.raises(ValueError, match="no stage, notebook or kernel 'train-vit'. Did you mean 04_train_vit"):
         utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit": {}}, wheels=False)
     with pytest.raises(ValueError, match="Did you mean EPOCHS"):
         utils.stage_kaggle(USER, tmp_path / "b", ROOT, parameters={"train-vit-level": {"EPOCH": 7}}, wheels=False)
@@ -287,7 +334,7 @@ def test_data_sets_travel_whole_and_a_second_time_as_a_version(stub, environment
     assert request["ownerSlug"] == USER and request["slug"] == "lumbar-spine-code" and request["isPrivate"] is True
     assert request["title"] == "Lumbar Spine Code" and request["licenseName"] == "other"
     sent = stub.datasets["lumbar-spine-code"]
-    assert set(sent) == {"utils.py", "phantom.zip", "lumbar.zip", "weights.zip"}
+    assert set(sent) == {"utils.py", "notebooks.zip", "phantom.zip", "lumbar.zip", "weights.zip"}
     assert sent["utils.py"] == (ROOT / "utils.py").read_bytes()
     with zipfile.ZipFile(io.BytesIO(sent["lumbar.zip"])) as archive:  # Kaggle unpacks it into a folder of its name
         assert set(archive.namelist()) == {
@@ -407,8 +454,8 @@ def test_the_notebook_stages_and_sends_what_it_is_told(stub, environment, tmp_pa
     given = {"USER": USER, "BUILD": str(tmp_path / "build"), "WHEELS": False, "PUSH": ["code", "preprocess"]}
     (tmp_path / "given.json").write_text(json.dumps(given))
     text = (ROOT / "notebooks" / "publish.ipynb").read_text()
-    assert text.count("utils.kaggle_publish(ROOT / BUILD, names)") == 1
-    (tmp_path / "publish.ipynb").write_text(text.replace("ROOT / BUILD, names)", "ROOT / BUILD, names, pause_s=0)"))
+    assert text.count("utils.kaggle_publish(ROOT / BUILD, PUSH)") == 1
+    (tmp_path / "publish.ipynb").write_text(text.replace("ROOT / BUILD, PUSH)", "ROOT / BUILD, PUSH, pause_s=0)"))
     command = [sys.executable, "-m", "papermill", "--log-output", tmp_path / "publish.ipynb", tmp_path / "done.ipynb"]
     command += ["-f", tmp_path / "given.json"]
     own = {**os.environ, **environment, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path)}
@@ -416,6 +463,289 @@ def test_the_notebook_stages_and_sends_what_it_is_told(stub, environment, tmp_pa
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert list(stub.kernels) == [f"{USER}/lumbar-spine-preprocess"] and "lumbar-spine-code" in stub.datasets
     assert "preprocess: complete" in done.stdout + done.stderr
+
+
+# ---- Trainings that run out of time, and what is left ----
+
+TRAININGS = [name for name in NAMES if name.startswith("train-") and name != "train-spinenet"]
+STAGES = {name: kernel["stage"] for name, kernel in kaggle_kernels().items()}
+
+
+def folder_of(build, tmp_path):
+    """A copy of the staged folder, for tests that write into it."""
+    return Path(shutil.copytree(build, tmp_path / "build"))
+
+
+def output_of(stub, name, *files):
+    """Let Kaggle have run a kernel whose output has these files in its stage's folder."""
+    stub.kernels.setdefault(f"{USER}/lumbar-spine-{name}", {})
+    stub.files[f"lumbar-spine-{name}"] = ["__notebook__.ipynb", *(f"{STAGES[name]}/{file}" for file in files)]
+
+
+def everything_has_run(stub):
+    stub.datasets |= {"lumbar-spine-code": {}, "lumbar-spine-wheels": {}}
+    for name in NAMES:
+        output_of(stub, name, "a.csv", "b.csv", "begun.json", "c.csv", "manifest.json")
+
+
+@pytest.fixture
+def fast_client(monkeypatch, stub):
+    """The client's calls answered by the stub without a process each: the words are the real client's."""
+
+    def client(arguments, environment=None):
+        kind, action, *rest = map(str, arguments)
+        if (kind, action) == ("kernels", "push"):
+            about = json.loads((Path(rest[1]) / "kernel-metadata.json").read_text())
+            text = (Path(rest[1]) / about["code_file"]).read_text()
+            sources = {"datasetDataSources": about["dataset_sources"], "kernelDataSources": about["kernel_sources"]}
+            _, answer = stub.answer("SaveKernel", {"slug": about["id"], "text": text, **sources})
+            stub.requests.append(("SaveKernel", about["id"].encode()))
+            if answer.get("error"):
+                return 0, f"Kernel push error: {answer['error']}"
+            return 0, f"Kernel version 1 successfully pushed. Please check progress at {answer['url']}"
+        slug = rest[0].rpartition("/")[2]
+        if action == "status":
+            status, answer = stub.answer("GetKernelSessionStatus", {"kernelSlug": slug})
+            said = f'{rest[0]} has status "KernelWorkerStatus.{answer.get("status")}"'
+            return (0, said) if status == 200 else (1, answer["message"])
+        token = rest[rest.index("--page-token") + 1] if "--page-token" in rest else ""
+        status, answer = stub.answer("ListKernelFiles", {"kernelSlug": slug, "pageToken": token})
+        if status != 200:
+            return 1, answer["message"]
+        more = [f"Next Page Token = {answer['nextPageToken']}"] if "nextPageToken" in answer else []
+        rows = [f"{file['name']},1,2026-01-01" for file in answer["files"]]
+        return 0, "\n".join([*more, "name,size,creationDate", *rows])
+
+    monkeypatch.setattr(publish, "_client", client)
+
+
+def pushed(stub):
+    """What was pushed, in order."""
+    return [body.decode().rpartition("lumbar-spine-")[2] for method, body in stub.requests if method == "SaveKernel"]
+
+
+def parameters_of(command):
+    """The parameters that a printed command gives to publish.ipynb, as papermill and its check take them."""
+    words = shlex.split(command)
+    assert words[:4] == ["papermill", "--log-output", "notebooks/publish.ipynb", "runs/publish.ipynb"]
+    given = yaml.safe_load(words[words.index("-y") + 1])
+    return {
+        k: v for k, v in check_notebook_parameters(ROOT / "notebooks" / "publish.ipynb", given).items() if k in given
+    }
+
+
+def test_inference_goes_on_without_a_training_that_ran_out_of_time(stub, fast_client, build, tmp_path, capsys):
+    build = folder_of(build, tmp_path)
+    everything_has_run(stub)
+    output_of(stub, "train-vit-level", "begun.json", "level_0.safetensors", "level_0.checkpoint", "a.csv")
+    utils.kaggle_publish(build, ["train-vit-level", "train-vit-study", "inference", "report"], pause_s=0)
+    assert pushed(stub) == ["train-vit-level", "train-vit-study", "inference", "report"]
+    said = capsys.readouterr().out
+    assert "train-vit-level: its HOURS were over before the training was; what comes after it goes on without" in said
+    assert "train-vit-study: complete" in said and "inference: complete" in said
+    command = re.search("To continue train-vit-level: (.*)", said)[1]
+    assert parameters_of(command) == {
+        "USER": USER,
+        "BUILD": str(build),
+        "CONTINUE": ["train-vit-level"],
+        "WHEELS": False,
+        "PUSH": ["all"],
+    }
+
+
+def test_continue_remembers_the_settings_of_then_and_pushes_only_what_must_be(
+    stub, fast_client, build, tmp_path, capsys
+):
+    build = folder_of(build, tmp_path)
+    given = {"train-vit-level-3": {"EPOCHS": 7}, "04_train_vit": {"DROPOUT": 0.1}}
+    utils.stage_kaggle(USER, build, ROOT, (0, 3), parameters=given, wheels=False, members=["level", "slices"])
+    everything_has_run(stub)
+    for name in ("train-vit-level-3", "train-vit-slices-3"):
+        stub.kernels[f"{USER}/lumbar-spine-{name}"] = {}
+    utils.kaggle_publish(build, ["train-vit-level-3"], pause_s=0)
+    before = assigned_literals(staged_cell(build, "train-vit-level-3"))
+    assert before["EPOCHS"] == 7 and before["DROPOUT"] == 0.1
+    # Other things are laid out meanwhile; then it is continued, and nothing of how it was pushed is said again.
+    utils.stage_kaggle(USER, build, ROOT, parameters={"train-vit-level": {"EPOCHS": 1}}, wheels=False)
+    utils.stage_kaggle(USER, build, ROOT, continued=["train-vit-level-3"])
+    assert assigned_literals(staged_cell(build, "train-vit-level-3")) == before
+    assert sorted(p.name for p in (build / "kernels").iterdir() if "train-vit" in p.name) == [
+        "train-vit-level",
+        "train-vit-level-3",
+        "train-vit-slices",
+        "train-vit-slices-3",
+    ]
+    assert f"{USER}/lumbar-spine-train-vit-level-3" in metadata(build, "train-vit-level-3")["kernel_sources"]
+    assert not list((build / "datasets").glob("*wheels"))
+    stub.files["lumbar-spine-train-vit-level-3"] = ["04_train_vit_level_3/begun.json"]
+    del stub.requests[:]
+    with pytest.MonkeyPatch.context() as patch:  # its next version finishes
+        patch.setattr(publish, "_has_ended", lambda name, *rest: rest[3].add(name))
+        utils.kaggle_publish(build, ["all"], pause_s=0)
+    assert pushed(stub) == ["train-vit-level-3", "inference", "report", "inspect"]
+    # What decides the result cannot be changed on the way, what does not can.
+    with pytest.raises(ValueError, match="SETTINGS changes EPOCHS from 7 to 9 of train-vit-level-3, which would begin"):
+        changed = {"train-vit-level-3": {"EPOCHS": 9}}
+        utils.stage_kaggle(USER, build, ROOT, parameters=changed, continued=["train-vit-level-3"])
+    with pytest.raises(ValueError, match="can be changed of train-vit-level-3, not of 04_train_vit"):
+        changed = {"04_train_vit": {"HOURS": 9.0}}
+        utils.stage_kaggle(USER, build, ROOT, parameters=changed, continued=["train-vit-level-3"])
+    longer = {"train-vit-level-3": {"HOURS": 11}}
+    utils.stage_kaggle(USER, build, ROOT, parameters=longer, continued=["train-vit-level-3"])
+    assert assigned_literals(staged_cell(build, "train-vit-level-3")) == before | {"HOURS": 11.0}
+
+
+@pytest.mark.parametrize(
+    "files, state, words",
+    [
+        (["begun.json", "manifest.json"], "COMPLETE", "it has finished: there is nothing left to continue"),
+        (["begun.json"], "RUNNING", "its last version is running: it can be continued when that has ended"),
+        ([], "ERROR", r"its last version \(error\) left nothing in 04_train_vit_level_0 to go on with"),
+        (None, "COMPLETE", "Kaggle has no run of it, so there is nothing to continue"),
+    ],
+)
+def test_what_cannot_be_continued_is_said(stub, fast_client, build, tmp_path, capsys, files, state, words):
+    build = folder_of(build, tmp_path)
+    everything_has_run(stub)
+    utils.kaggle_publish(build, ["train-vit-level"], pause_s=0)
+    utils.stage_kaggle(USER, build, ROOT, continued=["train-vit-level"])
+    output_of(stub, "train-vit-level", *(files or []))
+    if files is None:
+        del stub.kernels[f"{USER}/lumbar-spine-train-vit-level"]
+    stub.states["lumbar-spine-train-vit-level"] = [state]
+    del stub.requests[:]
+    with pytest.raises(RuntimeError, match="nothing can be continued, see above. .* are run by: papermill") as caught:
+        utils.kaggle_publish(build, ["all"], pause_s=0)
+    assert re.search(f"train-vit-level: {words}", capsys.readouterr().out) and not pushed(stub)
+    given = parameters_of(str(caught.value).partition("run by: ")[2])
+    assert given["PUSH"] == ["inference", "report", "inspect"] and "CONTINUE" not in given
+    with pytest.raises(ValueError, match="does not say how train-vit-lev was pushed.*Did you mean train-vit-level"):
+        utils.stage_kaggle(USER, build, ROOT, continued=["train-vit-lev"])
+
+
+@pytest.mark.slow
+def test_the_clients_listing_of_an_output_is_read_page_by_page(stub, environment):
+    output_of(stub, "train-vit-level", "a b.csv", "begun.json", "c.csv", "d.csv", "e.csv", "manifest.json")
+    found = publish.kaggle_files(f"{USER}/lumbar-spine-train-vit-level", environment)
+    assert found == stub.files["lumbar-spine-train-vit-level"] and len(found) == 7
+    assert not publish._is_paused(found, "04_train_vit_level_0")
+    assert publish._is_paused(found[:-1], "04_train_vit_level_0")
+    assert publish.kaggle_files(f"{USER}/lumbar-spine-nothing", environment) == []
+    assert publish._state_of(f"{USER}/lumbar-spine-nothing", environment) == ""
+
+
+def test_inference_is_not_pushed_where_no_training_has_finished(stub, fast_client, build, tmp_path):
+    build = folder_of(build, tmp_path)
+    everything_has_run(stub)
+    for name in TRAININGS:
+        output_of(stub, name, "begun.json")
+    with pytest.raises(RuntimeError, match="inference was not pushed: no training has finished. To continue") as caught:
+        utils.kaggle_publish(build, ["train-vit-level", "inference"], pause_s=0)
+    assert pushed(stub) == ["train-vit-level"]
+    assert sorted(parameters_of(str(caught.value).partition(": papermill")[2].join(["papermill", ""]))["CONTINUE"]) == (
+        sorted(TRAININGS)
+    )
+
+
+def test_what_a_kernel_reads_is_waited_for_and_what_is_not_there_is_named(stub, fast_client, build, tmp_path, capsys):
+    build = folder_of(build, tmp_path)
+    everything_has_run(stub)
+    stub.states["lumbar-spine-train-vit-study"] = ["QUEUED", "RUNNING", "RUNNING"]
+    utils.kaggle_publish(build, ["inference"], pause_s=0)
+    said = capsys.readouterr().out
+    assert "inference waits for train-vit-study, which is queued on Kaggle" in said
+    assert pushed(stub) == ["inference"] and not stub.states["lumbar-spine-train-vit-study"]
+    del stub.kernels[f"{USER}/lumbar-spine-train-yolo-ss"]
+    with pytest.raises(RuntimeError, match="reads the output of train-yolo-ss, which Kaggle does not have") as caught:
+        utils.kaggle_publish(build, ["inference", "report"], pause_s=0)
+    given = parameters_of(str(caught.value).partition("done by: ")[2])
+    assert given == {"USER": USER, "BUILD": str(build), "WHEELS": False, "PUSH": ["inference", "report"]}
+
+
+def test_where_it_stops_it_prints_the_command_for_what_is_left(stub, fast_client, build, tmp_path, monkeypatch):
+    build = folder_of(build, tmp_path)
+    given = {"train-vit-level": {"BACKBONE": 'it\'s "quoted"'}}
+    monkeypatch.setattr(publish, "stage_wheels", wheels_from)
+    utils.stage_kaggle(USER, build, ROOT, (0, 1), parameters=given)
+    everything_has_run(stub)
+    stub.states["lumbar-spine-train-vit-level"] = ["ERROR"]
+    names = ["train-vit-level", "train-vit-study", "inference"]
+    with pytest.raises(RuntimeError, match="train-vit-level: error. What to do") as caught:
+        utils.kaggle_publish(build, names, pause_s=0)
+    told_to = parameters_of(str(caught.value).partition("done by: ")[2])
+    # What runs is not pushed again: the next start waits for it.
+    assert told_to["PUSH"] == ["train-vit-level", "inference"] and pushed(stub) == names[:2]
+    assert told_to["FOLDS"] == [0, 1] and told_to["SETTINGS"] == given and told_to["WHEELS"] is False
+
+
+def test_a_smoke_run_is_the_chain_on_phantoms_without_a_gpu(stub, fast_client, tmp_path):
+    build = tmp_path / "build"
+    utils.stage_kaggle(USER, build, ROOT, wheels=False, smoke=True)
+    stub.datasets |= {"lumbar-spine-code": {}, "lumbar-spine-wheels": {}}
+    names = [path.name for path in (build / "kernels").iterdir()]
+    assert sorted(names) == sorted(f"smoke-{name}" for name in NAMES if name not in ("pretrained", "inspect"))
+    for name in names:
+        about, values = metadata(build, name), assigned_literals(staged_cell(build, name))
+        assert about["enable_gpu"] is False and "machine_shape" not in about and about["enable_internet"] is False
+        assert about["competition_sources"] == [] and len(about["id"].rpartition("/")[2]) <= 50
+        # Everything is read from the chain itself: no real kernel's output, and no competition data.
+        assert all(ref.startswith(f"{USER}/lumbar-spine-smoke-") for ref in about["kernel_sources"])
+        for value in values.values():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and (slug := re.match("/kaggle/input/([^/]+)", text)):
+                    assert f"{USER}/{slug[1]}" in about["kernel_sources"]
+    first = assigned_literals(staged_cell(build, "smoke-preprocess"))
+    assert (first["SIZE"], first["STAGES"], first["DATA"]) == ("smoke", ["01_preprocess"], "")
+    kernels = [name for name in names if name != "smoke-preprocess"]
+    utils.kaggle_publish(build, ["smoke-preprocess", *kernels], pause_s=0)
+    order = pushed(stub)
+    for name in names:
+        needs = [ref.rpartition("lumbar-spine-")[2] for ref in metadata(build, name)["kernel_sources"]]
+        assert all(order.index(need) < order.index(name) for need in needs)
+    assert "No kernel uses a GPU" in utils.cost_line(utils.staged_costs(build))
+
+
+@pytest.mark.slow
+def test_the_smoke_run_starts_from_nothing_and_its_next_kernels_find_its_output(tmp_path, monkeypatch):
+    """The chain's first kernel as Kaggle runs it, the kit nowhere but in the data set."""
+    utils.stage_kaggle(USER, tmp_path / "build", ROOT, wheels=False, smoke=True)
+    root, working = tmp_path / "input", tmp_path / "working"
+    shutil.copytree(
+        tmp_path / "build" / "datasets" / "lumbar-spine-code", root / "datasets" / USER / "lumbar-spine-code"
+    )
+    working.mkdir()
+    source = tmp_path / "build" / "kernels" / "smoke-preprocess" / "lumbar-spine-smoke-preprocess.ipynb"
+    text = source.read_text().replace("/kaggle/working", str(working)).replace("WORKERS = 2", "WORKERS = 1")
+    (tmp_path / "kernel.ipynb").write_text(text)
+    environment = {**os.environ, "KAGGLE_INPUT_DIR": str(root), "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "papermill", "--log-output", tmp_path / "kernel.ipynb", tmp_path / "done.ipynb"]
+    done = subprocess.run(list(map(str, command)), cwd=working, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    shutil.copytree(working, root / "notebooks" / USER / "lumbar-spine-smoke-preprocess")
+    monkeypatch.setenv("KAGGLE_INPUT_DIR", str(root))
+    for name in ("smoke-train-spinenet", "smoke-train-vit-level"):
+        found = find_inputs(assigned_literals(staged_cell(tmp_path / "build", name)))
+        assert (Path(found["DATA"]) / "train.csv").is_file()
+        assert (Path(found["PREPROCESSED"]) / "manifest.json").is_file()
+
+
+def test_staged_kernels_say_what_they_cost(build):
+    costs = utils.staged_costs(build)
+    assert set(costs) == set(NAMES)
+    assert all((costs[name].gpu_hours > 0) == metadata(build, name)["enable_gpu"] for name in NAMES)
+    assert "GPU hours of Kaggle's 30 a week" in utils.cost_line(costs)
+
+
+def test_members_leave_the_others_out(tmp_path):
+    utils.stage_kaggle(USER, tmp_path / "b", ROOT, (0, 2), wheels=False, members=["slices"])
+    names = {path.name for path in (tmp_path / "b" / "kernels").iterdir()}
+    assert {name for name in names if name.startswith("train-vit")} == {"train-vit-slices", "train-vit-slices-2"}
+    assert not [name for name in names if "yolo" in name]
+    needs = metadata(tmp_path / "b", "inference")["kernel_sources"]
+    trained = ["train-spinenet", "train-vit-slices", "train-vit-slices-2"]
+    assert needs == [f"{USER}/lumbar-spine-{name}" for name in trained]
+    assert told(tmp_path / "b", "inspect")["MEMBER"] == "slices"
+    assert told(tmp_path / "b", "pretrained")["NAMES"] == ["convnext_small.fb_in22k_ft_in1k"]
 
 
 # ---- Finding it all again on Kaggle ----
@@ -450,20 +780,20 @@ def mounted(request, build, tmp_path, monkeypatch):
 
 def test_every_staged_parameter_finds_its_input(build, mounted, tmp_path):
     for name in NAMES:
-        given = injected(build, name)
+        given = assigned_literals(staged_cell(build, name))
         found = {**given, **find_inputs(given)}
         if name != "pretrained":
             assert Path(found["DATA"]).name == COMPETITION and Path(found["DATA"]).is_dir()
         assert found["OUT"] == "/kaggle/working"
         for key, stage in (("PREPROCESSED", "01_preprocess"), ("LEVELS_DIR", "02_train_spinenet")):
             assert key not in given or (Path(found[key]) / "manifest.json").is_file() and Path(found[key]).name == stage
-    assert find_inputs(injected(build, "inference"))["WEIGHTS"] == [str(mounted)]
-    run = Path(find_inputs(injected(build, "report"))["RUN"])
+    assert find_inputs(assigned_literals(staged_cell(build, "inference")))["WEIGHTS"] == [str(mounted)]
+    run = Path(find_inputs(assigned_literals(staged_cell(build, "report")))["RUN"])
     stages = ["01_preprocess", "02_train_spinenet", "04_train_vit_level_0", "05_inference"]
     assert sorted(path.name for path in run.iterdir()) == stages and all(
         (run / s / "manifest.json").is_file() for s in stages
     )
-    shown = find_inputs(injected(build, "inspect"))
+    shown = find_inputs(assigned_literals(staged_cell(build, "inspect")))
     assert [Path(place).name for place in shown["PREDICTIONS"]] == stages
     assert (Path(shown["INFERENCE"]) / "manifest.json").is_file()
     # The notebooks' own defaults name other kernels: their stages are found by name.

@@ -232,3 +232,91 @@ def test_messages_say_what_to_do_next(tmp_path):
         utils.find_input("/no/such/place")
     with pytest.raises(ValueError, match="MEMBER must be one of yolo, slices, level, study, not 'levle'"):
         utils.read_inspection(tmp_path, tmp_path, first="levle")
+
+
+# ---- SETTINGS, MEMBERS and WORKERS of the table ----
+
+
+def table_of(settings=None, size="demo", **more):
+    stages = utils.pipeline_stages(ROOT / "notebooks", "data", "out", size, settings=settings or {}, **more)
+    return {stage["name"]: stage["parameters"] for stage in stages}
+
+
+def test_settings_reach_stages_by_notebook_training_kernel_and_stage_the_narrower_name_winning():
+    given = {
+        "04_train_vit_level_3": {"EPOCHS": 9},
+        "04_train_vit": {"EPOCHS": 3, "DROPOUT": 1.0e-1},
+        "04_train_vit_level": {"EPOCHS": 5},
+        "train-vit-study-3": {"EPOCHS": 7},
+        "05_inference": {"HOURS": 2},
+    }
+    found = table_of(given, folds=[0, 3])
+    epochs = {name: found[name].get("EPOCHS") for name in found if name.startswith("04")}
+    assert epochs == {
+        "04_train_vit_level_0": 5,
+        "04_train_vit_level_3": 9,
+        "04_train_vit_slices_0": 3,
+        "04_train_vit_slices_3": 3,
+        "04_train_vit_study_0": 3,
+        "04_train_vit_study_3": 7,
+    }
+    assert found["04_train_vit_slices_0"]["DROPOUT"] == 0.1 and found["05_inference"]["HOURS"] == 2.0
+    assert found["03_train_yolo_ss_0"] == table_of(folds=[0, 3])["03_train_yolo_ss_0"]
+
+
+@pytest.mark.parametrize(
+    "given, error, words",
+    [
+        ({"04_train_vti": {}}, ValueError, "no stage, notebook or kernel '04_train_vti'. Did you mean 04_train_vit"),
+        ({"04_TRAIN_VIT_LEVEL_3": {}}, ValueError, "Did you mean 04_train_vit_level"),
+        ({"05_inference": {"HUORS": 2.0}}, ValueError, "SETTINGS of 05_inference: .*'HUORS'. Did you mean HOURS"),
+        ({"04_train_vit": {"EPOCHS": -1}}, ValueError, "SETTINGS of 04_train_vit: .*EPOCHS must be from 1"),
+        ({"04_train_vit": {"EPOCHS": "7"}}, TypeError, "SETTINGS of 04_train_vit: .*EPOCHS must be int"),
+        ({"04_train_vit": 7}, TypeError, "04_train_vit must hold parameters"),
+        ({"04_train_vit_level": {"FOLDS": [1]}}, ValueError, "the pipeline itself sets FOLDS; FOLDS and MEMBERS"),
+        ({"04_train_vit": {"SCOPE": "study"}}, ValueError, "the pipeline itself sets SCOPE"),
+        ({"01_preprocess": {"OUT": "x"}}, ValueError, "the pipeline itself sets OUT"),
+    ],
+)
+def test_wrong_settings_are_named_with_what_is_meant(given, error, words):
+    with pytest.raises(error, match=words):
+        table_of(given)
+
+
+def test_members_choose_what_is_trained_and_weighed():
+    found = table_of(size="full", folds=[0, 1], members=["slices", "yolo"])
+    trained = [name for name in found if name[:2] in ("03", "04")]
+    assert len(trained) == 8 and not [name for name in trained if "level" in name or "study" in name]
+    assert [Path(p).name for p in found["05_inference"]["WEIGHTS"]] == ["02_train_spinenet", *trained]
+    with pytest.raises(ValueError, match="MEMBERS: there is no member 'slice'. Did you mean slices"):
+        table_of(members=["slice"])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 16])
+@pytest.mark.parametrize("size", ["demo", "smoke", "hour", "full"])
+def test_workers_reach_every_stage_that_has_them(size, workers):
+    stages = utils.pipeline_stages(ROOT / "notebooks", "data", "out", size, workers=workers)
+    trained = [stage for stage in stages if stage["name"][:2] in ("03", "04")]
+    for stage in stages:
+        given, known = stage["parameters"], check_notebook_parameters(stage["notebook"], {})
+        assert ("WORKERS" in given) == ("WORKERS" in known)
+        if stage in trained and size != "full":  # side by side on a core each: what is left of the cores loads for them
+            assert given["WORKERS"] == (1 if workers == 16 else 0)
+        elif "WORKERS" in known:
+            assert given["WORKERS"] == workers
+        if "READERS" in known:
+            assert given["READERS"] == min(workers, 4)
+
+
+def test_inference_alone_takes_whatever_was_trained(tmp_path):
+    for name in ("02_train_spinenet", "04_train_vit_study_0", "04_train_vit_study_3", "04_train_vit_study_4"):
+        (tmp_path / name).mkdir()
+    stages = utils.pipeline_stages(ROOT / "notebooks", "data", tmp_path, folds=[0, 3])
+    for names, more in ((["05_inference"], []), (["05_inference", "04_train_vit_level_3"], ["04_train_vit_level_3"])):
+        chosen = {s["name"]: s for s in utils.choose_stages(stages, names)}
+        read = [Path(place).name for place in chosen["05_inference"]["parameters"]["WEIGHTS"]]
+        assert sorted(read) == sorted(["02_train_spinenet", "04_train_vit_study_0", "04_train_vit_study_3", *more])
+    whole = utils.choose_stages(stages, [])[-2]["parameters"]["WEIGHTS"]
+    assert whole == stages[-2]["parameters"]["WEIGHTS"] and len(whole) == 13
+    with pytest.raises(ValueError, match="no stage '05_inferense'. Did you mean 05_inference"):
+        utils.choose_stages(stages, ["05_inferense"])

@@ -295,6 +295,19 @@ def test_live_viewer_follows_its_controls(inspection):
     assert controls["detections"].disabled
 
 
+def test_it_opens_on_a_study_with_predictions(inspection):
+    inspection.predicted = {"one": {9: None, 8: None}, "two": {9: None, 8: None, 7: None}}
+    assert inspection.first_study() == 9  # 8 has no labels
+    inspection.predicted = {}
+    assert inspection.first_study() == 7
+    inspection.predicted, inspection.truths = {"ensemble": {10: None}}, {}
+    assert inspection.first_study() == 10 and inspection.load(10).study_id == 10
+    inspection.predicted = {"member": {9: make_probabilities()[0]}}
+    assert utils.inspect_study(inspection).controls["study"].value == 9
+    with pytest.raises(ValueError, match="there is no study 77; one of the 4"):
+        inspection.load(77)
+
+
 def test_a_study_that_cannot_be_read_is_named(inspection):
     inspection.paths[8].write_bytes(b"no such thing")
     viewer = utils.inspect_study(inspection)

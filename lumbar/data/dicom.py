@@ -330,8 +330,11 @@ class _Deflated(Exception):
     """The rest of the file is deflated."""
 
 
-def _read_dataset(path):
-    """pydicom's data set of a file, read in bounded time and memory. Raises DicomProblem, and what pydicom raises."""
+def _read_dataset(path, tags=None):
+    """pydicom's data set of a file, read in bounded time and memory. Raises DicomProblem, and what pydicom raises.
+
+    tags: those that are wanted; None: all that read_slices needs.
+    """
     import pydicom
 
     with open(path, "rb") as file:
@@ -345,9 +348,9 @@ def _read_dataset(path):
         source = _Counted(source)
     try:
         # `force` only lets files without the preamble through: _is_dicom looked at the others.
-        dataset = pydicom.dcmread(source, specific_tags=_tags(), force=True)
+        dataset = pydicom.dcmread(source, specific_tags=tags or _tags(), force=True)
     except _Deflated:
-        dataset = _read_deflated(path, source.file)
+        dataset = _read_deflated(path, source.file, tags)
     if not dataset.file_meta.get("TransferSyntaxUID"):
         little, implicit = dataset.original_encoding[1], dataset.original_encoding[0]
         uid = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
@@ -355,7 +358,7 @@ def _read_dataset(path):
     return dataset
 
 
-def _read_deflated(path, file):
+def _read_deflated(path, file, tags=None):
     """The data set of a deflated file (PS3.5 A.5), of which `file` stands behind the meta information."""
     from pydicom.dataset import FileDataset
     from pydicom.filereader import read_dataset, read_file_meta_info
@@ -365,7 +368,7 @@ def _read_deflated(path, file):
     if inflate.unconsumed_tail:
         raise DicomProblem(f"inflates to more than {MAX_INFLATED_BYTES >> 20} MB: too large for a file of slices")
     source = _Counted(io.BytesIO(data))
-    found = read_dataset(source, is_implicit_VR=False, is_little_endian=True, specific_tags=_tags())
+    found = read_dataset(source, is_implicit_VR=False, is_little_endian=True, specific_tags=tags or _tags())
     meta = read_file_meta_info(path)
     return FileDataset(None, found, file_meta=meta, is_implicit_VR=False, is_little_endian=True)
 
@@ -407,6 +410,28 @@ def _groups(dataset, keyword):
     return dataset.get(keyword) or []
 
 
+def read_dataset(path: str | Path, tags: list | None = None) -> Dataset:
+    """pydicom's data set of a file, in bounded time and memory: the elements with these tags (None: those that
+    read_slices needs).
+
+    Raises DicomProblem with the reason when the file is unusable, NotDicom when it is of another kind.
+    """
+    try:
+        about = os.stat(path)
+        # Opening a FIFO would block.
+        if not stat.S_ISREG(about.st_mode):
+            raise NotDicom("not a regular file")
+        if about.st_size > MAX_FILE_BYTES:
+            raise DicomProblem(f"{about.st_size >> 20} MB: too large for a file of slices")
+        return _read_dataset(path, tags)
+    except DicomProblem:
+        raise
+    except RecursionError:
+        raise DicomProblem("no readable DICOM file (its sequences are nested too deep)") from None
+    except Exception as error:
+        raise DicomProblem(f"no readable DICOM file ({type(error).__name__}: {plain_reason(error)})") from None
+
+
 def read_slices(path: str | Path, known: dict | None = None) -> tuple[list[dict[str, Any]], list[str]]:
     """One MR file -> list with a dict a slice, and a list of sentences about frames that had to be left out.
 
@@ -426,20 +451,7 @@ def read_slices(path: str | Path, known: dict | None = None) -> tuple[list[dict[
     without them have no known place. Raises DicomProblem with the reason when the whole file is unusable, NotDicom
     when it is of another kind.
     """
-    try:
-        about = os.stat(path)
-        # Opening a FIFO would block.
-        if not stat.S_ISREG(about.st_mode):
-            raise NotDicom("not a regular file")
-        if about.st_size > MAX_FILE_BYTES:
-            raise DicomProblem(f"{about.st_size >> 20} MB: too large for a file of slices")
-        dataset = _read_dataset(path)
-    except DicomProblem:
-        raise
-    except RecursionError:
-        raise DicomProblem("no readable DICOM file (its sequences are nested too deep)") from None
-    except Exception as error:
-        raise DicomProblem(f"no readable DICOM file ({type(error).__name__}: {plain_reason(error)})") from None
+    dataset = read_dataset(path)
     own = _groups(dataset, "PerFrameFunctionalGroupsSequence")
     frames = int(_number(dataset, "NumberOfFrames", 1)) or 1
     if not own and frames > 1:

@@ -1,15 +1,17 @@
 """Every study of a split, read once and stored.
 
-May use: dicom, greys, volume, tables, in_flight, storage, names.
+May use: dicom, greys, volume, tables, cluster, in_flight, storage, names.
 """
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ..cluster import spread
 from ..in_flight import DIED, ChildDied, InFlight, can_run_in_child, images_digest, run_in_child
 from ..names import progress
 from ..storage import DamagedFile
@@ -72,6 +74,15 @@ def _pass_over(study_id, why, out, bits):
     return _series_rows(study)
 
 
+def _preprocess_job(jobs, study_id):
+    """preprocess_study of one study, on a worker of a cluster."""
+    return preprocess_study(*jobs[study_id])
+
+
+def _pass_over_lost(study_id, why, out, bits):
+    return _pass_over(study_id, f"{DIED} study ({why}); passed over until its files change", out, bits)
+
+
 def _series_rows(study):
     study_id, rows = study.study_id, []
     for volume in study.volumes:
@@ -94,7 +105,13 @@ def _series_rows(study):
 
 
 def preprocess_studies(
-    data: str | Path, split: str, out: str | Path, workers: int = 2, bits: int = 16, labelled: Iterable[int] = ()
+    data: str | Path,
+    split: str,
+    out: str | Path,
+    workers: int = 2,
+    bits: int = 16,
+    labelled: Iterable[int] = (),
+    scheduler: str = "",
 ) -> pd.DataFrame:
     """Read every study of a split and store its volumes as out/<study_id>.safetensors.
 
@@ -117,6 +134,8 @@ def preprocess_studies(
     labelled : iterable of int
         Ids of studies that have labels; those that the descriptions table lacks cannot be read and are among the
         problems.
+    scheduler : str
+        Address of a Dask scheduler whose workers read the studies, see cluster.spread; empty: threads of this machine.
 
     Returns
     -------
@@ -133,6 +152,7 @@ def preprocess_studies(
     studies, table = described_series(data, split), f"{split}_series_descriptions.csv"
     if not studies:
         raise ValueError(f"{Path(data) / table} has no rows below its header: copy the competition's file anew")
+    data, out = Path(data).resolve(), Path(out).resolve()  # workers elsewhere have another working folder
     jobs = {study_id: (data, split, study_id, series, out, bits) for study_id, series in studies.items()}
     images = Path(data) / f"{split}_images"
     journal = InFlight(
@@ -147,11 +167,15 @@ def preprocess_studies(
         usual = [study_id for study_id in jobs if study_id not in {*passed_over, *suspects}]
         found = {study_id: _pass_over(study_id, why, out, bits) for study_id, why in passed_over.items()}
         bar.update(len(found))
-        with ThreadPoolExecutor(max(1, workers)) as pool:
-            results = pool.map(lambda study_id: preprocess_study(*jobs[study_id], journal), usual)
-            for study_id, rows in zip(usual, results, strict=True):
-                found[study_id] = rows
-                bar.update()
+        if scheduler:
+            lost = partial(_pass_over_lost, out=out, bits=bits)
+            found |= spread(_preprocess_job, usual, jobs, scheduler=scheduler, lost=lost, done=bar.update)
+        else:
+            with ThreadPoolExecutor(max(1, workers)) as pool:
+                results = pool.map(lambda study_id: preprocess_study(*jobs[study_id], journal), usual)
+                for study_id, rows in zip(usual, results, strict=True):
+                    found[study_id] = rows
+                    bar.update()
         for study_id in suspects:
             found[study_id] = _preprocess_suspect(jobs[study_id], journal)
             bar.update()

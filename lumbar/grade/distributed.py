@@ -1,4 +1,4 @@
-"""Several processes on one machine: how many, their launch, and the shared memory that their loaders need.
+"""Several processes that train together: how many, their launch on one machine, shared memory for their loaders.
 
 May use: nothing of the kit.
 """
@@ -28,6 +28,12 @@ def processes_for(processes: int, device: str = "auto") -> int:
     if processes > 1 and (0 < gpus < processes or device.isdigit() or device.startswith("cuda:")):
         raise ValueError(f"PROCESSES {processes} on DEVICE {device!r}: there is one process for each GPU ({gpus} here)")
     return processes or max(1, gpus)
+
+
+def processes_of_launcher() -> int:
+    """How many processes torchrun or `accelerate launch` has started of this one, on all machines; 0 without either."""
+    several = int(os.environ.get("WORLD_SIZE") or 1)
+    return several if several > 1 and {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ) else 0
 
 
 def bytes_of(item: Any) -> int:

@@ -24,7 +24,7 @@ from ..names import GROUPS, device_for, progress
 from ..storage import read_checkpoint, write_csv, write_whole
 from .classifier import USUAL_LEVEL_CENTERS, OrdinalClassifier, measure_views, save_classifier
 from .crops import CropDataset, augment_crops
-from .distributed import launch, processes_for
+from .distributed import launch, processes_for, processes_of_launcher
 from .ordinal import weighted_losses
 from .pretrained import load_volumes
 
@@ -127,7 +127,8 @@ def train_classifier(
         Processes that cut crops, for each process that trains.
     processes : int
         How many train together on this machine, see processes_for. They share out the batches of a step: `accumulate`
-        is best a multiple of their number, otherwise it is rounded up to one.
+        is best a multiple of their number, otherwise it is rounded up to one. Under torchrun or `accelerate launch`,
+        on one machine or several with a shared folder, all processes of those train together, and this is not used.
     tracker : str or accelerate.tracking.GeneralTracker
         Where the curves go as well: the name of one of accelerate's trackers ("tensorboard", "wandb", ...), or "".
     recipe : Recipe
@@ -157,9 +158,10 @@ def train_classifier(
             "fold one of folds.csv?"
         )
     check_tracker(tracker)
-    processes, device = processes_for(processes, device), device_for(device)
+    joined = processes_of_launcher()
+    processes, device = joined or processes_for(processes, device), device_for(device)
     arguments = (out, name, train, valid, config, about or {}, device, workers, processes, tracker, recipe)
-    if processes == 1:
+    if processes == 1 or joined:
         _train(*arguments)
     else:
         launch(_train, arguments, processes)
@@ -209,6 +211,7 @@ def _train(out, name, train, valid, config, about, device, workers, processes, t
     if main:
         write_csv(out / f"{name}_history.csv", pd.DataFrame(history))
         checkpoint.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()  # the others read the history
     accelerator.end_training()
 
 

@@ -52,15 +52,32 @@ class Inspection:
     detectors: Drawing | Callable[[], Drawing] = ()
     log: pd.DataFrame | None = None
 
+    def first_study(self) -> int:
+        """The study to open on: of those with most members' predictions and, if possible, labels the first.
+
+        Raises ValueError without any study.
+        """
+        if not self.paths:
+            raise ValueError("no study to look at: paths is empty (run 01_preprocess first)")
+
+        def shown(study_id):
+            return sum(study_id in own for own in self.predicted.values()), study_id in self.truths
+
+        return max(sorted(self.paths), key=shown)
+
+    def load(self, study_id: int) -> Study:
+        """A study, normalised. Raises ValueError for one that is not there."""
+        if study_id not in self.paths:
+            raise ValueError(f"there is no study {study_id}; one of the {len(self.paths)} is {next(iter(self.paths))}")
+        path = self.paths[study_id]
+        return path() if callable(path) else load_study(path)
+
     def study_html(self, study_id: int, detections: bool = False, **options: Any) -> tuple[str, list[str]]:
         """A study's page or fragment: (HTML text, the study's problems as sentences).
 
         detections: run the detectors, a second or two; options: as study_html takes them.
         """
-        if study_id not in self.paths:
-            raise ValueError(f"there is no study {study_id}; one of the {len(self.paths)} is {next(iter(self.paths))}")
-        path = self.paths[study_id]
-        study = path() if callable(path) else load_study(path)
+        study = self.load(study_id)
         there = self.levels is not None and (self.levels["study_id"] == study_id).any()
         boxes = boxes_from_table(self.levels, study_id) if there else []
         found = study_detections(self._drawing(), study, boxes) if detections and boxes else None
@@ -90,13 +107,14 @@ def read_inspection(
     predictions: Sequence[str | Path] = (),
     inference: str | Path = "",
     first: str = "level",
+    verbose: bool = True,
 ) -> Inspection:
     """Gather an Inspection from a run's folders; what is absent is left out.
 
     data: competition folder; preprocessed: of 01; levels_dir: of 02; predictions: folders of 03 and 04, or one above
     them; inference: of 05, with which the test set is looked at, too; first: the member that ranks the errors.
     Raises FileNotFoundError without volumes, ValueError for a member that does not exist. What was looked for and is
-    not there is printed.
+    not there is printed where `verbose`.
     """
     if first not in MEMBERS:
         raise ValueError(f"MEMBER must be one of {', '.join(MEMBERS)}, not {first!r}")
@@ -117,10 +135,12 @@ def read_inspection(
         f"level boxes: levels.csv in {levels_dir or 'LEVELS_DIR'}": levels,
         f"out-of-fold predictions: oof.csv in or below {', '.join(map(str, predictions)) or 'PREDICTIONS'}": members,
     }
-    for what in (what for what, there in absent.items() if not there):
+    for what in (what for what, there in absent.items() if verbose and not there):
         print(f"not there: {what}")
+    volumes = study_paths(preprocessed)
+    unseen = unseen_studies(data) if submission is not None or log is not None else {}
     return Inspection(
-        study_paths(preprocessed) | (unseen_studies(data) if submission is not None or log is not None else {}),
+        {**volumes, **{study_id: read for study_id, read in unseen.items() if study_id not in volumes}},
         pd.concat(levels, ignore_index=True) if levels else None,
         table(levels_dir, "vertebrae.csv"),
         read_coordinates(data) if labels.is_file() else None,

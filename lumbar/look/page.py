@@ -3,14 +3,21 @@
 May use: storage.
 """
 
+from __future__ import annotations
+
+import base64
 import html
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ..storage import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def short(value: object, digits: int = 3) -> str:
@@ -20,6 +27,28 @@ def short(value: object, digits: int = 3) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(short(item, digits) for item in value)}]"
     return str(value)
+
+
+def section_id(heading: str) -> str:
+    """The id that Jupyter and nbconvert give a heading, to link to."""
+    return heading.replace(" ", "-")
+
+
+def show_figure(fig: Figure, alt: str) -> None:
+    """Show a figure in a notebook, with a text that says what it shows to whoever does not see it; closes it.
+
+    alt: plain text, becomes the picture's alternative text in JupyterLab and on the page of export_html.
+    """
+    import io
+
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    file = io.BytesIO()
+    fig.savefig(file, format="png", bbox_inches="tight")
+    plt.close(fig)
+    picture = base64.b64encode(file.getvalue()).decode("ascii")
+    display({"image/png": picture, "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True)
 
 
 def paragraph_html(text: object) -> str:
@@ -50,7 +79,8 @@ def table_html(
         return html.escape(str(value))
 
     head = "".join(
-        f"<th>{html.escape(str((names or {}).get(column, column)).replace('_', ' '))}</th>" for column in shown
+        f"<th scope=col>{html.escape(str((names or {}).get(column, column)).replace('_', ' '))}</th>"
+        for column in shown
     )
     body = "".join(
         "<tr>" + "".join(f"<td style='text-align:{side(value)}'>{cell(value)}</td>" for value in row) + "</tr>"
@@ -61,8 +91,9 @@ def table_html(
 
 
 _PAGE_STYLE = """
-:root{color-scheme:light dark;--ink:#1b1b1b;--soft:#555;--paper:#fff;--rule:#ccc;--stripe:#f4f6f8}
-@media (prefers-color-scheme:dark){:root{--ink:#eaeaea;--soft:#b5b5b5;--paper:#161616;--rule:#444;--stripe:#202326}}
+:root{color-scheme:light dark;--ink:#1b1b1b;--soft:#555;--paper:#fff;--rule:#ccc;--stripe:#f4f6f8;--key:#0067a3}
+@media (prefers-color-scheme:dark){:root{--ink:#eaeaea;--soft:#b5b5b5;--paper:#161616;--rule:#444;--stripe:#202326;
+ --key:#6fc1f2}}
 body{margin:0 auto;padding:24px 20px 80px;max-width:1060px;background:var(--paper);
  color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 h1{font-size:1.9em;line-height:1.2}h2{margin-top:2.2em;border-bottom:1px solid var(--rule);padding-bottom:.2em}
@@ -73,7 +104,9 @@ th,td{padding:4px 10px;border-bottom:1px solid var(--rule);text-align:left}
 table.kit tbody tr:nth-child(even){background:var(--stripe)}
 pre{white-space:pre-wrap;font-size:13px;color:var(--soft)}code{font-size:.92em}
 .anchor-link,.jp-InputPrompt,.jp-OutputPrompt,.prompt{display:none}
-.jp-OutputArea-output,.output_html,.jp-RenderedHTMLCommon{overflow-x:auto}
+.scroll{overflow-x:auto}a{color:var(--key)}:focus-visible{outline:2px solid var(--key)}
+li{margin:.3em 0}.contents{columns:18em}h2,h3{scroll-margin-top:8px}
+@media (max-width:700px){body{padding:12px 12px 60px}table.kit{font-size:13px}table.kit :is(th,td){padding:3px 5px}}
 """
 
 
@@ -116,11 +149,17 @@ def export_html(notebook: str | Path, page: str | Path, title: str | None = None
     )
     body, _ = exporter.from_notebook_node(content)
     # nbconvert parses the page and writes quotes in texts as they are. Nothing in a text shall look like an attribute.
-    body = BeautifulSoup(body, "html.parser").decode(formatter=HTMLFormatter(entity_substitution=html.escape))
+    soup = BeautifulSoup(body, "html.parser")
+    for table in soup.select("table.kit"):
+        # Where it is wider than the screen it scrolls, which takes a keyboard as well.
+        caption = table.find("caption")
+        name = caption.get_text() if caption else "table"
+        table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0", "role": "group", "aria-label": name}))
+    body = soup.decode(formatter=HTMLFormatter(entity_substitution=html.escape))
     return write_text(
         page,
         (
             "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{html.escape(title)}</title><style>{_PAGE_STYLE}</style></head><body>{body}</body></html>\n"
+            f"<title>{html.escape(title)}</title><style>{_PAGE_STYLE}</style></head><body><main>{body}</main></body></html>\n"
         ),
     )

@@ -239,8 +239,9 @@ def level_label_table(
 
 def summarise_levels(compared: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
     """Per level: label points, those at the right level, how far the disc plane is from the canal and subarticular
-    points (which lie at the disc's height; foraminal ones lie above it), and where the boxes came from."""
-    rows = []
+    points (which lie at the disc's height; foraminal ones lie above it), how often a second numbering calls the level
+    something else and how likely that is, and where the boxes came from."""
+    rows, shares = [], second_shares(levels)
     for level in LEVELS:
         part = compared[compared["level"] == level]
         flat = (
@@ -259,10 +260,20 @@ def summarise_levels(compared: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFra
                 "Within 5 mm, %": 100 * (flat <= 5).mean() if len(flat) else np.nan,
                 "Median confidence": found["confidence"].median(),
                 "In doubt, %": 100 * found["source"].map(_in_doubt).mean() if len(found) else np.nan,
+                "Second numbering, %": 100 * shares[found.index].notna().mean() if len(found) else np.nan,
+                "its mean share, %": 100 * shares[found.index].mean(),
                 "Found on": ", ".join(f"{name} {count}" for name, count in sources.items()),
             }
         )
     return pd.DataFrame(rows)
+
+
+def second_shares(levels: pd.DataFrame) -> pd.Series:
+    """How likely the second numbering of each row of levels.csv is, NaN where there is none."""
+    if not {"second", "second_share"} <= set(levels):  # earlier tables
+        return pd.Series(np.nan, index=levels.index)
+    named = levels["second"].notna() & (levels["second"].astype(str) != "")
+    return pd.to_numeric(levels["second_share"]).where(named)
 
 
 def _in_doubt(source):

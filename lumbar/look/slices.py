@@ -18,6 +18,7 @@ from ..names import LEVELS
 # The levels' colours are lightened, for lines on dark images.
 LEVEL_COLOURS = ("#62BEF5", "#FFB000", "#2ED8A3", "#F0E442", "#F590CF")
 SEVERITY_COLOURS = ("#56B4E9", "#E69F00", "#D55E00")
+SEVERITY_INKS = ("#7CC8F5", "#FFB733", "#FF9248")  # the same, for texts on dark images
 MEMBER_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8A8A00", "#555555")
 LEVEL_NAMES = tuple(level.upper().replace("_", "/") for level in LEVELS)
 CONDITION_NAMES = ("Spinal canal", "Left foramen", "Right foramen", "Left subarticular", "Right subarticular")

@@ -62,14 +62,65 @@ function view(frame) {
   return [clamp(x, 0, frame.w) - side/2, clamp(y, 0, frame.h) - side/2, side];
 }
 
+// ---- Labels: none lies on another ----
+
+const ruler = document.createElement('canvas').getContext('2d');
+function widthOf(text, size) {
+  ruler.font = '100px system-ui,sans-serif';
+  return ruler.measureText(text).width*size/100 + .25*size;
+}
+// Finds room for texts between x0, y0 and x1, y1. Each call takes wishes [x, y, anchor, strict], y the text's middle, and
+// moves them up and down by at most `far`, and sideways to keep within the limits unless they are strict. It answers
+// { x, y, size, moved } with the text's left end, or null without room.
+function placer(x0, y0, x1, y1) {
+  const taken = [];
+  const place = (text, size, wishes, far = 0) => {
+    const wide = widthOf(text, size), tall = 1.2*size, step = .3*size;
+    for (let k = 0; k*step <= far + 1e-9; k++) for (const way of k ? [-1, 1] : [1]) for (const [x, y, anchor, strict] of wishes) {
+      const wished = x - (anchor === 'end' ? wide : anchor === 'middle' ? wide/2 : 0), left = clamp(wished, x0, x1 - wide);
+      if (strict && Math.abs(left - wished) > .3*size) continue;
+      const middle = clamp(y + way*k*step, y0 + tall/2, y1 - tall/2), top = middle - tall/2;
+      if (left < x0 || top < y0 - 1e-9) continue;
+      if (taken.some(([a, b, c, d]) => left < c && a < left + wide && top < d && b < top + tall)) continue;
+      taken.push([left, top, left + wide, top + tall]);
+      return { x: left + .12*size, y: middle, size, moved: Math.abs(middle - y) > .7*size, end: left + wide/2 < x };
+    }
+    return null;
+  };
+  place.keep = (...area) => taken.push(area);
+  return place;
+}
+// Heights as near to the given ones as they can be at least `gap` apart, in the same order.
+function spread(heights, gap) {
+  const order = heights.map((_, i) => i).sort((a, b) => heights[a] - heights[b]), blocks = [], result = [];
+  order.forEach((i, place) => {
+    blocks.push({ sum: heights[i] - place*gap, count: 1 });
+    const mean = block => block.sum/block.count;
+    while (blocks.length > 1 && mean(blocks.at(-2)) >= mean(blocks.at(-1))) {
+      const last = blocks.pop(), before = blocks.at(-1);
+      before.sum += last.sum; before.count += last.count;
+    }
+  });
+  let place = 0;
+  for (const block of blocks) for (let n = 0; n < block.count; n++) {
+    result[order[place]] = block.sum/block.count + place*gap;
+    place++;
+  }
+  return result;
+}
+const levelText = level => data.levels[level] + (data.second[level] ? ' or ' + data.second[level][0] : '');
+function write(parent, spot, text, colour) {
+  put(parent, 'text', { x: spot.x, y: spot.y + .36*spot.size, 'font-size': spot.size, fill: colour }, text);
+}
+// A text that had to move away is tied to its place by a thin line.
+function tie(parent, spot, text, [x, y], colour) {
+  if (!spot.moved) return;
+  const end = spot.end ? spot.x + widthOf(text, spot.size) - .25*spot.size : spot.x;
+  put(parent, 'line', { x1: end, y1: spot.y, x2: x, y2: y, stroke: colour, class: 'tie' });
+}
+
 // ---- Slices ----
 
-// Text kept between two horizontal limits, by a guess of its width.
-function label(parent, x, y, size, text, colour, anchor = 'start', low = -1e9, high = 1e9) {
-  const wide = .56*size*text.length, left = anchor === 'end' ? x - wide : anchor === 'middle' ? x - wide/2 : x;
-  x += clamp(left, low, Math.max(low, high - wide)) - left;
-  put(parent, 'text', { x, y, 'font-size': size, fill: colour, 'text-anchor': anchor }, text);
-}
 function drawPanel(panel) {
   const frame = panel.frames[panel.now], [x0, y0, side] = view(frame), canvas = panel.canvas;
   const pixels = Math.round(clamp(canvas.clientWidth*(window.devicePixelRatio || 1), 64, 1024));
@@ -83,7 +134,8 @@ function drawPanel(panel) {
   panel.slider.value = panel.now; panel.caption.textContent = frame.c;
   panel.slider.setAttribute('aria-valuetext', frame.c);
   if (panel.series) panel.series.value = frame.s;
-  const over = panel.over, font = side*.036;
+  // In the picture's millimetres, but never so small that it cannot be read.
+  const over = panel.over, font = side*Math.max(.036, 11.5/Math.max(1, canvas.clientWidth));
   over.replaceChildren();
   if (on('lines')) {
     for (const other of panels) {
@@ -92,39 +144,28 @@ function drawPanel(panel) {
         'stroke-dasharray': '5 4', opacity: .75, class: 'reference' });
     }
   }
-  const names = [];
+  const names = [], levels = [], points = [], found = [];
   if (on('bones')) for (const [number, points] of frame.m.v) {
     const bone = data.bones[number], x = points.filter((_, i) => i % 2 === 0), y = points.filter((_, i) => i % 2);
     put(over, 'polygon', { points: points.join(' '), stroke: '#fff', opacity: .8, class: 'bone',
       'stroke-dasharray': bone.seen ? 'none' : '2 4' });
-    names.push([x.reduce((a, b) => a + b)/x.length, y.reduce((a, b) => a + b)/y.length + font*.35, bone.name]);
+    names.push([x.reduce((a, b) => a + b)/x.length, y.reduce((a, b) => a + b)/y.length, bone.name]);
   }
   if (on('boxes')) for (const [level, sure, points] of frame.m.b) {
     put(over, 'polygon', { points: points.join(' '), stroke: data.colours[level], class: 'box',
       'stroke-dasharray': sure ? 'none' : '6 4', style: level === state.level ? 'stroke-width:2.5px' : '' });
-    const y = points.filter((_, i) => i % 2), x = points.filter((_, i) => i % 2 === 0), left = Math.min(...x) - x0;
-    const beside = left > side*.13;
-    label(over, x0 + (beside ? left - side*.01 : side*.01),
-      clamp(y.reduce((a, b) => a + b)/y.length, y0 + side*.05, y0 + side*.97), font, data.levels[level],
-      data.colours[level], beside ? 'end' : 'start');
+    const y = points.filter((_, i) => i % 2), x = points.filter((_, i) => i % 2 === 0);
+    levels.push({ level, left: Math.min(...x), right: Math.max(...x), y: y.reduce((a, b) => a + b)/y.length });
   }
-  // Names last: the boxes' edges run through the bodies.
-  for (const [x, y, name] of names) label(over, x, y, font, name, '#fff', 'middle');
   if (on('found')) for (const [, condition, p, x, y, size] of frame.m.d) {
     const best = p.indexOf(Math.max(...p));
     put(over, 'rect', { x: x - size/2, y: y - size/2, width: size, height: size, stroke: data.gradeColours[best],
       class: 'found', 'stroke-dasharray': ['2 3', '7 3', 'none'][best] });
-    // Left and right boxes of an axial slice overlap: each has its name on its outer side.
-    const outer = condition === 4 ? 'end' : 'start';
-    label(over, x + (condition < 3 ? -size/2 : 0), y - size/2 - font*.3, font*.9,
-      data.grades[best].split('/')[0] + ' ' + p[best].toFixed(2), data.gradeColours[best], outer, x0, x0 + side);
+    found.push({ condition, best, text: data.grades[best].split('/')[0] + ' ' + p[best].toFixed(2), x, y, half: size/2 });
   }
   if (on('points')) for (const [level, x, y, name] of frame.m.p) {
     put(over, 'circle', { cx: x, cy: y, r: side*.014, stroke: data.colours[level], class: 'point' });
-    // Of two points at one height, left and right, each has its name on its own side.
-    const end = frame.m.p.some(other => other[1] > x + 1 && Math.abs(other[2] - y) < side*.06);
-    label(over, x + (end ? -1 : 1)*side*.022, y + font*.35, font, name, data.colours[level], end ? 'end' : 'start',
-      x0 + side*.01, x0 + side*.99);
+    points.push([level, x, y, name]);
   }
   if (state.point) {
     const [x, y] = onto(state.point, frame), r = side*.03, gap = side*.008;
@@ -132,8 +173,53 @@ function drawPanel(panel) {
       'M' + (x + a) + ' ' + (y + b) + 'L' + (x + c) + ' ' + (y + d)).join(''), stroke: '#fff', class: 'cross',
       opacity: Math.abs(away(state.point, frame)) < frame.g*.75 ? 1 : .35 });
   }
-  [[.03, .515], [.97, .515], [.5, .045], [.5, .985]].forEach(([x, y], i) =>
-    label(over, x0 + x*side, y0 + y*side, font, frame.l[i], '#ddd', 'middle'));
+  // Texts last: outlines run through them. Vertebrae give way to levels, and go without a name where there is no room.
+  const edge = side*.01, place = placer(x0 + edge, y0 + edge, x0 + side - edge, y0 + side - edge);
+  const seen = (x, y) => x > x0 && x < x0 + side && y > y0 && y < y0 + side;
+  for (const [, x, y] of points) place.keep(x - side*.014, y - side*.014, x + side*.014, y + side*.014);
+  const heights = spread(levels.map(one => one.y), 1.25*font);
+  levels.forEach((one, i) => {
+    const text = levelText(one.level), colour = data.colours[one.level];
+    if (one.right < x0 || one.left > x0 + side || one.y < y0 - side*.1 || one.y > y0 + side*1.1) return;
+    const spot = place(text, font, [[one.left - side*.01, heights[i], 'end']], side*.3)
+      || place(text, font, [[one.right + side*.01, heights[i], 'start']], side*.3);
+    if (!spot) return;
+    spot.moved = Math.abs(spot.y - one.y) > .7*font;
+    tie(over, spot, text, [spot.end ? one.left : one.right, one.y], colour);
+    write(over, spot, text, colour);
+  });
+  for (const [level, x, y, name] of points) if (seen(x, y)) {
+    const colour = data.colours[level], off = side*.022;
+    // On an axial slice, and of two points at one height, each has its name on its own side.
+    const wishes = [[x + off, y, 'start', true], [x - off, y, 'end', true]];
+    const outer = 'LR'.includes(frame.l[0]) && x < x0 + side/2;
+    if (outer || points.some(other => other[1] > x + 1 && Math.abs(other[2] - y) < side*.06)) wishes.reverse();
+    wishes.push([x, y - off - .6*font, 'middle'], [x, y + off + .6*font, 'middle']);
+    const spot = place(name, font, wishes, side*.25);
+    if (!spot) continue;
+    tie(over, spot, name, [x, y], colour);
+    write(over, spot, name, colour);
+  }
+  for (const { condition, best, text, x, y, half } of found) if (seen(x, y)) {
+    // Left and right boxes of an axial slice overlap: each has its name on its outer side.
+    const colour = data.gradeInks[best], size = .9*font, anchor = condition === 4 ? 'end' : 'start';
+    const start = condition < 3 ? x - half : x, high = y - half - .7*size, low = y + half + .7*size;
+    const spot = place(text, size, [[start, high, anchor], [start, low, anchor], [x + half + .3*size, y, 'start'],
+      [x - half - .3*size, y, 'end']], side*.25);
+    if (!spot) continue;
+    spot.moved = spot.moved && (spot.y < high - size || spot.y > low + size);
+    tie(over, spot, text, [x, y], colour);
+    write(over, spot, text, colour);
+  }
+  for (const [x, y, name] of names) {
+    const spot = seen(x, y) && place(name, font, [[x, y, 'middle']]);
+    if (spot) write(over, spot, name, '#fff');
+  }
+  const spots = [.5, .3, .7, .15, .85];
+  [t => [.03, t], t => [.97, t], t => [t, .03], t => [t, .97]].forEach((at, i) => {
+    const spot = place(frame.l[i], font, spots.map(at).map(([x, y]) => [x0 + x*side, y0 + y*side, 'middle']));
+    if (spot) write(over, spot, frame.l[i], '#ddd');
+  });
 }
 
 // ---- The level's crops, along the disc ----
@@ -156,9 +242,13 @@ function drawCrops() {
       if (line) put(over, 'line', { x1: line[0][0], y1: line[0][1], x2: line[1][0], y2: line[1][1],
         stroke: data.colours[state.level], 'stroke-dasharray': '3 5', opacity: .6 });
     }
-    if (picture < 0) label(over, plane.w/2, plane.h/2 - 8, 8, 'no slice here', '#ccc', 'middle');
-    label(over, 5, plane.h/2 + 2, 7, plane.l[0], '#ddd', 'middle');
-    label(over, plane.w - 5, plane.h/2 + 2, 7, plane.l[1], '#ddd', 'middle');
+    const size = plane.w*Math.max(.07, 11/Math.max(1, svg.clientWidth)), place = placer(0, 0, plane.w, plane.h);
+    const texts = [[plane.l[0], .05, .5, '#ddd'], [plane.l[1], .95, .5, '#ddd']];
+    if (picture < 0) texts.push(['no slice here', .5, .35, '#ccc']);
+    for (const [text, x, y, colour] of texts) {
+      const spot = place(text, size, [[x*plane.w, y*plane.h, 'middle']], plane.h/2);
+      if (spot) write(over, spot, text, colour);
+    }
   });
 }
 
@@ -214,11 +304,12 @@ function drawSpace() {
   pen.setTransform(1, 0, 0, 1, 0, 0);
   if (on('cloud') && data.cloud) pen.drawImage(drawCloud(size, k, right, up), 0, 0);
   pen.globalCompositeOperation = 'source-over';
-  pen.textAlign = 'center'; pen.textBaseline = 'middle'; pen.lineJoin = 'round';
-  const write = (text, [x, y], colour, points) => {
-    pen.font = points*scale + 'px system-ui,sans-serif';
-    pen.lineWidth = 3*scale; pen.strokeStyle = '#000'; pen.setLineDash([]); pen.strokeText(text, x, y);
-    pen.fillStyle = colour; pen.fillText(text, x, y);
+  pen.textAlign = 'left'; pen.textBaseline = 'middle'; pen.lineJoin = 'round';
+  const texts = [];
+  const inscribe = (text, spot, colour) => {
+    pen.font = spot.size + 'px system-ui,sans-serif';
+    pen.lineWidth = 3*scale; pen.strokeStyle = '#000'; pen.setLineDash([]); pen.strokeText(text, spot.x, spot.y);
+    pen.fillStyle = colour; pen.fillText(text, spot.x, spot.y);
   };
   const wires = (corners, colour, width, dash) => {
     const at = corners.map(flat);
@@ -230,25 +321,37 @@ function drawSpace() {
   const middle = corners => [0, 1, 2].map(i => corners.reduce((sum, corner) => sum + corner[i], 0)/corners.length);
   if (on('bones')) for (const bone of data.bones) {
     wires(bone.corners, 'rgba(255,255,255,.75)', 1, bone.seen ? [] : [2, 4]);
-    write(bone.name, flat(middle(bone.corners)), '#fff', 11);
+    texts.push({ text: bone.name, at: flat(middle(bone.corners)), colour: '#fff', points: 11, far: 0, anchor: 'middle' });
   }
   if (on('boxes')) data.boxes.forEach(box => {
     wires(box.corners, data.colours[box.level], box.level === state.level ? 2.6 : 1.3, box.sure ? [] : [6, 4]);
     // Names stand at the corner that is farthest to the right, out of the spine's way.
     const at = box.corners.map(flat).reduce((a, b) => b[0] > a[0] ? b : a);
-    write(data.levels[box.level], [at[0] + 18*scale, at[1]], data.colours[box.level], 12);
+    texts.unshift({ text: levelText(box.level), at: [at[0] + 3*scale, at[1]], colour: data.colours[box.level], points: 12,
+      far: size*.3, anchor: 'start' });
   });
   if (state.point) {
     const [x, y] = flat(state.point), r = 6*scale;
     pen.strokeStyle = '#fff'; pen.lineWidth = 2*scale; pen.setLineDash([]);
     pen.beginPath(); pen.moveTo(x - r, y); pen.lineTo(x + r, y); pen.moveTo(x, y - r); pen.lineTo(x, y + r); pen.stroke();
   }
+  // Levels first: vertebrae that lie behind one another, as seen from above, go without their names.
+  const corner = 64*scale, place = placer(0, 0, size, size);
+  place.keep(0, size - corner, corner, size);
+  for (const { text, at, colour, points, far, anchor } of texts) {
+    if (at[0] < 0 || at[0] > size || at[1] < 0 || at[1] > size) continue;
+    const spot = place(text, points*scale, [[...at, anchor]], far);
+    if (spot) inscribe(text, spot, colour);
+  }
   // A small cross of axes: where left, back and head are.
   [[[1, 0, 0], 'L'], [[0, 1, 0], 'P'], [[0, 0, 1], 'H']].forEach(([axis, letter]) => {
     const o = [34*scale, size - 34*scale], d = [18*scale*dot(axis, right), -18*scale*dot(axis, up)];
     pen.strokeStyle = '#bbb'; pen.lineWidth = 1.5*scale; pen.setLineDash([]);
     pen.beginPath(); pen.moveTo(...o); pen.lineTo(o[0] + d[0], o[1] + d[1]); pen.stroke();
-    write(letter, [o[0] + 1.5*d[0], o[1] + 1.5*d[1]], '#eee', 11);
+    // An axis that points at the viewer has no length, and its letter would lie on another's.
+    if (Math.hypot(...d) < 5*scale) return;
+    const points = 11*scale, at = [o[0] + 1.5*d[0] - widthOf(letter, points)/2, o[1] + 1.5*d[1]];
+    inscribe(letter, { x: at[0], y: at[1], size: points }, '#eee');
   });
 }
 
@@ -258,14 +361,17 @@ function drawAnswer() {
   const answer = find('.answer .grades');
   if (!answer) return;
   const read = data.truth ? data.truth[state.condition][state.level] : -1;
-  find('.answer-caption').textContent = data.levels[state.level] + ', ' + data.conditions[state.condition].toLowerCase();
+  const second = data.second[state.level], or = second ? ' (or ' + second[0] + ', ' + Math.round(100*second[1]) + '%)' : '';
+  find('.answer-caption').textContent =
+    data.levels[state.level] + or + ', ' + data.conditions[state.condition].toLowerCase();
   answer.replaceChildren();
   data.grades.forEach((grade, number) => {
     const row = put(answer, 'tr', { class: read === number ? 'read' : '' });
     put(row, 'th', { scope: 'row' }, grade);
     for (const member of data.members) {
-      const p = member[state.condition][state.level], cell = put(row, 'td', {}, p ? Math.round(100*p[number]) + '%' : '–');
-      const bar = put(cell, 'div', { class: 'bar' });
+      const p = member[state.condition][state.level], cell = put(put(row, 'td', {}), 'div', { class: 'part' });
+      put(cell, 'span', {}, p ? Math.round(100*p[number]) + '%' : '–');
+      const bar = put(cell, 'div', { class: 'bar', 'aria-hidden': true });
       if (p) put(bar, 'i', { style: 'width:' + 100*p[number] + '%;background:' + data.gradeColours[number] });
     }
     put(row, 'td', {}, read === number ? '◀ read' : '');
@@ -274,6 +380,15 @@ function drawAnswer() {
   if (member) all('[data-member]').forEach(table => { table.hidden = table.dataset.member !== member.value; });
   all('td[data-cell]').forEach(cell =>
     cell.classList.toggle('here', cell.dataset.cell === state.level + ',' + state.condition));
+}
+
+// ---- Whose slices the arrow keys turn ----
+
+// The series under the mouse, else the one that has the focus, else the one on which the condition is graded.
+let under = null;
+function active() {
+  return under || panels.find(panel => panel.figure.contains(document.activeElement))
+    || panels.find(panel => +panel.figure.dataset.panel === data.graded[state.condition]) || panels[0];
 }
 
 // ---- Putting it on the screen ----
@@ -285,6 +400,7 @@ function drawNow() {
   const started = performance.now();
   asked = 0;
   panels.forEach(drawPanel); drawSpace(); drawAnswer();
+  for (const panel of panels) panel.figure.classList.toggle('active', panel === active());
   const slope = 1/state.width, intercept = .5 - state.centre/state.width;
   for (const part of all('filter [data-grey]')) {
     part.setAttribute('slope', slope); part.setAttribute('intercept', intercept);
@@ -344,10 +460,9 @@ for (const panel of panels) {
     last.x = event.clientX; last.y = event.clientY;
   });
   for (const end of ['pointerup', 'pointercancel']) panel.svg.addEventListener(end, () => { last = null; });
-  panel.svg.addEventListener('keydown', event => {
-    const step = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1, PageUp: -5, PageDown: 5, Home: -1e4, End: 1e4 };
-    if (step[event.key]) { event.preventDefault(); show(panel, panel.now + step[event.key]); }
-  });
+  panel.figure.addEventListener('pointerenter', () => { under = panel; draw(); });
+  panel.figure.addEventListener('pointerleave', () => { under = null; draw(); });
+  for (const change of ['focusin', 'focusout']) panel.figure.addEventListener(change, draw);
 }
 if (space) {
   let last = null;
@@ -390,7 +505,8 @@ for (const cell of all('td[data-cell]')) {
 }
 function toggle(box) { box.checked = !box.checked; box.dispatchEvent(new Event('change')); }
 const hidden = [];
-root.addEventListener('keydown', event => {
+const steps = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1, PageUp: -5, PageDown: 5, Home: -1e4, End: 1e4 };
+function press(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const act = { c: () => choose(state.level, state.condition + 1), C: () => choose(state.level, state.condition - 1),
     z: () => toggle(find('input[data-zoom]')), '+': () => grey(state.centre, state.width/1.1),
@@ -400,10 +516,25 @@ root.addEventListener('keydown', event => {
       (shown.length ? hidden.splice(0, 9, ...shown) && shown : hidden.splice(0)).forEach(toggle);
     } };
   for (const number of [1, 2, 3, 4, 5]) act[number] = () => choose(number - 1, state.condition);
-  if (act[event.key] && event.target.tagName !== 'SELECT') { event.preventDefault(); act[event.key](); }
+  const panel = active(), step = steps[event.key], own = event.target;
+  if (own.tagName === 'SELECT') return;
+  // Sliders and what scrolls have a meaning of their own for the arrows.
+  if (step && panel && own.type !== 'range' && !own.classList.contains('scroll')) {
+    act[event.key] = () => show(panel, panel.now + step);
+  }
+  if (act[event.key]) { event.preventDefault(); act[event.key](); }
+}
+root.addEventListener('keydown', event => {
+  press(event);
   // Jupyter has its own meaning for these keys; JupyterLab is told by an attribute of the root, too.
   event.stopPropagation();
 });
-new ResizeObserver(draw).observe(root);
+// Without a click first: keys that nothing has the focus for are this viewer's on a page of its own, elsewhere while the
+// mouse is over it.
+document.addEventListener('keydown', event => {
+  const free = event.target === document.body || event.target === document.documentElement;
+  if (free && (root.hasAttribute('data-page') || root.matches(':hover'))) press(event);
+});
+new ResizeObserver(() => { drawCrops(); draw(); }).observe(root);
 choose(...data.start);
 })();

@@ -25,6 +25,7 @@ from .slices import (
     LEVEL_COLOURS,
     LEVEL_NAMES,
     SEVERITY_COLOURS,
+    SEVERITY_INKS,
     condition_point,
     corners_on_slice,
     direction_letter,
@@ -36,6 +37,7 @@ from .slices import (
 
 CROP_MM = (56.0, 96.0, 96.0)  # what the crops show along head, left, back: as much as the classifiers see
 CROP_PX = 0.75  # mm a pixel
+GRADED_ON = (2, 0, 0, 1, 1)  # the kind of series, in DESCRIPTIONS, on which each condition is graded
 CLOUD_POINTS = 18_000
 CLOUD_MARGIN_MM = (25.0, 20.0, 20.0)  # around the level boxes
 CLOUD_COLOURS = ((230, 159, 0), (86, 180, 233), (240, 240, 240))  # of the kinds of series, in the order of DESCRIPTIONS
@@ -53,8 +55,9 @@ def viewer_data(
 
     Stacks: one a volume (a plane's u, v, n, w, h, l as in _plane, g the slices' distance); panels: one a description,
     of frames: s the stack, i the picture, o the upper left corner, c the caption, m _slice_marks; boxes and bones:
-    prisms in space; points: where each condition of each level is to be seen; crops, cloud; middle and reach: of the
-    view in space. study_html's arguments; max_bytes: for the slices' pictures.
+    prisms in space; points: where each condition of each level is to be seen; second: a level's name and share by the
+    second numbering, or null; graded: the panel of each condition; crops, cloud; middle and reach: of the view in
+    space. study_html's arguments; max_bytes: for the slices' pictures.
     """
     study = _from_head_to_foot(study)
     prisms = [vertebra_prism(vertebra) for vertebra in vertebrae]
@@ -83,6 +86,10 @@ def viewer_data(
             None if box is None else [condition_point(box, c).round(1).tolist() for c in range(len(CONDITIONS))]
             for box in _by_level(boxes, lambda box: box)
         ],
+        "second": _by_level(
+            boxes, lambda box: [level_name(box.second), round(box.second_share, 3)] if box.second else None
+        ),
+        "graded": GRADED_ON,
         "crops": _crops(study, boxes) if boxes and study.volumes else None,
         "cloud": _cloud(study, low - CLOUD_MARGIN_MM, high + CLOUD_MARGIN_MM),
         "middle": ((low + high) / 2).round(1).tolist(),
@@ -92,6 +99,7 @@ def viewer_data(
         "conditions": CONDITION_NAMES,
         "grades": GRADES,
         "gradeColours": SEVERITY_COLOURS,
+        "gradeInks": SEVERITY_INKS,
     }
 
 
@@ -180,8 +188,6 @@ def _stacks_and_panels(
         plane = _plane(np.zeros(3), right, down, volume.array.shape[2] * column_mm, volume.array.shape[1] * row_mm)
         del plane["o"]
         stacks.append({**plane, "g": round(float(gap_mm), 2)})
-        alike = [other for other in study.volumes if other.description == volume.description]
-        place = next(i for i, other in enumerate(alike) if other is volume)
         for k in range(len(volume.array)):
             if (number, k) in pictures:
                 panels[DESCRIPTIONS.index(volume.description)].append(
@@ -189,8 +195,7 @@ def _stacks_and_panels(
                         "s": number,
                         "i": pictures[number, k],
                         "o": volume.voxel_to_lps([k, -0.5, -0.5]).round(3).tolist(),
-                        "c": slice_caption(volume, k, boxes)
-                        + (f" (stack {place + 1} of {len(alike)})" if len(alike) > 1 else ""),
+                        "c": slice_caption(volume, k, boxes),
                         "m": _slice_marks(volume, k, pixel_mm, boxes, prisms, points, detections),
                     }
                 )

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.geometry import LevelBox
+from ..data.source import Source
 from ..data.volume import Study
 from ..names import CONDITIONS, DESCRIPTIONS, GRADES, LEVELS
 from ..spine.vertebra import Vertebra
@@ -30,7 +31,8 @@ FRAGMENT_BYTES = 2_000_000  # of a fragment in a notebook: Jupyter drops more th
 _KEYS = (
     (
         "wheel, slider, arrow keys",
-        "turn the slices of the image under the mouse or last clicked; Page up and down: five",
+        "turn the slices of the image under the mouse (framed), without a mouse of the one that has the focus or on "
+        "which the condition is graded; Page up and down: five; space, shift space: the page",
     ),
     ("click or drag", "the other series follow to that place; dashed white: where their slices cut this one"),
     ("1 2 3 4 5", "the level, L1/L2 to L5/S1"),
@@ -82,12 +84,14 @@ def study_html(
     marks = [("boxes", "level boxes", boxes), ("bones", "vertebrae", vertebrae)]
     marks += [("points", "label points", points is not None and len(points))]
     marks += [("found", "detections", detections is not None and len(detections)), ("lines", "slice lines", True)]
+    tag, heading, whole = ("main", "h1", " data-page") if page else ("section", "h3", "")
     fragment = (
-        f"<style>{style}</style><section class=lumbar-viewer id={identity} "
-        f"data-lm-suppress-shortcuts=true><div class=head><h3>{name}</h3>{_help()}</div>{_tools(members, marks)}"
+        f"<style>{style}</style><{tag} class=lumbar-viewer id={identity}{whole} aria-label='{name}' "
+        f"data-lm-suppress-shortcuts=true><div class=head><{heading} class=title>{name}</{heading}>{_picks(members)}"
+        f"{_help()}</div>{_doubt(boxes)}{_answer(data)}{_tools(marks)}"
         f"<div class=panels>{_figures(data)}</div>{_below(data, boxes)}"
         f"{_tables(members, truth, always=bool(boxes))}{_legend() if members else ''}"
-        f"<noscript>The images need JavaScript.</noscript>{_grey_filter(identity)}</section><script>{script}</script>"
+        f"<noscript>The images need JavaScript.</noscript>{_grey_filter(identity)}</{tag}><script>{script}</script>"
     )
     if not page:
         return fragment
@@ -125,16 +129,40 @@ def _help() -> str:
     return f"<details><summary>Mouse and keys</summary><dl>{keys}</dl></details>"
 
 
-def _tools(members: Mapping[str, np.ndarray], marks: Sequence[tuple[str, str, object]]) -> str:
+def _picks(members: Mapping[str, np.ndarray]) -> str:
+    several = _choice("member", "table of", members) if len(members) > 1 else ""
+    return (
+        f"<div class=picks>{_choice('level', 'level', LEVEL_NAMES)}"
+        f"{_choice('condition', 'condition', CONDITION_NAMES)}{several}</div>"
+    )
+
+
+def _doubt(boxes: Sequence[LevelBox]) -> str:
+    """A sentence on the numbering where stage 1 doubts it."""
+    others = [box for box in boxes if box.second]
+    if others:
+        shares = {f"{box.second_share:.0%}" for box in others}
+        alike = f" ({shares.pop()} likely)" if len(shares) == 1 else ""
+        names = ", ".join(
+            f"{level_name(box.level)} would be {level_name(box.second)}"
+            + ("" if alike else f" ({box.second_share:.0%} likely)")
+            for box in others
+        )
+        text = f"<b>The numbering of the levels is in doubt.</b> By the next one{alike} {html.escape(names)}."
+    elif any(Source.UNCERTAIN in box.source for box in boxes):
+        text = "<b>The numbering of the levels is in doubt.</b>"
+    else:
+        return ""
+    return f"<p class=doubt>{text}</p>"
+
+
+def _tools(marks: Sequence[tuple[str, str, object]]) -> str:
     """The row of choices above the slices; marks: what may be drawn on them: (name, words, whether there is any)."""
     toggles = "".join(
         f"<label><input type=checkbox data-show={mark} checked> {text}</label>" for mark, text, there in marks if there
     )
-    several = _choice("member", "table of", members) if len(members) > 1 else ""
     return (
-        f"<div class=tools>{_choice('level', 'level', LEVEL_NAMES)}"
-        f"{_choice('condition', 'condition', CONDITION_NAMES)}{several}{toggles}"
-        "<label><input type=checkbox data-zoom> closer</label>"
+        f"<div class=tools>{toggles}<label><input type=checkbox data-zoom> closer</label>"
         "<span><label>window: centre <input type=range data-grey=centre min=0 max=1 step=0.01 value=0.5></label>"
         "<label>width <input type=range data-grey=width min=0.05 max=2 step=0.01 value=1></label>"
         "<button data-reset>reset</button></span></div>"
@@ -157,7 +185,9 @@ def _figures(data: Mapping[str, Any]) -> str:
             )
             continue
         stacks = list(dict.fromkeys(frame["s"] for frame in frames))
-        series = "".join(f"<option value={stack}>stack {place}</option>" for place, stack in enumerate(stacks, 1))
+        series = "".join(
+            f"<option value={stack}>stack {place} of {len(stacks)}</option>" for place, stack in enumerate(stacks, 1)
+        )
         figures.append(
             f"<figure data-panel={number}><figcaption><b>{description}</b>"
             + (f"<select aria-label='stack of {description}'>{series}</select>" if len(stacks) > 1 else "")
@@ -170,12 +200,10 @@ def _figures(data: Mapping[str, Any]) -> str:
 
 
 def _below(data: Mapping[str, Any], boxes: Sequence[LevelBox]) -> str:
-    """What stands below the slices: the crops, the study in space, the chosen cell's answer."""
+    """What stands below the slices: the crops, the study in space, where the levels are from."""
     crops = _crops_figure() if data["crops"] else ""
     space = _space_figure() if any(data["panels"]) else ""
-    answer = _answer(data, boxes)
-    answer = f"<figure class=answer>{answer}</figure>" if answer else ""
-    return f"<div class=below>{crops}{space}{answer}</div>"
+    return f"<div class=below>{crops}{space}{_sources(boxes)}</div>"
 
 
 def _crops_figure() -> str:
@@ -205,35 +233,43 @@ def _space_figure() -> str:
     )
 
 
-def _or_second(box):
-    """The level's other name where stage 1 doubts the numbering, as HTML."""
-    if not box.second:
+def _answer(data: Mapping[str, Any]) -> str:
+    """The chosen cell's probabilities and label; "" without either."""
+    if not data["members"] and not data["truth"]:
         return ""
-    return f" <small>or {html.escape(level_name(box.second))}, {box.second_share:.0%}</small>"
+    heads = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in data["names"])
+    return (
+        f"<figure class=answer style='--members:{len(data['members'])}'><figcaption><b>Predicted and read</b>"
+        "<span class=answer-caption aria-live=polite></span></figcaption>"
+        f"<table><thead><tr><th scope=col>Grade</th>{heads}<th scope=col>Label</th></tr></thead>"
+        "<tbody class=grades></tbody></table>"
+        + ("" if data["members"] else "<p>No prediction of this study was given.</p>")
+        + "</figure>"
+    )
 
 
-def _answer(data: Mapping[str, Any], boxes: Sequence[LevelBox]) -> str:
-    """The chosen cell's probabilities and label, and where the levels are from; "" without either."""
-    answer = ""
-    if data["members"] or data["truth"]:
-        heads = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in data["names"])
-        answer = (
-            "<figcaption><b>Predicted and read</b><span class=answer-caption></span></figcaption>"
-            f"<table><thead><tr><th>Grade</th>{heads}<th>Label</th></tr></thead><tbody class=grades></tbody></table>"
-            + ("" if data["members"] else "<p>No prediction of this study was given.</p>")
-        )
-    found = "".join(
-        f"<tr><th scope=row>{html.escape(level_name(box.level))}{_or_second(box)}</th>"
-        f"<td>{html.escape(str(box.source) or 'unknown')}</td>"
+def _sources(boxes: Sequence[LevelBox]) -> str:
+    """Where the levels are from, and what a second numbering calls them; "" without levels."""
+    doubted = any(box.second for box in boxes)
+    rows = "".join(
+        f"<tr><th scope=row>{html.escape(level_name(box.level))}</th>"
+        + (f"<td>{_second(box)}</td>" if doubted else "")
+        + f"<td>{html.escape((str(box.source) or 'unknown').replace('+', ' + '))}</td>"
         f"<td>{box.confidence:.2f}</td><td>{tilt_caption(box)}</td></tr>"
         for box in boxes
     )
-    if found:
-        answer += (
-            "<figcaption><b>Where the levels are from</b></figcaption><table class=levels><thead><tr><th>Level</th>"
-            f"<th>Found on</th><th>Sure</th><th>Tilt</th></tr></thead><tbody>{found}</tbody></table>"
-        )
-    return answer
+    if not rows:
+        return ""
+    second = "<th scope=col>Or</th>" if doubted else ""
+    return (
+        "<figure class=sources><figcaption><b>Where the levels are from</b></figcaption><table class=levels><thead><tr>"
+        f"<th scope=col>Level</th>{second}<th scope=col>Found on</th><th scope=col>Sure</th><th scope=col>Tilt</th>"
+        f"</tr></thead><tbody>{rows}</tbody></table></figure>"
+    )
+
+
+def _second(box: LevelBox) -> str:
+    return f"{html.escape(level_name(box.second))}, {box.second_share:.0%}" if box.second else "&ndash;"
 
 
 def _tables(members: Mapping[str, np.ndarray], truth: np.ndarray | None, always: bool) -> str:
@@ -243,7 +279,11 @@ def _tables(members: Mapping[str, np.ndarray], truth: np.ndarray | None, always:
         for number, p in enumerate(members.values())
     )
     tables = tables or (grade_table_html(None, truth) if truth is not None or always else "")
-    return f"<div class=scroll>{tables}</div>" if tables else ""
+    return (
+        f"<div class=scroll tabindex=0 role=group aria-label='all levels and conditions'>{tables}</div>"
+        if tables
+        else ""
+    )
 
 
 def _legend() -> str:

@@ -32,6 +32,18 @@ try {
   if (theme) root.dataset.theme = theme === 'true' ? 'light' : 'dark';
   const fit = () => { window.frameElement.style.height = root.offsetHeight + 4 + 'px'; };
   new ResizeObserver(fit).observe(root);
+  // Keys reach the frame while the mouse is over it, without a click first, unless somebody is writing.
+  let before = null;
+  document.documentElement.addEventListener('pointerenter', () => {
+    before = window.frameElement.ownerDocument.activeElement;
+    if (before === window.frameElement) before = null;
+    else if (!before || !before.closest('input,textarea,select,[contenteditable=true]')) window.focus();
+  });
+  document.documentElement.addEventListener('pointerdown', () => { before = null; });
+  document.documentElement.addEventListener('pointerleave', () => {
+    if (before && before.isConnected) before.focus({ preventScroll: true });
+    before = null;
+  });
 } catch (error) {}
 })();
 """
@@ -41,13 +53,13 @@ def inspect_study(inspection: Inspection, worst: int = 30, max_bytes: int = FRAG
     """Live viewer for a notebook: choose a study, jump to errors and fallbacks; needs a running kernel.
 
     inspection: Inspection; worst: how many errors to list; max_bytes: of one study's slices, see FRAGMENT_BYTES.
-    Everything within a study happens in the browser (study_html). Returns an ipywidgets.VBox whose `.controls` are the
-    widgets by name, and whose `.place` holds the page. Raises ValueError when there is no study.
+    Opens on a study with predictions, if there is one. Everything within a study happens in the browser (study_html).
+    Returns an ipywidgets.VBox whose `.controls` are the widgets by name, and whose `.place` holds the page. Raises
+    ValueError when there is no study.
     """
     import ipywidgets as widgets
 
-    if not inspection.paths:
-        raise ValueError("no study to look at: paths is empty (run 01_preprocess first)")
+    first = inspection.first_study()
     errors, back = _jumps(inspection, worst)
     why = {place[0]: text for text, place in back}
     wide = {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="min(620px, 98%)")}
@@ -58,7 +70,7 @@ def inspect_study(inspection: Inspection, worst: int = 30, max_bytes: int = FRAG
         return widgets.Dropdown(description=description, options=options, disabled=len(options) == 1, **wide)
 
     controls = {
-        "study": widgets.Dropdown(description="study", options=studies, **wide),
+        "study": widgets.Dropdown(description="study", options=studies, value=first, **wide),
         "previous": widgets.Button(description="previous", layout=widgets.Layout(width="90px")),
         "next": widgets.Button(description="next", layout=widgets.Layout(width="90px")),
         "errors": jumps("worst errors", errors),

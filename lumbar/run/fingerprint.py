@@ -139,6 +139,8 @@ PARAMETERS_WITHOUT_EFFECT = (
     "HOURS",
     "RESERVE",
     "TRACKER",
+    "SCHEDULER",
+    "PRIOR_ONLY",
 )
 
 

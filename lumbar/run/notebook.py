@@ -1,6 +1,6 @@
 """The first thing a notebook calls: working folder, packages, parameters, inputs.
 
-May use: mounts, parameters.
+May use: mounts, parameters, pasted.
 """
 
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 from .mounts import find_inputs, install_missing
 from .parameters import notebook_parameters
+from .pasted import pasted_paths
 
 
 def start_notebook(history: list[str], namespace: dict[str, Any]) -> dict[str, Any]:
@@ -20,11 +21,12 @@ def start_notebook(history: list[str], namespace: dict[str, Any]) -> dict[str, A
     Parameters
     ----------
     history : IPython's `In`, in which the parameters cell and papermill's injected one are found.
-    namespace : the notebook's `globals()`; parameters that name a Kaggle input get the path at which it is mounted.
+    namespace : the notebook's `globals()`; paths that were pasted lose what is around them (see pasted_path), those of
+        Kaggle's inputs become the ones at which they are mounted.
 
     Returns
     -------
-    dict name -> value of the parameters in force, as they were given (see find_inputs for what the namespace gets).
+    dict name -> value of the parameters in force, pasted paths tidied (see find_inputs for what the namespace gets).
 
     Raises
     ------
@@ -36,5 +38,8 @@ def start_notebook(history: list[str], namespace: dict[str, Any]) -> dict[str, A
         os.chdir(root)
     install_missing()
     parameters = notebook_parameters(history, namespace)
+    paths = pasted_paths(parameters)
+    parameters |= paths
+    namespace.update(paths)
     namespace.update(find_inputs(parameters))
     return parameters

@@ -5,18 +5,20 @@ May use: names, grade.
 
 import ast
 import difflib
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..names import device_for
+from ..names import DETECTORS, device_for
 
 # What a stage reads, by the parameter that says where it lies. A stage knows these by what is in them, not by where
 # they are; see stages.stage_inputs.
 READ_PATHS = (
     "DATA",
+    "FOLDER",
     "PREPROCESSED",
     "LEVELS_DIR",
     "WEIGHTS",
@@ -90,6 +92,19 @@ RANGES = {
     "WORKERS": (0, 1024),
     "YOLO_IMGSZ": (32, 4096),
 }
+# Parameters of which only these values are meant.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "BITS": (8, 16),
+    "CHANNELS": (1, 3),
+    "CONDITION": tuple(DETECTORS),
+    "DETECTOR": ("own", "official"),
+    "PRECISION": ("auto", "float32", "bfloat16", "float16"),
+    "SCOPE": ("level", "study", "slices"),
+    "SEQUENCE": ("lstm", "none"),
+    "SIZE": ("demo", "smoke", "hour", "full"),
+    "SPLIT": ("test", "train"),
+}
+MULTIPLES = {"IMGSZ": 32, "YOLO_IMGSZ": 32}  # px: the detectors' largest stride
 LENGTHS = {"CROP_PX": 2, "EXTENT_MM": 3, "SHAPE": 3, "SHIFT_MM": 3}  # of lists, unless they are empty as their default
 ITEM_TYPES = {  # of lists that are empty by default
     "CONTINUE": str,
@@ -145,9 +160,9 @@ def check_values(defaults: Mapping[str, Any], given: Mapping[str, Any], where: s
     merged = dict(defaults)
     for name, value in given.items():
         if name not in defaults:
-            close = difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.5)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{where}: there is no parameter {name!r}.{hint} There are: {', '.join(defaults)}")
+            raise ValueError(
+                f"{where}: there is no parameter {name!r}.{nearest(name, defaults)} There are: {', '.join(defaults)}"
+            )
         default = defaults[name]
         is_number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
         if default is not None and not is_number and type(value) is not type(default):
@@ -212,6 +227,12 @@ def _check_range(name, default, value, where):
             own = f" (or {default!r}, its default)" if default == [] or not _within(default, least, most) else ""
             bounds = f"from {least:,} to {most:,}{own}" if math.isfinite(least) else "a finite number"
             raise ValueError(f"{where}: {name} must be {bounds}, not {item!r}")
+    if name in CHOICES and value not in CHOICES[name]:
+        *most_of, last = map(str, CHOICES[name])
+        hint = nearest(value, CHOICES[name]) if isinstance(value, str) else ""
+        raise ValueError(f"{where}: {name} must be {', '.join(most_of)} or {last}, not {value!r}.{hint}")
+    if (step := MULTIPLES.get(name)) and value % step:
+        raise ValueError(f"{where}: {name} must be a multiple of {step}, not {value!r}")
     if name == "DEVICE":
         check_device_name(value, where)
     if name == "TRACKER":
@@ -222,11 +243,18 @@ def _within(default, least, most):
     return all(least <= item <= most for item in (default if isinstance(default, list) else [default]))
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean x?" for the known name that a mistyped one resembles most; empty where none does."""
+    known = list(known)
+    folded = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(str(name).lower(), folded, n=1, cutoff=0.5)
+    return f" Did you mean {folded[close[0]]}?" if close else ""
+
+
 def check_device_name(name: str, where: str = "parameters") -> None:
     """Refuse a DEVICE that names none on any machine: a misspelt one. Whether it is here: see names.device_for."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|\d+(,\d+)*", name):
-        close = difflib.get_close_matches(name.lower(), ("auto", "cpu", "cuda", "mps"), n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = nearest(name, ("auto", "cpu", "cuda", "mps"))
         raise ValueError(f"{where}: DEVICE is auto, cpu, cuda or the number of a GPU (0), not {name!r}.{hint}")
 
 
@@ -240,8 +268,7 @@ def check_device_here(name: str) -> None:
 def check_tracker_name(name: str, where: str = "parameters") -> None:
     """Refuse a TRACKER that accelerate does not have. Whether it is installed here: see check_tracker_here."""
     if name and name not in TRACKERS:
-        close = difflib.get_close_matches(name.lower(), TRACKERS, n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = nearest(name, TRACKERS)
         raise ValueError(f"{where}: TRACKER is empty or one of {', '.join(TRACKERS)}, not {name!r}.{hint}")
 
 
@@ -258,27 +285,51 @@ def notebook_parameters(history: Sequence[str], namespace: Mapping[str, Any]) ->
 
     history: IPython's `In`; namespace: `globals()`. papermill warns of a mistyped parameter and runs on with the
     default: here it is an error. Found by their first lines: our parameters cell starts with `# Parameters:` and
-    papermill's injected one is `# Parameters` alone.
+    papermill's injected one is `# Parameters` alone. Values that were typed into the cell itself are held against the
+    defaults of the kit's notebook with the same parameters.
     """
     cells = [cell for cell in history if cell.startswith("# Parameters:")]
     if not cells:
         raise ValueError("run the parameters cell (its first line starts with '# Parameters:') before this one")
-    defaults = assigned_literals(cells[-1])
+    typed = assigned_literals(cells[-1])
+    notebook, defaults = shipped_defaults(tuple(typed)) or ("parameters", typed)
+    check_values(defaults, typed, notebook)
     injected = [cell for cell in history if cell.startswith("# Parameters\n")]
     if injected:
-        check_values(defaults, assigned_literals(injected[-1]))
-    parameters = check_values(defaults, {name: namespace[name] for name in defaults})
+        check_values(defaults, assigned_literals(injected[-1]), notebook)
+    parameters = check_values(defaults, {name: namespace[name] for name in typed}, notebook)
     check_device_here(parameters.get("DEVICE", "auto"))
     check_tracker_here(parameters.get("TRACKER", ""))
     return parameters
 
 
+@functools.cache
+def shipped_defaults(names: tuple[str, ...]) -> tuple[str, dict[str, Any]] | None:
+    """(file name, dict name -> default) of the kit's notebook that has just these parameters; None without one."""
+    for path in sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb")):
+        defaults = check_notebook_parameters(path, {})
+        if set(defaults) == set(names):
+            return path.name, defaults
+    return None
+
+
 def check_notebook_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse parameters that a notebook does not have, before it starts. See check_values."""
+    status = Path(notebook).stat()
+    return check_values(
+        assigned_literals(_parameters_cell(str(notebook), status.st_mtime_ns, status.st_size)),
+        given,
+        Path(notebook).name,
+    )
+
+
+@functools.lru_cache(maxsize=100)
+def _parameters_cell(notebook: str, changed_ns: int, size: int) -> str:
+    """The text of a notebook's parameters cell, read once unless the file changes."""
     import nbformat
 
     cells = nbformat.read(notebook, as_version=4).cells
     source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), None)
     if source is None:
         raise ValueError(f"{notebook} has no cell tagged `parameters`")
-    return check_values(assigned_literals(source), given, Path(notebook).name)
+    return source

@@ -1,27 +1,30 @@
 """The stages in their order, here and as Kaggle kernels, and notebooks run one after another.
 
-May use: stages, parameters, mounts, grade.registry, data, grade, fingerprint, storage.
+May use: stages, parameters, mounts, grade.registry, data, grade, fingerprint, cluster, storage.
 """
 
+import contextlib
 import json
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cluster import connect, gpu_of
 from ..data.tables import read_folds
 from ..grade.member import TrainingStage
 from ..grade.registry import MEMBERS
 from ..storage import plain, write_json
 from .fingerprint import code_fingerprint, read_manifest, versions
 from .mounts import KAGGLE_INPUT
-from .parameters import check_device_here, check_notebook_parameters
-from .stages import _identity, _state, stage_inputs
+from .parameters import check_device_here, check_notebook_parameters, nearest
+from .stages import BUSY, _identity, _state, stage_inputs
 
 
 def member_folder(name: str, folds: Sequence[int]) -> str:
@@ -77,8 +80,17 @@ _LOG_NOISE = (
 )
 
 
-def run_notebook(notebook: str | Path, output: str | Path, parameters: Mapping[str, Any], threads: int = 1) -> None:
-    """Run a notebook by papermill in a process of its own; its log goes to this process' stdout, a line at a time.
+def run_notebook(
+    notebook: str | Path,
+    output: str | Path,
+    parameters: Mapping[str, Any],
+    threads: int = 1,
+    say: Callable[..., None] = print,
+    folder: str | Path | None = None,
+) -> None:
+    """Run a notebook by papermill in a process of its own; its log goes to `say`, a line at a time.
+
+    folder: to run it in; default: this process' own.
 
     A process and not papermill's function: stages can then run side by side with their own number of threads.
     Raises RuntimeError with the last lines when it fails; what ran until then is in `output`.
@@ -122,69 +134,122 @@ def run_notebook(notebook: str | Path, output: str | Path, parameters: Mapping[s
         text=True,
         errors="replace",
         env=environment,
+        cwd=folder,
         preexec_fn=(lambda: libc.prctl(1, signal.SIGTERM)) if libc else None,
     ) as process:
         for line in process.stdout or ():
             line = line.rstrip().split("\r")[-1]
             if line and not line.startswith(_LOG_NOISE):
                 tail = [*tail[-29:], line]
-                print(f"[{output.stem}] {line}", flush=True)
+                say(f"[{output.stem}] {line}", flush=True)
     if process.returncode:
         raise RuntimeError(f"{notebook} failed; see {output}. Its last lines:\n" + "\n".join(tail))
 
 
-def run_stages(stages: Sequence[dict[str, Any]], runs: str | Path, workers: int = 2) -> dict[str, float]:
+def run_stages(
+    stages: Sequence[dict[str, Any]], runs: str | Path, workers: int = 2, scheduler: str = ""
+) -> dict[str, float]:
     """Run a table of stages, side by side where they do not need each other.
 
-    stages: list of dicts: name, notebook, parameters, after (names of stages to wait for), threads.
-    runs: folder for the executed notebooks. A finished stage (see is_finished) is not run again. When a stage fails,
-    running ones finish and the first error is raised. Returns dict name -> seconds, of the stages that ran.
+    stages: list of dicts: name, notebook, parameters, after (names of stages to wait for), threads, gpu (whether it
+    wants one). runs: folder for the executed notebooks. scheduler: address of a Dask scheduler whose workers run the
+    stages, as many at a time as they have threads, see cluster.connect; empty: this machine, with `workers` cores. A
+    finished stage (see is_finished) is not run again. When a stage fails, running ones finish and the first error is
+    raised. Returns dict name -> seconds, of the stages that ran.
     """
+    with contextlib.ExitStack() as held:
+        if scheduler:
+            client = held.enter_context(connect(scheduler))
+            client.subscribe_topic(_LOG_TOPIC, lambda event: print(event[1], flush=True))
+            wanted = {False: None, True: gpu_of(client) or None}
+            pools = {gpu: client.get_executor(pure=False, resources=asked) for gpu, asked in wanted.items()}
+            for stage in stages:
+                check_notebook_parameters(stage["notebook"], stage["parameters"])
+            return _run_stages(stages, Path(runs).resolve(), math.inf, pools, _run_on_worker)
+        for stage in stages:
+            check_device_here(check_notebook_parameters(stage["notebook"], stage["parameters"]).get("DEVICE", "auto"))
+        pool = held.enter_context(ThreadPoolExecutor(workers))
+        return _run_stages(stages, Path(runs), workers, {False: pool, True: pool}, _run_here)
+
+
+def _run_stages(
+    stages: Sequence[dict[str, Any]],
+    runs: Path,
+    cores: float,
+    pools: Mapping[bool, Executor],
+    run: Callable[[dict[str, Any], Path], float],
+) -> dict[str, float]:
+    """run_stages on executors, by whether a stage wants a GPU; cores: how many threads run at a time."""
     from concurrent.futures import FIRST_COMPLETED, wait
 
-    for stage in stages:
-        check_device_here(check_notebook_parameters(stage["notebook"], stage["parameters"]).get("DEVICE", "auto"))
     seconds: dict[str, float] = {}
     finished: set[str] = set()
     running: dict[Future[float], dict[str, Any]] = {}
     waiting, failure = list(stages), None
-
-    def run(stage):
-        started = time.monotonic()
-        run_notebook(stage["notebook"], Path(runs) / f"{stage['name']}.ipynb", stage["parameters"], stage["threads"])
-        return time.monotonic() - started
-
-    with ThreadPoolExecutor(workers) as pool:
-        while (waiting and failure is None) or running:
-            free = workers - sum(stage["threads"] for stage in running.values())
-            for stage in list(waiting) if failure is None else []:
-                if not set(stage["after"]) <= finished:
-                    continue
-                if is_finished(stage):
-                    waiting.remove(stage)
-                    finished.add(stage["name"])
-                    print(f"== {stage['name']} is finished: found by its manifest", flush=True)
-                elif min(stage["threads"], workers) <= free:
-                    waiting.remove(stage)
-                    free -= stage["threads"]
-                    running[pool.submit(run, stage)] = stage
-            if not running:
-                if any(set(stage["after"]) <= finished for stage in waiting) or not waiting:
-                    continue
-                names = ", ".join(stage["name"] for stage in waiting)
-                raise ValueError(f"{names}: waits for a stage that is not in the table")
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                stage = running.pop(future)
-                if future.exception() is None:
-                    seconds[stage["name"]] = round(future.result(), 1)
-                    finished.add(stage["name"])
-                    done = f"{len(finished)} of {len(stages)} stages"
-                    print(f"== {stage['name']} finished in {seconds[stage['name']]:.0f} s ({done})", flush=True)
-                else:
-                    failure = failure or future.exception()
+    while (waiting and failure is None) or running:
+        free = cores - sum(stage["threads"] for stage in running.values())
+        for stage in list(waiting) if failure is None else []:
+            if not set(stage["after"]) <= finished:
+                continue
+            if is_finished(stage):
+                waiting.remove(stage)
+                finished.add(stage["name"])
+                print(f"== {stage['name']} is finished: found by its manifest", flush=True)
+            elif min(stage["threads"], cores) <= free:
+                waiting.remove(stage)
+                free -= stage["threads"]
+                running[pools[stage.get("gpu", False)].submit(run, stage, runs)] = stage
+        if not running:
+            if any(set(stage["after"]) <= finished for stage in waiting) or not waiting:
+                continue
+            names = ", ".join(stage["name"] for stage in waiting)
+            raise ValueError(f"{names}: waits for a stage that is not in the table")
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            stage = running.pop(future)
+            if future.exception() is None:
+                seconds[stage["name"]] = round(future.result(), 1)
+                finished.add(stage["name"])
+                done = f"{len(finished)} of {len(stages)} stages"
+                print(f"== {stage['name']} finished in {seconds[stage['name']]:.0f} s ({done})", flush=True)
+            else:
+                failure = failure or future.exception()
     if failure is not None:
         raise failure
     return seconds
+
+
+def _run_here(stage: dict[str, Any], runs: Path) -> float:
+    """Run a stage's notebook; returns its seconds."""
+    started = time.monotonic()
+    run_notebook(stage["notebook"], runs / f"{stage['name']}.ipynb", stage["parameters"], stage["threads"])
+    return time.monotonic() - started
+
+
+_LOG_TOPIC = "lumbar stages"
+LOCK_S = 120.0  # for what a worker that died has left running to end
+
+
+def _run_on_worker(stage: dict[str, Any], runs: Path) -> float:
+    """As _run_here, on a worker of a cluster; what the stage prints goes to the client of run_stages."""
+    from distributed import get_worker, secede
+
+    worker = get_worker()
+    if stage["parameters"].get("SCHEDULER"):
+        secede()  # it waits for tasks of its own, which must not wait for its thread
+    started, root = time.monotonic(), Path(stage["notebook"]).resolve().parents[1]
+    output = runs / f"{stage['name']}.ipynb"
+
+    def say(line: str, **_: Any) -> None:
+        worker.log_event(_LOG_TOPIC, line)  # not distributed.print: that reaches the stage's own client, too
+
+    while True:
+        try:
+            run_notebook(stage["notebook"], output, stage["parameters"], stage["threads"], say, root)
+            return time.monotonic() - started
+        except RuntimeError as error:
+            if BUSY not in str(error) or time.monotonic() - started > LOCK_S:
+                raise
+            time.sleep(5)  # the worker before this one died, and its kernel has not noticed yet
 
 
 @dataclass(frozen=True)
@@ -246,21 +311,27 @@ SETTINGS = {
 SIZES = {"demo": ("demo",), "smoke": ("demo", "smoke"), "hour": ("demo", "hour"), "full": ()}
 
 
-def trainings() -> list[TrainingStage]:
-    """The members' trainings, longest first: the short ones then fill the gaps."""
-    return sorted((t for member in MEMBERS.values() for t in member.trainings), key=lambda t: -t.seconds)
+def trainings(members: Sequence[str] = ()) -> list[TrainingStage]:
+    """The members' trainings (all, or those of the named ones), longest first: the short ones then fill the gaps."""
+    chosen = [member for name, member in MEMBERS.items() if not members or name in members]
+    return sorted((t for member in chosen for t in member.trainings), key=lambda t: -t.seconds)
 
 
-def stage_table(folds: Sequence[int], size: str = "full") -> list[Stage]:
+def stage_table(folds: Sequence[int], size: str = "full", members: Sequence[str] = ()) -> list[Stage]:
     """Every stage in one order: each reads what earlier ones wrote.
 
     Each fold of each member is a stage of its own with a folder of its own, `<training>_<fold>`: independent jobs,
-    wherever they run. Raises ValueError on another size or fold.
+    wherever they run. members: to train, by their names in the registry; empty for all. Raises ValueError on another
+    size, fold or member.
     """
     if size not in SIZES:
-        raise ValueError(f"SIZE must be {', '.join(SIZES)}, not {size!r}")
+        raise ValueError(f"SIZE must be {', '.join(SIZES)}, not {size!r}.{nearest(size, SIZES)}")
     if not folds or not set(folds) <= set(ALL_FOLDS):
         raise ValueError(f"FOLDS must be some of {', '.join(map(str, ALL_FOLDS))}, not {list(folds)}")
+    for name in members:
+        if name not in MEMBERS:
+            there = ", ".join(MEMBERS)
+            raise ValueError(f"MEMBERS: there is no member {name!r}.{nearest(name, MEMBERS)} There are {there}")
     before = {"PREPROCESSED": "01_preprocess", "LEVELS_DIR": "02_train_spinenet"}
     located = ("01_preprocess", "02_train_spinenet")
 
@@ -282,7 +353,7 @@ def stage_table(folds: Sequence[int], size: str = "full") -> list[Stage]:
         ),
     ]
     for fold in folds:
-        for training in trainings():
+        for training in trainings(members):
             parameters = {**training.parameters, "FOLDS": [fold], **own(training.settings)}
             name = member_folder(training.name, [fold])
             start = training.pretrained if size == "full" else ""
@@ -294,9 +365,9 @@ def stage_table(folds: Sequence[int], size: str = "full") -> list[Stage]:
     return table
 
 
-def pretrained_names() -> list[str]:
+def pretrained_names(members: Sequence[str] = ()) -> list[str]:
     """The weights that trainings start from at full size, as `python -m lumbar.grade.pretrained` fetches them."""
-    return sorted({training.pretrained for training in trainings() if training.pretrained})
+    return sorted({training.pretrained for training in trainings(members) if training.pretrained})
 
 
 def pipeline_stages(
@@ -308,58 +379,146 @@ def pipeline_stages(
     seed: int = 0,
     workers: int = 2,
     pretrained: str = "",
+    members: Sequence[str] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    scheduler: str = "",
 ) -> list[dict[str, Any]]:
     """The table of stages as run_stages takes it.
 
     size: `demo`, `smoke` (the same, as short as possible) and `hour` train fold 0 with the small settings, `full` every
-    fold with the notebooks' defaults; folds: to train, empty for the size's own; pretrained: folder with the weights
-    that the full size starts from (those of pretrained_names), empty for none. Raises ValueError as stage_table.
+    fold with the notebooks' defaults; folds: to train, empty for the size's own; workers: CPU cores, which every stage
+    gets that has WORKERS or READERS; pretrained: folder with the weights that the full size starts from (those of
+    pretrained_names), empty for none; members: to train, empty for all; settings: parameters over all of these, see
+    stage_settings; scheduler: address of a Dask scheduler whose workers share the studies of 01, 02 and 05. Raises
+    ValueError as stage_table, ValueError and TypeError as stage_settings.
     """
     notebooks, small = Path(notebooks), size != "full"
+    table = stage_table(list(folds) or ([0] if small else list(ALL_FOLDS)), size, members)
+    own = stage_settings(table, settings or {}, notebooks)
+    # Small trainings run side by side on a core each, and small crops are faster made than sent between processes: only
+    # cores that would be idle load for them. At full size each training takes the GPUs, and all cores, in turn.
+    side_by_side = sum(stage.training for stage in table)
     stages = []
-    for stage in stage_table(list(folds) or ([0] if small else list(ALL_FOLDS)), size):
+    for stage in table:
         reads = {
             key: f"{out}/{names}" if isinstance(names, str) else [f"{out}/{name}" for name in names]
             for key, names in stage.reads.items()
         }
+        alone = small and stage.training
+        notebook = notebooks / f"{stage.notebook}.ipynb"
+        shared = {
+            "SEED": seed,
+            "WORKERS": max(workers // side_by_side - 1, 0) if alone else workers,
+            "READERS": min(workers, 4),
+            "RUN": str(out),
+            "SCHEDULER": scheduler,
+            **({"PRETRAINED": str(pretrained)} if pretrained and stage.pretrained else {}),
+        }
+        known = check_notebook_parameters(notebook, {})
         parameters: dict[str, Any] = {"OUT": str(out), "DATA": str(data), **reads}
-        if stage.name == "01_preprocess":
-            parameters |= {"SEED": seed, "WORKERS": workers}
-        elif stage.name == "06_report":
-            parameters["RUN"] = str(out)
-        elif stage.name != "05_inference":
-            # Small crops are faster made than sent between processes.
-            parameters |= {"SEED": seed} | ({"WORKERS": 0} if small else {})
-            parameters |= {"PRETRAINED": str(pretrained)} if pretrained and stage.pretrained else {}
+        parameters |= {name: value for name, value in shared.items() if name in known}
         stages.append(
             {
                 "name": stage.name,
-                "notebook": notebooks / f"{stage.notebook}.ipynb",
+                "notebook": notebook,
                 "after": list(stage.after),
-                # Small trainings run side by side on a core each; at full size each takes the GPUs in turn.
-                "threads": 1 if small and stage.training else workers,
-                "parameters": parameters | stage.parameters,
+                "threads": 1 if alone else workers,
+                "gpu": stage.gpu and not small,
+                "parameters": parameters | stage.parameters | own[stage.name],
             }
         )
     return stages
 
 
+def stage_settings(
+    table: Sequence[Stage], settings: Mapping[str, Mapping[str, Any]], notebooks: str | Path
+) -> dict[str, dict[str, Any]]:
+    """SETTINGS of 00_pipeline and publish, stage by stage: dict name of a stage -> dict parameter -> value.
+
+    settings: dict of a stage (04_train_vit_level_0), a training of all folds (04_train_vit_level), a notebook
+    (04_train_vit) or a kernel (train-vit-level) -> its parameters; the narrower name wins. Raises ValueError for a name
+    or parameter that is not there, naming the nearest, and for one that the pipeline itself sets, TypeError for a value
+    of another type.
+    """
+    found = settings_of({stage.name: names_of(stage) for stage in table}, settings)
+    for stage in table:
+        given = found[stage.name]
+        where = f"SETTINGS of {', '.join(name for name in dict.fromkeys(names_of(stage)) if name in settings)}"
+        try:
+            checked = check_notebook_parameters(Path(notebooks) / f"{stage.notebook}.ipynb", given)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{where}: {error}") from None
+        fixed = {"OUT", "DATA", "RUN", *stage.reads} | ({"FOLDS", *_of_training(stage)} if stage.training else set())
+        if wrong := sorted(fixed & set(given)):
+            raise ValueError(
+                f"{where}: the pipeline itself sets {', '.join(wrong)}; "
+                "FOLDS and MEMBERS say what is trained, DATA and OUT where things lie"
+            )
+        found[stage.name] = {name: checked[name] for name in given}
+    return found
+
+
+def names_of(stage: Stage) -> tuple[str, ...]:
+    """What a stage may be called in SETTINGS, the widest name first: notebook, training, kernel, stage."""
+    training = (stage.name.rpartition("_")[0],) if stage.training else ()
+    return (stage.notebook, *training, stage.kernel, stage.name)
+
+
+def settings_of(
+    names: Mapping[str, Sequence[str]], settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """SETTINGS by stage (or kernel): dict of it -> parameters, of all its names, those of the last name winning.
+
+    names: dict stage -> what it may be called, the widest name first. Raises ValueError for a name that is not there,
+    naming the nearest, TypeError where a name does not hold parameters.
+    """
+    known = dict.fromkeys(name for own in names.values() for name in own)
+    for name, parameters in settings.items():
+        if name not in known:
+            there = ", ".join(known)
+            hint = nearest(name, known)
+            raise ValueError(f"SETTINGS: there is no stage, notebook or kernel {name!r}.{hint} There are {there}")
+        if not isinstance(parameters, Mapping):
+            raise TypeError(f"SETTINGS: {name} must hold parameters, such as {{EPOCHS: 3}}, not {parameters!r}")
+    return {stage: {k: v for name in own for k, v in settings.get(name, {}).items()} for stage, own in names.items()}
+
+
+def _of_training(stage):
+    """The parameters that say which of a notebook's trainings a stage is, such as SCOPE."""
+    return next(t.parameters for t in trainings() if t.name == stage.name.rpartition("_")[0])
+
+
 def choose_stages(stages: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """The stages with these names (all, if none is given). What they wait for must be finished or chosen too.
 
-    A training's name without a fold (04_train_vit_level) is all of its folds.
+    A training's name without a fold (04_train_vit_level) is all of its folds. Of the folders of weights that a stage
+    reads, those are left that will be there: of chosen stages, and of those that lie there already. So 05_inference
+    alone takes whatever was trained.
     """
     known, without_fold = [stage["name"] for stage in stages], [training.name for training in trainings()]
     for name in names:
         if name not in known and name not in without_fold:
             training, _, fold = name.rpartition("_")
             hint = (
-                f" FOLDS leaves fold {fold} out: add it there." if training in without_fold and fold.isdigit() else ""
+                f" FOLDS leaves fold {fold} out: add it there."
+                if training in without_fold and fold.isdigit()
+                else nearest(name, [*known, *without_fold])
             )
             there = ", ".join([*known, *without_fold])
             raise ValueError(f"STAGES: there is no stage {name!r}.{hint} There are {there}")
     chosen = [s for s in stages if not names or s["name"] in names or s["name"].rpartition("_")[0] in names]
-    return [{**stage, "after": [a for a in stage["after"] if a in [s["name"] for s in chosen]]} for stage in chosen]
+    own = {stage["name"] for stage in chosen}
+
+    def left(parameters):
+        weights = parameters.get("WEIGHTS")
+        if not isinstance(weights, list):
+            return parameters
+        return {**parameters, "WEIGHTS": [p for p in weights if Path(p).name in own or Path(p).is_dir()]}
+
+    return [
+        {**stage, "after": [a for a in stage["after"] if a in own], "parameters": left(stage["parameters"])}
+        for stage in chosen
+    ]
 
 
 def write_run_manifest(
@@ -397,16 +556,19 @@ PRETRAINED_STAGE = "00_pretrained"  # folder of what pretrained.ipynb fetches
 TRAINING_HOURS = 10.5  # of the 12 that Kaggle gives a kernel: the rest is for what comes before and after
 
 
-def kaggle_kernels(base: str = "lumbar-spine", folds: Sequence[int] = (0,)) -> dict[str, dict[str, Any]]:
+def kaggle_kernels(
+    base: str = "lumbar-spine", folds: Sequence[int] = (0,), members: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
     """The table of stages as kernels on Kaggle, in their order: dict name -> dict.
 
-    base: what all slugs begin with; folds: to train, a kernel for each fold of each training, see Stage.kernel. One
-    that is not done in TRAINING_HOURS ends there, see stage_kaggle's `continued`.
-    Each has notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads), gpu and internet,
-    which only `pretrained` has: it fetches what trainings start from, and needs nothing else.
+    base: what all slugs begin with; folds, members: to train, a kernel for each fold of each training, see
+    Stage.kernel. One that is not done in TRAINING_HOURS ends there, see stage_kaggle's `continued`.
+    Each has stage (the folder that it writes), training (whether it can run out of time), names (of it in SETTINGS),
+    notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads), gpu and internet, which
+    only `pretrained` has: it fetches what trainings start from, and needs nothing else.
     Raises ValueError as stage_table.
     """
-    table = stage_table(sorted(folds))
+    table = stage_table(sorted(folds), members=members)
     names = {stage.name: stage.kernel for stage in table}
 
     def output(stage):
@@ -421,11 +583,14 @@ def kaggle_kernels(base: str = "lumbar-spine", folds: Sequence[int] = (0,)) -> d
     }
     kernels = {
         "pretrained": {
+            "stage": PRETRAINED_STAGE,
+            "names": ("pretrained",),
             "notebook": "pretrained",
-            "parameters": {"NAMES": pretrained_names()},
+            "parameters": {"NAMES": pretrained_names(members)},
             "needs": [],
             "gpu": False,
             "internet": True,
+            "training": False,
         }
     }
     for stage in table:
@@ -434,15 +599,66 @@ def kaggle_kernels(base: str = "lumbar-spine", folds: Sequence[int] = (0,)) -> d
         if stage.pretrained:
             reads["PRETRAINED"] = f"{KAGGLE_INPUT}/{base}-pretrained/{PRETRAINED_STAGE}"
         kernels[stage.kernel] = {
+            "stage": stage.name,
+            "names": names_of(stage),
             "notebook": stage.notebook,
             "parameters": {**reads, **stage.parameters, **limit, **own.get(stage.name, {})},
             "needs": [names[name] for name in stage.after] + ["pretrained"] * bool(stage.pretrained),
             "gpu": stage.gpu,
             "internet": False,
+            "training": stage.training,
         }
     located = {"PREPROCESSED": output("01_preprocess"), "LEVELS_DIR": output("02_train_spinenet")}
     shown = {**located, "PREDICTIONS": [KAGGLE_INPUT], "INFERENCE": output("05_inference")}
+    if members and "level" not in members:  # whose errors inspect lists by default
+        shown["MEMBER"] = members[0]
     every = [names[stage.name] for stage in table if stage.name != "06_report"]
-    return kernels | {
-        "inspect": {"notebook": "inspect", "parameters": shown, "needs": every, "gpu": False, "internet": False}
+    inspect = {
+        "notebook": "inspect",
+        "parameters": shown,
+        "needs": every,
+        "gpu": False,
+        "internet": False,
+        "training": False,
     }
+    return kernels | {"inspect": {"stage": "", "names": ("inspect",), **inspect}}
+
+
+SMOKE_STUDIES = {"TRAIN_STUDIES": 10, "TEST_STUDIES": 2}  # phantoms of a smoke run
+
+
+def smoke_kernels(base: str = "lumbar-spine", members: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """A chain of small kernels that proves the large ones' before GPU hours are spent: as kaggle_kernels, smoke-*.
+
+    The first makes phantom studies and preprocesses them (00_pipeline, which Kaggle's papermill runs), the others
+    train, predict and report on its output with the settings of SIZE smoke. No GPU, no internet, no competition data;
+    minutes each.
+    """
+    table = stage_table((0,), "smoke", members)
+    names = {stage.name: f"smoke-{stage.kernel}" for stage in table}
+    first = names["01_preprocess"]
+
+    def output(stage, folder=""):
+        return f"{KAGGLE_INPUT}/{base}-{names[stage]}/{folder or stage}"
+
+    own: dict[str, dict[str, Any]] = {"05_inference": {"WEIGHTS": [KAGGLE_INPUT]}, "06_report": {"RUN": KAGGLE_INPUT}}
+    kernels = {}
+    for stage in table:
+        reads = {key: output(read) for key, read in stage.reads.items() if isinstance(read, str)}
+        parameters = {"DATA": output("01_preprocess", "data"), **reads, **stage.parameters, **own.get(stage.name, {})}
+        if stage.training:
+            # Weights that are "installed" are of a package that Kaggle's image lacks; loaders would only slow it down.
+            parameters |= {"PRETRAINED": "", "WORKERS": 0, "HOURS": 1.0}
+        elif stage.name == "01_preprocess":
+            parameters = {"DATA": "", "SIZE": "smoke", "STAGES": [stage.name], "SEED": 5, **SMOKE_STUDIES}
+        kernels[names[stage.name]] = {
+            "stage": stage.name,
+            "names": (*names_of(stage), names[stage.name]),
+            "notebook": "00_pipeline" if stage.name == "01_preprocess" else stage.notebook,
+            "parameters": parameters,
+            "needs": [] if stage.name == "01_preprocess" else [*dict.fromkeys([first, *map(names.get, stage.after)])],
+            "gpu": False,
+            "internet": False,
+            "training": stage.training,
+        }
+    return kernels

@@ -1,11 +1,12 @@
 """Staging and pushing kernels and data sets to Kaggle.
 
-May use: pipeline, parameters, serve.members, storage, grade, mounts.
+May use: cells, costs, fingerprint, pipeline, parameters, serve.members, storage, grade, mounts.
 """
 
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,29 +17,33 @@ from pathlib import Path
 from typing import Any
 
 from ..grade.registry import MEMBERS
-from ..storage import write_json
+from ..storage import read_json, write_json
+from .cells import with_values
+from .costs import Cost, on_kaggle, stage_cost
+from .fingerprint import PARAMETERS_WITHOUT_EFFECT
 from .mounts import KAGGLE_HAS, KAGGLE_INPUT, KAGGLE_WORKING, NEEDED
-from .parameters import check_notebook_parameters
-from .pipeline import kaggle_kernels
+from .parameters import assigned_literals, check_notebook_parameters, nearest, shipped_defaults
+from .pipeline import kaggle_kernels, settings_of, smoke_kernels
 
 KAGGLE_OWNER_PLACEHOLDER = "your-kaggle-user"
 
 
 def staged_notebook(notebook: str | Path, parameters: Mapping[str, Any]) -> str:
-    """A notebook's JSON text with the parameters injected as papermill does it, without outputs or traces of a run.
+    """A notebook's JSON text with these parameters in its one parameters cell, without outputs or traces of a run.
 
-    Raises ValueError or TypeError for a parameter that the notebook does not have, see check_notebook_parameters.
+    The values stand where the defaults stood, with the comments beside them: whoever copies the kernel on Kaggle edits
+    them there. Raises ValueError or TypeError for a parameter that the notebook does not have, see
+    check_notebook_parameters.
     """
     import nbformat
-    from papermill.iorw import load_notebook_node
-    from papermill.parameterize import parameterize_notebook
 
-    check_notebook_parameters(notebook, parameters)
-    staged = parameterize_notebook(load_notebook_node(str(notebook)), parameters)
-    staged.metadata.pop("papermill")
+    checked, defaults = check_notebook_parameters(notebook, parameters), check_notebook_parameters(notebook, {})
+    changed = {name: checked[name] for name in parameters if checked[name] != defaults[name]}
+    staged = nbformat.read(notebook, as_version=4)
+    (cell,) = (cell for cell in staged.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source = with_values(cell.source, changed)
     for number, cell in enumerate(staged.cells):
-        cell.metadata.pop("papermill", None)
-        cell["id"] = f"cell-{number}"  # papermill's own are random: the same notebook shall give the same text
+        cell["id"] = f"cell-{number}"  # the same notebook shall give the same text
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     staged.nbformat_minor = max(staged.nbformat_minor, 5)
@@ -72,31 +77,42 @@ def stage_kaggle(
     weights: Sequence[str | Path] = (),
     parameters: Mapping[str, Mapping[str, Any]] | None = None,
     wheels: bool = True,
-    continued: Iterable[str] = (),
+    continued: Sequence[str] = (),
+    members: Sequence[str] = (),
+    smoke: bool = False,
 ) -> list[Path]:
     """Lay out everything that Kaggle needs in folders: kernels/<name> and datasets/<slug>. Returns the list of folders.
 
     user: your Kaggle user name. build: folder, made new. repository: the kit's folder; its kernel-metadata.json, the
     inference kernel's, is what the others are derived from: their competition, data sets, machine and privacy.
-    folds: to train on Kaggle, see kaggle_kernels. weights: folders of a run made elsewhere (its OUT, or stages in it):
-    its weights become a data set, and the only kernel is inference, which reads that. parameters: dict kernel -> dict
-    of notebook parameters, over the kernels' own. wheels: whether to download the packages that Kaggle's image lacks
-    (see stage_wheels). continued: names of trainings that ran out of time: their last version's output is attached to
-    the next version, which goes on with its last epoch.
+    folds, members: to train on Kaggle, see kaggle_kernels. weights: folders of a run made elsewhere (its OUT, or stages
+    in it): its weights become a data set, and the only kernel is inference, which reads that. parameters: dict kernel,
+    stage or notebook -> dict of notebook parameters, over the kernels' own. wheels: whether to download the packages
+    that Kaggle's image lacks (see stage_wheels). smoke: lay out smoke_kernels instead.
+    continued: names of trainings that ran out of time: their last version's output is attached to the next version,
+    which goes on with its last epoch. Everything is then laid out as it was when they were pushed, which `build`
+    remembers in pushed.json (see kaggle_publish), and no wheels are fetched.
 
     Raises ValueError for a user name that cannot be one, a kernel or parameter that does not exist, a title that does
-    not make its slug, or a build folder with something else in it; FileNotFoundError where weights are asked for and
+    not make its slug, a build folder with something else in it, or something to be continued of which it is not known
+    how it was pushed, or which other parameters would begin anew; FileNotFoundError where weights are asked for and
     there are none.
     """
     _check_user(user)
-    repository, build, parameters = Path(repository), Path(build), parameters or {}
+    repository, build, parameters = Path(repository), Path(build), dict(parameters or {})
+    if continued:
+        wheels = False
+        folds, members, parameters = _as_pushed(build, user, continued, parameters)
     template = json.loads((repository / "kernel-metadata.json").read_text(encoding="utf-8"))
     base = template["id"].rpartition("/")[2].removesuffix("-inference")
-    kernels = kaggle_kernels(base, folds)
+    kernels = smoke_kernels(base, members) if smoke else kaggle_kernels(base, folds, members)
     if weights:
         kernels = {"inference": {**kernels["inference"], "needs": []}}
-    if unknown := {*parameters, *continued} - set(kernels):
-        raise ValueError(f"there is no kernel {', '.join(sorted(unknown))}; there are {', '.join(kernels)}")
+    if unknown := [name for name in continued if name not in kernels]:
+        raise ValueError(
+            f"there is no kernel {', '.join(unknown)}.{nearest(unknown[0], kernels)} There are {', '.join(kernels)}"
+        )
+    settings = settings_of({name: kernel["names"] for name, kernel in kernels.items()}, parameters)
     data = f"{KAGGLE_INPUT}/{template['competition_sources'][0]}"
     sources = [source.rpartition("/")[2] for source in template["dataset_sources"]]
     kinds = {source.rpartition("-")[2]: source for source in sources}
@@ -107,10 +123,47 @@ def stage_kaggle(
     old = [build / folder for folder in ("kernels", "datasets") if (build / folder).exists()]
     if old and not (build / "staged.json").is_file():
         raise ValueError(f"{old[0]} was not made by publish, which would delete it: choose another BUILD")
+    texts, metadata = {}, {}  # all of them, before anything is deleted
+    for name, kernel in kernels.items():
+        path = repository / "notebooks" / f"{kernel['notebook']}.ipynb"
+        known = check_notebook_parameters(path, {})
+        own = {"OUT": KAGGLE_WORKING} | ({} if kernel["internet"] else {"DATA": data})
+        given = {**own, **kernel["parameters"]}
+        if "HOURS" not in known:  # a training that is over soon need not be able to stop
+            given.pop("HOURS", None)
+        slug = f"{base}-{name}"
+        _check_title(_title(slug), slug)
+        texts[name] = staged_notebook(path, given | settings[name])
+        metadata[name] = {
+            **template,
+            "id": f"{user}/{slug}",
+            "title": _title(slug),
+            "code_file": f"{slug}.ipynb",
+            "enable_gpu": kernel["gpu"],
+            "enable_internet": kernel["internet"],
+            "dataset_sources": [f"{user}/{source}" for source in sources if source != kinds["weights"] or weights],
+            "kernel_sources": [f"{user}/{base}-{need}" for need in [*kernel["needs"], *({name} & set(continued))]],
+            **({"competition_sources": []} if smoke else {}),
+        }
+        if not kernel["gpu"]:
+            metadata[name].pop("machine_shape", None)
     for folder in old:
         shutil.rmtree(folder)
     build.mkdir(parents=True, exist_ok=True)
-    write_json(build / "staged.json", {"user": user, "folds": list(folds), "weights": list(map(str, weights))})
+    write_json(
+        build / "staged.json",
+        {
+            "user": user,
+            "folds": list(folds),
+            "members": list(members),
+            "weights": list(map(str, weights)),
+            "settings": parameters,
+            "continued": list(continued),
+            "smoke": smoke,
+            "stages": {name: kernel["stage"] for name, kernel in kernels.items()},
+            "trainings": [name for name, kernel in kernels.items() if kernel["training"]],
+        },
+    )
     staged = [stage_code(build / "datasets" / kinds["code"], repository)]
     if wheels:
         staged.append(stage_wheels(build / "datasets" / kinds["wheels"]))
@@ -120,39 +173,76 @@ def stage_kaggle(
         _check_title(_title(folder.name), folder.name)
         about = {"title": _title(folder.name), "id": f"{user}/{folder.name}", "licenses": [{"name": "other"}]}
         write_json(folder / "dataset-metadata.json", about)
-    for name, kernel in kernels.items():
-        known = check_notebook_parameters(repository / "notebooks" / f"{kernel['notebook']}.ipynb", {})
-        if "HOURS" not in known:  # a training that is over soon need not be able to stop
-            kernel["parameters"].pop("HOURS", None)
-        folder, slug = build / "kernels" / name, f"{base}-{name}"
-        _check_title(_title(slug), slug)
-        metadata = {
-            **template,
-            "id": f"{user}/{slug}",
-            "title": _title(slug),
-            "code_file": f"{slug}.ipynb",
-            "enable_gpu": kernel["gpu"],
-            "enable_internet": kernel["internet"],
-            "dataset_sources": [f"{user}/{source}" for source in sources if source != kinds["weights"] or weights],
-            "kernel_sources": [f"{user}/{base}-{need}" for need in [*kernel["needs"], *({name} & set(continued))]],
-        }
-        if not kernel["gpu"]:
-            metadata.pop("machine_shape", None)
-        own = {"OUT": KAGGLE_WORKING} | ({} if kernel["internet"] else {"DATA": data})
-        given = {**own, **kernel["parameters"], **parameters.get(name, {})}
+    for name, text in texts.items():
+        folder = build / "kernels" / name
         folder.mkdir(parents=True)
-        text = staged_notebook(repository / "notebooks" / f"{kernel['notebook']}.ipynb", given)
-        (folder / metadata["code_file"]).write_text(text, encoding="utf-8")
-        write_json(folder / "kernel-metadata.json", metadata)
+        (folder / metadata[name]["code_file"]).write_text(text, encoding="utf-8")
+        write_json(folder / "kernel-metadata.json", metadata[name])
         staged.append(folder)
     return staged
 
 
+def _as_pushed(build, user, continued, parameters):
+    """(folds, members, parameters) with which the trainings to be continued were pushed, `parameters` laid over them.
+
+    Raises ValueError where that is not known, differs between them, or would be changed in what decides the result.
+    """
+    pushed = read_json(build / "pushed.json") if (build / "pushed.json").is_file() else {}
+    unknown = [name for name in continued if pushed.get(name, {}).get("user") != user]
+    if unknown:
+        there = ", ".join(name for name, about in pushed.items() if about.get("user") == user)
+        raise ValueError(
+            f"CONTINUE: {build / 'pushed.json'} does not say how {', '.join(unknown)} was pushed, so that nothing can "
+            f"be continued.{nearest(unknown[0], pushed)} It knows {there or 'of no kernel'}. Give the BUILD of then"
+        )
+    first = pushed[continued[0]]
+    for name in continued:
+        if any(pushed[name][key] != first[key] for key in ("folds", "members")):
+            raise ValueError(
+                f"CONTINUE: {continued[0]} and {name} were pushed with other FOLDS or MEMBERS: one at a time"
+            )
+    settings = {**first["settings"], **{name: pushed[name]["values"] for name in continued}}
+    for name, given in parameters.items():
+        if name not in continued:
+            raise ValueError(
+                f"CONTINUE takes SETTINGS as they were pushed; what does not decide the result, such as HOURS, can be "
+                f"changed of {', '.join(continued)}, not of {name}"
+            )
+        before = pushed[name]["values"]
+        changed = [
+            f"{key} from {before.get(key)!r} to {value!r}"
+            for key, value in given.items()
+            if key not in PARAMETERS_WITHOUT_EFFECT and before.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"CONTINUE: SETTINGS changes {', '.join(changed)} of {name}, which would begin anew. Leave that out, "
+                "or push it without CONTINUE"
+            )
+        settings[name] = {**settings[name], **given}
+    return first["folds"], first["members"], settings
+
+
+def staged_costs(build: str | Path) -> dict[str, Cost]:
+    """What the staged kernels cost, by their own parameters: dict kernel -> Cost."""
+    own = Path(__file__).resolve().parents[2] / "notebooks"
+    found = {}
+    for folder in sorted(path.parent for path in Path(build).glob("kernels/*/kernel-metadata.json")):
+        values = _values(folder)
+        known = shipped_defaults(tuple(values))
+        cost = stage_cost(own / known[0], values) if known else Cost()
+        found[folder.name] = on_kaggle(cost, _metadata(folder)["enable_gpu"])
+    return found
+
+
 def stage_code(folder: str | Path, repository: str | Path = ".") -> Path:
-    """Copy what the notebooks import, and the shipped weights, into the folder of a data set. Returns the folder."""
+    """Copy the notebooks, what they import, and the shipped weights into the folder of a data set. Returns the folder.
+
+    The notebooks are what 00_pipeline runs, and what says which values a parameter may have.
+    """
     folder, repository = Path(folder), Path(repository)
     folder.mkdir(parents=True)
-    for pattern in ("utils.py", "phantom/*.py", "lumbar/**/*.*", "weights/*.safetensors"):
+    for pattern in ("utils.py", "notebooks/*.ipynb", "phantom/*.py", "lumbar/**/*.*", "weights/*.safetensors"):
         for path in sorted(path for path in repository.glob(pattern) if path.is_file() and path.suffix != ".pyc"):
             target = folder / path.relative_to(repository)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -363,6 +453,30 @@ def _ask(kind, ref, environment):
     return (found[1].lower() if found and not status else ""), status, said
 
 
+def kaggle_files(ref: str, environment: Mapping[str, str] | None = None) -> list[str]:
+    """Names of the files in the output of a kernel's last version; empty where Kaggle does not say. ref: owner/slug."""
+    names: list[str] = []
+    token = ""
+    while True:
+        more = ["--page-token", token] if token else []
+        status, said = _client(["kernels", "files", ref, "-v", "--page-size", "200", *more], environment)
+        if status or _REFUSED.search(said):
+            return names
+        lines = said.splitlines()
+        header = next((number for number, line in enumerate(lines) if line.startswith("name,")), len(lines))
+        names += [line.split(",")[0].strip('"') for line in lines[header + 1 :] if line]
+        found = re.search(r"Next Page Token = (\S+)", said)
+        if not found or found[1] == token:
+            return names
+        token = found[1]
+
+
+def _is_paused(files, stage):
+    """Whether a training's output says that it ran out of time: begun.json without a manifest."""
+    below = {Path(name).name for name in files if stage in Path(name).parts}
+    return "begun.json" in below and "manifest.json" not in below
+
+
 def kaggle_publish(
     build: str | Path,
     names: Iterable[str],
@@ -373,46 +487,238 @@ def kaggle_publish(
     """Upload staged data sets, then run staged kernels on Kaggle, each after those whose outputs it reads.
 
     build: folder that stage_kaggle made; names: data sets (their slugs, or the part after the last hyphen) and kernels
-    (preprocess, train-spinenet, ...); what is not named is taken to be there already. at_once: kernels that run side
-    by side (Kaggle gives two GPU sessions); pause_s: seconds between two looks.
+    (preprocess, train-spinenet, ...). `all`: everything staged; where something is to be continued, that and the
+    kernels that read its output. What a kernel reads and is not named must have run on Kaggle; it is waited for where
+    it still runs. at_once: kernels that run side by side (Kaggle gives two GPU sessions); pause_s: seconds between two
+    looks.
+    A training that ran out of HOURS is no failure: what comes after it goes on with what else was trained, and how to
+    continue it is printed.
     Returns dict name -> what the client said of it, with the address. Raises ValueError for a name that was not
-    staged, RuntimeError where something was refused or a kernel failed; name then only what is left to do.
+    staged, RuntimeError where something was refused, a kernel failed or nothing can be continued, with the command
+    that does what is left. BUILD/pushed.json keeps how each kernel was pushed.
     """
     build = Path(build)
+    chosen, datasets, kernels = _chosen(build, names)
+    said: dict[str, str] = {}
+    left = list(chosen)
+    try:
+        for name in (name for name in chosen if name in datasets):
+            said[name] = kaggle_upload(datasets[name], environment)
+            print(f"{name}: {said[name].splitlines()[-1]}", flush=True)
+        for name in list(said):
+            ref = json.loads((datasets[name] / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
+            _wait({name: ref}, "datasets", environment, pause_s)
+            left.remove(name)
+        _push_kernels(build, kernels, chosen, left, said, environment, at_once, pause_s)
+    except RuntimeError as error:
+        if not left:
+            raise
+        raise RuntimeError(f"{error}\nWhat is left is done by: {_command(build, left)}") from None
+    except KeyboardInterrupt:
+        print(f"Stopped; what was pushed goes on at Kaggle. What is left is done by: {_command(build, left)}")
+        raise
+    return said
+
+
+def _chosen(build, names):
+    """(names of data sets and kernels to send, dict of staged data sets, dict of staged kernels: name -> folder)."""
     datasets = {path.parent.name: path.parent for path in sorted(build.glob("datasets/*/dataset-metadata.json"))}
     kernels = {path.parent.name: path.parent for path in build.glob("kernels/*/kernel-metadata.json")}
+    plan = _plan(build)
+    in_order = [name for name in plan["stages"] if name in kernels] + [n for n in kernels if n not in plan["stages"]]
+    if "all" in (names := list(names)):
+        wanted = set(plan["continued"]) or {*datasets, *in_order}
+        for name in in_order if plan["continued"] else ():
+            if wanted & set(_needs(kernels, name)):
+                wanted.add(name)
+        names = [*names, *(name for name in (*datasets, *in_order) if name in wanted)]
+        names = list(dict.fromkeys(name for name in names if name != "all"))
     short = {slug.rpartition("-")[2]: slug for slug in datasets}
     chosen = [short.get(name, name) for name in names]
     if unknown := [name for name in chosen if name not in datasets and name not in kernels]:
-        there = ", ".join([*short, *kernels])
-        raise ValueError(f"{', '.join(unknown)}: not in {build}; there are {there or 'nothing: stage_kaggle fills it'}")
-    said = {}
-    for name in (name for name in chosen if name in datasets):
-        said[name] = kaggle_upload(datasets[name], environment)
-        print(f"{name}: {said[name].splitlines()[-1]}", flush=True)
-    for name in list(said):
-        ref = json.loads((datasets[name] / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
-        _wait({name: ref}, "datasets", environment, pause_s)
+        there = [*short, *in_order]
+        listed = ", ".join(there) or "nothing: stage_kaggle fills it"
+        hint = nearest(unknown[0], there)
+        raise ValueError(f"PUSH: {', '.join(unknown)}: not in {build}; there are {listed}.{hint}")
+    return chosen, datasets, kernels
 
-    metadata = {
-        name: json.loads((kernels[name] / "kernel-metadata.json").read_text(encoding="utf-8"))
-        for name in chosen
-        if name in kernels
-    }
-    waiting = list(metadata)
-    running: dict[str, str] = {}
-    while waiting or running:
-        unfinished = {metadata[name]["id"] for name in (*waiting, *running)}
+
+def _plan(build):
+    """What stage_kaggle wrote of its arguments in staged.json."""
+    empty = {"user": "", "folds": [], "members": [], "weights": [], "settings": {}, "continued": [], "smoke": False}
+    known = read_json(build / "staged.json") if (build / "staged.json").is_file() else {}
+    return {**empty, "stages": {}, "trainings": [], **known}
+
+
+def _metadata(folder):
+    return json.loads((folder / "kernel-metadata.json").read_text(encoding="utf-8"))
+
+
+def _needs(kernels, name):
+    """The kernels that one reads, by the names that they are staged under; by owner/slug those that are not staged."""
+    names = {_metadata(folder)["id"]: other for other, folder in kernels.items()}
+    about = _metadata(kernels[name])
+    return [names.get(ref, ref) for ref in about["kernel_sources"] if ref != about["id"]]
+
+
+def _command(build, push, continued=None):
+    """The command that publishes these names, everything else as it was staged."""
+    import yaml
+
+    plan = _plan(build)
+    given: dict[str, Any] = {"USER": plan["user"]}
+    continued = plan["continued"] if continued is None else continued
+    place, root = build.resolve(), Path(__file__).resolve().parents[2]
+    if place != root / "build":
+        given["BUILD"] = str(place.relative_to(root) if place.is_relative_to(root) else place)
+    if continued:
+        given["CONTINUE"] = continued  # what it was pushed with is remembered
+    else:
+        given |= {"FOLDS": plan["folds"]} if plan["folds"] != [0] else {}
+        for key in ("MEMBERS", "WEIGHTS", "SETTINGS", "SMOKE"):
+            given |= {key: plan[key.lower()]} if plan[key.lower()] else {}
+    known = [name.rpartition("-")[2] if (build / "datasets" / name).is_dir() else name for name in push]
+    given |= {} if "wheels" in known else {"WHEELS": False}
+    given["PUSH"] = known
+    text = yaml.safe_dump(given, default_flow_style=True, width=10**6, sort_keys=False).strip()
+    return f"papermill --log-output notebooks/publish.ipynb runs/publish.ipynb -y {shlex.quote(text)}"
+
+
+def _push_kernels(build, kernels, chosen, left, said, environment, at_once, pause_s):
+    """The second half of kaggle_publish. left: names that are still to be done, which this shortens as it goes."""
+    plan = _plan(build)
+    ids = {name: _metadata(folder)["id"] for name, folder in kernels.items()}
+    waiting = [name for name in chosen if name in kernels]
+    for name in [name for name in waiting if name in plan["continued"]]:
+        reason = _why_not_continued(ids[name], plan["stages"].get(name, ""), environment)
+        if reason:
+            print(f"{name}: {reason}", flush=True)
+            waiting.remove(name)
+            left.remove(name)
+    if plan["continued"] and not set(plan["continued"]) & set(waiting) and set(plan["continued"]) & set(chosen):
+        left.clear()
+        others = [name for name in waiting if name not in plan["continued"]]
+        command = _command(build, others or ["inference"], [])
+        raise RuntimeError(f"CONTINUE: nothing can be continued, see above. The kernels after it are run by: {command}")
+    running: dict[str, str] = {}  # what is waited for: name -> owner/slug
+    own: set[str] = set()  # of these, what was pushed here
+    paused: list[str] = []
+    finished: set[str] = set()
+    while waiting or own:
         for name in list(waiting):
-            if len(running) < at_once and not unfinished & set(metadata[name]["kernel_sources"]):
-                said[name] = kaggle_push(kernels[name], environment=environment)
-                print(f"{name}: {said[name].splitlines()[-1]}", flush=True)
-                waiting.remove(name)
-                running[name] = metadata[name]["id"]
-        finished = _wait(running, "kernels", environment, pause_s)
-        del running[finished]
-        print(f"{finished}: complete", flush=True)
-    return said
+            if len(running) >= at_once:
+                break
+            needs = _needs(kernels, name)
+            if set(needs) & {*waiting, *running}:
+                continue
+            for need in needs:
+                if need not in finished and need not in paused:
+                    _look(need, name, ids.get(need, need), plan, environment, running, finished, paused)
+            if set(needs) & set(running):
+                continue
+            trainings = set(needs) & set(plan["trainings"])
+            if trainings and trainings <= set(paused):
+                left.clear()
+                raise RuntimeError(
+                    f"{name} was not pushed: no training has finished. {_how_to_continue(build, paused)}"
+                )
+            said[name] = kaggle_push(kernels[name], environment=environment)
+            print(f"{name}: {said[name].splitlines()[-1]}", flush=True)
+            _remember(build, name, plan, kernels[name])
+            waiting.remove(name)
+            left.remove(name)
+            running[name] = ids[name]
+            own.add(name)
+        try:
+            done = _wait(running, "kernels", environment, pause_s)
+        except Failed as error:
+            if error.name in own:
+                left.insert(0, error.name)
+            raise
+        own.discard(done)
+        _has_ended(done, running.pop(done), plan, environment, finished, paused)
+    if paused:
+        print(_how_to_continue(build, paused), flush=True)
+
+
+def _look(need, name, ref, plan, environment, running, finished, paused):
+    """See to a kernel that another needs and that is not pushed here. Raises RuntimeError where it has no output."""
+    state = _state_of(ref, environment)
+    if not state:
+        raise RuntimeError(f"{name} reads the output of {need}, which Kaggle does not have: push that first")
+    if state == "complete":
+        _has_ended(need, ref, plan, environment, finished, paused)
+    elif any(word in state for word in ("error", "cancel", "fail")):
+        where = f"https://www.kaggle.com/code/{ref}"
+        raise RuntimeError(f"{name} reads the output of {need}, whose last run ended with {state}: see {where}")
+    else:
+        print(f"{name} waits for {need}, which is {state} on Kaggle", flush=True)
+        running[need] = ref
+
+
+def _state_of(ref, environment):
+    """State of a kernel's last run, "" where Kaggle has none. Raises RuntimeError where it does not say."""
+    state, status, said = _ask("kernels", ref, environment)
+    if status and not (_NOT_FOUND.search(said) or _FORBIDDEN.search(said)):
+        raise _refusal("kaggle kernels status", status, said)
+    return state
+
+
+def _has_ended(name, ref, plan, environment, finished, paused):
+    """Note whether a kernel that is complete finished its work or ran out of HOURS."""
+    stage = plan["stages"].get(name, "")
+    if name in plan["trainings"] and _is_paused(kaggle_files(ref, environment), stage):
+        print(
+            f"{name}: its HOURS were over before the training was; what comes after it goes on without it", flush=True
+        )
+        paused.append(name)
+    else:
+        print(f"{name}: complete", flush=True)
+        finished.add(name)
+
+
+def _how_to_continue(build, paused):
+    return f"To continue {', '.join(paused)}: {_command(build, ['all'], paused)}"
+
+
+def _why_not_continued(ref, stage, environment):
+    """Why a training's last version cannot be continued, in words; empty where it can."""
+    state = _state_of(ref, environment)
+    if not state:
+        return "Kaggle has no run of it, so there is nothing to continue: push it without CONTINUE"
+    if state in ("queued", "running", "new_script"):
+        return f"its last version is {state}: it can be continued when that has ended"
+    files = kaggle_files(ref, environment)
+    if _is_paused(files, stage):
+        return ""
+    if any(stage in Path(name).parts and Path(name).name == "manifest.json" for name in files):
+        return "it has finished: there is nothing left to continue"
+    return f"its last version ({state}) left nothing in {stage} to go on with: push it without CONTINUE"
+
+
+def _values(folder):
+    """The values of a staged notebook's parameters cell."""
+    import nbformat
+
+    notebook = nbformat.read(folder / _metadata(folder)["code_file"], as_version=4)
+    return assigned_literals(next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])))
+
+
+def _remember(build, name, plan, folder):
+    """Keep in pushed.json how a kernel was pushed, for CONTINUE."""
+    path = build / "pushed.json"
+    known = read_json(path) if path.is_file() else {}
+    about = {key: plan[key] for key in ("user", "folds", "members", "settings")}
+    known[name] = {**about, "values": _values(folder), "pushed": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    write_json(path, known)
+
+
+class Failed(RuntimeError):
+    """A data set or kernel (`name`) failed on Kaggle."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name = name
 
 
 _PATIENCE = 30  # looks in a row at which Kaggle says nothing, before that is taken for an answer
@@ -433,7 +739,8 @@ def _wait(refs, kind, environment, pause_s):
                 return name
             if "error" in state or "cancel" in state or "fail" in state or silent[name] == _PATIENCE:
                 where = f"https://www.kaggle.com/{'code' if kind == 'kernels' else 'datasets'}/{ref}"
-                raise RuntimeError(
+                raise Failed(
+                    name,
                     f"{name}: {state or 'no answer from Kaggle'}. What to do: read its log at {where}; when it is "
-                    "mended, publish it again with what comes after it."
+                    "mended, publish it again with what comes after it.",
                 )

@@ -245,6 +245,7 @@ def _state(folder, identity, places):
     return ("begun", f"{problem}: it is done again") if problem else ("finished", "")
 
 
+BUSY = "another process is working in"  # so begins what is said of a stage that is locked
 _LOCKS: dict[Path, IO[str]] = {}  # stage folder -> open file, kept for as long as this process lives
 
 
@@ -265,7 +266,7 @@ def _lock(folder):
         locked = False
         own = [os.fstat(held.fileno()) for held in _LOCKS.values()]  # of a folder that was moved meanwhile
         if not any(os.path.samestat(os.fstat(file.fileno()), mine) for mine in own):
-            raise RuntimeError(f"another process is working in {folder}: wait until it ends, or stop it") from None
+            raise RuntimeError(f"{BUSY} {folder}: wait until it ends, or stop it") from None
     except OSError:
         locked = False  # a file system without locks
     _LOCKS[folder] = file

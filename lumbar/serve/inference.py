@@ -14,12 +14,13 @@ What is left of the ensemble where a member fails, or has no time: the others ca
 model is left, which needs no levels, it stands alone; where none is, the training set's prior for the condition and
 level; and if the weights carry none, the class prior (complete_prior).
 
-May use: ledger, members, results, schedule, study, tables, worker, grade, data, in_flight, names.
+May use: ledger, members, results, schedule, study, tables, worker, grade, data, cluster, in_flight, names.
 """
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..cluster import spread
 from ..data.dicom import read_study
 from ..grade.registry import MEMBERS
 from ..in_flight import ChildDied, InFlight, can_run_in_child, run_in_child
@@ -44,6 +46,7 @@ PATIENCE_S = 900.0  # for one study to be read and located, before it is given u
 # CPU seconds for the same, checked between its steps: a usual study takes 5 and the largest that the bounds of reading
 # and locating let through 30, so more is a study that nobody foresaw. Patience is for what hangs without working.
 STUDY_S = 60.0
+PART_BATCHES = 2  # batches of one task of a cluster: while the networks work on one the next is read
 
 # Folder of results -> the clock when this process began to work in it: a notebook's cell that is run again does not
 # start the limit anew; a new process (on Kaggle a new session, with a clock of its own) does.
@@ -64,6 +67,7 @@ def infer_studies(
     clock: Callable[[], float] = time.monotonic,
     patience_s: float = PATIENCE_S,
     study_s: float = STUDY_S,
+    scheduler: str = "",
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, pd.DataFrame], pd.DataFrame]:
     """Predict every study of a split, see studies_to_predict: 25 rows each, whatever is broken.
 
@@ -89,6 +93,9 @@ def infer_studies(
         Seconds, from anywhere.
     patience_s, study_s : float
         Seconds, and CPU seconds, for one study to be read and located before it is given up.
+    scheduler : str
+        Address of a Dask scheduler whose workers share the studies, see cluster.spread; `hours` then holds for each
+        part of them. Empty: this machine.
 
     Returns
     -------
@@ -108,28 +115,90 @@ def infer_studies(
         the device itself fails, of which nothing is saved, so that a restart continues. While Kaggle scores a
         submission both are printed instead, a submission with less being better than none.
     """
-    views_of = _views_of(members, views)
-    weights = _weights_of(views_of, ensemble)
-    out, images = Path(out), Path(data) / f"{split}_images"
-    folder, readers = out / "studies", readers or min(4, os.cpu_count() or 1)
+    if scheduler:
+        _infer_on_cluster(
+            _Work(data, split, members, ensemble, out, views, batch_studies, hours, reserve, readers), scheduler
+        )
+    ledger = _do_studies(
+        _Work(data, split, members, ensemble, out, views, batch_studies, hours, reserve, readers),
+        clock=clock,
+        patience_s=patience_s,
+        study_s=study_s,
+    )
+    return collect(ledger.entries(), members, ensemble, ledger.folder)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What infer_studies was asked for, see there."""
+
+    data: str | Path
+    split: str
+    members: Members
+    ensemble: Mapping[str, Any]
+    out: str | Path
+    views: int
+    batch_studies: int
+    hours: float
+    reserve: float
+    readers: int | None
+
+
+def _ledger_of(work: _Work, jobs: Collection[int]) -> Ledger:
+    folder = Path(work.out) / "studies"
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = studies_to_predict(data, split)
-    ledger = Ledger(folder, images, jobs, results_key(members, views), members.weights)
-    journal = InFlight(out / "in_flight", "study", ledger.key_of, ledger.is_finished)
+    images = Path(work.data) / f"{work.split}_images"
+    return Ledger(folder, images, jobs, results_key(work.members, work.views), work.members.weights)
+
+
+def _infer_on_cluster(work: _Work, scheduler: str) -> None:
+    """Have the workers of a cluster do the studies that are not finished, some batches to a task. What they leave,
+    because workers died of it, say, is left to this process."""
+    work = replace(work, data=Path(work.data).resolve(), out=Path(work.out).resolve())
+    ledger = _ledger_of(work, studies_to_predict(work.data, work.split))
+    left, size = [*ledger.missing(), *ledger.short()], PART_BATCHES * work.batch_studies
+    parts = [tuple(left[first : first + size]) for first in range(0, len(left), size)]
+    with progress(desc=f"predicting {work.split} studies on the cluster", total=len(parts)) as bar:
+        spread(_infer_part, parts, work, scheduler=scheduler, lost=_leave_part, gpu=True, done=bar.update)
+
+
+def _infer_part(work: _Work, study_ids: tuple[int, ...]) -> None:
+    _do_studies(work, study_ids)
+
+
+def _leave_part(study_ids: tuple[int, ...], why: str) -> None:
+    print(f"studies {', '.join(map(str, study_ids))}: {why}; this process does them")
+
+
+def _do_studies(
+    work: _Work,
+    study_ids: Collection[int] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    patience_s: float = PATIENCE_S,
+    study_s: float = STUDY_S,
+) -> Ledger:
+    """Predict these studies (default: all of the split), each into its file. Returns their ledger."""
+    views_of = _views_of(work.members, work.views)
+    weights = _weights_of(views_of, work.ensemble)
+    readers, batch_studies = work.readers or min(4, os.cpu_count() or 1), work.batch_studies
+    jobs = studies_to_predict(work.data, work.split)
+    jobs = {study_id: job for study_id, job in jobs.items() if study_ids is None or study_id in study_ids}
+    ledger = _ledger_of(work, jobs)
+    journal = InFlight(Path(work.out) / "in_flight", "study", ledger.key_of, ledger.is_finished, study_ids)
     suspects = _suspects(journal, ledger)
     batches = _batches(ledger, suspects, batch_studies)
-    clock_key = str(folder.resolve())
+    clock_key = str(ledger.folder.resolve())
     started = _STARTED.setdefault(clock_key, clock())
-    schedule = Schedule(views_of, weights, hours, reserve, readers, clock, started)
-    worker = Worker(jobs, images, members, schedule, ledger, journal, batch_studies, patience_s, study_s)
+    schedule = Schedule(views_of, weights, work.hours, work.reserve, readers, clock, started)
+    worker = Worker(jobs, ledger.images, work.members, schedule, ledger, journal, batch_studies, patience_s, study_s)
     before = len(jobs) - sum(len(batch.study_ids) for batch in batches) - len(suspects)
-    with journal, progress(total=len(jobs), desc=f"predicting {split} studies", initial=before) as worker.bar:
+    with journal, progress(total=len(jobs), desc=f"predicting {work.split} studies", initial=before) as worker.bar:
         in_time = worker.work_off(batches, readers, batch_studies + readers)
         for number, study_id in enumerate(suspects):
             in_time = in_time and _work_off_suspect(worker, study_id, len(suspects) - number)
     _leave_late(ledger, schedule)
-    del _STARTED[clock_key]
-    return collect(ledger.entries(), members, ensemble, folder)
+    _STARTED.pop(clock_key, None)
+    return ledger
 
 
 def _views_of(members: Members, most: int) -> dict[str, int]:

@@ -102,6 +102,24 @@ def collect(
     )
 
 
+def refuse_prior_only(log: pd.DataFrame) -> None:
+    """Raise RuntimeError where every row of every study is a prior: that looks like a result and is none.
+
+    log: the one that `collect` returns. While Kaggle scores a submission it is printed instead.
+    """
+    rows = len(CONDITIONS) * len(LEVELS)
+    if not len(log) or not (log["prior_rows"] >= rows).all():
+        return
+    why = next((str(problem) for problem in log["problems"] if problem), "no reason given")
+    message = (
+        f"no image of these {len(log)} studies could be graded: every row is the training set's frequency, which says "
+        f"nothing of them ({why}). PRIOR_ONLY accepts that"
+    )
+    if not os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
+        raise RuntimeError(message)
+    print(message)
+
+
 def _refuse_lost_members(
     members: Members, results: Mapping[int, Result], stack: Mapping[str, np.ndarray], folder: Path
 ) -> None:

@@ -13,7 +13,7 @@ from ..data.source import Source
 from ..data.volume import Volume
 from .naming import _numbered_differently
 from .spinenet import MAX_SEARCHED_PX, every_nth_slice, searched_px
-from .vertebra import _CHAIN, UNCERTAIN, Vertebra
+from .vertebra import UNCERTAIN, Vertebra
 
 
 def rejoined(volumes: Sequence[Volume]) -> list[Volume]:
@@ -135,10 +135,9 @@ def merge_vertebrae(first: Sequence[Vertebra], second: Sequence[Vertebra], dista
             if vertebra.appearance is not None and other.appearance is not None:
                 appearance = (vertebra.appearance + other.appearance) / 2
                 kept.appearance = appearance - np.log(np.exp(appearance).sum())
-            x_mm = np.average(
-                [vertebra.center_lps_mm[0], across_mm[partner[i]]],
-                weights=[max(vertebra.confidence, 0.01), max(other.confidence, 0.01)],
-            )
+            precision = np.array([vertebra.across_sd_mm, other.across_sd_mm]) ** -2.0
+            x_mm = np.average([vertebra.center_lps_mm[0], across_mm[partner[i]]], weights=precision)
+            kept.across_sd_mm = float(precision.mean() ** -0.5)  # both see the same body in slices as thick
             kept.corners_lps_mm = kept.corners_lps_mm + [x_mm - kept.center_lps_mm[0], 0, 0]
             merged.append(kept)
         else:
@@ -150,37 +149,44 @@ def merge_vertebrae(first: Sequence[Vertebra], second: Sequence[Vertebra], dista
     return sorted(merged + rest, key=lambda v: -v.center_lps_mm[2])
 
 
-def smooth_sideways(vertebrae: Sequence[Vertebra], trusted_mm: float = 6.0) -> list[Vertebra]:
+# By which a spine turns sideways from one body to the next, as the tangent's standard deviation: straight to crooked.
+_BENDS = (0.02, 0.04, 0.08, 0.16)
+_OUTLYING = 2.0  # standard deviations, from which on a body counts ever less
+
+
+def smooth_sideways(vertebrae: Sequence[Vertebra]) -> list[Vertebra]:
     """Vertebrae, head to foot and named, with their left-right position steadied by their neighbours'.
 
-    Sagittal slices lie 4 mm apart, and the first and last slice that shows a body are a matter of chance: across the
-    slices a centre is known worse than within them, but a spine has no steps. Each body moves sideways onto a line
-    through itself and its neighbours (weights Gaussian in their number, standard deviation 0.6: wider lines cut the
-    bends of a scoliosis). One that lies farther than about trusted_mm off the line through its neighbours alone is
-    put there first.
+    Across the slices a centre is known worse than within them (across_sd_mm), but a spine has no steps: the line
+    through the centres that is most likely when the bodies lie off it by their standard deviations and it bends from
+    body to body by one of _BENDS, whichever makes the whole most likely. So a scoliosis keeps its bends, and in a
+    straight spine a body that lies beside the line of the others counts little.
     """
     if len(vertebrae) < 4:
         return list(vertebrae)
     x, _, z = np.stack([v.center_lps_mm for v in vertebrae], 1)
-    number = np.array([_CHAIN.index(v.name) for v in vertebrae], float)
-    steps = number - number[:, None]
-    sure = np.array([v.confidence for v in vertebrae])
-
-    def on_line(x, weight):  # weight (n, n): row k's line, at body k
-        weight = weight + 1e-9
-        weight = weight / weight.sum(1, keepdims=True)
-        z_mean, x_mean = weight @ z, weight @ x
-        from_mean = z - z_mean[:, None]
-        slope = (weight * from_mean * (x - x_mean[:, None])).sum(1) / (weight * from_mean**2).sum(1)
-        return x_mean + slope * (z - z_mean)
-
-    trust = sure
-    for _ in range(2):
-        others = on_line(x, trust * np.exp(-0.5 * (steps / 1.3) ** 2) * (steps != 0))
-        own = 1 / (1 + (np.abs(x - others) / trusted_mm) ** 4)
-        trust = sure * own
-    smooth = on_line(own * x + (1 - own) * others, sure * np.exp(-0.5 * (steps / 0.6) ** 2))
-    return [replace(v, corners_lps_mm=v.corners_lps_mm + [dx, 0, 0]) for v, dx in zip(vertebrae, smooth - x)]
+    sd_mm = np.hypot([v.across_sd_mm for v in vertebrae], 0.5)
+    count = len(x)
+    slopes = np.zeros((count - 1, count))  # of the line from each body to the next
+    down = np.maximum(z[:-1] - z[1:], 5.0)
+    slopes[np.arange(count - 1), np.arange(count - 1)] = 1 / down
+    slopes[np.arange(count - 1), np.arange(1, count)] = -1 / down
+    best = np.inf
+    line = x
+    for bend in _BENDS:
+        bends = np.diff(slopes, axis=0) / bend
+        trust = np.ones(count)
+        for _ in range(8):
+            weight = trust / sd_mm**2
+            matrix = np.diag(weight) + bends.T @ bends
+            along = np.linalg.solve(matrix, weight * x)
+            off = (x - along) / sd_mm
+            trust = 1 / (1 + (off / _OUTLYING) ** 2)
+        cost = 0.5 * _OUTLYING**2 * np.log1p((off / _OUTLYING) ** 2).sum() + 0.5 * ((bends @ along) ** 2).sum()
+        cost += (count - 2) * np.log(bend) + 0.5 * np.linalg.slogdet(matrix)[1]
+        if cost < best:
+            best, line = cost, along
+    return [replace(v, corners_lps_mm=v.corners_lps_mm + [dx, 0, 0]) for v, dx in zip(vertebrae, line - x)]
 
 
 def thinned(volumes: Sequence[Volume], resolution_mm: float) -> list[Volume]:

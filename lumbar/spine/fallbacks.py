@@ -73,7 +73,8 @@ def complete_vertebrae(named: Sequence[Vertebra], anchors: Mapping[str, np.ndarr
     """L1 to S1, whatever was found: list of six Vertebrae.
 
     A missing one is placed by the prior's layout, shifted, turned and scaled in the sagittal plane to fit the bodies
-    found (least squares, the weight halving with each step away from the missing one); confidence halves with each
+    found (least squares, the weight halving with each step away from the missing one), and continues their line to the
+    side; confidence halves with each
     step to the nearest. With none found the layout stands around the series' centre: source prior, confidence 0.1,
     or 0 for a study without volumes. anchors: study_anchors(study).
     """
@@ -104,6 +105,10 @@ def complete_vertebrae(named: Sequence[Vertebra], anchors: Mapping[str, np.ndarr
         factor *= np.clip(abs(factor), 0.75, 1.3) / abs(factor)
         placed = factor * ((corners - model_mean) @ [0, 1, 1j])
         corners = np.column_stack([corners[:, 0] - model_mean[0], placed.real, placed.imag]) + seen_mean
+        # Sideways it continues the line of the bodies around it; of few that lie near each other no line is known.
+        x, _, z = ((seen - seen_mean) * np.sqrt(weight)[:, None]).T
+        lean = np.clip(x @ z / (z @ z + _LEANING_MM**2), -_STEEPEST, _STEEPEST)
+        corners[:, 0] += lean * (corners[:, 2].mean() - seen_mean[2])
         nearest = found[usable[int(steps.argmin())]]
         source = nearest.source | Source.EXTRAPOLATED
         confidence = nearest.confidence * 0.5 ** int(steps.min())
@@ -138,6 +143,7 @@ def _lefts(vertebrae, level):
 
 
 _STEEPEST = np.tan(np.radians(25))  # coronal tilt of a disc; more is a wrong detection
+_LEANING_MM = 12.0  # bodies less far apart than this do not tell how a spine leans
 
 
 def level_boxes(vertebrae: Sequence[Vertebra]) -> list[LevelBox]:

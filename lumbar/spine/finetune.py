@@ -1,6 +1,6 @@
 """SpineNet trained further on the competition's own label points.
 
-May use: chain, level_scores, naming, fallbacks, spinenet_training, spinenet, vertebra, data, names.
+May use: chain, counting, level_scores, naming, fallbacks, spinenet_training, spinenet, vertebra, data, names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ from ..data.tables import some_of
 from ..data.volume import Study, load_study
 from ..names import LEVEL_VERTEBRAE, LEVELS, progress
 from .chain import merge_vertebrae
+from .counting import Numberings, counted_shares, fit_counting, readers_step
 from .fallbacks import complete_vertebrae, level_boxes, study_anchors
 from .level_scores import compare_with_labels
 from .naming import name_vertebrae
@@ -83,6 +84,49 @@ def level_points(
         elif raised.any():
             result[level] = points_lps[raised] - [0, 0, rise_mm]
     return result
+
+
+_COUNTED_STUDIES = 1000  # that are read to learn how readers count
+
+
+def learn_counting(
+    numberings: Mapping[int, Numberings | None],
+    paths: Mapping[int, str | Path],
+    coordinates: pd.DataFrame,
+    start: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """How the readers of these studies count (fit_counting), from where their points lie along the chains found.
+
+    numberings: study_id to what chain_numberings measured; paths: study_id to volume file; coordinates: from
+    read_coordinates, of studies that may be learned from; start: as fit_counting takes it. Says what came of it.
+    """
+    rise_mm = foramen_rise_mm(paths, coordinates)
+    known: list[Numberings] = []
+    steps: list[int] = []
+    for study_id, points in coordinates.groupby("study_id"):
+        chain = numberings.get(study_id)
+        if chain is None or study_id not in paths or len(known) >= _COUNTED_STUDIES:
+            continue
+        try:
+            placed = place_points(points, load_study(paths[study_id]))
+        except Exception:  # one odd study must not stop the others
+            continue
+        foraminal = points["condition"].str.contains("foraminal").to_numpy()
+        by_level = level_points(placed[["x_mm", "y_mm", "z_mm"]], points["level"].to_numpy(), foraminal, rise_mm)
+        step = None if _points_problem(by_level) else readers_step(chain, by_level)
+        if step is not None:
+            known.append(chain)
+            steps.append(step)
+    counting = fit_counting(known, steps, start)
+    own, counted = (
+        sum(int(counted_shares(chain, weights).argmax()) - 1 == step for chain, step in zip(known, steps, strict=True))
+        for weights in ({}, counting)
+    )
+    learned = (
+        f"; by what was learned from them {counted} are" if counting else ", and nothing is learned from the others"
+    )
+    print(f"readers' counting: {own} of {len(known)} studies are numbered as by their label points{learned}")
+    return counting
 
 
 def _points_problem(points):

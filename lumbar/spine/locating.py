@@ -1,25 +1,31 @@
 """The levels of every study of a split, kept as they are found.
 
-May use: levels, placement, fallbacks, spinenet, vertebra, data, in_flight, storage, names.
+May use: levels, placement, finetune, counting, naming, fallbacks, spinenet, vertebra, data, cluster, in_flight,
+problems, storage, names.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ..cluster import spread
 from ..data.geometry import boxes_to_table
 from ..data.source import Source
 from ..data.volume import load_study
 from ..in_flight import read_left_json
 from ..names import LEVEL_TABLE_COLUMNS, LEVELS, progress
+from ..problems import Problem
 from ..storage import write_json
+from .counting import Numberings
 from .fallbacks import axial_levels, complete_vertebrae, level_boxes, refit_level_prior, study_anchors
+from .finetune import learn_counting
 from .levels import locate_levels_surely, seen
+from .naming import chain_numberings
 from .placement import Detector, Placement
 from .spinenet import SpineNet
 from .vertebra import UNCERTAIN, VERTEBRA_TABLE_COLUMNS, vertebrae_to_table
@@ -47,6 +53,41 @@ def _check_located(known):
         numbers += center
     if not all(isinstance(value, (int, float)) and abs(value) < 1e12 for value in numbers):
         raise ValueError("some numbers are none, or not finite")
+    numberings = known.get("numberings", {})
+    if numberings is not None:
+        Numberings.from_json(numberings)
+
+
+_NOT_TRIED = ""  # of a study that was found, or has no sagittal series: it says nothing of the detector
+
+
+@dataclass(frozen=True)
+class _Locating:
+    """What locating one study needs besides its number."""
+
+    placement: Placement
+    key: str
+    paths: Mapping[int, Path]
+    folder: Path | None
+
+
+def _locate_kept(shared: _Locating, study_id: int) -> tuple[dict[str, Any], Problem | str | None]:
+    """(a study's rows for JSON, the Problem where nothing was seen in its sagittal series, None where something was,
+    _NOT_TRIED), kept in the folder where there is one and nothing went wrong."""
+    file = shared.folder / f"{study_id}.json" if shared.folder is not None else None
+    known = _kept(file, shared.key, study_id) if file is not None else None
+    if known is not None:
+        return known, _NOT_TRIED
+    result, problem, blind = _locate(study_id, shared.paths[study_id], shared.placement)
+    if file is not None and not problem:
+        write_json(file, {"key": shared.key} | result)
+    return result, _NOT_TRIED if blind is None else problem if blind else None
+
+
+def _lost(shared: _Locating, study_id: int, why: str) -> tuple[dict[str, Any], Problem | str | None]:
+    """Levels of a study at which worker after worker died: those of the mean layout."""
+    print(f"study {study_id}: {why}; its levels are those of the mean layout")
+    return _locate(study_id, shared.paths[study_id], shared.placement.blind())[0], _NOT_TRIED
 
 
 def locate_studies(
@@ -54,6 +95,7 @@ def locate_studies(
     placement: Placement | SpineNet,
     folder: str | Path | None = None,
     workers: int = 1,
+    scheduler: str = "",
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[int, dict]]:
     """Levels and vertebrae of many studies.
 
@@ -71,6 +113,8 @@ def locate_studies(
         weights, prior or detector is not taken; a function is known by its repr.
     workers : int
         Threads; most of the time is spent outside Python's lock.
+    scheduler : str
+        Address of a Dask scheduler whose workers locate the studies, see cluster.spread; empty: this machine.
 
     Returns
     -------
@@ -84,39 +128,39 @@ def locate_studies(
     RuntimeError
         A file cannot be read, or detection failed in every one of three or more studies.
     """
-    placement = Placement.of(placement)
+    return _tables(_located(paths, Placement.of(placement), folder, workers, scheduler))
+
+
+def _tables(results):
+    """(levels, vertebrae, anchors) of what _located returns."""
+    levels = pd.DataFrame([row for result in results.values() for row in result["levels"]], columns=LEVEL_TABLE_COLUMNS)
+    rows = [row for result in results.values() for row in result["vertebrae"]]
+    anchors = {
+        study_id: {plane: np.array(center) for plane, center in result["anchors"].items()}
+        for study_id, result in results.items()
+    }
+    return levels, pd.DataFrame(rows, columns=VERTEBRA_TABLE_COLUMNS), anchors
+
+
+def _located(paths, placement, folder, workers, scheduler=""):
+    """dict study_id -> what _locate finds, kept in the folder; arguments and errors as of locate_studies."""
     placement = replace(placement, layout=placement.prior)
     key = placement.key()
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    problems = []
-
-    def locate(study_id: int) -> dict[str, Any]:
-        file = Path(folder) / f"{study_id}.json" if folder is not None else None
-        known = _kept(file, key, study_id) if file is not None else None
-        if known is not None:
-            return known
-        result, problem, blind = _locate(study_id, paths[study_id], placement)
-        if blind is not None:
-            problems.append(problem if blind else None)
-        if file is not None and not problem:
-            write_json(file, {"key": key} | result)
-        return result
-
-    pool = ThreadPoolExecutor(max(int(workers), 1))
-    try:
-        results = list(progress(pool.map(locate, paths), "locating levels", len(paths)))
-    finally:  # an interrupted run must not finish the queue first
-        pool.shutdown(cancel_futures=True)
+    shared = _Locating(
+        placement,
+        key,
+        {i: Path(p).resolve() for i, p in paths.items()},
+        Path(folder).resolve() if folder is not None else None,
+    )
+    with progress(desc="locating levels", total=len(paths)) as bar:
+        located = spread(_locate_kept, list(paths), shared, workers, scheduler, partial(_lost, shared), done=bar.update)
+    results = [result for result, _ in located.values()]
+    problems = [problem for _, problem in located.values() if problem != _NOT_TRIED]
     if len(problems) > 2 and all(problems):  # no odd studies, but an installation that cannot work
         raise RuntimeError(f"the detector failed in all of {len(problems)} studies; the first: {problems[0]}")
-    levels = pd.DataFrame([row for result in results for row in result["levels"]], columns=LEVEL_TABLE_COLUMNS)
-    rows = [row for result in results for row in result["vertebrae"]]
-    anchors = {
-        study_id: {plane: np.array(center) for plane, center in result["anchors"].items()}
-        for study_id, result in zip(paths, results)
-    }
-    return levels, pd.DataFrame(rows, columns=VERTEBRA_TABLE_COLUMNS), anchors
+    return dict(zip(paths, results, strict=True))
 
 
 def _kept(file, key, study_id):
@@ -143,10 +187,15 @@ def _locate(study_id, path, placement):
     boxes, bodies, problem = locate_levels_surely(study, placement)
     if problem:
         print(f"study {study_id}: {problem}")
+    anchors = study_anchors(study)
+    # Another detector's names are its own.
+    chain = [body for body in seen(bodies) if body.appearance is not None]
+    numberings = chain_numberings(chain, placement.prior, anchors.get("sagittal"))
     result = {
         "levels": boxes_to_table(study_id, boxes).to_dict("records"),
         "vertebrae": vertebrae_to_table(study_id, bodies).to_dict("records"),
-        "anchors": {plane: center.tolist() for plane, center in study_anchors(study).items()},
+        "anchors": {plane: center.tolist() for plane, center in anchors.items()},
+        "numberings": None if numberings is None else numberings.to_json(),
     }
     sagittal = any(volume.plane == "sagittal" for volume in study.volumes)
     return result, problem, not seen(bodies) if sagittal else None
@@ -189,16 +238,21 @@ def locate_with_own_layout(
     folder: str | Path | None = None,
     workers: int = 1,
     detector: Detector = "own",
+    coordinates: pd.DataFrame | None = None,
+    scheduler: str = "",
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """locate_studies; and where nothing is seen, the mean layout of these patients instead of the phantoms'.
+    """locate_studies, counted as these readers count; and where nothing is seen, by the mean layout of these patients.
 
-    The layout goes into model.about["layout"], so that inference places its studies alike; names are given with
-    model.about["prior"] here and there.
+    The layout goes into model.about["layout"], what was learned of the counting into model.about["prior"], so that
+    inference places and names its studies alike.
 
     Parameters
     ----------
-    paths, model, folder, workers, detector
+    paths, model, folder, workers, detector, scheduler
         As locate_studies and Placement.of take them; the model must carry a prior.
+    coordinates : DataFrame, optional
+        From read_coordinates, without the studies held out. Where readers number transitional spines another way than
+        the chains are, and their points suffice to learn it, names are given as they give them.
 
     Returns
     -------
@@ -206,6 +260,34 @@ def locate_with_own_layout(
         levels.csv and vertebrae.csv.
     """
     placement = Placement.of(model, detector)
-    levels, vertebrae, anchors = locate_studies(paths, placement, folder, workers)
+    if coordinates is not None:
+        placement = replace(placement, detector=_remembering(placement.detector))
+    results = _located(paths, placement, folder, workers, scheduler)
+    if coordinates is not None:
+        numberings = {
+            study_id: None if result["numberings"] is None else Numberings.from_json(result["numberings"])
+            for study_id, result in results.items()
+        }
+        before = placement.prior.get("counting", {})
+        counting = learn_counting(numberings, paths, coordinates, before)
+        if counting != before:
+            prior = {key: value for key, value in placement.prior.items() if key != "counting"}
+            model.about["prior"] = prior | ({"counting": counting} if counting else {})
+            placement = replace(placement, prior=model.about["prior"])
+            results = _located(paths, placement, folder, workers, scheduler)
+    levels, vertebrae, anchors = _tables(results)
     model.about["layout"] = refit_level_prior(anchors, vertebrae, placement.prior)
     return locate_unseen(levels, vertebrae, anchors, model.about["layout"], paths)
+
+
+def _remembering(detector):
+    """The detector, which looks at each volume once: bodies are small, and naming them anew needs no second look."""
+    found = {}
+
+    def detect(volume):
+        place = (volume.study_id, volume.series_id, volume.block, volume.array.shape)
+        if place not in found:
+            found[place] = detector(volume)
+        return list(found[place])
+
+    return detect

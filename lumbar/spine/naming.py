@@ -1,6 +1,6 @@
 """Bodies that were found, named in one chain.
 
-May use: vertebra, data.
+May use: counting, vertebra, data.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..data.source import Source
+from .counting import STEPS, Numberings, counted_shares, numberings_of
 from .vertebra import _CHAIN, AMBIGUOUS_SHARE, SPINE_CLASSES, UNCERTAIN, Vertebra, spine_class
 
 
@@ -200,22 +201,65 @@ class SecondNumbering:
     share: float
 
 
-def _numbering(names, scores):
-    """(how likely the chain's names are as a whole, SecondNumbering or None).
+def _numbering(names, scores, numberings=None, counting=None):
+    """(by how many names the chain is moved, how likely its names are as a whole, SecondNumbering or None).
 
     names: dict detection -> index into _CHAIN; scores: of _chain_scores. A chain is as likely as the median of its
-    names: the upper ones' shares also count that a body was overlooked in between.
+    names: the upper ones' shares also count that a body was overlooked in between. Where a counting was learned
+    (fit_counting) it divides what is likely among the numberings anew.
     """
-    from_s1 = _CHAIN.index("S1") in names.values()
-    shares = _name_shares(*(part * (_TEMPER if from_s1 else _TEMPER_WITHOUT_S1) for part in scores))
+    shares = _tempered_shares(names, scores)
 
     def share_of(step):
         moved = [(i, k + step) for i, k in names.items()]
         return float(np.median([shares[i, k] if 0 <= k < shares.shape[1] else 0.0 for i, k in moved]))
 
-    step = max((-1, 1), key=share_of)
-    share = share_of(step) / max(share_of(step) + share_of(0), 1e-12)
-    return min(share_of(0), 1.0), SecondNumbering(step, share) if share >= _LEAST_SHARE else None
+    likely = {step: share_of(step) for step in STEPS}
+    first = 0
+    if counting:
+        together = min(sum(likely.values()), 1.0)
+        likely = {step: together * share for step, share in zip(STEPS, counted_shares(numberings, counting))}
+        first = max(STEPS, key=lambda step: likely[step])
+    step = max((step for step in STEPS if abs(step - first) == 1), key=lambda step: likely[step])
+    share = likely[step] / max(likely[step] + likely[first], 1e-12)
+    second = SecondNumbering(step - first, float(share)) if share >= _LEAST_SHARE else None
+    return first, float(min(likely[first], 1.0)), second
+
+
+def _tempered_shares(names, scores):
+    """_name_shares of a score that is not taken at its word."""
+    from_s1 = _CHAIN.index("S1") in names.values()
+    return _name_shares(*(part * (_TEMPER if from_s1 else _TEMPER_WITHOUT_S1) for part in scores))
+
+
+def _best_size(vertebrae, prior, center_lps_mm):
+    """(names: dict detection -> index into _CHAIN, scores) at the patient's size, which is tried out: missed and false
+    bodies spoil any median of distances."""
+    tried = []
+    for size in _SIZES:
+        scores = _chain_scores(vertebrae, prior, center_lps_mm, size)
+        chain, total = _best_chain(*scores)
+        tried.append((total - 0.5 * (np.log(size) / 0.1) ** 2, chain, scores))
+    _, chain, scores = max(tried, key=lambda item: item[0])
+    return dict(chain), scores
+
+
+def _measured(vertebrae, prior, names, scores):
+    """Numberings of what _best_size found."""
+    shapes, usual = (_shapes(c) for c in (np.stack([v.corners_lps_mm for v in vertebrae]), _chain_layout(prior)))
+    looks = [v.appearance for v in vertebrae]
+    shares = _tempered_shares(names, scores)
+    return numberings_of(names, shares, shapes, _pair_shapes(shapes), _pair_shapes(usual), looks)
+
+
+def chain_numberings(
+    vertebrae: Sequence[Vertebra], prior: dict, center_lps_mm: np.ndarray | None = None
+) -> Numberings | None:
+    """What fit_counting learns from: the numbering that name_vertebrae would give a chain without a learned counting,
+    and the two beside it. None for fewer than two bodies; arguments as of name_vertebrae."""
+    if len(vertebrae) < 2:
+        return None
+    return _measured(vertebrae, prior, *_best_size(vertebrae, prior, center_lps_mm))
 
 
 def name_vertebrae(
@@ -240,25 +284,24 @@ def name_vertebrae(
     disc (lumbarised S1) is outvoted by the rest.
     A dropped detection is kept under the name UNCERTAIN, unless it overlaps a named one (then it is the same body seen
     twice). Confidence is the detection's times the share of its name among all namings (_name_shares), or times the
-    whole chain's (_numbering) where that is lower. The source is uncertain, too, where this is below AMBIGUOUS_SHARE,
-    and throughout where no S1 is in the chain: then nothing is there to count from.
+    whole chain's (_numbering) where that is lower. A counting that was learned from readers' points
+    (prior["counting"], see fit_counting) may move all names by one. The source is uncertain, too, where confidence is
+    lowered below AMBIGUOUS_SHARE, and throughout where no S1 is in the chain: then nothing is there to count from.
     """
     if not vertebrae:
         return [], None
-    # The patient's size is tried out: missed and false bodies spoil any median of distances.
-    tried = []
-    for size in _SIZES:
-        scores = _chain_scores(vertebrae, prior, center_lps_mm, size)
-        chain, total = _best_chain(*scores)
-        tried.append((total - 0.5 * (np.log(size) / 0.1) ** 2, chain, scores))
-    _, chain, scores = max(tried, key=lambda item: item[0])
-    names, shares = dict(chain), _name_shares(*scores)
-    chain_share, second = _numbering(names, scores)
+    names, scores = _best_size(vertebrae, prior, center_lps_mm)
+    shares = _name_shares(*scores)
+    counting = prior.get("counting")
+    numberings = _measured(vertebrae, prior, names, scores) if counting else None
+    moved, chain_share, second = _numbering(names, scores, numberings, counting)
+    own_share = {i: shares[i, k] for i, k in names.items()}
+    names = {i: k + moved for i, k in names.items() if 0 <= k + moved < len(_CHAIN)}
     from_s1 = _CHAIN.index("S1") in names.values()
     result = []
     for i, vertebra in enumerate(vertebrae):
         if i in names:
-            share = float(min(shares[i, names[i]], chain_share))
+            share = float(min(own_share[i], chain_share))
             doubtful = share < AMBIGUOUS_SHARE or not from_s1
             source = vertebra.source | (Source.UNCERTAIN if doubtful else Source(0))
             found = replace(vertebra, name=_CHAIN[names[i]], confidence=vertebra.confidence * share, source=source)

@@ -1,6 +1,6 @@
 """SpineNet after Windsor et al. (MICCAI 2020), trained here: its network and weights, and how it finds bodies.
 
-May use: vertebra, data, engine, weights, storage, limits, names.
+May use: across, counting, vertebra, data, engine, weights, storage, limits, names.
 """
 
 import math
@@ -21,6 +21,8 @@ from ..limits import check_limit
 from ..names import VERTEBRAE
 from ..storage import write_tensors
 from ..weights import Stated, check_network, read_weights
+from .across import middle_across
+from .counting import COUNTING_FEATURES
 from .vertebra import _LUMBAR, SPINE_CLASSES, Vertebra, polygon_iou, upright
 
 
@@ -201,7 +203,8 @@ def load_spinenet(path: str | Path, device: str = "cpu") -> SpineNet:
 
 
 def _check_layouts(stated):
-    """Refuse a prior or layout (of fit_level_prior) that would place levels by something other than millimetres."""
+    """Refuse a prior or layout (of fit_level_prior) that would place levels by something other than millimetres, or
+    name them by something other than numbers."""
     for layout in (stated.part(name, optional=True) for name in ("prior", "layout")):
         if layout is None:
             continue
@@ -212,6 +215,11 @@ def _check_layouts(stated):
         for name in {*_LUMBAR, *corners.about}:
             corners.numbers(name, (4, 3), -2000, 2000)
             widths.number(name, 0, 500)
+        counting = layout.part("counting", optional=True)
+        if counting is not None:
+            counting.keys(COUNTING_FEATURES)
+            for name in counting.about:
+                counting.number(name, -1000, 1000)
 
 
 # -- from maps to vertebrae
@@ -448,24 +456,33 @@ def detect_vertebrae(model: SpineNet, volume: Volume, batch_size: int = 8) -> li
     # A GPU is quicker with many slices at a time than with few.
     on_gpu = isinstance(model, nn.Module) and next(model.parameters()).device.type != "cpu"
     slices = _all_slices(model, images, batch_size) if on_gpu else _slices_from_the_middle(model, images)
-    tracks = link_slices(slices)
     source = Source.T1 if volume.description == "Sagittal T1" else Source.T2
-    step_mm = volume.spacing_mm[0]
+    return _bodies(slices, affine, images.shape[2:], volume.spacing_mm[0], source)
+
+
+def _bodies(slices, affine, shape, step_mm, source):
+    """Vertebrae, head to foot, of what the slices of one volume show: see detect_vertebrae.
+
+    slices: list of decode_slices; affine, shape: of the images; step_mm: from slice to slice."""
     vertebrae = []
-    for track in tracks:
+    for track in link_slices(slices):
         # Beside a body the chain of overlaps may run on along a rib, a pedicle or the sacrum's wing, less surely.
         highest = max(detection["score"] for _, detection in track)
         track = [item for item in track if item[1]["score"] > 0.6 * highest]
-        if len(track) < min(2, (len(images) + 1) // 2):
+        if len(track) < min(2, (len(slices) + 1) // 2):
             continue
         index = np.array([i for i, _ in track], float)
         score = np.array([d["score"] for _, d in track])
-        corners_px = np.array([d["corners_px"] for _, d in track]).reshape(len(track), 8)
-        # Slices through the middle count more: towards its sides a body is shallower.
-        span = index - (index[0] + index[-1]) / 2
-        weight = score * (1 - 0.8 * (2 * span / (index[-1] - index[0] + 1)) ** 2)
-        middle = np.average(index, weights=weight)
-        rows_columns = np.average(corners_px, axis=0, weights=weight).reshape(4, 2)
+        corners_px = np.array([d["corners_px"] for _, d in track])
+        corners_mm = corners_px @ affine[:3, 1:3].T
+        depth_mm = np.linalg.norm(corners_mm[:, [1, 2]] - corners_mm[:, [0, 3]], axis=2).mean(1)
+        middle, across_sd_mm = middle_across(index, depth_mm, score, len(slices), step_mm)
+        # Slices through the middle count more: towards its sides a body is shallower. Where the stack ends within it,
+        # it is wider than what is seen of it.
+        reach = max(middle - index[0] + 0.5, index[-1] - middle + 0.5, 1.0)
+        away = (index - middle) / reach
+        weight = score * (1 - 0.8 * away**2)
+        rows_columns = np.average(corners_px, axis=0, weights=weight)
         ijk = np.column_stack([np.full(4, middle), rows_columns])
         logits = np.array([d["logits"] for _, d in track], np.float64)
         logits -= logits.max(1, keepdims=True)
@@ -473,15 +490,16 @@ def detect_vertebrae(model: SpineNet, volume: Volume, batch_size: int = 8) -> li
         log_p = np.average(log_p, axis=0, weights=weight)
         best = np.sort(score)[::-1][:5]
         # A body that the image's border cuts has corners that nobody saw: its shape and its centre count less.
-        last = np.array(images.shape[2:]) - 1
+        last = np.array(shape) - 1
         cut = ((rows_columns < 1) | (rows_columns > last - 1)).any()
         vertebrae.append(
             Vertebra(
                 ijk @ affine[:3, :3].T + affine[:3, 3],
-                float((index[-1] - index[0] + 1) * step_mm),
+                float(max((index[-1] - index[0] + 1) * step_mm, min(2 * reach * step_mm, 1.5 * np.median(depth_mm)))),
                 float(best.mean() * min(1.0, len(track) * step_mm / 25.0) * (0.5 if cut else 1.0)),
                 source=source,
                 appearance=log_p - np.log(np.exp(log_p).sum()),
+                across_sd_mm=across_sd_mm,
             )
         )
     return sorted(surest(vertebrae), key=lambda v: -v.center_lps_mm[2])

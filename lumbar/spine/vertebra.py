@@ -47,7 +47,8 @@ class Vertebra:
 
     corners_lps_mm: (4, 3), in the order of CORNERS, in its mid-sagittal plane; width_mm: from right to left;
     appearance: (len(SPINE_CLASSES),) log-probabilities, or None; name: "T10" ... "S2", "uncertain", "" before naming;
-    source: where it comes from; uncertain where its name is doubtful, see name_vertebrae.
+    source: where it comes from; uncertain where its name is doubtful, see name_vertebrae; across_sd_mm: how surely its
+    place across the slices is known, as a standard deviation.
     """
 
     corners_lps_mm: np.ndarray
@@ -56,6 +57,7 @@ class Vertebra:
     name: str = ""
     source: Source = Source(0)
     appearance: np.ndarray | None = None
+    across_sd_mm: float = 2.0
 
     @property
     def center_lps_mm(self) -> np.ndarray:

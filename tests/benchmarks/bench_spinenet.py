@@ -21,7 +21,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import sys
 import time
 from dataclasses import replace
@@ -75,7 +74,7 @@ LUMBAR = ("L1", "L2", "L3", "L4", "L5", "S1")  # the neighbours of the five disc
 HIT_MM = 10.0  # a detection this near to a true body's centre has found it
 EDGE_MM = 10.0  # bodies and discs nearer to an image's edge are not asked for
 RIGHT_MM = 4.0  # as in lumbar_levels.locating_scores
-UNSEEN = "extrapolated|prior|axial"  # in the source of a body or level that no sagittal image shows
+UNSEEN = "extrapolated|prior|axial"  # in the source of a level that no sagittal image shows
 
 # -- studies
 
@@ -163,18 +162,18 @@ def cobb_deg(anatomy):
     return max(lean) - min(lean)
 
 
-def simulate_sagittal(seed, kind, transitional=0.0):
+def simulate_sagittal(seed, kind, transitional=0.0, variety="wide", series=("T1", "T2")):
     """One study's sagittal series in memory.
 
-    transitional: probability of transitional anatomy. Returns (normalised Study whose id is the seed, truth: vertebra
-    table of T8 to S5, anatomy).
+    transitional: probability of transitional anatomy; variety: as sample_anatomy's; series: which are made. Returns
+    (normalised Study whose id is the seed, truth: vertebra table of T8 to S5, anatomy).
     """
     anatomy, _, _, grids, plans, rng = phantom.simulate(
-        seed, prevalence=PREVALENCE, transitional=transitional, anomalies="none", variety="wide"
+        seed, prevalence=PREVALENCE, transitional=transitional, anomalies="none", variety=variety
     )
     front = np.array([(v.centre_mm - v.frame[:, 1] * v.depth_mm / 2)[1:] for v in anatomy.vertebrae])
-    volumes = []
-    for number, plan in enumerate(plan for plan in plans if plan.description.startswith("Sagittal")):
+    volumes, made = [], [f"Sagittal {name}" for name in series]
+    for number, plan in enumerate(plan for plan in plans if plan.description.startswith(tuple(made))):
         plan.series_id = number + 1
         table = grey_table(kind, plan.description, rng)
         images = [phantom.render(grid, table) for grid in grids]
@@ -526,7 +525,7 @@ def score_study(boxes, bodies, truth, view):
     true_mm = np.array([body.center_lps_mm for body in true_bodies])
     asked = in_view(view, true_mm) & np.array([body.name in VERTEBRAE for body in true_bodies])
     where = np.flatnonzero(asked)
-    raw = [v for v in bodies if not re.search(UNSEEN, v.source)]
+    raw = [v for v in bodies if v.source.seen]
     counts = {}
     for prefix, seen in (("raw_", raw), ("", [v for v in raw if v.name != vertebra_module.UNCERTAIN])):
         seen_mm = np.array([v.center_lps_mm for v in seen]).reshape(-1, 3)
@@ -751,6 +750,7 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench_spinenet")
     parser.add_argument("--workers", type=int, default=2, help="processes that make studies")
     parser.add_argument("--only", choices=("contrast", "corruption"))
+    parser.add_argument("--corruptions", nargs="+", choices=CORRUPTIONS, default=CORRUPTIONS, help="default: all")
     options = parser.parse_args(arguments)
     model = spinenet.load_spinenet(options.weights)  # first: a wrong path shall not cost an hour of phantoms
     options.out.mkdir(parents=True, exist_ok=True)
@@ -765,7 +765,7 @@ def main(arguments=None):
         truths["corruption"] = pd.concat([of_clinical, of_crooked], ignore_index=True)
         parts["corruption"] = [
             {"about": s, "kind": name, "corruption": name}
-            for name in CORRUPTIONS
+            for name in options.corruptions
             for s in (crooked if name == "scoliosis" else studies)
         ]
         cobb = [round(s["cobb_deg"], 1) for s in crooked]
@@ -786,7 +786,7 @@ def main(arguments=None):
         if name == "corruption":
             summary["scoliosis_cobb_deg"] = cobb
         scores, levels = locate_cases(own, truths[name], model)
-        kinds = KINDS if name == "contrast" else CORRUPTIONS
+        kinds = KINDS if name == "contrast" else options.corruptions
         table = tabulate(scores, levels, kinds)
         write_csv(options.out / f"table_{name}.csv", table)
         summary[name] = _records(table)

@@ -1,7 +1,7 @@
 """A headless Chromium for these tests; without one, or without playwright, they are skipped and say why.
 
-What they need and the kit does not: `pip install playwright jupyterlab` and Debian's `chromium` (or Chrome). playwright
-drives that browser; it downloads none of its own.
+What they need and the kit does not: `pip install playwright jupyterlab axe-playwright-python` and Debian's `chromium`
+(or Chrome). playwright drives that browser; it downloads none of its own. axe-playwright-python brings axe-core.
 """
 
 import os

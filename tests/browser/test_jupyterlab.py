@@ -190,6 +190,23 @@ def test_sliders_and_clicks_within_the_study(live):
     assert picture(frame, 0) != turned
 
 
+def test_keys_work_in_the_frame_under_the_mouse(live):
+    """Without a click; in the notebook its own keys count again once the mouse has left."""
+    live.locator(".jp-Notebook .jp-MarkdownCell").first.click()
+    frame, cells = study_frame(live, 7), live.locator(".jp-Notebook .jp-Cell").count()
+    live.mouse.move(5, 5)
+    frame.locator("figure[data-panel='0'] svg").hover()
+    for key in ("2", "ArrowDown"):
+        live.keyboard.press(key)
+        live.wait_for_timeout(150)
+    assert frame.locator("select[data-pick=level]").input_value() == "1"
+    live.mouse.move(5, 5)
+    live.wait_for_timeout(150)
+    assert live.evaluate("document.activeElement.tagName") != "IFRAME"
+    assert live.locator(".jp-Notebook .jp-Cell").count() == cells
+    frame.locator("select[data-pick=level]").select_option("L4/L5")
+
+
 def test_controls_change_the_study(live):
     first = picture(study_frame(live, 7))
     live.get_by_role("button", name="next").click()

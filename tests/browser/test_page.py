@@ -150,7 +150,7 @@ def test_a_click_moves_the_other_series_there(shown, study):
     assert float(line.get_attribute("y1")) == pytest.approx(59) == float(line.get_attribute("y2"))
     # From the tilted stack back to the sagittal ones, right of the middle.
     place = stacks[1].voxel_to_lps([2, 30, 24])
-    shown.page.locator("figure[data-panel='1'] select").select_option("stack 2")
+    shown.page.locator("figure[data-panel='1'] select").select_option("stack 2 of 2")
     shown.set("figure[data-panel='1'] > input[type=range]", 8)
     shown.click_patient(AXIAL, stacks[1], place)
     assert shown.slice(AXIAL) == 8 and shown.slice(T1) == utils.nearest_slice(sagittal, place)[0] == 7
@@ -287,7 +287,7 @@ def test_texts_stand_out(chromium, file, scheme):
     page = Page(chromium, file, color_scheme=scheme)
     paper = luminance(page.page.locator(".lumbar-viewer").evaluate("x => getComputedStyle(x).backgroundColor"))
     assert (paper > 0.5) == (scheme == "light")
-    for selector in ("h3", "summary", "figcaption span", "td[data-cell]", "th", ".legend", ".tools label"):
+    for selector in (".title", "summary", "figcaption span", "td[data-cell]", "th", ".legend", ".tools label"):
         ink = luminance(page.page.locator(selector).first.evaluate("x => getComputedStyle(x).color"))
         ratio = (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05)
         assert ratio >= 4.5, f"{selector}: {ratio:.1f}"

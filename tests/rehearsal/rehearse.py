@@ -1,6 +1,6 @@
 """A rehearsal of Kaggle's runs: its Python and packages, its folders, no network, the kernels as they are pushed.
 
-    python tests/rehearsal/rehearse.py FOLDER [--chain] [--layout old] [--python VENV/bin/python] [--json facts.json]
+    python tests/rehearsal/rehearse.py FOLDER [--chain] [--smoke] [--layout old] [--python PYTHON] [--json FILE]
 
 In FOLDER (new or empty, 8 GB) it makes a virtual environment of Python 3.12 with the versions of Kaggle's image (IMAGE,
 and nothing else that the image lacks), stages everything with publish's functions, lays the inputs out as Kaggle mounts
@@ -9,7 +9,8 @@ place, as when a submission is scored: phantom studies, tiny random weights. sub
 probabilities, and agree with the same weights' predictions in this environment. Where the system allows it (root, or
 user namespaces) the inputs are at /kaggle/input and the network is that of a machine with no other; elsewhere
 KAGGLE_INPUT_DIR stands in for the mount, and sockets refuse. --chain: all staged kernels before it, too, on twelve
-phantom studies, each fed with the outputs of the others (some ten minutes).
+phantom studies, each fed with the outputs of the others (some ten minutes). --smoke: the chain of small kernels that
+SMOKE of publish stages, as it is pushed, on the phantoms that its first kernel makes.
 
 The environment stays in FOLDER/venv and is used again; delete FOLDER when done. A script, which pytest does not
 collect.
@@ -389,10 +390,35 @@ def rehearse_chain(python, folder, build, layout, alone):
     return {"seconds": {k: round(v) for k, v in seconds.items()}, "ensemble": scores["Ensemble"]["total"]}
 
 
+def rehearse_smoke(python, folder, build, layout, alone):
+    """The kernels of a smoke run in order: no competition data, each with its data sets and the outputs it names."""
+    folder.mkdir()
+    seconds, working = {}, {}
+    plan = json.loads((build / "staged.json").read_text())
+    for name in plan["stages"]:
+        about = json.loads((build / "kernels" / name / "kernel-metadata.json").read_text())
+        inputs = folder / f"input_{name}"
+        inputs.mkdir()
+        for ref in about["dataset_sources"]:
+            if (build / "datasets" / ref.rpartition("/")[2]).is_dir():
+                attach_dataset(inputs, layout, build / "datasets" / ref.rpartition("/")[2])
+        for ref in about["kernel_sources"]:
+            slug = ref.rpartition("/")[2]
+            attach_output(inputs, layout, slug, working[slug])
+        seconds[name] = run_kernel(python, build / "kernels" / name, inputs, folder / name, alone=alone)
+        print(f"  {name}: {seconds[name]:.0f} s", flush=True)
+        working[about["id"].rpartition("/")[2]] = folder / name
+        shutil.rmtree(inputs)
+    check_submission(pd.read_csv(folder / "smoke-inference" / "submission.csv"), folder / "smoke-preprocess" / "data")
+    scores = json.loads((folder / "smoke-report" / "06_report" / "manifest.json").read_text())["scores"]["test"]
+    return {"seconds": {k: round(v) for k, v in seconds.items()}, "ensemble": scores["Ensemble"]["total"]}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--chain", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--layout", choices=("new", "old"), default="new")
     parser.add_argument("--no-namespaces", action="store_true", help="as where the system does not allow them")
     parser.add_argument("--python", type=Path, help="of an environment like make_environment's")
@@ -401,7 +427,7 @@ def main():
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     python = arguments.python.absolute() if arguments.python else make_environment(folder)
-    for old in ("build", "scoring", "chain", "chain_build"):
+    for old in ("build", "scoring", "chain", "chain_build", "smoke", "smoke_build"):
         shutil.rmtree(folder / old, ignore_errors=True)
     mounts = [path for path in map(Path, ("/kaggle/input", "/kaggle/working", "/kaggle")) if not path.exists()]
     alone = not arguments.no_namespaces and bool(isolation())
@@ -416,6 +442,12 @@ def main():
             build = folder / "chain_build"
             facts["chain"] = rehearse_chain(python, folder / "chain", build, arguments.layout, alone)
             print(json.dumps(facts["chain"], indent=2))
+        if arguments.smoke:
+            build = folder / "smoke_build"
+            utils.stage_kaggle(USER, build, ROOT, smoke=True)
+            remove_wheels(python)
+            facts["smoke"] = rehearse_smoke(python, folder / "smoke", build, arguments.layout, alone)
+            print(json.dumps(facts["smoke"], indent=2))
     finally:
         for path in mounts:  # what was made to mount upon
             if path.is_dir():

@@ -1,0 +1,104 @@
+"""A run's folder, or any folder of DICOM files, to look at: as an Inspection, as pages, as files for 3D Slicer.
+
+May use: inspection, markups, serve, data, storage, names.
+"""
+
+import html
+from pathlib import Path
+
+import pandas as pd
+
+from ..data.geometry import boxes_from_table
+from ..names import progress
+from ..serve.folder import find_studies, lay_out
+from ..serve.predict_folder import locate_folder, placement_of
+from ..storage import read_json, write_text
+from .inspection import Inspection, read_inspection
+from .markups import write_markups
+
+_PAGE = """<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>
+<meta name=color-scheme content='light dark'><title>Lumbar spine studies</title><style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse}
+td,th{text-align:left;padding:.4rem .8rem;border-bottom:1px solid #8886;vertical-align:top}
+</style></head><body><main><h1>Lumbar spine studies</h1><p>studies.csv says which folder each is.</p><table><thead><tr>
+<th scope=col>study<th scope=col>series used<th scope=col>problems</tr></thead><tbody>{rows}</tbody></table></main>
+</body></html>
+"""
+
+
+def open_folder(
+    folder: str | Path, out: str | Path, member: str = "level", workers: int = 2, verbose: bool = True
+) -> Inspection:
+    """What there is to look at in a folder.
+
+    Parameters
+    ----------
+    folder : path
+        A run's folder, the output of `predict` or of `inspect`, or any folder or zip of DICOM files: then its studies
+        are laid out, read and located in `out` first, with the weights that come with the kit.
+    out : path
+        A folder of its own for that.
+    member : str
+        Whose predictions rank the errors, see read_inspection.
+    workers : int
+        Threads.
+    verbose : bool
+        Print what is not there.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As find_studies, lay_out and read_inspection do.
+    """
+    folder = Path(folder)
+    if not (folder / "01_preprocess").is_dir():
+        lay_out(find_studies(folder, out), out)
+        locate_folder(out, placement_of(None), workers)
+        folder = Path(out)
+    levels = folder / "02_train_spinenet"
+    return read_inspection(
+        _data_of(folder),
+        folder / "01_preprocess",
+        levels if levels.is_dir() else folder,
+        [folder],
+        folder / "05_inference",
+        member,
+        verbose,
+    )
+
+
+def _data_of(folder: Path) -> Path:
+    """The competition folder that a run's folder was made from."""
+    manifest = folder / "01_preprocess" / "manifest.json"
+    if not (folder / "data").is_dir() and manifest.is_file():
+        stated = read_json(manifest).get("parameters", {}).get("DATA", "")
+        if stated and Path(stated).is_dir():
+            return Path(stated)
+    return folder / "data"
+
+
+def write_pages(out: str | Path, log: pd.DataFrame) -> list[Path]:
+    """Write a page for each study of a folder that locate_folder (and grade_folder) went through: out/study_<id>.html,
+    out/index.html with all of them, and out/slicer/<id>/ with the levels for 3D Slicer.
+
+    log: of folder_log. A study without a readable image has no page. Pages name no folder: that may be a patient's
+    name. Returns the pages, the index first.
+    """
+    out = Path(out)
+    inspection = open_folder(out, out, verbose=False)
+    levels = inspection.levels if inspection.levels is not None else pd.DataFrame(columns=["study_id"])
+    pages = {}
+    for study_id in progress([i for i in log["study_id"] if (levels["study_id"] == i).any()], "writing pages"):
+        page, _ = inspection.study_html(study_id, page=True)
+        pages[study_id] = write_text(out / f"study_{study_id}.html", page)
+        write_markups(boxes_from_table(levels, study_id), out / "slicer" / str(study_id))
+    rows = "".join(_row(row, pages) for row in log.to_dict("records"))
+    return [write_text(out / "index.html", _PAGE.replace("{rows}", rows)), *pages.values()]
+
+
+def _row(row: dict, pages: dict[int, Path]) -> str:
+    page = pages.get(row["study_id"])
+    name = f"<a href='{page.name}'>{row['study_id']}</a>" if page else str(row["study_id"])
+    texts = (html.escape(str(row[key])) for key in ("series", "problems"))
+    return f"<tr><td>{name}" + "".join(f"<td>{text}" for text in texts) + "</tr>"

@@ -1,0 +1,138 @@
+"""The studies of any folder, from its laid-out series to tables of levels and of probabilities.
+
+May use: folder, inference, members, tables, grade, spine, data, names, storage.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..data.competition import from_submission
+from ..data.preprocess import preprocess_studies
+from ..data.volume import study_about, study_paths
+from ..grade.ensemble import ensemble_for
+from ..names import CONDITIONS, LEVEL_TABLE_COLUMNS, LEVELS, SEVERITIES, device_for
+from ..spine.locating import locate_studies
+from ..spine.placement import Placement
+from ..spine.spinenet import load_spinenet
+from ..storage import write_csv, write_json
+from .folder import FoundStudy
+from .inference import infer_studies
+from .members import Members, load_members, weight_folders
+from .tables import refuse_prior_only
+
+SHIPPED_WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "spinenet_phantom.safetensors"
+
+
+def members_of(weights: Sequence[str | Path], device: str = "auto") -> Members | None:
+    """The members in or below these folders; None without folders: then only levels are found, see placement_of."""
+    return load_members(weight_folders(weights), device=device) if weights else None
+
+
+def placement_of(members: Members | None, device: str = "auto") -> Placement:
+    """How levels are placed: by the members' SpineNet, without members by the one that comes with the kit."""
+    return Placement.of(load_spinenet(SHIPPED_WEIGHTS, device_for(device))) if members is None else members.placement
+
+
+def locate_folder(out: str | Path, placement: Placement, workers: int = 2) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read the studies that lay_out wrote to out/data, and find their levels.
+
+    Writes out/01_preprocess (volumes, series.csv), out/levels.csv and out/vertebrae.csv; what an earlier call finished
+    is found. A study without a readable image has no levels.
+
+    Returns
+    -------
+    levels, vertebrae : DataFrame
+        As locate_studies returns them.
+    """
+    out = Path(out)
+    series = preprocess_studies(out / "data", "test", out / "01_preprocess" / "volumes", workers)
+    write_csv(out / "01_preprocess" / "series.csv", series)
+    wanted = set(series["study_id"])
+    paths = {i: path for i, path in study_paths(out / "01_preprocess").items() if i in wanted}
+    paths = {i: path for i, path in paths.items() if study_about(path)["volumes"]}
+    levels, vertebrae, _ = locate_studies(paths, placement, out / "01_preprocess" / "levels", workers)
+    write_csv(out / "levels.csv", levels.reindex(columns=LEVEL_TABLE_COLUMNS))
+    write_csv(out / "vertebrae.csv", vertebrae)
+    return levels, vertebrae
+
+
+def grade_folder(
+    out: str | Path, members: Members, weights: Sequence[str | Path], prior_only: bool = False, readers: int = 0
+) -> pd.DataFrame:
+    """Predict the studies that lay_out wrote to out/data.
+
+    Writes out/05_inference (submission.csv, inference_log.csv, ensemble.json) and out/probabilities.csv: study_id,
+    condition, level, normal_mild, moderate, severe, prior (whether the whole study rests on the training set's
+    frequencies). weights: where the members are from, for the ensemble that lies there.
+
+    Returns
+    -------
+    DataFrame
+        infer_studies' log.
+
+    Raises
+    ------
+    RuntimeError
+        No network had anything to say of any study, so that every row is the prior, and `prior_only` is false. What
+        was written stays.
+    """
+    out = Path(out)
+    folder = out / "05_inference"
+    # An ensemble.json of the stage 05 lies in a folder beside those with weights.
+    beside = [path.parent for place in weights for path in sorted(Path(place).glob("*/ensemble.json"))]
+    ensemble = ensemble_for([*weight_folders(weights), *beside], out / "data", list(members.weights))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "ensemble.json", ensemble)
+    submission, log, _, _ = infer_studies(out / "data", "test", members, ensemble, folder, readers=readers or None)
+    write_csv(folder / "submission.csv", submission)
+    write_csv(folder / "inference_log.csv", log)
+    write_csv(out / "probabilities.csv", _long(submission, log))
+    if not prior_only:
+        refuse_prior_only(log)
+    return log
+
+
+def _long(submission: pd.DataFrame, log: pd.DataFrame) -> pd.DataFrame:
+    ids, p = from_submission(submission)
+    table = pd.DataFrame(
+        [(study_id, condition, level) for study_id in ids for condition in CONDITIONS for level in LEVELS],
+        columns=["study_id", "condition", "level"],
+    )
+    table[list(SEVERITIES)] = np.asarray(p).reshape(-1, len(SEVERITIES))
+    return table.merge(log.assign(prior=log["prior_rows"] >= len(CONDITIONS) * len(LEVELS))[["study_id", "prior"]])
+
+
+def folder_log(
+    studies: Sequence[FoundStudy], levels: pd.DataFrame, series: pd.DataFrame, log: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """What became of every study: study_id, series (that are used), levels (where they are from),
+    second_share (how likely another numbering is), rows_from, prior_rows, problems.
+
+    series: of locate_folder's series.csv; log: infer_studies' log, None where nothing was graded.
+    """
+    graded = {} if log is None else {row["study_id"]: row for row in log.to_dict("records")}
+    problems = (
+        series[series["problem"].notna() & (series["problem"] != "")].groupby("study_id")["problem"].agg(list).to_dict()
+    )
+    rows = []
+    for study in studies:
+        own = levels[levels["study_id"] == study.study_id]
+        row = graded.get(study.study_id, {})
+        told = [*problems.get(study.study_id, []), *str(row.get("problems") or "").split(" | ")]
+        if not study.used:
+            told.append("no series of use: " + "; ".join(dict.fromkeys(one.reason for one in study.series)))
+        rows.append(
+            {
+                "study_id": study.study_id,
+                "series": ", ".join(one.used for one in study.used),
+                "levels": " ".join(sorted(set(own["source"]))),
+                "second_share": own["second_share"].max() if len(own) else 0.0,
+                "rows_from": row.get("rows_from", ""),
+                "prior_rows": row.get("prior_rows", 0),
+                "problems": " | ".join(dict.fromkeys(filter(None, told))),
+            }
+        )
+    return pd.DataFrame(rows)
