@@ -180,11 +180,14 @@ def preprocess_studies(
             found[study_id] = _preprocess_suspect(jobs[study_id], journal)
             bar.update()
     rows = [row for study_id in jobs for row in found[study_id]]
-    unread = sorted(set(labelled) - set(studies))
-    if unread:
-        print(f"{len(unread)} labelled studies are not in {table} and take no part: {some_of(unread)}")
-    rows += [{"study_id": i, "problem": f"study {i}: labelled, but not in {table}"} for i in unread]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows + _unread_rows(sorted(set(labelled) - set(studies)), table))
+
+
+def _unread_rows(study_ids, table):
+    """Rows of labelled studies that the descriptions table lacks; says so."""
+    if study_ids:
+        print(f"{len(study_ids)} labelled studies are not in {table} and take no part: {some_of(study_ids)}")
+    return [{"study_id": i, "problem": f"study {i}: labelled, but not in {table}"} for i in study_ids]
 
 
 _PATIENCE_S = 900.0  # for a suspect to be read
