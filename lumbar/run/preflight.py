@@ -1,6 +1,6 @@
 """What a machine has, held against what a stage needs, before hours are spent.
 
-May use: costs, parameters, mounts, names.
+May use: costs, parameters, mounts.
 """
 
 import math
