@@ -1,5 +1,7 @@
 """A detector of severities: its weights, its dense class scores in every slice, and a study's probabilities.
 
+Not to be taken for a detector of vertebrae, see lumbar/spine/placement.py.
+
 May use: detector_weights, detector_data, calibration, tta, data, engine, names, member, storage, weights.
 """
 

@@ -1,9 +1,12 @@
 """Members combined: shares by condition, scaling, what each step gains on studies that it was not fitted on.
 
 Members are combined in three steps, each fitted on out-of-fold predictions under the competition's own terms and each
-regularised towards the identity: weights per group of conditions; temperature, class bias and a share of the prior per
+regularised towards the identity: shares per group of conditions; temperature, class bias and a share of the prior per
 group; and a correction of each cell's log odds by those of its neighbours. cross_validate_ensemble says what each step
 gains.
+
+A share is what a member counts in the mean; weights are a network's files. Only ensemble.json, the rows of VARIANTS and
+messages say weights of both.
 
 May use: stacker, tables, registry, data, storage, names.
 """
@@ -55,12 +58,12 @@ VARIANTS = ("equal weights", "default weights", "fitted weights", "+ scaling", "
 
 
 def default_share(member: str) -> float:
-    """A member's share of the weights, where no out-of-fold predictions say what it is worth."""
+    """A member's share, where no out-of-fold predictions say what it is worth."""
     return MEMBERS[member].share if member in MEMBERS else 0.1
 
 
 def default_ensemble(members: Iterable[str] = MEMBERS) -> dict[str, Any]:
-    """The ensemble without out-of-fold predictions: default weights, no calibration."""
+    """The ensemble without out-of-fold predictions: default shares, no calibration."""
     return {
         "weights": {group: {m: default_share(m) for m in members} for group in GROUPS},
         "temperature": {group: 1.0 for group in GROUPS},
@@ -71,7 +74,7 @@ def default_ensemble(members: Iterable[str] = MEMBERS) -> dict[str, Any]:
 
 
 def equal_ensemble(members: Collection[str]) -> dict[str, Any]:
-    """The ensemble that trusts all members alike: no weights, no calibration."""
+    """The ensemble that trusts all members alike: equal shares, no calibration."""
     return default_ensemble(members) | {
         "weights": {group: {m: 1 / len(members) for m in members} for group in GROUPS},
         "found": "equal",
@@ -83,18 +86,18 @@ def combine_members(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weighted mean of log probabilities, calibrated per group of conditions; then the stacker, if there is one.
 
-    Per group p = (1 - floor) softmax(sum of w_m log p_m / temperature + bias) + floor prior: the share of the prior is
+    Per group p = (1 - floor) softmax(sum of share_m log p_m / temperature + bias) + floor prior: the prior's part is
     for what no member can see coming, a level named wrongly or a slip of the reader, where log p has a price without
     bound. 0 in an ensemble without the key "floor".
 
-    predictions: dict member -> (n, 5, 5, 3), NaN where a member has nothing to say: its weight goes to the others.
+    predictions: dict member -> (n, 5, 5, 3), NaN where a member has nothing to say: its share goes to the others.
     ensemble: as fit_ensemble or default_ensemble make it; its key "stacker" is optional, see apply_stacker.
     prior: (5, 5, 3), for the floor and where no member has anything. Returns (probabilities (n, 5, 5, 3) float64 with
     rows that sum to 1, n_members (n, 5, 5) int: how many members each row rests on). Raises ValueError for a member
-    that the ensemble has no weight for: most likely its name is spelt in two ways.
+    that the ensemble has no share for: most likely its name is spelt in two ways.
     """
     members = list(predictions)
-    known = {m for weights in ensemble["weights"].values() for m in weights}
+    known = {m for shares in ensemble["weights"].values() for m in shares}
     if set(members) - known:
         unknown = ", ".join(map(repr, sorted(set(members) - known)))
         raise ValueError(f"the ensemble has no weight for {unknown}, but for {', '.join(sorted(known))}")
@@ -103,11 +106,11 @@ def combine_members(
     result = np.empty(log_p.shape[1:])
     for group, members_of_group in GROUPS.items():
         conditions = list(members_of_group)
-        weight = np.array([ensemble["weights"][group].get(m, 0.0) for m in members])
-        weight = weight[:, None, None, None] * there[:, :, conditions]
-        # Members of weight 0 still help where they are all there is.
-        weight = np.where(weight.sum(0) > 0, weight, there[:, :, conditions].astype(np.float64))
-        mean = (weight[..., None] * log_p[:, :, conditions]).sum(0) / np.maximum(weight.sum(0), 1e-12)[..., None]
+        share = np.array([ensemble["weights"][group].get(m, 0.0) for m in members])
+        share = share[:, None, None, None] * there[:, :, conditions]
+        # Members without a share still help where they are all there is.
+        share = np.where(share.sum(0) > 0, share, there[:, :, conditions].astype(np.float64))
+        mean = (share[..., None] * log_p[:, :, conditions]).sum(0) / np.maximum(share.sum(0), 1e-12)[..., None]
         logits = mean / ensemble["temperature"][group] + np.asarray(ensemble["bias"][group])
         result[:, conditions] = softmax(logits, -1)
         floor = ensemble.get("floor", {}).get(group, 0.0)
@@ -128,7 +131,7 @@ def member_alone(predictions: np.ndarray, prior: np.ndarray) -> np.ndarray:
     return p / p.sum(-1, keepdims=True)
 
 
-# ---- Weights, temperature, bias, floor ----
+# ---- Shares, temperature, bias, floor ----
 
 
 def fit_ensemble(
@@ -140,12 +143,12 @@ def fit_ensemble(
     scaling: bool = True,
     stacker: bool = True,
 ) -> dict[str, Any]:
-    """Weights, temperature, class bias and floor per group from out-of-fold predictions; then a stacker.
+    """Shares, temperature, class bias and floor per group from out-of-fold predictions; then a stacker.
 
     labels: train.csv's wide form; tables: dict member -> submission-like DataFrame (any rows may be missing).
     The competition's own terms are minimised (canal together with any-severe), plus a penalty of `strength` over the
     number of studies that keeps them near the start: a few dozen studies must not decide alone.
-    members: the order of the names; others follow. towards: the weights that the penalty regularises towards, "scores"
+    members: the order of the names; others follow. towards: the shares that the penalty regularises towards, "scores"
     (default_share, less for members that are behind the best on these studies, see SCORE_SCALE), "defaults"
     (default_share alone) or "equal". scaling: whether temperature, bias and floor are tried, stacker: whether
     fit_stacker is: both are kept only in groups where cross-validation within these studies says that they gain
@@ -201,13 +204,13 @@ def _shares_by_score(grades, predictions, names):
 
     Members are compared on the rows that all of them have, or each on its own where those are none.
     """
-    weights, losses = zip(*(row_losses(grades, predictions[m]) for m in names), strict=True)
-    known = np.isfinite(losses) & (np.array(weights) > 0)
+    row_weights, losses = zip(*(row_losses(grades, predictions[m]) for m in names), strict=True)
+    known = np.isfinite(losses) & (np.array(row_weights) > 0)
     shares = {}
     for group, conditions in GROUPS.items():
         own = known[:, :, list(conditions)]
         own = np.where(own.all(0).any(), own.all(0), own)
-        weight = np.where(own, np.array(weights)[:, :, list(conditions)], 0.0)
+        weight = np.where(own, np.array(row_weights)[:, :, list(conditions)], 0.0)
         loss = np.where(own, np.array(losses)[:, :, list(conditions)], 0.0)
         total = weight.sum((1, 2, 3))
         mean = (weight * loss).sum((1, 2, 3)) / np.where(total > 0, total, 1)
@@ -252,13 +255,13 @@ def _fit_group(log_p, there, prior, target, start, strength, scaling):
     """(dict of weights (list), temperature, bias (list of 3), floor; loss at the start; loss found) of one group.
 
     log_p: (members, n, conditions, 5, 3); there: the same without the last axis; prior: (conditions, 5, 3); start:
-    (members,) weights. The unknowns are how much the log of each weight, the log of the temperature and the two
+    (members,) shares. The unknowns are how much the log of each share, the log of the temperature and the two
     biases move, and the share of the prior, in FLOOR_UNIT.
     """
     from scipy.optimize import minimize
 
     count = len(start)
-    # Weights trade one fair member for another; a wrong bias or temperature spoils every row, so it pays more.
+    # Shares trade one fair member for another; a wrong bias or temperature spoils every row, so it pays more.
     penalty = 0.1 * strength / target.studies * np.repeat([WEIGHT_SHARE, 1.0], [count, 4])
 
     def loss(values):
@@ -273,9 +276,9 @@ def _fit_group(log_p, there, prior, target, start, strength, scaling):
         slope = by_log * (1 - floor) * p / mixed
         slope -= p * slope.sum(-1, keepdims=True)
         by_mean = slope * cold
-        by_weight = np.einsum("nclk,mnclk->mncl", by_mean, log_p) - (by_mean * mean).sum(-1)
+        by_share = np.einsum("nclk,mnclk->mncl", by_mean, log_p) - (by_mean * mean).sum(-1)
         by_scale = [-(by_mean * mean).sum(), *slope.sum((0, 1, 2))[1:], FLOOR_UNIT * by_floor]
-        return value, np.array([*(share * by_weight).sum((1, 2, 3)), *by_scale])
+        return value, np.array([*(share * by_share).sum((1, 2, 3)), *by_scale])
 
     def penalised(values):
         value, gradient = loss(values)
@@ -284,9 +287,9 @@ def _fit_group(log_p, there, prior, target, start, strength, scaling):
     zero = np.zeros(count + 4)
     bounds = [(-3, 3)] * (count + 3) + [(0, 0.2 / FLOOR_UNIT)] if scaling else [(-3, 3)] * count + [(0, 0)] * 4
     found = minimize(penalised, zero, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-8}).x
-    weight = start * np.exp(found[:count])
+    share = start * np.exp(found[:count])
     fitted = {
-        "weights": (weight / weight.sum()).tolist(),
+        "weights": (share / share.sum()).tolist(),
         "temperature": float(np.exp(found[count])),
         "bias": [0.0, *found[count + 1 : -1].tolist()],
         "floor": float(FLOOR_UNIT * found[-1]),
@@ -383,11 +386,11 @@ def combine_tables(
 
 
 def ensemble_for(folders: Sequence[str | Path], data: str | Path, members: Collection[str] = MEMBERS) -> dict[str, Any]:
-    """The ensemble's weights: an ensemble.json that lies with the weights (05_inference writes one, keep it there);
+    """The ensemble: an ensemble.json that lies with the weights (05_inference writes one, keep it there);
     else fitted on the oof.csv files that lie there and data/train.csv; else the defaults. See fit_ensemble.
 
     A member with weights in the folders of which neither knows anything gets its default share among the attached
-    ones, and the others' weights share the rest as before.
+    ones, and the others divide the rest as before.
     folders: as weight_folders finds them. Prints which of the three it was, and who got a default share.
     """
     members = [m for m in MEMBERS if m in members]
@@ -416,15 +419,15 @@ def ensemble_for(folders: Sequence[str | Path], data: str | Path, members: Colle
 
 
 def _with_default_shares(ensemble, attached):
-    """The ensemble with a default share of the weights for each attached member that it does not know."""
-    weights = {}
+    """The ensemble with a default share for each attached member that it does not know."""
+    shares: dict[str, dict[str, float]] = {}
     for group, known in ensemble["weights"].items():
         unknown = [m for m in attached if m not in known]
         every = sum(default_share(m) for m in {*known, *unknown})
-        shares = {m: default_share(m) / every for m in unknown}
-        scale = (1 - sum(shares.values())) / (sum(known.values()) or 1.0)
-        weights[group] = {m: weight * scale for m, weight in known.items()} | shares if unknown else known
+        new = {m: default_share(m) / every for m in unknown}
+        scale = (1 - sum(new.values())) / (sum(known.values()) or 1.0)
+        shares[group] = {m: share * scale for m, share in known.items()} | new if unknown else known
         if unknown and group == next(iter(GROUPS)):
-            text = ", ".join(f"{m} {share:.2f}" for m, share in shares.items())
+            text = ", ".join(f"{m} {share:.2f}" for m, share in new.items())
             print(f"nothing is known of what these members are worth, their default shares stand: {text}")
-    return {**ensemble, "weights": weights}
+    return {**ensemble, "weights": shares}

@@ -297,8 +297,8 @@ SETTINGS = {
         # Tuning needs a detector that finds something: this one is only there to be trained.
         "02_train_spinenet": {
             "WEIGHTS": "",
-            "STEPS": 30,
-            "ANATOMIES": 3,
+            "STEPS": 2,
+            "ANATOMIES": 2,
             "WIDTHS": [32, 48, 64, 96],
             "BLOCKS": 1,
             "RESOLUTION_MM": 2.0,

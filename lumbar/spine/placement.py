@@ -1,5 +1,8 @@
 """How levels are placed: what finds the bodies, and where they lie where nothing is seen.
 
+In lumbar/spine a detector finds vertebrae and a prior says where levels lie; in lumbar/grade a detector finds disease
+and a prior says how frequent the severities are.
+
 May use: spinenet, official, vertebra, data.
 """
 
