@@ -1,5 +1,6 @@
 """What is said to be needed and to be there, before hours are spent: counted costs, and a machine held against them."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -172,8 +173,16 @@ def test_a_pipeline_is_held_against_the_machine_before_its_first_stage(capsys):
     assert set(hours) == {stage["name"] for stage in stages if stage["name"][:2] in ("03", "04")}
     with pytest.raises(ValueError, match="(?s)01_preprocess: BITS: about 37 GB.*04_train_vit_level_0: OUT: about 7 GB"):
         preflight.preflight_stages(stages, replace(BOX, disk_gb=6.0), 1975)
-    with pytest.raises(ValueError, match="OUT: all stages write about"):
+    with pytest.raises(ValueError, match="all stages: OUT: they write about"):
         preflight.preflight_stages(stages, replace(BOX, disk_gb=40.0), 1975)
+
+
+def test_what_is_wrong_with_every_fold_is_said_once():
+    stages = utils.pipeline_stages(NOTEBOOKS, "data", "out", "full")
+    with pytest.raises(ValueError) as caught:
+        preflight.preflight_stages(stages, replace(LAPTOP, disk_gb=500.0), 1975)
+    folds = ", ".join(f"04_train_vit_level_{fold}" for fold in range(5))
+    assert f"- {folds}: DEVICE: there is no GPU here" in str(caught.value)
 
 
 def test_this_machine_is_measured(tmp_path):
@@ -199,3 +208,14 @@ def test_the_documents_table_is_what_the_command_prints():
     for name, cells in shown.items():
         counted = [f"{table.loc[name, column]:.1f}" for column in ("GPU hours", "of one T4", "GPU memory, GB")]
         assert cells == (counted if name != "train-spinenet" else [counted[0], "", ""])
+
+
+def test_trainings_and_pipeline_are_held_against_the_machine_before_they_begin():
+    for stem, call, before in (
+        ("00_pipeline", "utils.preflight_stages(", "phantom.make_dataset("),
+        ("03_train_yolo", 'utils.preflight("03_train_yolo"', "utils.write_yolo_dataset("),
+        ("04_train_vit", 'utils.preflight("04_train_vit"', "utils.train_classifier("),
+    ):
+        cells = json.loads((NOTEBOOKS / f"{stem}.ipynb").read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        assert 0 < text.index(call) < text.index(before)

@@ -191,7 +191,7 @@ def test_tuning_learns_from_label_points_and_looks_once(tmp_path, monkeypatch, c
     np.testing.assert_allclose([box.center_lps_mm[2] for box in boxes], table["z_mm"], atol=0.01)
     monkeypatch.setattr(locating_module, "learn_counting", lambda *args: {})
     model.about = {"prior": PRIOR}
-    plain, _ = utils.locate_with_own_layout(paths, model, detector=detect, coordinates=known)
+    plain, _ = utils.locate_with_own_layout(own, model, detector=detect, coordinates=known)
     before, after = (utils.point_scores(each, own, coordinates) for each in (plain, levels))
     assert before["right_level"] < 0.8 and after["right_level"] > 0.95, (before, after)
 

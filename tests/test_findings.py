@@ -50,6 +50,7 @@ def test_where_it_gains_most_and_least():
     losses[1, 4], losses[2, 2] = 1.0, np.nan
     found = findings.grid_finding(losses, prior)
     assert "in 23 of 24" in found.text and "largest loss at L5/S1 left foramen" in found.text and found.alarm
+    assert findings.grid_finding(prior, prior).text == "Nowhere better or worse than the class prior."
     assert "No condition" in findings.grid_finding(np.full((5, 5), np.nan), prior).text
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import toy_member
 from test_official import write_package
 
@@ -157,6 +158,13 @@ def test_a_mistyped_parameter_stops_the_run(run):
     status, output = papermill(run, OUT=run / "other", SIZES="smoke")
     assert status != 0 and "there is no parameter 'SIZES'" in output and "Did you mean SIZE" in output
     assert not (run / "other").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would begin")
+def test_the_full_size_is_refused_without_a_gpu_before_anything_is_made(run):
+    status, output = papermill(run, OUT=run / "full", SIZE="full", TRAIN_STUDIES=1900)
+    assert status != 0 and "hours would be lost" in output and "DEVICE: there is no GPU here" in output
+    assert not (run / "full").exists()
 
 
 def test_each_notebook_refuses_a_mistyped_parameter(run):

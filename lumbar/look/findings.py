@@ -91,6 +91,8 @@ def grid_finding(losses: np.ndarray, prior: np.ndarray) -> Finding:
     gain = np.asarray(prior, float) - np.asarray(losses, float)
     if not np.isfinite(gain).any():
         return Finding(section, "No condition and level is graded.")
+    if not np.nan_to_num(gain).any():
+        return Finding(section, "Nowhere better or worse than the class prior.")
     least, most = (np.unravel_index(f(gain), gain.shape) for f in (np.nanargmin, np.nanargmax))
 
     def cell(place):

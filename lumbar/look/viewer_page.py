@@ -148,7 +148,7 @@ def _doubt(boxes: Sequence[LevelBox]) -> str:
             + ("" if alike else f" ({box.second_share:.0%} likely)")
             for box in others
         )
-        text = f"<b>The numbering of the levels is in doubt.</b> By the next one{alike} {html.escape(names)}."
+        text = f"<b>The numbering of the levels is in doubt.</b> By the second one{alike} {html.escape(names)}."
     elif any(Source.UNCERTAIN in box.source for box in boxes):
         text = "<b>The numbering of the levels is in doubt.</b>"
     else:

@@ -134,6 +134,15 @@ def findings(name: str, cost: Cost, given: Mapping[str, Any], machine: Machine) 
     return [f"{name}: {text}" for text in wrong], [f"{name}: {text}" for text in known]
 
 
+def _together(sentences):
+    """What is said of several stages alike, such as the folds of a training, said once."""
+    stages: dict[str, list[str]] = {}
+    for sentence in sentences:
+        name, _, text = sentence.partition(": ")
+        stages.setdefault(text, []).append(name)
+    return [f"{', '.join(names)}: {text}" for text, names in stages.items()]
+
+
 def _duration(hours):
     if hours >= 48:
         return f"{hours / 24:.0f} days"
@@ -194,10 +203,10 @@ def preflight_stages(
         if cost.epochs and not math.isnan(cost.gpu_hours):
             hours[stage["name"]] = hours_on(cost, [name for name, _ in here.gpus], here.cores)
     if len(hours) > 1:
-        known.append(f"all trainings, one after the other: about {_duration(sum(hours.values()))}")
+        known.append(f"all trainings: about {_duration(sum(hours.values()))}, one after the other")
     if written and written > here.disk_gb:
-        wrong.append(f"OUT: all stages write about {written:.0f} GB, and {here.disk_gb:.0f} are free")
-    _judge(wrong, known)
+        wrong.append(f"all stages: OUT: they write about {written:.0f} GB, and {here.disk_gb:.0f} are free")
+    _judge(_together(wrong), _together(known))
     return hours
 
 

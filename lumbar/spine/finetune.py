@@ -122,10 +122,8 @@ def learn_counting(
         sum(int(counted_shares(chain, weights).argmax()) - 1 == step for chain, step in zip(known, steps, strict=True))
         for weights in ({}, counting)
     )
-    learned = (
-        f"; by what was learned from them {counted} are" if counting else ", and nothing is learned from the others"
-    )
-    print(f"readers' counting: {own} of {len(known)} studies are numbered as by their label points{learned}")
+    learned = f"{counted} by what was learned from them" if counting else "nothing is learned"
+    print(f"readers' counting: {own} of {len(known)} studies are numbered as by their label points, {learned}")
     return counting
 
 

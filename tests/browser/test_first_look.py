@@ -118,6 +118,9 @@ def test_no_label_lies_on_another(opened, name, screen):
         assert sum("/" in text and "spinal" not in text for text in sagittal) == 5
         page.keyboard.press("c")
         page.evaluate(SETTLED)
+    page.keyboard.press("z")
+    page.evaluate(SETTLED)
+    assert [overprinted(texts) for texts in texts_of(page, ".picture svg")] == [[], [], []]
     for look in ("oblique", "front", "left", "above"):
         page.locator(f"button[data-look={look}]").click()
         page.evaluate(SETTLED)
