@@ -161,10 +161,10 @@ def test_a_mistyped_parameter_stops_the_run(run):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would begin")
-def test_the_full_size_is_refused_without_a_gpu_before_anything_is_made(run):
-    status, output = papermill(run, OUT=run / "full", SIZE="full", TRAIN_STUDIES=1900)
+def test_the_full_size_is_refused_without_a_gpu_before_anything_is_made(tmp_path):
+    status, output = papermill(tmp_path, OUT=tmp_path / "full", SIZE="full", TRAIN_STUDIES=1900)
     assert status != 0 and "hours would be lost" in output and "DEVICE: there is no GPU here" in output
-    assert not (run / "full").exists()
+    assert not (tmp_path / "full").exists()
 
 
 def test_each_notebook_refuses_a_mistyped_parameter(run):
