@@ -113,9 +113,7 @@ def stage_kaggle(
             f"there is no kernel {', '.join(unknown)}.{nearest(unknown[0], kernels)} There are {', '.join(kernels)}"
         )
     settings = settings_of({name: kernel["names"] for name, kernel in kernels.items()}, parameters)
-    data = f"{KAGGLE_INPUT}/{template['competition_sources'][0]}"
-    sources = [source.rpartition("/")[2] for source in template["dataset_sources"]]
-    kinds = {source.rpartition("-")[2]: source for source in sources}
+    kinds = {source.rpartition("-")[2]: source.rpartition("/")[2] for source in template["dataset_sources"]}
     if missing := {"code", "weights", "wheels"} - set(kinds):
         raise ValueError(
             f"kernel-metadata.json: dataset_sources lacks one that ends with -{', -'.join(sorted(missing))}"
@@ -123,63 +121,80 @@ def stage_kaggle(
     old = [build / folder for folder in ("kernels", "datasets") if (build / folder).exists()]
     if old and not (build / "staged.json").is_file():
         raise ValueError(f"{old[0]} was not made by publish, which would delete it: choose another BUILD")
-    texts, metadata = {}, {}  # all of them, before anything is deleted
-    for name, kernel in kernels.items():
-        path = repository / "notebooks" / f"{kernel['notebook']}.ipynb"
-        known = check_notebook_parameters(path, {})
-        own = {"OUT": KAGGLE_WORKING} | ({} if kernel["internet"] else {"DATA": data})
-        given = {**own, **kernel["parameters"]}
-        if "HOURS" not in known:  # a training that is over soon need not be able to stop
-            given.pop("HOURS", None)
-        slug = f"{base}-{name}"
-        _check_title(_title(slug), slug)
-        texts[name] = staged_notebook(path, given | settings[name])
-        metadata[name] = {
-            **template,
-            "id": f"{user}/{slug}",
-            "title": _title(slug),
-            "code_file": f"{slug}.ipynb",
-            "enable_gpu": kernel["gpu"],
-            "enable_internet": kernel["internet"],
-            "dataset_sources": [f"{user}/{source}" for source in sources if source != kinds["weights"] or weights],
-            "kernel_sources": [f"{user}/{base}-{need}" for need in [*kernel["needs"], *({name} & set(continued))]],
-            **({"competition_sources": []} if smoke else {}),
-        }
-        if not kernel["gpu"]:
-            metadata[name].pop("machine_shape", None)
+    if not weights:
+        template["dataset_sources"] = [s for s in template["dataset_sources"] if not s.endswith(kinds["weights"])]
+    data = f"{KAGGLE_INPUT}/{template['competition_sources'][0]}"
+    if smoke:
+        template["competition_sources"] = []
+    texts = {  # all of them, before anything is deleted
+        name: _kernel_text(repository, kernel, settings[name], data) for name, kernel in kernels.items()
+    }
+    metadata = {
+        name: _kernel_metadata(template, user, base, name, kernel, name in continued)
+        for name, kernel in kernels.items()
+    }
     for folder in old:
         shutil.rmtree(folder)
     build.mkdir(parents=True, exist_ok=True)
-    write_json(
-        build / "staged.json",
-        {
-            "user": user,
-            "folds": list(folds),
-            "members": list(members),
-            "weights": list(map(str, weights)),
-            "settings": parameters,
-            "continued": list(continued),
-            "smoke": smoke,
-            "stages": {name: kernel["stage"] for name, kernel in kernels.items()},
-            "trainings": [name for name, kernel in kernels.items() if kernel["training"]],
-        },
-    )
-    staged = [stage_code(build / "datasets" / kinds["code"], repository)]
+    plan = {"user": user, "folds": list(folds), "members": list(members), "weights": list(map(str, weights))}
+    plan |= {"settings": parameters, "continued": list(continued), "smoke": smoke}
+    plan["stages"] = {name: kernel["stage"] for name, kernel in kernels.items()}
+    plan["trainings"] = [name for name, kernel in kernels.items() if kernel["training"]]
+    write_json(build / "staged.json", plan)
+    return [
+        *_stage_datasets(build / "datasets", user, kinds, repository, weights, wheels),
+        *(_stage_kernel(build / "kernels" / name, text, metadata[name]) for name, text in texts.items()),
+    ]
+
+
+def _kernel_text(repository, kernel, settings, data):
+    """The notebook of a kernel with its values in the parameters cell, as text."""
+    path = repository / "notebooks" / f"{kernel['notebook']}.ipynb"
+    own = {"OUT": KAGGLE_WORKING} | ({} if kernel["internet"] else {"DATA": data})
+    given = {**own, **kernel["parameters"]}
+    if "HOURS" not in check_notebook_parameters(path, {}):  # a training that is over soon need not be able to stop
+        given.pop("HOURS", None)
+    return staged_notebook(path, given | settings)
+
+
+def _kernel_metadata(template, user, base, name, kernel, continued):
+    """kernel-metadata.json of a kernel; continued: it reads the output of its own last version."""
+    slug = f"{base}-{name}"
+    _check_title(_title(slug), slug)
+    metadata = {
+        **template,
+        "id": f"{user}/{slug}",
+        "title": _title(slug),
+        "code_file": f"{slug}.ipynb",
+        "enable_gpu": kernel["gpu"],
+        "enable_internet": kernel["internet"],
+        "dataset_sources": [f"{user}/{source.rpartition('/')[2]}" for source in template["dataset_sources"]],
+        "kernel_sources": [f"{user}/{base}-{need}" for need in [*kernel["needs"], *([name] if continued else [])]],
+    }
+    if not kernel["gpu"]:
+        metadata.pop("machine_shape", None)
+    return metadata
+
+
+def _stage_datasets(place, user, kinds, repository, weights, wheels):
+    """The folders of the data sets that are wanted, each with its dataset-metadata.json."""
+    staged = [stage_code(place / kinds["code"], repository)]
     if wheels:
-        staged.append(stage_wheels(build / "datasets" / kinds["wheels"]))
+        staged.append(stage_wheels(place / kinds["wheels"]))
     if weights:
-        staged.append(stage_weights(build / "datasets" / kinds["weights"], weights))
+        staged.append(stage_weights(place / kinds["weights"], weights))
     for folder in staged:
         _check_title(_title(folder.name), folder.name)
         about = {"title": _title(folder.name), "id": f"{user}/{folder.name}", "licenses": [{"name": "other"}]}
         write_json(folder / "dataset-metadata.json", about)
-    for name, text in texts.items():
-        folder = build / "kernels" / name
-        folder.mkdir(parents=True)
-        (folder / metadata[name]["code_file"]).write_text(text, encoding="utf-8")
-        write_json(folder / "kernel-metadata.json", metadata[name])
-        staged.append(folder)
     return staged
+
+
+def _stage_kernel(folder, text, metadata):
+    folder.mkdir(parents=True)
+    (folder / metadata["code_file"]).write_text(text, encoding="utf-8")
+    write_json(folder / "kernel-metadata.json", metadata)
+    return folder
 
 
 def _as_pushed(build, user, continued, parameters):
