@@ -136,7 +136,12 @@ def stage_kaggle(
     for folder in old:
         shutil.rmtree(folder)
     build.mkdir(parents=True, exist_ok=True)
-    plan = {"user": user, "folds": list(folds), "members": list(members), "weights": list(map(str, weights))}
+    plan: dict[str, Any] = {
+        "user": user,
+        "folds": list(folds),
+        "members": list(members),
+        "weights": list(map(str, weights)),
+    }
     plan |= {"settings": parameters, "continued": list(continued), "smoke": smoke}
     plan["stages"] = {name: kernel["stage"] for name, kernel in kernels.items()}
     plan["trainings"] = [name for name, kernel in kernels.items() if kernel["training"]]
