@@ -30,6 +30,7 @@ from lumbar.grade.classifier import (
     make_backbone,
     settle_views,
 )
+from lumbar.grade.cleaning import cleaned_grades
 from lumbar.grade.crops import CropDataset, augment_crops, expand_view, margin_shape, view_crops
 from lumbar.grade.detector import dense_scores, load_yolo, score_studies, settle_detectors, yolo_table
 from lumbar.grade.detector_data import DETECTOR_VIEWS, fit_point_offsets, write_yolo_dataset
@@ -214,6 +215,7 @@ __all__ = [
     "check_predictions",
     "choose_stages",
     "class_prior",
+    "cleaned_grades",
     "combine_members",
     "combine_tables",
     "competition_score",
@@ -278,8 +280,8 @@ __all__ = [
     "nested_folds",
     "normalise_study",
     "normalise_volume",
-    "open_folder",
     "numbering_text",
+    "open_folder",
     "open_stage",
     "out_of_fold_prior",
     "out_of_fold_table",
@@ -342,8 +344,8 @@ __all__ = [
     "score_arrays",
     "score_studies",
     "score_table",
-    "series_table",
     "scores_text",
+    "series_table",
     "settle_detectors",
     "settle_views",
     "short",

@@ -22,6 +22,7 @@ READ_PATHS = (
     "PREPROCESSED",
     "LEVELS_DIR",
     "WEIGHTS",
+    "CLEAN",
     "PRETRAINED",
     "SPINENET_DIR",
     "RUN",
@@ -107,6 +108,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 MULTIPLES = {"IMGSZ": 32, "YOLO_IMGSZ": 32}  # px: the detectors' largest stride
 LENGTHS = {"CROP_PX": 2, "EXTENT_MM": 3, "SHAPE": 3, "SHIFT_MM": 3}  # of lists, unless they are empty as their default
 ITEM_TYPES = {  # of lists that are empty by default
+    "CLEAN": str,
     "CONTINUE": str,
     "EXTENT_MM": float,
     "SHIFT_MM": float,

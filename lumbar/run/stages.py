@@ -41,8 +41,8 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
 
     parameters: as notebook_parameters returns them; name: of the stage, which does not read itself. Of READ_PATHS those
     that are not empty; relative paths count from the working directory, else from the kit's folder, and what an input
-    on Kaggle is called is found where it is mounted (mounts.find_input). A list of WEIGHTS stands for the folders with
-    weights in and below them, RUN for the finished stages in it.
+    on Kaggle is called is found where it is mounted (mounts.find_input). A list of WEIGHTS or CLEAN stands for the
+    folders with weights in and below them, RUN for the finished stages in it.
     Raises FileNotFoundError, naming the parameter.
     """
     found = {}
@@ -53,7 +53,7 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
         if key == "PRETRAINED" and value == INSTALLED:  # a package, which is part of the machine
             continue
         places = [place for text in (value if isinstance(value, list) else [value]) for place in _located(key, text)]
-        if key == "WEIGHTS" and isinstance(value, list):
+        if key in ("WEIGHTS", "CLEAN") and isinstance(value, list):
             from ..serve.members import weight_folders
 
             found[key] = weight_folders(places)

@@ -1,0 +1,95 @@
+"""Labels that out-of-fold predictions contradict: found where they were spoiled, left alone where they are hard."""
+
+import numpy as np
+import pytest
+
+import utils
+from lumbar.grade.cleaning import DOUBT, MOST, doubtful_labels
+
+
+def studies(n, seed=0, skill=4.0, spoiled=0.02):
+    """(true grades, labels of which a share is wrong, weighted probabilities of two members): of this skill."""
+    rng = np.random.default_rng(seed)
+    true = rng.choice(3, (n, 5, 5), p=(0.75, 0.17, 0.08))
+    labels, wrong = true.copy(), rng.random(true.shape) < spoiled
+    labels[wrong] = (true + rng.integers(1, 3, true.shape))[wrong] % 3
+    members = {}
+    for member in ("level", "yolo"):
+        evidence = skill * np.eye(3)[true] + rng.normal(0, 1.2, (*true.shape, 3))
+        weighted = np.exp(evidence) * (0.75, 0.17, 0.08) * np.array((1, 2, 4))
+        members[member] = weighted / weighted.sum(-1, keepdims=True)
+    return true, labels, members
+
+
+def test_spoiled_labels_are_found_and_seldom_others():
+    true, labels, members = studies(400)
+    wrong = labels != true
+    doubtful, seen = doubtful_labels(labels, members)
+    assert doubtful[wrong].mean() > 0.4 and wrong[doubtful].mean() > 0.9
+    assert (seen[doubtful] == true[doubtful]).mean() > 0.9
+
+
+def test_of_no_grade_more_than_a_few_go_however_bad_the_members():
+    true, labels, members = studies(300, skill=-6.0, spoiled=0.0)  # they are sure, and wrong
+    doubtful, _ = doubtful_labels(labels, members)
+    for group in ((0,), (1, 2), (3, 4)):
+        for grade in range(3):
+            of_grade = labels[:, group] == grade
+            assert doubtful[:, group][of_grade].sum() <= MOST * of_grade.sum()
+
+
+def test_members_that_know_nothing_contradict_nothing():
+    true, labels, members = studies(200, skill=0.0, spoiled=0.0)
+    flat = {member: np.broadcast_to((1 / 7, 2 / 7, 4 / 7), p.shape) for member, p in members.items()}
+    assert not doubtful_labels(labels, flat)[0].any()
+
+
+def test_a_label_is_only_judged_where_somebody_looked():
+    true, labels, members = studies(100)
+    for p in members.values():
+        p[:50] = np.nan
+    members["level"][50:, 2] = np.nan
+    labels[99] = -1
+    doubtful, seen = doubtful_labels(labels, members)
+    assert not doubtful[:50].any() and (seen[:50] == -1).all() and not doubtful[99].any()
+    assert (seen[50:] >= 0).all() and DOUBT < 0.5
+
+
+@pytest.fixture
+def finished(monkeypatch):
+    """(true grades, labels, study ids) whose out-of-fold tables lie in the folder `finished`."""
+    true, labels, members = studies(400)
+    ids = np.arange(1000, 1400)
+    tables = {member: utils.to_submission(ids, p).assign(fold=0) for member, p in members.items()}
+    monkeypatch.setattr(
+        "lumbar.grade.cleaning.read_out_of_fold", lambda folders: tables if "finished" in folders else {}
+    )
+    return true, labels, ids
+
+
+def test_doubtful_labels_are_missing_or_replaced_and_the_rest_as_it_was(finished, capsys):
+    true, labels, ids = finished
+    before = labels.copy()
+    left_out = utils.cleaned_grades(labels, ids, ["finished"])
+    replaced = utils.cleaned_grades(labels, ids, ["finished"], replace=True)
+    assert (labels == before).all(), "held-out studies are scored on all labels"
+    gone = left_out != labels
+    assert 0 < gone.sum() < 0.02 * labels.size and (left_out[gone] == -1).all()
+    assert ((replaced != labels) == gone).all() and (replaced[gone] == true[gone]).mean() > 0.9
+    assert f"CLEAN: {gone.sum()} of {labels.size} labels" in capsys.readouterr().out
+
+
+def test_without_folders_nothing_is_doubtful_and_without_predictions_it_is_an_error(finished):
+    _, labels, ids = finished
+    assert utils.cleaned_grades(labels, ids, []) is labels
+    with pytest.raises(ValueError, match="CLEAN: no out-of-fold predictions"):
+        utils.cleaned_grades(labels, ids, ["elsewhere"])
+    with pytest.raises(ValueError, match="CLEAN"):
+        utils.cleaned_grades(labels, ids + 10_000, ["finished"])
+
+
+def test_spoiled_ids_do_not_shift(finished):
+    _, labels, ids = finished
+    order = np.random.default_rng(1).permutation(len(ids))
+    shuffled = utils.cleaned_grades(labels[order], ids[order], ["finished"])
+    assert (shuffled == utils.cleaned_grades(labels, ids, ["finished"])[order]).all()
