@@ -4,7 +4,7 @@ About one label in a hundred of the competition is wrong. A prediction by networ
 where they are sure of another grade, and as sure as they usually are of that grade. The idea is that of confident
 learning (Northcutt, Jiang and Chuang, JAIR 70, 2021), with a cap on how much of each grade can go.
 
-May use: tables, data, names.
+May use: tables, names.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
