@@ -1,6 +1,6 @@
 """A run's folder, or any folder of DICOM files, to look at: as an Inspection, as pages, as files for 3D Slicer.
 
-May use: inspection, markups, serve, data, storage, names.
+May use: inspection, markups, slices, serve, data, storage, names.
 """
 
 import html
@@ -9,12 +9,13 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.geometry import boxes_from_table
-from ..names import progress
+from ..names import CONDITIONS, progress
 from ..serve.folder import find_studies, lay_out
 from ..serve.predict_folder import locate_folder, placement_of
 from ..storage import read_json, write_text
 from .inspection import Inspection, read_inspection
 from .markups import write_markups
+from .slices import CONDITION_NAMES, level_name
 
 _PAGE = """<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>
 <meta name=color-scheme content='light dark'><title>Lumbar spine studies</title><style>
@@ -22,7 +23,8 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding
 table{border-collapse:collapse}
 td,th{text-align:left;padding:.4rem .8rem;border-bottom:1px solid #8886;vertical-align:top}
 </style></head><body><main><h1>Lumbar spine studies</h1><p>studies.csv says which folder each is.</p><table><thead><tr>
-<th scope=col>study<th scope=col>series used<th scope=col>problems</tr></thead><tbody>{rows}</tbody></table></main>
+<th scope=col>study<th scope=col>series used<th scope=col>levels<th scope=col>most severe<th scope=col>problems
+</tr></thead><tbody>{rows}</tbody></table></main>
 </body></html>
 """
 
@@ -93,12 +95,29 @@ def write_pages(out: str | Path, log: pd.DataFrame) -> list[Path]:
         page, _ = inspection.study_html(study_id, page=True)
         pages[study_id] = write_text(out / f"study_{study_id}.html", page)
         write_markups(boxes_from_table(levels, study_id), out / "slicer" / str(study_id))
-    rows = "".join(_row(row, pages) for row in log.to_dict("records"))
+    worst = _most_severe(out / "probabilities.csv")
+    rows = "".join(_row(row, pages, worst) for row in log.to_dict("records"))
     return [write_text(out / "index.html", _PAGE.replace("{rows}", rows)), *pages.values()]
 
 
-def _row(row: dict, pages: dict[int, Path]) -> str:
+def _most_severe(path: Path) -> dict[int, str]:
+    """dict study_id -> the finding that is most likely severe, in words; empty where nothing was graded."""
+    if not path.is_file():
+        return {}
+    table = pd.read_csv(path)
+    table = table[~table["prior"].astype(bool)].sort_values("severe", ascending=False).drop_duplicates("study_id")
+    names = dict(zip(CONDITIONS, CONDITION_NAMES, strict=True))
+    return {
+        row.study_id: f"{level_name(row.level)} {names[row.condition]}, severe {row.severe:.0%}"
+        for row in table.itertuples()
+    }
+
+
+def _row(row: dict, pages: dict[int, Path], worst: dict[int, str]) -> str:
     page = pages.get(row["study_id"])
     name = f"<a href='{page.name}'>{row['study_id']}</a>" if page else str(row["study_id"])
-    texts = (html.escape(str(row[key])) for key in ("series", "problems"))
-    return f"<tr><td>{name}" + "".join(f"<td>{text}" for text in texts) + "</tr>"
+    levels = "found" if page else "none"
+    if row["second_share"]:
+        levels += f", numbering in doubt ({row['second_share']:.0%} for another)"
+    texts = (row["series"], levels, worst.get(row["study_id"], ""), row["problems"])
+    return f"<tr><td>{name}" + "".join(f"<td>{html.escape(str(text))}" for text in texts) + "</tr>"
