@@ -4,6 +4,7 @@ May use: inspection, markups, slices, serve, data, storage, names.
 """
 
 import html
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -95,9 +96,13 @@ def write_pages(out: str | Path, log: pd.DataFrame) -> list[Path]:
         page, _ = inspection.study_html(study_id, page=True)
         pages[study_id] = write_text(out / f"study_{study_id}.html", page)
         write_markups(boxes_from_table(levels, study_id), out / "slicer" / str(study_id))
-    worst = _most_severe(out / "probabilities.csv")
-    rows = "".join(_row(row, pages, worst) for row in log.to_dict("records"))
-    return [write_text(out / "index.html", _PAGE.replace("{rows}", rows)), *pages.values()]
+    text = index_html(log, pages, _most_severe(out / "probabilities.csv"))
+    return [write_text(out / "index.html", text), *pages.values()]
+
+
+def index_html(log: pd.DataFrame, pages: Mapping[int, Path], worst: Mapping[int, str]) -> str:
+    """The page that lists all studies. log: of folder_log; pages: study_id -> its page; worst: -> its worst finding."""
+    return _PAGE.replace("{rows}", "".join(_row(row, pages, worst) for row in log.to_dict("records")))
 
 
 def _most_severe(path: Path) -> dict[int, str]:
@@ -113,7 +118,7 @@ def _most_severe(path: Path) -> dict[int, str]:
     }
 
 
-def _row(row: dict, pages: dict[int, Path], worst: dict[int, str]) -> str:
+def _row(row: dict, pages: Mapping[int, Path], worst: Mapping[int, str]) -> str:
     page = pages.get(row["study_id"])
     name = f"<a href='{page.name}'>{row['study_id']}</a>" if page else str(row["study_id"])
     levels = "found" if page else "none"

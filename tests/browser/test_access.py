@@ -5,11 +5,13 @@ axe-core comes with `pip install axe-playwright-python`; without it these tests 
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from small_study import make_boxes, make_detections, make_points, make_probabilities, make_study, make_vertebrae
 
 import utils
 from lumbar.data.volume import Study
+from lumbar.look.folder_pages import index_html
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREENS = {"1280x720": (1280, 720), "200%": (640, 360)}
@@ -57,12 +59,15 @@ def pages(tmp_path_factory):
         detections=make_detections(),
     )
     bare = utils.study_html(Study(7, []), page=True)
-    return {name: utils.write_text(folder / f"{name}.html", text) for name, text in (("full", full), ("bare", bare))}
+    log = pd.DataFrame({"study_id": [7, 8], "series": ["Sagittal T1", ""], "second_share": [0.28, 0.0]})
+    several = index_html(log.assign(problems=["", "no series of use"]), {7: folder / "full.html"}, {7: "L4/L5 canal"})
+    texts = {"full": full, "bare": bare, "list": several}
+    return {name: utils.write_text(folder / f"{name}.html", text) for name, text in texts.items()}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("screen", SCREENS)
-@pytest.mark.parametrize("name", ["full", "bare"])
+@pytest.mark.parametrize("name", ["full", "bare", "list"])
 def test_a_studys_page(chromium, pages, name, screen, scheme):
     assert findings(chromium, pages[name], screen, scheme) == []
 
