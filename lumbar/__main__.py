@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lumbar", description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="folder or zip of DICOM files, of one study or many, in any order")
     parser.add_argument("--out", default="runs/predict", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--weights", nargs="*", default=[], help="folders with trained weights: predict as well")
+    parser.add_argument("--weights", nargs="+", default=[], help="folders of finished runs: grade the levels as well")
     parser.add_argument("--prior-only", action="store_true", help="accept predictions that rest on no image at all")
     parser.add_argument("--workers", type=int, default=2, help="threads (default: %(default)s)")
     given = parser.parse_args(arguments)
@@ -43,10 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
     write_csv(out / "inference_log.csv", log)
     for row in levels.itertuples():
         doubt = f", or {level_name(row.second)} ({row.second_share:.0%})" if row.second_share else ""
-        print(f"study {row.study_id} {level_name(row.level)}: {row.x_mm:.0f} {row.y_mm:.0f} {row.z_mm:.0f} mm{doubt}")
+        place = f"{row.x_mm:.0f} {row.y_mm:.0f} {row.z_mm:.0f}"
+        print(f"study {row.study_id} {level_name(row.level)}: centre at {place} mm (LPS){doubt}")
     for row in log[log["problems"] != ""].itertuples():
         print(f"study {row.study_id}: {row.problems}")
     print(f"pages: {write_pages(out, log)[0]}")
+    print(
+        f"To pass on: the pages, slicer/ and the tables but studies.csv. The rest of {out} holds the patient's images."
+    )
+    if members:
+        print("Research software, not a medical device: weights trained on phantoms say nothing about patients.")
     return 0
 
 

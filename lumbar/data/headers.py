@@ -20,7 +20,8 @@ from .stacks import KINDS_OF_IMAGE
 
 _KEYWORDS = (
     "SOPClassUID SOPInstanceUID Modality StudyInstanceUID SeriesInstanceUID SeriesNumber InstanceNumber "
-    "PatientID PatientName OtherPatientNames PatientBirthName ReferringPhysicianName SeriesDescription ProtocolName "
+    "PatientID OtherPatientIDs AccessionNumber PatientName OtherPatientNames PatientBirthName ReferringPhysicianName "
+    "SeriesDescription ProtocolName "
     "SequenceName PulseSequenceName BodyPartExamined "
     "RepetitionTime EchoTime InversionTime FlipAngle ScanningSequence ScanOptions ImageType ContrastBolusAgent "
     "DiffusionBValue NumberOfFrames ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness "
@@ -29,6 +30,7 @@ _KEYWORDS = (
 ).split()
 # Who must not appear in anything that is written.
 _NAMES = "PatientName OtherPatientNames PatientBirthName ReferringPhysicianName".split()
+_NUMBERS = "PatientID OtherPatientIDs AccessionNumber".split()
 
 # Storage classes (PS3.4 B.5) of MR slices; files that state none are judged by what else they say.
 _MR_CLASSES = (
@@ -44,7 +46,7 @@ class FileHeader:
     """One file.
 
     uid: of the image, "" where it has none; study, series: whose files belong together; patient: words that name a
-    person, in small letters; planes, corners_lps_mm: of its frames, the latter (n, 3); kinds: of KINDS_OF_IMAGE.
+    person, in small letters; case: words that number the person or the case; planes, corners_lps_mm: of its frames, the latter (n, 3); kinds: of KINDS_OF_IMAGE.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class FileHeader:
     series: str
     instance: int
     patient: frozenset[str]
+    case: frozenset[str]
     planes: tuple[str, ...]
     corners_lps_mm: np.ndarray
     kinds: frozenset[str]
@@ -118,7 +121,8 @@ def _header(path: Path, dataset: Any) -> FileHeader:
         # Without a UID the number and the name of a series are what its files have in common.
         series=uid or f"{about.number} {about.words}",
         instance=_whole(dataset, "InstanceNumber"),
-        patient=_patient(dataset),
+        patient=_private(dataset, _NAMES),
+        case=_private(dataset, _NUMBERS),
         planes=planes,
         corners_lps_mm=np.array([position for _, _, position in places]).reshape(-1, 3),
         kinds=kinds & KINDS_OF_IMAGE - {"LOCALIZER", "M"},
@@ -246,10 +250,10 @@ def _of_frame(what: str, *groups: Any) -> Any:
     return None
 
 
-def _patient(dataset: Any) -> frozenset[str]:
-    """Words of three letters or more that name the patient or a physician, in small letters."""
+def _private(dataset: Any, keywords: Sequence[str]) -> frozenset[str]:
+    """Words of three letters or more in these attributes, in small letters."""
     found: set[str] = set()
-    for keyword in _NAMES:
+    for keyword in keywords:
         value = dataset.get(keyword)
         text = " ".join(str(part) for part in (value if isinstance(value, (list, tuple)) else [value]) if part)
         words = "".join(c if c.isalnum() else " " for c in text.lower()).split()

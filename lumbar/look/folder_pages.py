@@ -23,7 +23,8 @@ _PAGE = """<!doctype html><html lang=en><head><meta charset=utf-8><meta name=vie
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse}
 td,th{text-align:left;padding:.4rem .8rem;border-bottom:1px solid #8886;vertical-align:top}
-</style></head><body><main><h1>Lumbar spine studies</h1><p>studies.csv says which folder each is.</p><table><thead><tr>
+</style></head><body><main><h1>Lumbar spine studies</h1><p>Research software, not a medical device.
+studies.csv says which folder each study is.{note}</p><table><thead><tr>
 <th scope=col>study<th scope=col>series used<th scope=col>levels<th scope=col>most severe<th scope=col>problems
 </tr></thead><tbody>{rows}</tbody></table></main>
 </body></html>
@@ -102,7 +103,9 @@ def write_pages(out: str | Path, log: pd.DataFrame) -> list[Path]:
 
 def index_html(log: pd.DataFrame, pages: Mapping[int, Path], worst: Mapping[int, str]) -> str:
     """The page that lists all studies. log: of folder_log; pages: study_id -> its page; worst: -> its worst finding."""
-    return _PAGE.replace("{rows}", "".join(_row(row, pages, worst) for row in log.to_dict("records")))
+    note = "" if worst else " Nothing was graded: that takes trained weights."
+    rows = "".join(_row(row, pages, worst) for row in log.to_dict("records"))
+    return _PAGE.replace("{note}", note).replace("{rows}", rows)
 
 
 def _most_severe(path: Path) -> dict[int, str]:
@@ -121,7 +124,7 @@ def _most_severe(path: Path) -> dict[int, str]:
 def _row(row: dict, pages: Mapping[int, Path], worst: Mapping[int, str]) -> str:
     page = pages.get(row["study_id"])
     name = f"<a href='{page.name}'>{row['study_id']}</a>" if page else str(row["study_id"])
-    levels = "found" if page else "none"
+    levels = "guessed" if "levels are guessed" in str(row["problems"]) else "found" if page else "none"
     if row["second_share"]:
         levels += f", numbering in doubt ({row['second_share']:.0%} for another)"
     texts = (row["series"], levels, worst.get(row["study_id"], ""), row["problems"])

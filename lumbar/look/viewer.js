@@ -374,7 +374,7 @@ function drawAnswer() {
       const bar = put(cell, 'div', { class: 'bar', 'aria-hidden': true });
       if (p) put(bar, 'i', { style: 'width:' + 100*p[number] + '%;background:' + data.gradeColours[number] });
     }
-    put(row, 'td', {}, read === number ? '◀ read' : '');
+    if (data.truth) put(row, 'td', {}, read === number ? '◀ read' : '');
   });
   const member = find('select[data-pick=member]');
   if (member) all('[data-member]').forEach(table => { table.hidden = table.dataset.member !== member.value; });

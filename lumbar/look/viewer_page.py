@@ -44,6 +44,9 @@ _KEYS = (
 )
 
 
+_NOTE = "<p style='font:13px/1.5 system-ui,sans-serif;margin:8px 16px'>Research software, not a medical device.</p>"
+
+
 def study_html(
     study: Study,
     boxes: Iterable[LevelBox] | None = None,
@@ -97,7 +100,7 @@ def study_html(
         return fragment
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<meta name=color-scheme content='light dark'><title>{name}</title></head><body>{fragment}</body></html>\n"
+        f"<meta name=color-scheme content='light dark'><title>{name}</title></head><body>{fragment}{_NOTE}</body></html>\n"
     )
 
 
@@ -238,10 +241,11 @@ def _answer(data: Mapping[str, Any]) -> str:
     if not data["members"] and not data["truth"]:
         return ""
     heads = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in data["names"])
+    label = "<th scope=col>Label</th>" if data["truth"] else ""
     return (
-        f"<figure class=answer style='--members:{len(data['members'])}'><figcaption><b>Predicted and read</b>"
+        f"<figure class=answer style='--members:{len(data['members'])}'><figcaption><b>{'Predicted and read' if data['truth'] else 'Predicted'}</b>"
         "<span class=answer-caption aria-live=polite></span></figcaption>"
-        f"<table><thead><tr><th scope=col>Grade</th>{heads}<th scope=col>Label</th></tr></thead>"
+        f"<table><thead><tr><th scope=col>Grade</th>{heads}{label}</tr></thead>"
         "<tbody class=grades></tbody></table>"
         + ("" if data["members"] else "<p>No prediction of this study was given.</p>")
         + "</figure>"

@@ -320,11 +320,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--members", nargs="+", help="to train; default all")
     parser.add_argument("--settings", help="a file of parameters for publish.ipynb, such as configs/kaggle.yaml")
     options = parser.parse_args(arguments)
-    given = yaml.safe_load(Path(options.settings).read_text(encoding="utf-8")) if options.settings else {}
+    notebooks = Path(__file__).resolve().parents[2] / "notebooks"
+    given: dict[str, Any] = {}
+    if options.settings:
+        try:
+            given = yaml.safe_load(Path(options.settings).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f"--settings: {error}")
     folds = options.folds or given.get("FOLDS") or [0]
     members = options.members or given.get("MEMBERS") or []
-    notebooks = Path(__file__).resolve().parents[2] / "notebooks"
     try:
+        check_notebook_parameters(notebooks / "publish.ipynb", given)
         costs = kernel_costs(notebooks, folds, members, given.get("SETTINGS"))
     except (ValueError, TypeError) as error:
         parser.error(str(error))

@@ -19,6 +19,7 @@ from typing import Any
 from ..cluster import connect, gpu_of
 from ..data.tables import read_folds
 from ..grade.member import TrainingStage
+from ..grade.pretrained import pretrained_file
 from ..grade.registry import MEMBERS
 from ..storage import plain, write_json
 from .fingerprint import code_fingerprint, read_manifest, versions
@@ -370,6 +371,16 @@ def pretrained_names(members: Sequence[str] = ()) -> list[str]:
     return sorted({training.pretrained for training in trainings(members) if training.pretrained})
 
 
+def _check_pretrained(folder: str | Path, members: Sequence[str]) -> None:
+    """Raise ValueError where the folder lacks weights that a training starts from, before the first stage begins."""
+    for name in pretrained_names(members):
+        try:
+            pretrained_file(folder, name)
+        except FileNotFoundError as error:
+            fetch = f"python -m lumbar.grade.pretrained {' '.join(pretrained_names(members))} --out {folder}"
+            raise ValueError(f'{error}. `{fetch}` fetches them; PRETRAINED = "" starts from noise') from None
+
+
 def pipeline_stages(
     notebooks: str | Path,
     data: str | Path,
@@ -393,6 +404,8 @@ def pipeline_stages(
     ValueError as stage_table, ValueError and TypeError as stage_settings.
     """
     notebooks, small = Path(notebooks), size != "full"
+    if pretrained:
+        _check_pretrained(pretrained, members)
     table = stage_table(list(folds) or ([0] if small else list(ALL_FOLDS)), size, members)
     own = stage_settings(table, settings or {}, notebooks)
     # Small trainings run side by side on a core each, and small crops are faster made than sent between processes: only

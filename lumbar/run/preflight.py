@@ -204,6 +204,10 @@ def preflight_stages(
             hours[stage["name"]] = hours_on(cost, [name for name, _ in here.gpus], here.cores)
     if len(hours) > 1:
         known.append(f"all trainings: about {_duration(sum(hours.values()))}, one after the other")
+        if not here.gpus and sum(hours.values()) > NEVER_HOURS:
+            wrong.insert(
+                0, f"all trainings: there is no GPU here, and they would take {_duration(sum(hours.values()))}"
+            )
     if written and written > here.disk_gb:
         wrong.append(f"all stages: OUT: they write about {written:.0f} GB, and {here.disk_gb:.0f} are free")
     _judge(_together(wrong), _together(known))

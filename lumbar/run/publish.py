@@ -53,7 +53,7 @@ def staged_notebook(notebook: str | Path, parameters: Mapping[str, Any]) -> str:
 def _check_user(user):
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{1,49}", str(user)) or user == KAGGLE_OWNER_PLACEHOLDER:
         raise ValueError(
-            f"{user!r} is no Kaggle user name: give the one in the address of your profile, "
+            f"USER: {user!r} is no Kaggle user name: give (-p USER name) the one in the address of your profile, "
             "https://www.kaggle.com/<user name> (letters, digits and hyphens)"
         )
 

@@ -1,8 +1,8 @@
 """Any folder of DICOM files, or a zip of them, laid out as the competition's: which studies and series there are, and
 which series serves as which of the three.
 
-Nothing that is written names a patient: files get numbers, and words of the headers' names are struck out of folders'
-names and descriptions.
+No table names a patient: files get numbers, words of the headers' names are struck out of folders' names, and these and
+numbers of the patient and the case out of descriptions. The links and unpacked files are the patient's own.
 
 May use: data, names, storage.
 """
@@ -86,11 +86,13 @@ def find_studies(source: str | Path, out: str | Path, workers: int = 4) -> list[
     FileNotFoundError
         There is no such path.
     ValueError
-        A zip that cannot be unpacked, more than MAX_FILES files, or not one MR image; it says what is there instead.
+        `out` is the folder itself, a zip that cannot be unpacked, more than MAX_FILES files, or not one MR image; it says what is there instead.
     """
     source, out = Path(source), Path(out)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a folder or zip of DICOM files")
+    if source.is_dir() and source.resolve() == out.resolve():
+        raise ValueError(f"{out} is the folder of images itself: give another one for the results")
     places = list(_all_files(source, out))
     headers: list[FileHeader] = []
     names: dict[Path, str] = {}
@@ -115,7 +117,7 @@ def find_studies(source: str | Path, out: str | Path, workers: int = 4) -> list[
                 other[found] += 1
             bar.update()
     for what, count in other.most_common(10):
-        print(f"{count} files left out: {what}")
+        print(f"{count} file{'s' * (count > 1)} left out: {what}")
     if not headers:
         there = ", ".join(f"{count} of them: {what}" for what, count in other.most_common(3)) or "it is empty"
         raise ValueError(f"{source} holds no MR image ({len(places)} files; {there})")
@@ -322,8 +324,9 @@ def _studies(headers: Sequence[FileHeader], names: dict[Path, str], source: Path
     studies = []
     for key, files in groups.items():
         private = frozenset().union(*(file.patient for file in files))
+        numbers = private.union(*(file.case for file in files))
         series = tuple(
-            replace(one, header=replace(one.header, words=_struck_out(one.header.words, private)))
+            replace(one, header=replace(one.header, words=_struck_out(one.header.words, numbers)))
             for one in _chosen(_series(files))
         )
         folder = _struck_out(str(folders[key]), private)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from ..data.competition import from_submission
 from ..data.preprocess import preprocess_studies
+from ..data.source import Source
 from ..data.volume import study_about, study_paths
 from ..grade.ensemble import ensemble_for
 from ..names import CONDITIONS, LEVEL_TABLE_COLUMNS, LEVELS, SEVERITIES, device_for
@@ -27,8 +28,20 @@ SHIPPED_WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "spinenet_ph
 
 
 def members_of(weights: Sequence[str | Path], device: str = "auto") -> Members | None:
-    """The members in or below these folders; None without folders: then only levels are found, see placement_of."""
-    return load_members(weight_folders(weights), device=device) if weights else None
+    """The members in or below these folders; None without folders: then only levels are found, see placement_of.
+
+    Raises FileNotFoundError where there are no weights.
+    """
+    if not weights:
+        return None
+    try:
+        folders = weight_folders(weights)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"WEIGHTS: no trained weights in or below {', '.join(map(str, weights))}: give the folder of a finished "
+            "run, such as runs/full, or none to find levels only"
+        ) from None
+    return load_members(folders, device=device)
 
 
 def placement_of(members: Members | None, device: str = "auto") -> Placement:
@@ -122,6 +135,10 @@ def folder_log(
         own = levels[levels["study_id"] == study.study_id]
         row = graded.get(study.study_id, {})
         told = [*problems.get(study.study_id, []), *str(row.get("problems") or "").split(" | ")]
+        guessed = {str(source) for source in own["source"]} & {str(Source.AXIAL), str(Source.PRIOR)}
+        if guessed:
+            where = "where the axial slices lie" if str(Source.AXIAL) in guessed else "how spines lie on average"
+            told.insert(0, f"levels are guessed from {where}: their numbering is not known")
         if not study.used:
             told.append("no series of use: " + "; ".join(dict.fromkeys(one.reason for one in study.series)))
         rows.append(
@@ -132,7 +149,7 @@ def folder_log(
                 "second_share": own["second_share"].max() if len(own) else 0.0,
                 "rows_from": row.get("rows_from", ""),
                 "prior_rows": row.get("prior_rows", 0),
-                "problems": " | ".join(dict.fromkeys(filter(None, told))),
+                "problems": " | ".join(dict.fromkeys(t.removeprefix(f"study {study.study_id}: ") for t in told if t)),
             }
         )
     return pd.DataFrame(rows)
