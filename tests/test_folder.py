@@ -22,8 +22,10 @@ import utils
 from lumbar.__main__ import main
 from lumbar.data.headers import read_header
 from lumbar.data.series_kind import SeriesHeader, kind_of_series
+from lumbar.data.source import Source
 from lumbar.look.markups import write_markups
 from lumbar.serve import predict_folder
+from lumbar.serve.folder import FoundStudy
 
 MR = "1.2.840.10008.5.1.4.1.1.4"
 AXES = {
@@ -444,6 +446,31 @@ def test_a_folder_without_anything_of_use_says_what_is_there(tmp_path, fill, mat
     fill(tmp_path / "in")
     with pytest.raises(ValueError, match=re.compile(match, re.S)):
         found(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_folder_is_no_place_for_its_own_results(tmp_path):
+    write_study(tmp_path)
+    with pytest.raises(ValueError, match="is the folder of images itself"):
+        utils.find_studies(tmp_path, tmp_path)
+
+
+def test_numbers_of_the_case_are_struck_out_of_descriptions(tmp_path):
+    words = "Sagittal T2 Erika 4711 AC998877"
+    write_series(tmp_path / "4711", SeriesDescription=words, AccessionNumber="AC998877", **T2)
+    (study,) = found(tmp_path, tmp_path / "out")
+    assert utils.series_table([study])["description"].tolist() == ["Sagittal T2 … … …"]
+    assert study.name == "4711"  # studies.csv stays at home
+
+
+def test_levels_that_are_guessed_are_called_so():
+    levels = utils.boxes_to_table(1, [replace(box, source=Source.AXIAL) for box in small_study.make_boxes()])
+    study = FoundStudy(1, "", "", ())
+    series = pd.DataFrame({"study_id": [1], "problem": ["study 1: no Sagittal T1 series"]})
+    (row,) = utils.folder_log([study], levels, series).to_dict("records")
+    assert row["problems"].startswith(
+        "levels are guessed from where the axial slices lie: their numbering is not known |"
+    )
+    assert "| no Sagittal T1 series |" in row["problems"]
 
 
 def test_a_path_that_is_not_there_says_so(tmp_path):

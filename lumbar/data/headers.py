@@ -45,8 +45,9 @@ _MR_CLASSES = (
 class FileHeader:
     """One file.
 
-    uid: of the image, "" where it has none; study, series: whose files belong together; patient: words that name a
-    person, in small letters; case: words that number the person or the case; planes, corners_lps_mm: of its frames, the latter (n, 3); kinds: of KINDS_OF_IMAGE.
+    uid: of the image, "" where it has none; study, series: whose files belong together; patient, case: words that name
+    a person, and that number the person or the case, in small letters; planes, corners_lps_mm: of its frames, the
+    latter (n, 3); kinds: of KINDS_OF_IMAGE.
     """
 
     path: Path

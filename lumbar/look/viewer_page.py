@@ -100,7 +100,8 @@ def study_html(
         return fragment
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<meta name=color-scheme content='light dark'><title>{name}</title></head><body>{fragment}{_NOTE}</body></html>\n"
+        f"<meta name=color-scheme content='light dark'><title>{name}</title></head>"
+        f"<body>{fragment}{_NOTE}</body></html>\n"
     )
 
 
@@ -241,9 +242,9 @@ def _answer(data: Mapping[str, Any]) -> str:
     if not data["members"] and not data["truth"]:
         return ""
     heads = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in data["names"])
-    label = "<th scope=col>Label</th>" if data["truth"] else ""
+    title, label = ("Predicted and read", "<th scope=col>Label</th>") if data["truth"] else ("Predicted", "")
     return (
-        f"<figure class=answer style='--members:{len(data['members'])}'><figcaption><b>{'Predicted and read' if data['truth'] else 'Predicted'}</b>"
+        f"<figure class=answer style='--members:{len(data['members'])}'><figcaption><b>{title}</b>"
         "<span class=answer-caption aria-live=polite></span></figcaption>"
         f"<table><thead><tr><th scope=col>Grade</th>{heads}{label}</tr></thead>"
         "<tbody class=grades></tbody></table>"

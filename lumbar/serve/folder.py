@@ -86,7 +86,8 @@ def find_studies(source: str | Path, out: str | Path, workers: int = 4) -> list[
     FileNotFoundError
         There is no such path.
     ValueError
-        `out` is the folder itself, a zip that cannot be unpacked, more than MAX_FILES files, or not one MR image; it says what is there instead.
+        `out` is the folder itself, a zip that cannot be unpacked, more than MAX_FILES files, or not one MR image; it
+        says what is there instead.
     """
     source, out = Path(source), Path(out)
     if not source.exists():
