@@ -565,8 +565,8 @@ def test_the_notebook_closes_when_nothing_is_late_and_only_reads_finished_work(t
     tiny.write_members(tmp_path / "weights", random_spinenet=True)
     stage = tmp_path / "out" / "05_inference"
 
-    def run(hours):
-        parameters = {"DATA": str(tmp_path / "data"), "WEIGHTS": [str(tmp_path / "weights")]}
+    def run(hours, prior_only=False):
+        parameters = {"DATA": str(tmp_path / "data"), "WEIGHTS": [str(tmp_path / "weights")], "PRIOR_ONLY": prior_only}
         parameters |= {"OUT": str(tmp_path / "out"), "HOURS": hours, "RESERVE": 0.0001, "DEVICE": "cpu"}
         run_cells(tiny.ROOT / "notebooks" / "05_inference.ipynb", parameters)
         return pd.read_csv(tmp_path / "out" / "submission.csv"), capsys.readouterr().out
@@ -574,7 +574,9 @@ def test_the_notebook_closes_when_nothing_is_late_and_only_reads_finished_work(t
     file = sorted(study.rglob("*.dcm"))[0]
     good = file.read_bytes()
     file.write_bytes(good[:1000])
-    late, said = run(0.00011)
+    with pytest.raises(RuntimeError, match="no time left.*PRIOR_ONLY"):
+        run(0.00011)
+    late, said = run(0.00011, prior_only=True)
     assert len(late) == 25 and not (stage / "manifest.json").exists() and "more HOURS" in said
     found, _ = run(9.0)
     assert (stage / "manifest.json").is_file() and not np.allclose(found["severe"], late["severe"])
