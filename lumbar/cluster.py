@@ -139,14 +139,21 @@ def _spread_over(client, work, items, shared, lost, gpu, done):
     held = client.submit(_same, shared, pure=False) if shared is not None else None
     resources = (gpu_of(client) if gpu else {}) or None
     futures = {client.submit(work, held, item, pure=False, resources=resources): item for item in items}
-    found = {}
+    found: dict[Any, Any] = {}
+    suspects: list[Any] = []
     for future in as_completed(futures, loop=client.loop):
-        item = futures[future]
         try:
-            found[item] = future.result()
+            found[futures[future]] = future.result()
+            done()
+        except KilledWorker:
+            suspects.append(futures[future])
+    # Whoever waited at a worker when it died is suspected as well: each is tried once more, with nothing beside it.
+    for item in suspects:
+        try:
+            found[item] = client.submit(work, held, item, pure=False, resources=resources).result()
         except KilledWorker as error:
             if lost is None:
                 raise RuntimeError(f"worker after worker died at {item}: {error}") from None
-            found[item] = lost(item, f"{error}".split(".")[0])
+            found[item] = lost(item, str(error).split(".")[0])
         done()
     return {item: found[item] for item in items}
