@@ -300,7 +300,7 @@ def test_one_more_fold_and_the_ensemble_of_both_end_in_a_new_report(run):
     """The README's two lines, after the stages of the first fold."""
     out = run / "out"
     old = {name: (out / name).read_bytes() for name in ("report.html", "submission.csv")}
-    given = {"OUT": str(out), "SIZE": "smoke", "TRAIN_STUDIES": 6, "TEST_STUDIES": 2, "SEED": 2, "FOLDS": [0, 3]}
+    given = {**SETTINGS, "OUT": str(out), "FOLDS": [0, 3]}
     given |= {"STAGES": ["04_train_vit_study", "05_inference", "06_report"], "SETTINGS": {"06_report": {"DRAWS": 20}}}
     (run / "both.yaml").write_text(json.dumps(given))
     command = [
