@@ -140,6 +140,7 @@ def attach_random_weights(inputs, layout, folder):
         "train-spinenet": ("02_train_spinenet", "spinenet.safetensors"),
         "train-vit-level": ("04_train_vit_level_0", "level_0.safetensors"),
         "train-vit-study": ("04_train_vit_study_0", "study_0.safetensors"),
+        "train-vit-slices": ("04_train_vit_slices_0", "slices_0.safetensors"),
         **{f"train-yolo-{c}": (f"03_train_yolo_{c}_0", f"yolo_{c}_0.safetensors") for c in utils.DETECTORS},
     }
     for kernel, (stage, weights) in stages.items():
