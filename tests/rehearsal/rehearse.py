@@ -34,6 +34,7 @@ import pandas as pd  # noqa: E402
 
 import utils  # noqa: E402
 from lumbar.grade.pretrained import INSTALLED, pretrained_file, read_state  # noqa: E402
+from lumbar.run.mounts import KAGGLE_HAS, NEEDED  # noqa: E402
 from lumbar.run.pipeline import PRETRAINED_STAGE, kaggle_kernels, stage_table  # noqa: E402
 from lumbar.serve.members import weight_folders  # noqa: E402
 from lumbar.storage import write_tensors  # noqa: E402
@@ -279,7 +280,7 @@ print(json.dumps([found, wrong]))
 
 def remove_wheels(python):
     """Back to the image: what an earlier run installed from the wheels is not in it."""
-    names = ["timm-3d", "ultralytics-opencv-headless"]
+    names = [package for module, package in NEEDED.items() if module not in KAGGLE_HAS]
     subprocess.run(
         [python, "-m", "pip", "uninstall", "--quiet", "--yes", *names], stderr=subprocess.DEVNULL, check=True
     )
