@@ -33,11 +33,10 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 import utils  # noqa: E402
-from lumbar.grade.pretrained import INSTALLED, pretrained_file, read_state  # noqa: E402
+from lumbar.grade.pretrained import INSTALLED, pretrained_file  # noqa: E402
 from lumbar.run.mounts import KAGGLE_HAS, NEEDED  # noqa: E402
 from lumbar.run.pipeline import PRETRAINED_STAGE, kaggle_kernels, stage_table  # noqa: E402
 from lumbar.serve.members import weight_folders  # noqa: E402
-from lumbar.storage import write_tensors  # noqa: E402
 
 # Of Kaggle's image of August 2026; without a version: it has the package, in whichever is newest.
 IMAGE = (
@@ -365,9 +364,10 @@ def rehearse_chain(python, folder, build, layout, alone):
     seconds, working = {}, {}
     for name in kaggle_kernels():
         if name == "pretrained":  # the only one with internet: what it would have fetched comes out of a package
-            fetched = folder / name / PRETRAINED_STAGE / f"{LITE}.safetensors"
+            known = pretrained_file(INSTALLED, LITE)  # as it is: its tensors are known by their order
+            fetched = folder / name / PRETRAINED_STAGE / f"{LITE}{known.suffix}"
             fetched.parent.mkdir(parents=True)
-            write_tensors(fetched, read_state(pretrained_file(INSTALLED, LITE)), "pretrained", {"name": LITE})
+            shutil.copyfile(known, fetched)
         about = json.loads((build / "kernels" / name / "kernel-metadata.json").read_text())
         inputs = folder / f"input_{name}"
         data = inputs / ("" if layout == "old" else "competitions") / COMPETITION
