@@ -37,7 +37,7 @@ def doubtful_labels(grades: np.ndarray, predictions: Mapping[str, np.ndarray]) -
         The grade that the members see there; -1 where no member says anything.
     """
     log_p = np.log(np.clip(np.stack(list(predictions.values())).astype(np.float64), 1e-6, 1))
-    there = np.isfinite(log_p).all(-1)
+    there = np.all(np.isfinite(log_p), axis=-1)
     count = there.sum(0)
     mean = np.where(there[..., None], log_p, 0).sum(0) / np.maximum(count, 1)[..., None]
     # Members are trained with the metric's weights; without them their probabilities are those of the grades.
