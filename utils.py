@@ -34,7 +34,7 @@ from lumbar.grade.cleaning import cleaned_grades
 from lumbar.grade.crops import CropDataset, augment_crops, expand_view, margin_shape, view_crops
 from lumbar.grade.detector import dense_scores, load_yolo, score_studies, settle_detectors, yolo_table
 from lumbar.grade.detector_data import DETECTOR_VIEWS, fit_point_offsets, write_yolo_dataset
-from lumbar.grade.detector_training import train_yolo
+from lumbar.grade.detector_training import train_yolo, yolo_schedule
 from lumbar.grade.detector_weights import find_yolo_description
 from lumbar.grade.distributed import bytes_of, loader_memory, processes_for
 from lumbar.grade.ensemble import (
@@ -383,5 +383,6 @@ __all__ = [
     "write_text",
     "write_yolo_dataset",
     "yolo_loss_against_prior",
+    "yolo_schedule",
     "yolo_table",
 ]

@@ -135,7 +135,7 @@ def test_a_global_network_sees_one_vector_and_the_kit_refuses_it(tmp_path, scope
     path = tmp_path / f"{scope}_0.safetensors"
     save_classifier(path, model, {"fold": 0})
     again, about = load_global(path)
-    assert about["pooling"] == again.pooling == "global"
+    assert about["pooling"] == again.layout == "global"
     torch.testing.assert_close(again(x, level), log_p)
     # What stands where in the features does not matter.
     turned = torch.flip(model.backbone.forward_features(x), (2, 3, 4))

@@ -696,7 +696,57 @@ def test_weights_from_before_there_was_a_choice_of_pooling(tmp_path):
     again, about = load_classifier(tmp_path / "a.safetensors")
     x = torch.randn(1, 3, 32, 32, 32)
     torch.testing.assert_close(again(x, torch.tensor([1])), model(x, torch.tensor([1])))
-    assert "pooling" not in about and again.pooling == "grid"
+    assert "pooling" not in about and again.layout == "grid"
+
+
+@pytest.mark.parametrize("scope", ["level", "study"])
+@pytest.mark.parametrize("pooling", ["max", "attention"])
+def test_cells_are_pooled_as_the_weights_say(tmp_path, scope, pooling):
+    prior, x, level = np.full((5, 5, 3), 1 / 3), torch.randn(2, 3, 32, 32, 32), torch.tensor([1, 4])
+    torch.manual_seed(0)
+    model = OrdinalClassifier(scope, "tiny", (32, 32, 32), prior, pooling=pooling).eval()
+    mean = OrdinalClassifier(scope, "tiny", (32, 32, 32), prior).eval()
+    mean.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("pool.")})
+    alike = torch.allclose(model(x, level), mean(x, level), atol=1e-6)
+    assert alike == (pooling == "attention")  # whose weights are equal at first
+    for parameter in model.pool.parameters():
+        nn.init.normal_(parameter)
+    save_classifier(tmp_path / "a.safetensors", model, {})
+    again, about = load_classifier(tmp_path / "a.safetensors")
+    assert about["cells"] == pooling and torch.equal(again(x, level), model(x, level))
+    assert not torch.allclose(model(x, level), mean(x, level), atol=1e-4)
+
+
+def test_attention_in_cells_is_their_weighted_mean():
+    x = torch.arange(16.0).reshape(1, 1, 2, 2, 4).repeat(1, 2, 1, 1, 1)
+    pool = classifier.CellPooling("attention", 2, (1, 1, 2))
+    torch.nn.init.constant_(pool.weight.weight, 50.0)  # to the bound: the highest place of each cell nearly alone
+    found = pool(x).detach()
+    assert found.shape == (1, 2, 1, 1, 2)
+    weight = np.exp(10 * np.tanh(100 * x[0, 0].numpy() / 10))
+    for cell, part in enumerate((slice(0, 2), slice(2, 4))):
+        expected = np.average(x[0, 0, ..., part].numpy(), weights=weight[..., part])
+        assert found[0, 0, 0, 0, cell] == pytest.approx(expected, rel=1e-5)
+    x = x.requires_grad_()
+    pool(x * 1e4).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_branches_are_left_out_in_training_only():
+    prior, x, level = np.full((5, 5, 3), 1 / 3), torch.randn(2, 3, 32, 32, 32), torch.tensor([1, 4])
+    model = OrdinalClassifier("level", "tiny", (32, 32, 32), prior, dropout=0.0, drop_path=0.9)
+    model.train()
+    with torch.no_grad():
+        one, other = model(x, level), model(x, level)
+        assert not torch.equal(one, other)
+        model.eval()
+        assert torch.equal(model(x, level), model(x, level))
+
+
+@pytest.mark.parametrize("wrong, words", [({"pooling": "sum"}, "POOLING must be"), ({"drop_path": 1.0}, "DROP_PATH")])
+def test_a_configuration_that_cannot_be_meant_is_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        changed(**wrong)
 
 
 @pytest.mark.slow

@@ -593,6 +593,7 @@ def nested(about, keys, value):
         ("level_0.safetensors", ["dropout"], float("nan")),
         ("level_0.safetensors", ["level_centers"], [0.5] * 10**5),
         ("level_0.safetensors", ["pooling"], "none"),
+        ("level_0.safetensors", ["cells"], "median"),
         ("level_0.safetensors", ["pooling"], "global"),
         ("level_0.safetensors", ["crop", "shape"], [10**4] * 3),
         ("level_0.safetensors", ["crop", "extent_mm"], [0, 0, 0]),

@@ -26,7 +26,7 @@ from lumbar.grade.slice_crops import (
     slice_crop,
     view_slices,
 )
-from lumbar.grade.slice_network import SliceNetwork, load_slices, measure_slices, predict_slices, save_slices
+from lumbar.grade.slice_network import Encoder, SliceNetwork, load_slices, measure_slices, predict_slices, save_slices
 from lumbar.grade.slice_training import SliceConfig, SliceRecipe
 from lumbar.grade.slices import Slices
 
@@ -334,6 +334,17 @@ def test_training_learns_goes_on_after_a_kill_and_settles_its_views(tmp_path, mo
     )
     assert predicted["slices_0"].shape == (6, 5, 5, 3) and len(table) == 3
     assert load_slices(tmp_path / "slices_0.safetensors")[1]["views"][0] == {}
+
+
+def test_branches_of_the_backbone_can_be_left_out():
+    def branches(net):
+        return [m.drop_prob for m in net.modules() if type(m).__name__ == "DropPath"]
+
+    left_out = branches(SliceNetwork("test_efficientnet", CROP, PRIOR, width=16, drop_path=0.4))
+    assert left_out and 0 < max(left_out) <= 0.4
+    assert not any(branches(SliceNetwork("test_efficientnet", CROP, PRIOR, width=16)))
+    with pytest.raises(ValueError, match="vgg11 has no residual branches to leave out: set DROP_PATH to 0"):
+        Encoder("vgg11", 3, 64, drop_path=0.4)
 
 
 def test_the_member_predicts_what_it_sees_and_says_what_fails(tmp_path):

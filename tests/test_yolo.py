@@ -41,7 +41,7 @@ from lumbar.grade.detector_data import (
     slice_patch,
     yolo_shape_px,
 )
-from lumbar.grade.detector_training import yolo_device
+from lumbar.grade.detector_training import YOLO_SETTINGS, yolo_device
 from lumbar.grade.tta import deal_parts
 from lumbar.names import SEVERITY_WEIGHTS
 from lumbar.weights import store_settled
@@ -830,6 +830,17 @@ def test_model_names():
     for wrong in ("yolov10q.yaml", "yolov10n.pt", "yolov10n", ""):
         with pytest.raises(ValueError, match="MODEL .*yolov10x.yaml"):
             utils.find_yolo_description(wrong)
+
+
+def test_a_schedule_by_its_name_or_with_a_rate_of_ones_own():
+    short, b = utils.yolo_schedule("short"), utils.yolo_schedule("B")
+    assert short["lr0"] == 0.001 and b["lr0"] == 0.01 and b["warmup_epochs"] == 3 and b["cos_lr"]
+    assert set(short) == set(b) <= set(YOLO_SETTINGS)
+    faster = utils.yolo_schedule("B", 0.02)
+    assert faster == b | {"lr0": 0.02, "warmup_bias_lr": pytest.approx(0.2)}
+    assert utils.yolo_schedule("B") == b  # the table is as it was
+    with pytest.raises(ValueError, match="SCHEDULE must be short or B, not 'linear'"):
+        utils.yolo_schedule("linear")
 
 
 @pytest.mark.slow

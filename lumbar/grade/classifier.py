@@ -70,14 +70,24 @@ def backbone_config(name: str, img_size: Sequence[int]) -> Any:
     return config
 
 
-def make_backbone(name: str, img_size: Sequence[int]) -> Any:
-    """A timm_3d MaxxVit without its head: (B, 3, d, h, w) -> (B, features, d', h', w'). Arguments and errors are those
-    of backbone_config."""
+def make_backbone(name: str, img_size: Sequence[int], drop_path: float = 0.0) -> Any:
+    """A timm_3d MaxxVit without its head: (B, 3, d, h, w) -> (B, features, d', h', w').
+
+    drop_path: in training, how often the deepest residual branch is left out; those before it in proportion to their
+    depth (Huang et al. 2016). The other arguments and the errors are those of backbone_config.
+    """
     config = backbone_config(name, img_size)
     from timm_3d.models.maxxvit import MaxxVit
 
     # The pretrained weights are for 2D images and another number of channels; and nothing is downloaded.
-    net = MaxxVit(config, img_size=tuple(img_size), in_chans=len(DESCRIPTIONS), num_classes=0, global_pool="")
+    net = MaxxVit(
+        config,
+        img_size=tuple(img_size),
+        in_chans=len(DESCRIPTIONS),
+        num_classes=0,
+        global_pool="",
+        drop_path_rate=drop_path,
+    )
     # Some have a hidden layer there, which is not used and for whose gradients several GPUs would wait.
     net.head.requires_grad_(False)
     return net
@@ -109,6 +119,33 @@ class LevelAttention(nn.Module):
 USUAL_LEVEL_CENTERS = (0.22, 0.37, 0.52, 0.66, 0.78)
 
 
+POOLINGS = ("mean", "max", "attention")
+
+
+class CellPooling(nn.Module):
+    """Features (B, channels, d, h, w) -> (B, channels, *cells): a coarse grid, each cell its features' mean, maximum or
+    weighted mean. The weights (`attention`) follow from the features, one for each place, and are equal at first."""
+
+    def __init__(self, kind: str, channels: int, cells: Sequence[int]) -> None:
+        super().__init__()
+        if kind not in POOLINGS:
+            raise ValueError(f"POOLING must be {', '.join(POOLINGS)}, not {kind!r}")
+        self.kind, self.cells = kind, tuple(cells)
+        self.weight = nn.Conv3d(channels, 1, 1) if kind == "attention" else None
+        if self.weight is not None:
+            for parameter in self.weight.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "max":
+            return F.adaptive_max_pool3d(x, self.cells)
+        if self.weight is None:
+            return F.adaptive_avg_pool3d(x, self.cells)
+        # Bounded: of a cell far below its crop's highest weight nothing but 0 / 0 would be left.
+        weight = (10 * torch.tanh(self.weight(x) / 10)).exp()
+        return F.adaptive_avg_pool3d(x * weight, self.cells) / F.adaptive_avg_pool3d(weight, self.cells)
+
+
 class OrdinalClassifier(nn.Module):
     """A 3D backbone and cumulative-logit heads.
 
@@ -117,10 +154,11 @@ class OrdinalClassifier(nn.Module):
     differ by level: a crop does not tell how common a grade is at its level.
 
     Features are pooled to a coarse grid across the body and not to one vector: convolutions and relative attention
-    alone hardly know left from right, and which side a narrowing is on is half of the question.
+    alone hardly know left from right, and which side a narrowing is on is half of the question. pooling: how each
+    cell is, one of POOLINGS; drop_path: of make_backbone.
     """
 
-    pooling = "grid"  # weights files name it, because there are networks that pool otherwise
+    layout = "grid"  # weights files name it as `pooling`, because there are networks with one mean over all
 
     def __init__(
         self,
@@ -130,6 +168,8 @@ class OrdinalClassifier(nn.Module):
         prior: ArrayLike,
         dropout: float = 0.2,
         level_centers: Sequence[float] = USUAL_LEVEL_CENTERS,
+        pooling: str = "mean",
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if scope not in ("level", "study"):
@@ -141,19 +181,21 @@ class OrdinalClassifier(nn.Module):
             "prior": np.asarray(prior).tolist(),
             "dropout": dropout,
             "level_centers": list(level_centers),
-            "pooling": self.pooling,
+            "pooling": self.layout,
+            "cells": pooling,
         }
         self.scope = scope
         self.recompute = False  # in training: a block's activations are not kept but computed again for its gradients
-        self.backbone = make_backbone(backbone, img_size)
+        self.backbone = make_backbone(backbone, img_size, drop_path)
         channels, stride = self.backbone.num_features, 2 ** (1 + len(self.backbone.stages))
         if scope == "level":
-            self.pool, cells = (1, 2, 4), 8
+            grid, features = (1, 2, 4), 8 * channels
         else:
-            self.pool, cells = (img_size[0] // stride, 1, 4), 4
-            self.attention = LevelAttention(channels * cells, self.pool[0], level_centers)
+            grid, features = (img_size[0] // stride, 1, 4), 4 * channels
+            self.attention = LevelAttention(features, grid[0], level_centers)
+        self.pool = CellPooling(pooling, channels, grid)
         self.dropout = nn.Dropout(dropout)
-        self.score = nn.Linear(channels * cells, len(CONDITIONS))
+        self.score = nn.Linear(features, len(CONDITIONS))
         nn.init.normal_(self.score.weight, std=0.03)  # a score near 0: about the prior
         nn.init.zeros_(self.score.bias)
         self.heads = CumulativeHeads(prior)
@@ -167,7 +209,7 @@ class OrdinalClassifier(nn.Module):
         features = self._features(x)
         # Under mixed precision only the backbone is: scores and cut points keep all their digits.
         with torch.autocast(x.device.type, enabled=False):
-            features = F.adaptive_avg_pool3d(features.float(), self.pool)
+            features = self.pool(features.float())
             if self.scope == "study":
                 # (B, channels x right-left, head-foot) -> (B, 5 levels, channels x right-left)
                 features = self.attention(features.transpose(2, 4).flatten(1, 3))
@@ -238,7 +280,7 @@ def load_classifier(
     about |= read_settled(path)
     _check_classifier(Stated(path, about, _REMEDY), network)
     names = ("scope", "backbone", "img_size", "prior", "dropout", "level_centers")
-    arguments = [about[name] for name in names]
+    arguments = [about[name] for name in names] + ([about["cells"]] if "cells" in about else [])
     state = current_heads(state)
     check_network(path, lambda: network(*arguments), state, _REMEDY)
     model = network(*arguments)
@@ -257,7 +299,8 @@ def read_classifier_about(path: str | Path) -> dict[str, Any]:
 def _check_classifier(stated, network):
     """Refuse a file of which the network, cut_crops or view_crops would make something else than was trained."""
     scope = stated.choice("scope", ("level", "study"))
-    stated.choice("pooling", (network.pooling,), optional=True)
+    stated.choice("pooling", (network.layout,), optional=True)
+    stated.choice("cells", POOLINGS, optional=True)
     sizes = stated.numbers("img_size", (3,), 1, 512, whole=True)
     if math.prod(sizes) > 320**3:
         stated.refuse("img_size", "less than 320 x 320 x 320 voxels")

@@ -67,7 +67,7 @@ class CropMember(Member):
 
     def read_about(self, path: Path) -> Mapping[str, Any]:
         about = read_classifier_about(path)
-        Stated(path, about, _REMEDY).choice("pooling", (OrdinalClassifier.pooling,), optional=True)
+        Stated(path, about, _REMEDY).choice("pooling", (OrdinalClassifier.layout,), optional=True)
         return about
 
     def load(self, path: Path, device: str) -> Weights:

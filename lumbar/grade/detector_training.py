@@ -50,6 +50,26 @@ YOLO_SETTINGS = {
     "patience": 0,
 }
 
+# How the learning rate goes, by name. `short`: one epoch of warm-up, for few epochs or weights to start from. `B`: as
+# solution B trained, ultralytics' defaults with a cosine.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "short": {"lr0": 0.001, "lrf": 0.01, "cos_lr": True, "warmup_epochs": 1.0, "warmup_bias_lr": 0.001},
+    "B": {"lr0": 0.01, "lrf": 0.01, "cos_lr": True, "warmup_epochs": 3.0, "warmup_bias_lr": 0.1},
+}
+
+
+def yolo_schedule(name: str, learning_rate: float = 0.0) -> dict[str, Any]:
+    """Settings of train_yolo for one of SCHEDULES; learning_rate: AdamW's peak in place of the schedule's own, 0 leaves
+    that. Raises ValueError for another name."""
+    if name not in SCHEDULES:
+        raise ValueError(f"SCHEDULE must be {' or '.join(SCHEDULES)}, not {name!r}")
+    chosen = dict(SCHEDULES[name])
+    if learning_rate:
+        # The biases start as much above the peak as they did.
+        chosen["warmup_bias_lr"] *= learning_rate / chosen["lr0"]
+        chosen["lr0"] = learning_rate
+    return chosen
+
 
 def yolo_device(device: str | None, batch: int) -> str:
     """ultralytics' name of a device: "cpu", or numbers of GPUs, "0" or "0,1". None or "auto": all GPUs, if there are

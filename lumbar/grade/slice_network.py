@@ -32,12 +32,20 @@ class Encoder(nn.Module):
 
     name: as timm names it; stride: 0 is the whole network; 8 or another of its feature maps' strides ends it there,
     for small crops: the features are then that map's means in a grid, which keeps where something is, and its maxima;
+    drop_path: in training, how often its deepest residual branch is left out;
     pretrained: a file of weights to start from (see pretrained.load_images, which prints how much of it fits unless
     `quiet`). Raises ValueError for what timm cannot build.
     """
 
     def __init__(
-        self, name: str, channels: int, size_px: int, stride: int = 0, pretrained: str | Path = "", quiet: bool = False
+        self,
+        name: str,
+        channels: int,
+        size_px: int,
+        stride: int = 0,
+        pretrained: str | Path = "",
+        quiet: bool = False,
+        drop_path: float = 0.0,
     ):
         super().__init__()
         import timm
@@ -47,10 +55,16 @@ class Encoder(nn.Module):
             near = ", ".join(timm.list_models(f"*{name.partition('_')[0]}*")[:8])
             raise ValueError(f"BACKBONE {name!r} is no network that timm builds" + (f"; there are {near}" * bool(near)))
         options: dict[str, Any] = {"num_classes": 0, "in_chans": channels} | ({"global_pool": ""} if stride else {})
+        options |= {"drop_path_rate": drop_path} if drop_path else {}  # not all networks know it
         try:
             net: Any = timm.create_model(name, img_size=size_px, **options)
         except TypeError:  # most convolutional networks take any size, and no such argument
-            net = timm.create_model(name, **options)
+            try:
+                net = timm.create_model(name, **options)
+            except TypeError as error:
+                if "drop_path_rate" in str(error):
+                    raise ValueError(f"{name} has no residual branches to leave out: set DROP_PATH to 0") from None
+                raise
         self.net, self.index = net, None
         if pretrained:
             load_images(net, pretrained, quiet)
@@ -80,7 +94,7 @@ class SliceNetwork(nn.Module):
     so that an axial slice tells of the canal's neighbours and a level of the next. Both sides share all weights.
 
     crop: SliceCrop of its inputs; prior: (5, 5, 3) class probabilities at score 0; width: of what stands for a slice;
-    other arguments: of Encoder.
+    drop_path and the other arguments: of Encoder.
     """
 
     def __init__(
@@ -94,6 +108,7 @@ class SliceNetwork(nn.Module):
         sequence: str = "lstm",
         levels: bool = True,
         pretrained: str | Path = "",
+        drop_path: float = 0.0,
     ):
         super().__init__()
         if sequence not in SEQUENCES:
@@ -109,7 +124,7 @@ class SliceNetwork(nn.Module):
             "sequence": sequence,
             "levels": levels,
         }
-        self.backbone = Encoder(backbone, crop.channels, crop.size_px, stride, pretrained, quiet=True)
+        self.backbone = Encoder(backbone, crop.channels, crop.size_px, stride, pretrained, True, drop_path)
         # As its weights want grey values, the mean of its colours.
         known: Any = self.backbone.net.pretrained_cfg
         self.grey_mean, self.grey_std = (float(np.mean(known.get(key) or 0.5)) for key in ("mean", "std"))

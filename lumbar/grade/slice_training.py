@@ -44,6 +44,7 @@ class SliceRecipe(Recipe):
             config.sequence,
             config.levels,
             config.pretrained,
+            config.drop_path,
         )
         if config.recompute:
             network.backbone.net.set_grad_checkpointing(True)

@@ -22,7 +22,7 @@ from ..data.crop import Crop
 from ..data.metric import score_arrays
 from ..names import GROUPS, device_for, progress
 from ..storage import read_checkpoint, write_csv, write_whole
-from .classifier import USUAL_LEVEL_CENTERS, OrdinalClassifier, measure_views, save_classifier
+from .classifier import POOLINGS, USUAL_LEVEL_CENTERS, OrdinalClassifier, measure_views, save_classifier
 from .crops import CropDataset, augment_crops
 from .distributed import launch, processes_for, processes_of_launcher
 from .ordinal import weighted_losses
@@ -34,7 +34,8 @@ class TrainConfig:
     """What a training is told, apart from its data and the machine it runs on.
 
     `asdict` gives JSON values, and TrainConfig(**values) is the same configuration again. Raises TypeError for a name
-    that it does not know and ValueError for a number of epochs or batches below 1.
+    that it does not know and ValueError for a number of epochs or batches below 1, a drop_path out of [0, 1) or an
+    unknown pooling.
     """
 
     backbone: str  # of classifier.backbone_config
@@ -52,6 +53,8 @@ class TrainConfig:
     level_centers: tuple[float, ...] = USUAL_LEVEL_CENTERS  # of OrdinalClassifier
     pretrained: str = ""  # file of weights that the backbone starts from, see pretrained.py
     backbone_rate: float = 1.0  # of the backbone, as a share of learning_rate
+    drop_path: float = 0.0  # how often the backbone's deepest residual branch is left out
+    pooling: str = "mean"  # of the 3D networks' cells, one of classifier.POOLINGS
     seed: int = 0  # of initialisation, order and augmentation
 
     def __post_init__(self) -> None:
@@ -60,6 +63,10 @@ class TrainConfig:
         for name in ("epochs", "batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.upper()} must be 1 or more, not {getattr(self, name)}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"DROP_PATH must be 0 or more and below 1, not {self.drop_path}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"POOLING must be {', '.join(POOLINGS)}, not {self.pooling!r}")
 
 
 class Recipe:
@@ -73,7 +80,16 @@ class Recipe:
     def build(self, train: Any, config: TrainConfig, prior: np.ndarray) -> nn.Module:
         """A network that starts from the class prior (5, 5, 3), and with its backbone from pretrained weights."""
         crop = train.crop
-        network = self.network(crop.scope, config.backbone, crop.shape, prior, config.dropout, config.level_centers)
+        network = self.network(
+            crop.scope,
+            config.backbone,
+            crop.shape,
+            prior,
+            config.dropout,
+            config.level_centers,
+            config.pooling,
+            config.drop_path,
+        )
         network.recompute = config.recompute
         if config.pretrained:
             load_volumes(network.backbone, config.pretrained, quiet=True)

@@ -180,10 +180,10 @@ class GlobalClassifier(OrdinalClassifier):
     """One mean over the whole volume: for scope `level` 5 heads whose cut points all levels share, for scope `study` 25
     outputs of the one vector, each with its own cut points."""
 
-    pooling = "global"
+    layout = "global"
 
-    def __init__(self, scope, backbone, img_size, prior, dropout=0.2, level_centers=USUAL_LEVEL_CENTERS):
-        super().__init__(scope, backbone, img_size, prior, dropout, level_centers)
+    def __init__(self, scope, backbone, img_size, prior, dropout=0.2, level_centers=USUAL_LEVEL_CENTERS, *others):
+        super().__init__(scope, backbone, img_size, prior, dropout, level_centers, *others)
         if scope == "study":
             del self.attention
         outputs = len(CONDITIONS) * (len(LEVELS) if scope == "study" else 1)
