@@ -2,10 +2,12 @@
 
     python -m phantom OUT --train 60 --test 12 --seed 1 --workers 2 --prevalence 3
     python -m phantom OUT --variety wide
+    python -m phantom OUT --hard
     python -m phantom --figure docs/phantom.png
 
 The standard variety is a mostly healthy adult; the wide one adds fractures, slips, scoliosis, implants and every look
-of marrow, discs, gut and fat, for training on phantoms alone.
+of marrow, discs, gut and fat, for training on phantoms alone. A hard data set is wide, its patients move, and its
+readers err.
 
 A study is made in five steps that can each be used alone:
 
@@ -29,6 +31,7 @@ from .canal import canal_coordinates
 from .contrast import contrast_table, render
 from .dataset import VERSION, condition_title, level_title, make_dataset, simulate, write_series
 from .grid import STANDARD_TISSUES, TISSUE, TISSUES, TissueGrid
+from .hardship import HARD, Hardship
 from .painting import paint
 from .scanner import SeriesPlan, acquire, acquire_study, back_of, sample_protocol
 from .severity import (
@@ -45,6 +48,8 @@ __all__ = [
     "Anatomy",
     "FORAMEN_RISE_MM",
     "FORAMEN_V_MM",
+    "HARD",
+    "Hardship",
     "READER_RELIABILITY",
     "RECESS_U_MM",
     "STANDARD_TISSUES",

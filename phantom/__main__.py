@@ -1,6 +1,6 @@
 """The command line: python -m phantom OUT, and the phantom's figure.
 
-May use: anatomy, dataset, scanner.
+May use: anatomy, dataset, hardship, scanner.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from .anatomy import RECESS_U_MM, TRUTH_VERTEBRAE
 from .dataset import READERS, make_dataset, simulate
+from .hardship import HARD, Hardship
 from .scanner import acquire_study
 
 
@@ -105,13 +107,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--transitional", type=float, default=0.03, help="share of transitional vertebrae")
     parser.add_argument("--compress", choices=("none", "rle", "j2k"), default="none")
     parser.add_argument("--anomalies", choices=("real", "none"), default="real")
-    parser.add_argument("--variety", choices=("standard", "wide"), default="standard", help="spread of spines")
+    parser.add_argument("--variety", choices=("standard", "wide"), help="spread of spines (standard)")
     parser.add_argument(
         "--readers",
         choices=tuple(READERS),
         default="from above",
         help="how transitional spines are numbered: %(default)s, or so that the last full disc is L5/S1",
     )
+    easy = Hardship()
+    hard = f"wide variety, motion {HARD.motion}, slips {HARD.slips}, scatter {HARD.scatter_mm} mm, unless given"
+    parser.add_argument("--hard", action="store_true", help=hard)
+    parser.add_argument("--motion", type=float, help=f"share of series with motion or artefacts ({easy.motion:g})")
+    parser.add_argument(
+        "--slips",
+        type=float,
+        help=f"share of training levels named by a neighbour's name, and of grades one off ({easy.slips:g})",
+    )
+    parser.add_argument("--scatter", type=float, metavar="MM", help=f"of label points ({easy.scatter_mm:g})")
     parser.add_argument("--figure", metavar="PNG", help="draw an example instead")
     a = parser.parse_args(arguments)
     if a.figure:
@@ -121,6 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("OUT is missing")
     if a.train + a.test < 1:
         parser.error("--train and --test are both 0: there is nothing to make")
+    base = HARD if a.hard else easy
+    given = {"motion": a.motion, "slips": a.slips, "scatter_mm": a.scatter}
+    try:
+        hardship = replace(base, **{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        parser.error(str(error))
     try:
         floor = make_dataset(
             a.out,
@@ -132,8 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             a.transitional,
             a.compress,
             a.anomalies,
-            variety=a.variety,
+            variety=a.variety or ("wide" if a.hard else "standard"),
             readers=a.readers,
+            hardship=hardship,
         )
     except FileExistsError as error:
         print(error, file=sys.stderr)

@@ -2,8 +2,8 @@
 
 Pixel coordinates in tables are (x = column, y = row) of a pixel's centre.
 
-May use: anatomy, painting, scanner, severity, grid, lumbar.data, lumbar.names,
-lumbar.storage.
+May use: anatomy, painting, scanner, hardship, severity, grid, lumbar.data,
+lumbar.names, lumbar.storage.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lumbar.storage import write_csv, write_text
 
 from .anatomy import TRUTH_VERTEBRAE, VERTEBRAE, Anatomy, sample_anatomy
 from .grid import TissueGrid
+from .hardship import Hardship, disturb, moved_plans, scattered, slipped
 from .painting import paint
 from .scanner import SeriesPlan, acquire_study, sample_protocol
 from .severity import perfect_submission, sample_severity, visible_severity
@@ -181,7 +182,8 @@ def _missing(rng, anomalies):
 # By how many names lower readers number a spine, by its variant: counted from above, or so that the last full disc is
 # L5/S1, whether the vertebra above it is the fourth lumbar one or the sixth.
 READERS: dict[str, dict[str, int]] = {"from above": {}, "last disc": {"sacralised L5": 1, "lumbarised S1": -1}}
-_HEALTHY = (-2.5, 0.0, 0)  # latent, severity and grade of a disc above or below the five that have disease
+_CELLS = ("latent", "severity", "grade", "label")
+_HEALTHY = (-2.5, 0.0, 0, 0)  # latent, severity, grade and label of a disc above or below the five that have disease
 
 
 def renumbered(row: dict, step: int) -> dict:
@@ -203,7 +205,7 @@ def renumbered(row: dict, step: int) -> dict:
         number = VERTEBRAE.index(name) + step
         if 0 <= number < len(VERTEBRAE) and VERTEBRAE[number] in TRUTH_VERTEBRAE:
             vertebrae.append([VERTEBRAE[number], *rest])
-    cells = {key: moved(row[key], value) for key, value in zip(("latent", "severity", "grade"), _HEALTHY, strict=True)}
+    cells = {key: moved(row[key], value) for key, value in zip(_CELLS, _HEALTHY, strict=True)}
     return row | cells | {"points": points, "vertebrae": vertebrae}
 
 
@@ -218,7 +220,12 @@ def _make_study(job: dict) -> dict:
     anatomy, latent, grade, grids, plans, rng = simulate(
         job["seed"], job["prevalence"], job["transitional"], job["anomalies"], variety=job["variety"]
     )
-    stacks = acquire_study(rng, anatomy, grids, plans)
+    hardship, own_rng = Hardship(**job["hardship"]), np.random.default_rng((anatomy.seed, 16))
+    # Where slices really lie, and so where readers see things; files say what was planned.
+    seen = moved_plans(own_rng, plans, hardship.motion) if hardship.motion else plans
+    stacks = acquire_study(rng, anatomy, grids, seen)
+    if hardship.motion:
+        stacks = [disturb(own_rng, stack, hardship.motion) for stack in stacks]
     base = Path(job["out"]) / f"{job['split']}_images" / str(job["study_id"])
     used = set()
     for number, (plan, stack) in enumerate(zip(plans, stacks), 1):
@@ -243,17 +250,18 @@ def _make_study(job: dict) -> dict:
         jitter = rng.normal(0, 1.0, 2)  # mm: readers click
         if no_point[c, level]:
             continue
-        found = [(*p.project(where), p) for p in plans if p.description == kind]
+        found = [(*s.project(where), p) for p, s in zip(plans, seen) if p.description == kind]
         found = [f for f in found if f[3] < 0.75 * f[4].gap_mm + 1]
         if not found:
             continue
         k, x, y, _, plan = min(found, key=lambda f: f[3])
+        jitter, beside = scattered(own_rng, jitter, hardship.scatter_mm)
         points.append(
             [
                 plan.series_id,
-                int(plan.instances[k]),
-                condition_title(CONDITIONS[c]),
-                level_title(LEVELS[level]),
+                int(plan.instances[min(max(k + beside, 0), len(plan.instances) - 1)]),
+                c,
+                level,
                 x + jitter[0] / plan.spacing_mm[1],
                 y + jitter[1] / plan.spacing_mm[0],
             ]
@@ -263,6 +271,8 @@ def _make_study(job: dict) -> dict:
         if v.name in TRUTH_VERTEBRAE:
             vertebrae.append([v.name, *v.centre_mm, *v.corners_mm().ravel(), *v.frame[:, 2], v.width_mm / 2])
     grade = np.where(no_grade, -1, grade)
+    label, points = slipped(own_rng, grade, points, hardship.slips) if hardship.slips else (grade, points)
+    points = [[*p[:2], condition_title(CONDITIONS[p[2]]), level_title(LEVELS[p[3]]), *p[4:]] for p in points]
     row = dict(
         study_id=job["study_id"],
         split=job["split"],
@@ -270,6 +280,7 @@ def _make_study(job: dict) -> dict:
         series=[[p.series_id, p.description] for p in plans],
         latent=latent.tolist(),
         grade=grade.tolist(),
+        label=label.tolist(),
         points=points,
         vertebrae=[[v[0], *map(float, v[1:])] for v in vertebrae],
         variant=anatomy.variant,
@@ -293,10 +304,12 @@ def make_dataset(
     progress: bool = True,
     variety: str = "standard",
     readers: str = "from above",
+    hardship: Hardship = Hardship(),
 ) -> dict:
     """Write a data set and return its floor (the perfect reader's scores).
 
-    readers: how they number transitional spines, a key of READERS.
+    readers: how they number transitional spines, a key of READERS; hardship: patients who move, and readers who err
+    in train.csv and its label points, not in the test studies' labels; phantom_severity.csv has the true grades.
     The same arguments give the same bytes for any number of workers. An interrupted run goes on
     where it stopped; a folder that holds another data set is refused."""
     out = Path(out)
@@ -316,6 +329,7 @@ def make_dataset(
         settings["variety"] = variety
     if readers != "from above":
         settings["readers"] = readers
+    settings |= hardship.settings
     marker = out / "phantom.json"
     if marker.exists():
         try:
@@ -350,6 +364,7 @@ def make_dataset(
             anomalies=anomalies,
             variety=variety,
             readers=readers,
+            hardship=hardship.settings,
         )
         for i in range(train + test)
     ]
@@ -383,8 +398,8 @@ def _write_tables(out: Path, rows: list, prevalence: float) -> dict:
     """All CSV files; phantom_floor.json last."""
     from lumbar.data.metric import competition_score
 
-    def labels(rows):
-        values = [[r["study_id"], *[GRADES[g] if g >= 0 else np.nan for g in np.ravel(r["grade"])]] for r in rows]
+    def labels(rows, given="label"):
+        values = [[r["study_id"], *[GRADES[g] if g >= 0 else np.nan for g in np.ravel(r[given])]] for r in rows]
         return pd.DataFrame(values, columns=["study_id", *LABEL_COLUMNS]).sort_values("study_id")
 
     def series(rows):
@@ -393,7 +408,7 @@ def _write_tables(out: Path, rows: list, prevalence: float) -> dict:
 
     by = {k: sorted([r for r in rows if r["split"] == k], key=lambda r: r["study_id"]) for k in ("train", "test")}
     write_csv(out / "train.csv", labels(by["train"]))
-    write_csv(out / "phantom_test_labels.csv", labels(by["test"]))
+    write_csv(out / "phantom_test_labels.csv", labels(by["test"], "grade"))
     for k in by:
         write_csv(out / f"{k}_series_descriptions.csv", series(by[k]))
     columns = ["study_id", "series_id", "instance_number", "condition", "level", "x", "y"]
@@ -430,6 +445,6 @@ def _write_tables(out: Path, rows: list, prevalence: float) -> dict:
     floor = {}
     for k in by:
         if by[k]:
-            floor[k] = competition_score(labels(by[k]), perfect_submission(out, k))["total"]
+            floor[k] = competition_score(labels(by[k], "grade"), perfect_submission(out, k))["total"]
     write_text(out / "phantom_floor.json", json.dumps(floor) + "\n")
     return floor

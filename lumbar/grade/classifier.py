@@ -126,11 +126,11 @@ class CellPooling(nn.Module):
     """Features (B, channels, d, h, w) -> (B, channels, *cells): a coarse grid, each cell its features' mean, maximum or
     weighted mean. The weights (`attention`) follow from the features, one for each place, and are equal at first."""
 
-    def __init__(self, kind: str, channels: int, cells: Sequence[int]) -> None:
+    def __init__(self, kind: str, channels: int, cells: tuple[int, int, int]) -> None:
         super().__init__()
         if kind not in POOLINGS:
             raise ValueError(f"POOLING must be {', '.join(POOLINGS)}, not {kind!r}")
-        self.kind, self.cells = kind, tuple(cells)
+        self.kind, self.cells = kind, cells
         self.weight = nn.Conv3d(channels, 1, 1) if kind == "attention" else None
         if self.weight is not None:
             for parameter in self.weight.parameters():
@@ -188,10 +188,9 @@ class OrdinalClassifier(nn.Module):
         self.recompute = False  # in training: a block's activations are not kept but computed again for its gradients
         self.backbone = make_backbone(backbone, img_size, drop_path)
         channels, stride = self.backbone.num_features, 2 ** (1 + len(self.backbone.stages))
-        if scope == "level":
-            grid, features = (1, 2, 4), 8 * channels
-        else:
-            grid, features = (img_size[0] // stride, 1, 4), 4 * channels
+        grid = (1, 2, 4) if scope == "level" else (img_size[0] // stride, 1, 4)
+        features = math.prod(grid[1:]) * channels
+        if scope == "study":
             self.attention = LevelAttention(features, grid[0], level_centers)
         self.pool = CellPooling(pooling, channels, grid)
         self.dropout = nn.Dropout(dropout)
