@@ -182,8 +182,8 @@ def _missing(rng, anomalies):
 # By how many names lower readers number a spine, by its variant: counted from above, or so that the last full disc is
 # L5/S1, whether the vertebra above it is the fourth lumbar one or the sixth.
 READERS: dict[str, dict[str, int]] = {"from above": {}, "last disc": {"sacralised L5": 1, "lumbarised S1": -1}}
-_CELLS = ("latent", "severity", "grade", "label")
-_HEALTHY = (-2.5, 0.0, 0, 0)  # latent, severity, grade and label of a disc above or below the five that have disease
+# Of a disc above or below the five that have disease.
+_HEALTHY = {"latent": -2.5, "severity": 0.0, "grade": 0, "label": 0}
 
 
 def renumbered(row: dict, step: int) -> dict:
@@ -205,7 +205,7 @@ def renumbered(row: dict, step: int) -> dict:
         number = VERTEBRAE.index(name) + step
         if 0 <= number < len(VERTEBRAE) and VERTEBRAE[number] in TRUTH_VERTEBRAE:
             vertebrae.append([VERTEBRAE[number], *rest])
-    cells = {key: moved(row[key], value) for key, value in zip(_CELLS, _HEALTHY, strict=True)}
+    cells = {key: moved(row[key], value) for key, value in _HEALTHY.items() if key in row}
     return row | cells | {"points": points, "vertebrae": vertebrae}
 
 

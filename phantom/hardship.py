@@ -79,8 +79,8 @@ def disturb(rng: np.random.Generator, image: np.ndarray, motion: float) -> np.nd
     image, kind = image.copy(), rng.choice(5, p=(0.4, 0.25, 0.1, 0.15, 0.1))
     n, rows, columns = image.shape
     axis = int(rng.integers(1, 3))
-    chosen = rng.random(n) < rng.uniform(0.3, 1.0)
-    some = np.flatnonzero(chosen if chosen.any() else ~chosen)
+    some = np.flatnonzero(rng.random(n) < rng.uniform(0.3, 1.0))
+    some = some if len(some) else np.arange(n)
     if kind == 0:
         strength, apart = rng.uniform(0.06, 0.2), image.shape[axis] * rng.uniform(0.08, 0.3)
         for order in (1, 2):
@@ -130,9 +130,9 @@ def slipped(
         moved = [[*p[:3], p[3] + step, *p[4:]] if p[2] in rows else p for p in points]
         points = [p for p in moved if p[3] in range(len(LEVELS))]
     off = (rng.random(grade.shape) < slips) & (grade >= 0)
-    step = np.where(rng.random(grade.shape) < 0.5, -1, 1)
-    step = np.where(grade == 0, 1, np.where(grade == len(SEVERITIES) - 1, -1, step))
-    return np.where(off, grade + step, grade), points
+    by = np.where(rng.random(grade.shape) < 0.5, -1, 1)
+    by = np.where(grade == 0, 1, np.where(grade == len(SEVERITIES) - 1, -1, by))
+    return np.where(off, grade + by, grade), points
 
 
 def scattered(rng: np.random.Generator, offset: np.ndarray, scatter_mm: float) -> tuple[np.ndarray, int]:

@@ -207,7 +207,7 @@ def test_the_phantoms_readers_can_count_another_way(made_row):
         for series, instance, condition, level, x, y in row["points"]:
             k = [dataset.level_title(name) for name in LEVELS].index(level) - step
             assert [series, instance, condition, dataset.level_title(LEVELS[k]), x, y] in made_row["points"]
-        for key, healthy in (("latent", -2.5), ("severity", 0.0), ("grade", 0)):
+        for key, healthy in (("latent", -2.5), ("severity", 0.0), ("grade", 0), ("label", 0)):
             old, new = np.array(made_row[key]), np.array(row[key])
             assert new.shape == (5, 5) and (new.dtype == old.dtype)
             inside = slice(max(step, 0), 5 + min(step, 0))
@@ -228,4 +228,10 @@ def made_row():
     ]
     vertebrae = [[name, float(k), 0.0] for k, name in enumerate(dataset.TRUTH_VERTEBRAE)]
     cells = {key: rng.normal(size=(5, 5)).tolist() for key in ("latent", "severity")}
-    return {"study_id": 3, "points": points, "vertebrae": vertebrae, "grade": [[0, 1, 2, 0, 1]] * 5, **cells}
+    return {
+        "study_id": 3,
+        "points": points,
+        "vertebrae": vertebrae,
+        "grade": [[0, 1, 2, 0, 1]] * 5,
+        "label": [[0, 1, 2, 0, 2]] * 5,
+    } | cells

@@ -48,17 +48,25 @@ def foramen_rise_mm(paths: Mapping[int, str | Path], coordinates: pd.DataFrame) 
     for study_id, points in coordinates.groupby("study_id"):
         if study_id not in paths or len(rises) >= 5 * _RISE_STUDIES:
             continue
-        try:
-            placed = place_points(points, load_study(paths[study_id]))
-        except Exception:  # one odd study must not stop the others
+        placed = _placed(points, paths[study_id])
+        if placed is None:
             continue
-        foraminal = points["condition"].str.contains("foraminal").to_numpy()
-        for level in LEVELS:
-            own = (points["level"] == level).to_numpy()
-            raised, flat = (placed.loc[own & kind, "z_mm"].mean() for kind in (foraminal, ~foraminal))
+        for _, own in placed.groupby("level"):
+            raised, flat = (own.loc[own["foraminal"] == kind, "z_mm"].mean() for kind in (True, False))
             if np.isfinite(raised - flat):
                 rises.append(float(raised - flat))
     return float(np.median(rises)) if len(rises) >= _RISE_PAIRS else FORAMEN_RISE_MM
+
+
+def _placed(points, path):
+    """A study's label points as place_points has them, with their level and whether they are foraminal; None where the
+    study cannot be read: one odd study must not stop the others."""
+    try:
+        placed = place_points(points, load_study(path))
+    except Exception:
+        return None
+    foraminal = points["condition"].str.contains("foraminal")
+    return placed.assign(level=points["level"].to_numpy(), foraminal=foraminal.to_numpy())
 
 
 def level_points(
@@ -107,12 +115,10 @@ def learn_counting(
         chain = numberings.get(study_id)
         if chain is None or study_id not in paths or len(known) >= _COUNTED_STUDIES:
             continue
-        try:
-            placed = place_points(points, load_study(paths[study_id]))
-        except Exception:  # one odd study must not stop the others
+        placed = _placed(points, paths[study_id])
+        if placed is None:
             continue
-        foraminal = points["condition"].str.contains("foraminal").to_numpy()
-        by_level = level_points(placed[["x_mm", "y_mm", "z_mm"]], points["level"].to_numpy(), foraminal, rise_mm)
+        by_level = level_points(placed[["x_mm", "y_mm", "z_mm"]], placed["level"], placed["foraminal"], rise_mm)
         step = None if _points_problem(by_level) else readers_step(chain, by_level)
         if step is not None:
             known.append(chain)

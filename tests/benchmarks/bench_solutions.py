@@ -32,6 +32,9 @@ B's way
 - Detectors: the detectors' scheme "original" (a class for condition x level x severity, whole slices, best confidence)
   at the run's YOLO_IMGSZ, with the members' epochs, batches and rates; flips are on at 0.5 for all three, as in B,
   though the class names a side: one of its faults. Where a detector says nothing: 1/3.
+- Start: B's own detectors started from COCO's weights, of which there are none in a phantom's world. Here both sides'
+  start from noise; or both from the run's WEIGHTS of 03_train_yolo, if it has any: detectors trained before on
+  phantoms of another look, B's without the class layers, which do not fit.
 - Network: the whole study as a cloud like A's, slices averaged to the grid's side first, stretched from corner to
   corner of the cloud to a cube with at least the study member's number of voxels; its backbone, one mean, 25 heads.
 - Sum: .65 detectors + .35 network, as probabilities.
@@ -97,11 +100,16 @@ from lumbar.spine.placement import Placement  # noqa: E402
 from lumbar.spine.spinenet import detect_vertebrae, load_spinenet  # noqa: E402
 from lumbar.storage import write_csv, write_json  # noqa: E402
 
-VERSION = 2  # goes up when the same settings give other results from this file
+VERSION = 3  # goes up when the same settings give other results from this file
 SIX = ("L1", "L2", "L3", "L4", "L5", "S1")
 YOLO_SHARE = 0.65  # of the detectors in B's sum
 RESAMPLES = 2000
-MEMBER_TITLES = {"yolo": "our detectors", "level": "our level crops", "study": "our whole study"}
+MEMBER_TITLES = {
+    "yolo": "our detectors",
+    "slices": "our native slices",
+    "level": "our level crops",
+    "study": "our whole study",
+}
 OURS, A, B = "our ensemble", "A's way", "B's way"
 
 
@@ -344,8 +352,14 @@ def classifier_settings(run, scope):
 def detector_settings(run, condition):
     """What the run's detector of this condition was trained with: dict for JSON."""
     _, parameters, fold = member(run, f"03_train_yolo_{condition}")
-    keys = ("MODEL", "WIDTH", "EPOCHS", "BATCH", "LEARNING_RATE", "TRANSLATE", "SCALE", "ROTATE", "SEED")
-    return {key.lower(): parameters[key] for key in keys} | {"fold": fold}
+    keys = ("MODEL", "WIDTH", "EPOCHS", "BATCH", "TRANSLATE", "SCALE", "ROTATE", "SEED")
+    settings = {key.lower(): parameters[key] for key in keys} | {"fold": fold}
+    rates = detector_training.yolo_schedule(parameters.get("SCHEDULE", "short"), parameters["LEARNING_RATE"])
+    start = Path(parameters["WEIGHTS"]) / f"yolo_{condition}_{fold}.safetensors" if parameters["WEIGHTS"] else None
+    if start is not None and not start.is_file():
+        raise FileNotFoundError(f"{start}: our detector started from it, so that B's has to")
+    digest = hashlib.sha256(start.read_bytes()).hexdigest() if start else None
+    return settings | {"rates": rates, "start": str(start) if start else None, "start_sha256": digest}
 
 
 def read_settings(run, longer=1):
@@ -526,8 +540,7 @@ def train_detector(job):
         images=WholeSlices(condition, job["imgsz"]),
     )
     changes = {
-        "lr0": settings["learning_rate"],
-        "warmup_bias_lr": settings["learning_rate"],
+        **settings["rates"],
         "translate": settings["translate"],
         "scale": settings["scale"],
         "degrees": settings["rotate"],
@@ -544,6 +557,7 @@ def train_detector(job):
         settings["batch"],
         settings["seed"],
         workers=0,
+        initial_weights=settings["start"],
         settings=changes,
     )
     detector = load_original(weights, device_for())
