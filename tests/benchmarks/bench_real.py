@@ -1,11 +1,11 @@
 """Stage 1 on real lumbar MR: which levels are named right, which are said to be in doubt, and whether doubt is honest.
 
-    python tests/benchmarks/bench_real.py FOLDER [--weights spinenet.safetensors] [--out real.md]
+    python tests/benchmarks/bench_real.py FOLDER [--weights spinenet.safetensors] [--out real.csv] [--sheet real.png]
 
 FOLDER holds NAME.npz with `image` uint8 (slice, row, column), rows to the feet, columns to the back, pixels of 1 mm,
 slices 4 mm apart, and truth.csv with volume, description, kind (`body` or `level`), name and x_mm, y_mm, z_mm. A level
 is right where its centre lies within half a body's height of the true one; a level without a true centre does not
-count. Without the folder nothing is measured.
+count. Without the folder nothing is measured. --sheet draws the volumes that are wrong or in doubt.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import pandas as pd  # noqa: E402
 from lumbar.data.greys import normalise_study  # noqa: E402
 from lumbar.data.source import Source  # noqa: E402
 from lumbar.data.volume import Study, Volume  # noqa: E402
+from lumbar.look.plot_images import plot_slice, plot_vertebrae  # noqa: E402
 from lumbar.names import LEVEL_VERTEBRAE, progress  # noqa: E402
 from lumbar.spine.levels import locate_levels  # noqa: E402
 from lumbar.spine.placement import Placement  # noqa: E402
@@ -80,25 +81,59 @@ def reliability(table, edges=(0.0, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)):
     )
 
 
+def draw_sheet(path, cases, columns=5):
+    """A PNG of (title, study, bodies found, dict level -> true centre): the middle slice of each, truth as crosses."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = -(-len(cases) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 4.2 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, (title, study, bodies, truth) in zip(axes.flat, cases):
+        volume = study.volumes[0]
+        middle = volume.lps_to_voxel(np.mean([body.center_lps_mm for body in bodies], 0))[0] if bodies else 0
+        index = int(np.clip(round(middle), 0, len(volume.array) - 1))
+        plot_slice(ax, volume, index)
+        plot_vertebrae(ax, volume, index, bodies)
+        for level, center in truth.items():
+            _, row, column = volume.lps_to_voxel(center)
+            ax.plot(column, row, "x", color="lime")
+            ax.annotate(level, (column, row), (6, 0), textcoords="offset points", color="lime", fontsize=7, va="center")
+        ax.set_title(title, fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "spinenet_phantom.safetensors")
     parser.add_argument("--out", type=Path, help="the table as CSV")
+    parser.add_argument("--sheet", type=Path, help="a picture of those that are wrong or in doubt")
     options = parser.parse_args(arguments)
     if not (options.folder / "truth.csv").is_file():
         print(f"{options.folder} has no truth.csv: nothing is measured")
         return
     placement = Placement.of(load_spinenet(options.weights))
     truth = pd.read_csv(options.folder / "truth.csv").rename(columns={"name": "name_"})
-    rows = []
+    rows, odd = [], []
     for volume, known in progress(truth.groupby("volume"), "volumes", truth["volume"].nunique()):
         study = read_volume(options.folder / f"{volume}.npz", known["description"].iloc[0])
-        boxes, _ = locate_levels(study, placement)
-        rows.append({"volume": volume, "set": volume.split("_")[0], **judge(boxes, true_levels(known))})
+        boxes, bodies = locate_levels(study, placement)
+        levels = true_levels(known)
+        row = {"volume": volume, "set": volume.split("_")[0], **judge(boxes, levels)}
+        rows.append(row)
+        if not row["all_right"] or row["doubtful"]:
+            said = f"in doubt, second {row['second_share']:.2f}" if row["doubtful"] else "sure"
+            odd.append((f"{volume}: {'right' if row['all_right'] else 'wrong'}, {said}", study, bodies, levels))
     table = pd.DataFrame(rows)
     if options.out:
         table.to_csv(options.out, index=False)
+    if options.sheet and odd:
+        draw_sheet(options.sheet, odd)
     print(table[~table["all_right"] | table["doubtful"]].round(3).to_string(index=False))
     groups = table.groupby("set")
     summary = pd.DataFrame(
