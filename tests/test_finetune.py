@@ -313,6 +313,7 @@ def test_tuning_is_kept_only_if_nothing_got_worse():
         ({"right_level": 0.99, "within_5mm": 0.60}, False),
         ({"right_level": 0.97, "within_5mm": 0.99}, False),
         ({"median_mm": 1.9}, True),
+        ({"median_mm": 1.96}, False),  # chance
         ({"median_mm": 2.1}, False),
         ({"right_level": float("nan")}, False),
     ):
