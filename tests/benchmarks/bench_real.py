@@ -107,6 +107,25 @@ def draw_sheet(path, cases, columns=5):
     plt.close(figure)
 
 
+def measure(folder, weights, sheet=None):
+    """The table of judge's rows, one a volume; sheet: a file for draw_sheet of those that are wrong or in doubt."""
+    placement = Placement.of(load_spinenet(weights))
+    truth = pd.read_csv(folder / "truth.csv").rename(columns={"name": "name_"})
+    rows, odd = [], []
+    for volume, known in progress(truth.groupby("volume"), "volumes", truth["volume"].nunique()):
+        study = read_volume(folder / f"{volume}.npz", known["description"].iloc[0])
+        boxes, bodies = locate_levels(study, placement)
+        levels = true_levels(known)
+        row = {"volume": volume, "set": volume.split("_")[0], **judge(boxes, levels)}
+        rows.append(row)
+        if not row["all_right"] or row["doubtful"]:
+            said = f"in doubt, second {row['second_share']:.2f}" if row["doubtful"] else "sure"
+            odd.append((f"{volume}: {'right' if row['all_right'] else 'wrong'}, {said}", study, bodies, levels))
+    if sheet and odd:
+        draw_sheet(sheet, odd)
+    return pd.DataFrame(rows)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -117,23 +136,9 @@ def main(arguments=None):
     if not (options.folder / "truth.csv").is_file():
         print(f"{options.folder} has no truth.csv: nothing is measured")
         return
-    placement = Placement.of(load_spinenet(options.weights))
-    truth = pd.read_csv(options.folder / "truth.csv").rename(columns={"name": "name_"})
-    rows, odd = [], []
-    for volume, known in progress(truth.groupby("volume"), "volumes", truth["volume"].nunique()):
-        study = read_volume(options.folder / f"{volume}.npz", known["description"].iloc[0])
-        boxes, bodies = locate_levels(study, placement)
-        levels = true_levels(known)
-        row = {"volume": volume, "set": volume.split("_")[0], **judge(boxes, levels)}
-        rows.append(row)
-        if not row["all_right"] or row["doubtful"]:
-            said = f"in doubt, second {row['second_share']:.2f}" if row["doubtful"] else "sure"
-            odd.append((f"{volume}: {'right' if row['all_right'] else 'wrong'}, {said}", study, bodies, levels))
-    table = pd.DataFrame(rows)
+    table = measure(options.folder, options.weights, options.sheet)
     if options.out:
         table.to_csv(options.out, index=False)
-    if options.sheet and odd:
-        draw_sheet(options.sheet, odd)
     print(table[~table["all_right"] | table["doubtful"]].round(3).to_string(index=False))
     groups = table.groupby("set")
     summary = pd.DataFrame(
