@@ -100,6 +100,6 @@ def _three(values: Sequence[Any], name: str) -> tuple[Any, Any, Any]:
 
 FULL_SIZE = {
     # Canal and foramina lie behind the disc.
-    "level": Crop("level", (128, 128, 128), (56.0, 96.0, 96.0), (0.0, 14.0, 0.0)),
+    "level": Crop("level", (128, 128, 128), (48.0, 72.0, 72.0), (0.0, 14.0, 0.0)),
     "study": Crop("study", (256, 256, 256), (256.0, 160.0, 128.0)),
 }

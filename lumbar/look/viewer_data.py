@@ -35,7 +35,7 @@ from .slices import (
     slice_caption,
 )
 
-CROP_MM = (56.0, 96.0, 96.0)  # what the crops show along head, left, back: as much as the classifiers see
+CROP_MM = (56.0, 96.0, 96.0)  # what the crops show along head, left, back: a little more than the level network sees
 CROP_PX = 0.75  # mm a pixel
 GRADED_ON = (2, 0, 0, 1, 1)  # the kind of series, in DESCRIPTIONS, on which each condition is graded
 CLOUD_POINTS = 18_000
