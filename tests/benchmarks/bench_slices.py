@@ -97,7 +97,8 @@ def trained(run, out, variant, seed):
         return variant, seed, json.loads(known.read_text())["total"]
     own, fold = member_of(run)
     p = own | VARIANTS[variant]
-    crop = SliceCrop(p["SIZE_PX"], p["MM_PER_PX"], p["AXIAL_MM_PER_PX"], p["SLICES"], p["CHANNELS"])
+    names = ("SIZE_PX", "MM_PER_PX", "AXIAL_MM_PER_PX", "SLICES", "CHANNELS")
+    crop = SliceCrop(**{name.lower(): p[name] for name in names})
     cache = out / f"crops_{p['SLICES']}_{p['CHANNELS']}"
     cache.mkdir(exist_ok=True)
     paths = study_paths(run / "01_preprocess")
