@@ -399,7 +399,8 @@ def _write_tables(out: Path, rows: list, prevalence: float) -> dict:
     from lumbar.data.metric import competition_score
 
     def labels(rows, given="label"):
-        values = [[r["study_id"], *[GRADES[g] if g >= 0 else np.nan for g in np.ravel(r[given])]] for r in rows]
+        named = {r["study_id"]: np.ravel(r.get(given, r["grade"])) for r in rows}
+        values = [[i, *[GRADES[g] if g >= 0 else np.nan for g in own]] for i, own in named.items()]
         return pd.DataFrame(values, columns=["study_id", *LABEL_COLUMNS]).sort_values("study_id")
 
     def series(rows):

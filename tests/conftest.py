@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side have a core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +18,10 @@ LONGEST = ("pipeline", "inference", "distributed", "yolo", "publish", "classifie
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(item.path).parent.name == "browser":
+            item.add_marker(pytest.mark.slow)
+
     def order(item):
         name = Path(item.path).stem.removeprefix("test_")
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)

@@ -132,6 +132,7 @@ def share_right(count=100, **corruptions):
     return np.mean([names_right(*chain(seed, **corruptions)) for seed in range(count)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "corruptions",
     [
@@ -213,6 +214,7 @@ def test_the_programme_finds_the_best_of_all_namings():
         assert shares[i, k] == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_shares_are_honest():
     sure, doubtful = [], []
     for seed in range(150):
@@ -432,6 +434,7 @@ class Detector:
         return [replace(v, corners_lps_mm=v.corners_lps_mm + [0, 0, shift]) for v in self.bodies]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues(tmp_path, capsys):
     _, bodies = chain(6)
     paths = {}

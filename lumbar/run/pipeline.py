@@ -306,7 +306,6 @@ SETTINGS = {
             "CROP_PX": [128, 96],
             "BATCH": 4,
             "FINE_TUNE_STEPS": 4,
-            "WORKERS": 0,  # starting them takes longer than all of this
         },
     },
 }

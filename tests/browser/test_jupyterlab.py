@@ -21,8 +21,6 @@ from lumbar.data.volume import Study, save_study
 from lumbar.names import LABEL_COLUMNS
 from lumbar.spine.vertebra import vertebrae_to_table
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -8,8 +8,6 @@ from small_study import make_boxes, make_detections, make_points, make_probabili
 
 import utils
 
-pytestmark = pytest.mark.slow
-
 T1, AXIAL, T2 = range(3)
 SETTLED = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
 

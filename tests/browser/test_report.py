@@ -8,8 +8,6 @@ from test_access import findings
 
 import utils
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
