@@ -50,6 +50,7 @@ VARIANTS = {
     "CutMix of levels": {"EXCHANGE": 0.3},
     "mixup": {"MIX": 0.5},
     "drop path": {"DROP_PATH": 0.2},
+    "finer pixels": {"SIZE_PX": 64, "MM_PER_PX": 0.6, "AXIAL_MM_PER_PX": 0.375},
 }
 
 
@@ -99,7 +100,7 @@ def trained(run, out, variant, seed):
     p = own | VARIANTS[variant]
     names = ("SIZE_PX", "MM_PER_PX", "AXIAL_MM_PER_PX", "SLICES", "CHANNELS")
     crop = SliceCrop(**{name.lower(): p[name] for name in names})
-    cache = out / f"crops_{p['SLICES']}_{p['CHANNELS']}"
+    cache = out / "_".join(["crops", *(str(p[name]) for name in names)])
     cache.mkdir(exist_ok=True)
     paths = study_paths(run / "01_preprocess")
     labels = read_labels(run / "data" / "train.csv").merge(read_folds(run / "01_preprocess"), on="study_id")
