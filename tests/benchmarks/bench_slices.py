@@ -142,7 +142,7 @@ def main():
     table = pd.Series(totals).unstack()
     less = table.sub(table.loc["base"])
     error = less.std(axis=1, ddof=1) / np.sqrt(options.seeds)
-    shown = pd.DataFrame({"mean": table.mean(1), "minus base": less.mean(1), "standard error": error})
+    shown = pd.DataFrame({"mean": table.mean(axis=1), "minus base": less.mean(axis=1), "standard error": error})
     print(pd.concat([shown, table.add_prefix("seed ")], axis=1).loc[list(variants)].round(4).to_string())
 
 
