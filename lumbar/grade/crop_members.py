@@ -143,7 +143,7 @@ class LevelCrops(CropMember):
             "04_train_vit_level",
             "04_train_vit",
             {"SCOPE": "level"},
-            seconds=220,
+            seconds=260,
             settings={
                 "demo": {
                     **_SMALL,
@@ -177,7 +177,7 @@ class WholeStudy(CropMember):
             "04_train_vit_study",
             "04_train_vit",
             {"SCOPE": "study"},
-            seconds=100,
+            seconds=350,
             settings={
                 "demo": {
                     **_SMALL,

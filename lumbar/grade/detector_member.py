@@ -49,7 +49,7 @@ class Detectors(Member):
 
     name, title, share = "yolo", "YOLO detectors", 0.65
     parts = tuple(f"yolo_{condition}" for condition in DETECTORS)
-    trainings = (_training("ss", 200, EPOCHS=4, BATCH=8), _training("nfn", 180), _training("scs", 120))
+    trainings = (_training("ss", 170, EPOCHS=4, BATCH=8), _training("nfn", 220), _training("scs", 140))
 
     def read_about(self, path: Path) -> Mapping[str, Any]:
         about = read_detector_about(path)

@@ -32,7 +32,7 @@ class Slices(Member):
             "04_train_vit_slices",
             "04_train_vit",
             {"SCOPE": "slices"},
-            seconds=100,
+            seconds=130,
             settings={
                 "demo": {
                     "BACKBONE": "tf_efficientnet_lite0",
