@@ -143,7 +143,7 @@ class LevelCrops(CropMember):
             "04_train_vit_level",
             "04_train_vit",
             {"SCOPE": "level"},
-            seconds=260,
+            seconds=355,
             settings={
                 "demo": {
                     **_SMALL,
