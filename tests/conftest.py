@@ -9,6 +9,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side have a core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.fsync = lambda file: None  # waiting for the disk guards against power cuts, which no test makes
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

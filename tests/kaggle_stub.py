@@ -114,7 +114,8 @@ class StubHandler(BaseHTTPRequestHandler):
 @contextmanager
 def running_stub():
     server = Stub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # shutdown waits for the loop's next round.
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

@@ -225,6 +225,7 @@ def in_the_mirror(study, boxes):
     return study, boxes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["level", "study"])
 def test_a_mirrored_patient_is_a_mirrored_crop_with_swapped_labels(phantom_study, scope):
     study, boxes, grades, coordinates = phantom_study
@@ -256,6 +257,7 @@ def test_a_mirrored_patient_is_a_mirrored_crop_with_swapped_labels(phantom_study
             assert (after == expected).all()
 
 
+@pytest.mark.slow
 def test_an_item_without_a_cache_cuts_its_own_crop_only(phantom_study, tmp_path, monkeypatch):
     study, boxes, grades, _ = phantom_study
     save_study(study, tmp_path / "7.safetensors")
@@ -430,6 +432,7 @@ def test_held_out_studies_are_seen_through_one_view_while_training(monkeypatch):
     assert len(seen) == 2  # one for each study
 
 
+@pytest.mark.slow
 def test_the_steps_of_an_epoch(monkeypatch):
     train, seen = Blobs(3, 0), []  # fifteen items
     augment = trainer.augment_crops

@@ -152,6 +152,7 @@ def test_the_counting_goes_with_the_weights(tmp_path):
             utils.load_spinenet(path)
 
 
+@pytest.mark.slow
 def test_tuning_learns_from_label_points_and_looks_once(tmp_path, monkeypatch, capsys):
     """The whole way: studies on disk, label points, weights that name as the readers do."""
     monkeypatch.setattr(counting_module, "_FEWEST", 12)

@@ -58,6 +58,7 @@ def test_levels_are_boxes_and_boxes_are_cropped(study, weights):
     assert crop.shape == (3, 8, 8, 8) and whole.shape == (3, 16, 8, 8)
 
 
+@pytest.mark.slow
 def test_members_predict_a_study(data, study, weights):
     assert utils.studies_to_predict(data, "test") == {7: tiny.SERIES}
     assert len(utils.read_descriptions(data, "test")) == 3

@@ -696,6 +696,7 @@ def linear_errors(tmp_path_factory):
     return errors
 
 
+@pytest.mark.slow
 def test_crops_of_a_linear_study_are_linear_and_without_holes(linear_errors):
     for crop, covered, truth in linear_errors["crop"]:
         assert covered.mean() > 0.9
@@ -707,6 +708,7 @@ def test_crops_of_a_linear_study_are_linear_and_without_holes(linear_errors):
             assert (binary_fill_holes(covered[channel]) == covered[channel]).all()
 
 
+@pytest.mark.slow
 def test_point_cloud_crops_show_the_same_with_holes(linear_errors):
     if not linear_errors["cloud"]:
         pytest.skip("Open3D cannot be loaded")

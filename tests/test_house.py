@@ -52,6 +52,7 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
 def imports_of(name: str, path: Path, source: str | None = None) -> set[str]:
     """The kit's modules that a module imports, inside functions and at its top."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]

@@ -172,6 +172,7 @@ def test_what_a_child_raises_is_told():
         run_in_child(lambda: os.kill(os.getpid(), signal.SIGKILL), 30.0)
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_is_killed(tmp_path):
     def hang():
         (tmp_path / "number").write_text(str(os.getpid()))
@@ -222,6 +223,7 @@ def start(tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("child", [True, False])
 def test_a_study_that_kills_preprocessing_is_passed_over(start, tmp_path, monkeypatch, child):
     clean = start(tmp_path / "clean")

@@ -65,6 +65,7 @@ def kill(number):
     time.sleep(5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how, words",
     [
@@ -91,6 +92,7 @@ def test_a_study_that_kills_the_process_is_passed_over_at_the_second_start(many,
     assert many(out) == clean and not (out / "in_flight").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readers", [1, 3])
 def test_where_there_can_be_no_child_it_is_passed_over_at_the_third_start(many, tmp_path, monkeypatch, readers):
     clean = many(tmp_path / "clean")
@@ -104,6 +106,7 @@ def test_where_there_can_be_no_child_it_is_passed_over_at_the_third_start(many, 
     assert all_but(found) == all_but(clean)
 
 
+@pytest.mark.slow
 def test_a_study_whose_prediction_kills_the_process_is_passed_over_too(many, tmp_path):
     clean = many(tmp_path / "clean")
     many.level.on_predict = lambda study_ids, views: os._exit(1) if DEADLY in study_ids else None
@@ -134,6 +137,7 @@ def test_kills_from_outside_cost_no_study(many, tmp_path):
     assert many(tmp_path / "out") == clean and not (tmp_path / "out" / "in_flight").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_orderly_end_makes_no_suspects(many, tmp_path, number):
     def stop(study_ids, views):
@@ -147,6 +151,7 @@ def test_an_orderly_end_makes_no_suspects(many, tmp_path, number):
     assert saved(tmp_path / "out") == list(range(100, 106)) and not (tmp_path / "out" / "in_flight").exists()
 
 
+@pytest.mark.slow
 def test_a_passed_over_study_keeps_what_it_had(many, tmp_path):
     """A result of fewer members stands where doing the study again with all of them kills the process."""
     out = tmp_path / "out"

@@ -107,6 +107,7 @@ def test_the_reserve_stays(timed):
     assert used <= 0.6
 
 
+@pytest.mark.slow
 def test_the_limit_runs_on_in_this_process_and_anew_in_another(timed):
     real, done = timed.members["yolo"].on_predict, []
 

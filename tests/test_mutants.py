@@ -26,6 +26,7 @@ def good(bases):
     return [mutate.read(base) for base in bases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", READ)
 def test_a_mutant_is_read_without_an_exception(bases, good, tmp_path, seed):
     record = mutate.try_reading(seed, bases, good, tmp_path / "5")

@@ -263,6 +263,7 @@ def test_a_folder_without_the_package_or_its_weights_says_so(nowhere, tmp_path):
     assert "spinenet" not in sys.modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["no package", "no weights", "of another torch"])
 def test_inference_goes_on_with_the_kits_own_detector(broken, nowhere, tmp_path, monkeypatch, capsys):
     if broken != "no package":

@@ -76,6 +76,7 @@ def test_grades_have_the_real_frequencies():
         assert np.abs((grade == k).mean(0) - expected).max() < 0.015
 
 
+@pytest.mark.slow
 def test_grades_have_the_real_correlations():
     from scipy.stats import spearmanr
 
@@ -366,6 +367,7 @@ def test_vertebrae_are_where_the_marrow_is():
     assert all(a > b for a, b in zip(z, z[1:]))
 
 
+@pytest.mark.slow
 def test_canal_points_have_the_real_proportions():
     """Spacings .270 .265 .249 .216 and sagittal offsets 0 -.054 -.089 -.078 -.019 of the path."""
     spacings, offsets = [], []

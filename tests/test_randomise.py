@@ -33,6 +33,7 @@ def inside(corners_px, shape, grow):
     return np.all(np.array(sides) >= 0, 0) | np.all(np.array(sides) <= 0, 0)
 
 
+@pytest.mark.slow
 def test_painted_anatomies_are_found_again(anatomies):
     before = [path.stat().st_mtime_ns for path in anatomies]
     again = utils.paint_anatomies(anatomies[0].parent, 2, seed=3, workers=1)
@@ -41,6 +42,7 @@ def test_painted_anatomies_are_found_again(anatomies):
         load_anatomy(anatomies[0].with_name("absent.safetensors"))
 
 
+@pytest.mark.slow
 def test_planes_are_the_painted_tissues(anatomies):
     about, planes = load_anatomy(anatomies[0])
     _, _, _, grids, _, _ = phantom.simulate(about["seed"], prevalence=2.0, transitional=0.1, variety="wide")
@@ -51,6 +53,7 @@ def test_planes_are_the_painted_tissues(anatomies):
             np.testing.assert_array_equal(getattr(part, name), getattr(grid, name)[first : first + 6 : 2])
 
 
+@pytest.mark.slow
 def test_corners_lie_on_the_rendered_bodies(anatomies, monkeypatch):
     """Bone marrow white and all else black: bodies fill their corners, the discs between them do not."""
     greys = np.zeros(len(phantom.TISSUES), np.float32)
@@ -79,6 +82,7 @@ def test_corners_lie_on_the_rendered_bodies(anatomies, monkeypatch):
     assert np.median(between) < 0.35
 
 
+@pytest.mark.slow
 def test_items_are_reproducible_and_different(anatomies):
     slices = utils.RandomisedSlices(anatomies, 6, SHAPE, 1.5, 2.0, seed=1)
     items = [slices[k] for k in range(6)]
@@ -115,6 +119,7 @@ def test_greys_keep_disc_and_bone_apart():
     assert 0.15 < np.mean(tables[:, marrow] < tables[:, annulus]) < 0.6  # both ways round
 
 
+@pytest.mark.slow
 def test_the_mixture_takes_its_share_from_each_source(anatomies):
     record = {
         "image": torch.full(SHAPE, 0.5, dtype=torch.float16),
@@ -137,6 +142,7 @@ def test_the_mixture_takes_its_share_from_each_source(anatomies):
         utils.training_slices([], [], 8, SHAPE, 1.5, 2.0)
 
 
+@pytest.mark.slow
 def test_the_layout_of_anatomies_is_a_prior(anatomies):
     prior = utils.prior_of_anatomies(anatomies)
     assert set(VERTEBRAE[3:9]) <= set(prior["layout_mm"])
@@ -144,6 +150,7 @@ def test_the_layout_of_anatomies_is_a_prior(anatomies):
     assert height == sorted(height, reverse=True) and abs(height[1]) < 60
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_given_weights(anatomies, tmp_path):
     torch.manual_seed(0)
     start = SpineNet((16, 16), 1, 3.0)

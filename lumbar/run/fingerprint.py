@@ -20,6 +20,11 @@ from .parameters import PATH_PARAMETERS
 
 def versions() -> dict[str, str]:
     """Versions of what decides the results: a dict package -> version."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions():
     found = {"python": platform.python_version()}
     for name in (
         "torch",
