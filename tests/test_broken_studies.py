@@ -423,6 +423,7 @@ def base(tmp_path_factory):
     return study
 
 
+@pytest.mark.slow
 def test_a_series_that_is_too_large_is_thinned_evenly(base, monkeypatch):
     monkeypatch.setattr(dicom, "MAX_PIXELS", 4 * 112 * 112)
     study = read_study(base, tiny.SERIES)
@@ -439,6 +440,7 @@ def whole(base, description):
         return read_study(base, tiny.SERIES).of(description)[0]
 
 
+@pytest.mark.slow
 def test_frames_of_one_file_are_thinned_alike(monkeypatch, tmp_path):
     (tmp_path / "1.dcm").touch()
     place = {"pixels": np.zeros((4, 4)), "spacing_mm": np.ones(2), "doubts": []}
@@ -451,6 +453,7 @@ def test_frames_of_one_file_are_thinned_alike(monkeypatch, tmp_path):
     assert problems == ["series: of 40 slices every 4th was read, they are too many"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limit, value, reason, left",
     [
@@ -468,6 +471,7 @@ def test_other_bounds(base, monkeypatch, limit, value, reason, left):
     assert reason is None or any(re.search(reason, problem) for problem in study.problems)
 
 
+@pytest.mark.slow
 def test_only_the_longest_stacks_of_a_torn_series_stay_and_few_sentences(base, monkeypatch, tmp_path):
     study = tmp_path / "1"
     shutil.copytree(base, study)

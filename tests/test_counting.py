@@ -68,6 +68,7 @@ def names_right(known, counting):
     return np.mean(right)
 
 
+@pytest.mark.slow
 def test_the_numbering_moves_to_the_readers(last_disc, others):
     counting = learned(last_disc)
     assert set(counting) == set(COUNTING_FEATURES)

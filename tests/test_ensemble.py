@@ -130,6 +130,7 @@ def few(tables):
     return {name: tables[name] for name in ("yolo", "level", "study")}
 
 
+@pytest.mark.slow
 def test_the_search_gains_on_studies_it_has_not_seen(bed):
     _, tables, scores, _ = bed
     assert list(scores.index) == [*tables, *VARIANTS]
@@ -202,6 +203,7 @@ def test_slips_of_the_readers_find_their_floor():
     assert scores[0] < 0.8 * min(scores[1:])
 
 
+@pytest.mark.slow
 def test_what_other_cells_say_shifts_along_the_scale(fitted):
     stacker = fitted["stacker"]
     for group, names in stacker["features"].items():
@@ -237,6 +239,7 @@ def test_the_stacker_asks_for_enough_studies():
     assert not fit_stacker(grades[1:], p[1:])["coefficients"]
 
 
+@pytest.mark.slow
 def test_nested_predictions_are_a_submission_and_give_the_table(bed):
     labels, tables, scores, submissions = bed
     for name in ("yolo", "+ stacker"):
@@ -260,6 +263,7 @@ def test_nested_predictions_have_not_seen_their_fold():
         assert np.abs(before[name][~own].severe - after[name][~own].severe).max() > 0.05
 
 
+@pytest.mark.slow
 def test_rows_and_studies_may_be_missing():
     labels, tables, folds = bench_ensemble.make_case(60, 8, folds=3)
     ids = labels["study_id"].to_numpy()
@@ -272,6 +276,7 @@ def test_rows_and_studies_may_be_missing():
     assert np.isfinite(scores.to_numpy(np.float64)).all()
 
 
+@pytest.mark.slow
 def test_the_order_of_rows_does_not_matter():
     labels, tables, _ = bench_ensemble.make_case(60, 9)
     tables = few(tables)
@@ -306,6 +311,7 @@ def test_the_loss_is_the_competitions():
     assert list(loss.sum(0) / weight.sum(0)) == pytest.approx([score[t] for t in (*utils.GROUPS, "any_severe")])
 
 
+@pytest.mark.slow
 def test_the_stacker_is_the_same_in_the_mirror_and_in_json(bed, fitted):
     ensemble = fitted
     assert set(ensemble["stacker"]["coefficients"]) >= {"foraminal", "subarticular"}
@@ -324,6 +330,7 @@ def test_the_stacker_is_the_same_in_the_mirror_and_in_json(bed, fitted):
         apply_stacker(read["stacker"], p)
 
 
+@pytest.mark.slow
 def test_rows_without_a_member_keep_the_prior_under_a_stacker(bed, fitted):
     _, p = utils.from_submission(bed[1]["study"])
     prior = np.full((5, 5, 3), 1 / 3)
@@ -459,6 +466,7 @@ def test_out_of_fold_tables_of_other_studies_leave_the_defaults(tmp_path, monkey
     assert found["found"] != "defaults" and 0 < found["weights"]["spinal"]["yolo"] < 1
 
 
+@pytest.mark.slow
 def test_a_kept_ensemble_json_brings_its_stacker(fitted, tmp_path):
     utils.write_json(tmp_path / "ensemble.json", fitted)
     assert utils.ensemble_for([tmp_path], tmp_path)["stacker"] == fitted["stacker"]

@@ -249,6 +249,7 @@ class Model:
     about = {"prior": PRIOR}
 
 
+@pytest.mark.slow
 def test_a_set_of_studies(tmp_path, monkeypatch):
     paths, coordinates, truths = save(tmp_path, 4)
     coordinates = coordinates[(coordinates["study_id"] != 2) | (coordinates["level"] == "l1_l2")]

@@ -405,6 +405,7 @@ def test_problems_are_counted_by_kind():
     assert table["what"][1] == "a file: truncated" and len(utils.problem_table([])) == 0
 
 
+@pytest.mark.slow
 def test_the_figure_in_space_has_the_studys_points_and_boxes(study, boxes):
     pytest.importorskip("open3d", exc_type=ImportError)
     pytest.importorskip("plotly")

@@ -52,6 +52,7 @@ def test_mutants_cost_their_neighbours_nothing(bases, good, tmp_path):
     assert np.abs(np.subtract(first, second)).max() > 1e-6  # the networks do look at the images
 
 
+@pytest.mark.slow
 def test_a_seed_is_one_mutant(bases, tmp_path):
     def digest(study):
         found = hashlib.sha256()

@@ -841,9 +841,7 @@ def test_a_pictures_alternative_text_is_a_text(tmp_path):
 
     def shown(texts):
         pictures = [
-            nbformat.v4.new_output(
-                "display_data", {"image/png": "iVBORw0KGgo="}, metadata={"image/png": {"alt": text}}
-            )
+            nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="}, metadata={"image/png": {"alt": text}})
             for text in texts
         ]
         cells = [nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell("1", outputs=pictures)]

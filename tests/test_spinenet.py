@@ -354,6 +354,7 @@ def test_of_too_many_bodies_the_surest_stay(monkeypatch):
     assert surest(bodies) == bodies[1:4]
 
 
+@pytest.mark.slow
 def test_a_study_of_many_volumes_is_thinned_and_noise_makes_no_endless_chain(monkeypatch):
     volumes = [replace(many_slices(9, 40), block=k, affine=many_slices(9, 40).affine) for k in range(6)]
     for k, volume in enumerate(volumes):
