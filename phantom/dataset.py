@@ -291,6 +291,29 @@ def _make_study(job: dict) -> dict:
     return row
 
 
+def _floor_of(out, settings):
+    """The floor of the data set that `out` holds, finished with these settings; None where it is still to be made.
+
+    Raises FileExistsError where the folder holds anything else."""
+    marker = out / "phantom.json"
+    if not marker.exists():
+        if out.exists() and any(out.iterdir()):
+            raise FileExistsError(f"{out} is not empty and was not made by the phantom: choose another folder")
+        return None
+    try:
+        same = json.loads(marker.read_text()) == settings
+    except ValueError:
+        raise FileExistsError(f"{marker} is damaged: delete {out}, or choose another folder") from None
+    if not same:
+        raise FileExistsError(
+            f"{out} holds another data set ({marker.read_text().strip()}); choose another folder or delete it"
+        )
+    try:
+        return json.loads((out / "phantom_floor.json").read_text())
+    except (FileNotFoundError, ValueError):  # not finished, or cut
+        return None
+
+
 def make_dataset(
     out: str | Path,
     train: int = 60,
@@ -330,24 +353,11 @@ def make_dataset(
     if readers != "from above":
         settings["readers"] = readers
     settings |= hardship.settings
-    marker = out / "phantom.json"
-    if marker.exists():
-        try:
-            same = json.loads(marker.read_text()) == settings
-        except ValueError:
-            raise FileExistsError(f"{marker} is damaged: delete {out}, or choose another folder") from None
-        if not same:
-            raise FileExistsError(
-                f"{out} holds another data set ({marker.read_text().strip()}); choose another folder or delete it"
-            )
-        try:
-            return json.loads((out / "phantom_floor.json").read_text())
-        except (FileNotFoundError, ValueError):  # not finished, or cut
-            pass
-    elif out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty and was not made by the phantom: choose another folder")
+    floor = _floor_of(out, settings)
+    if floor is not None:
+        return floor
     (out / ".studies").mkdir(parents=True, exist_ok=True)
-    write_text(marker, json.dumps(settings) + "\n")
+    write_text(out / "phantom.json", json.dumps(settings) + "\n")
 
     ids = np.random.default_rng([seed, 77]).choice(4_290_000_000, train + test, replace=False) + 1_000_000
     seeds = np.random.SeedSequence(seed).spawn(train + test)

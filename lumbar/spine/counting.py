@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import softmax
 
 from ..names import LEVEL_VERTEBRAE
 from .vertebra import _CHAIN, spine_class
@@ -134,12 +135,7 @@ def counted_shares(numberings: Numberings, counting: Mapping[str, float]) -> np.
     counting: of fit_counting; {} leaves the chain's own shares.
     """
     weights = np.array([counting.get(name, 0.0) for name in COUNTING_FEATURES])
-    return _softmax(numberings.log_shares + (numberings.features - numberings.features[1]) @ weights)
-
-
-def _softmax(scores):
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
+    return softmax(numberings.log_shares + (numberings.features - numberings.features[1]) @ weights, -1)
 
 
 def readers_step(numberings: Numberings, points: Mapping[str, np.ndarray]) -> int | None:
@@ -169,7 +165,7 @@ def _fit(log_shares, features, which):
     rows = np.arange(len(which))
 
     def loss(weights):
-        p = _softmax(log_shares + features @ weights)
+        p = softmax(log_shares + features @ weights, -1)
         true = p[rows, which]
         likely = (1 - _SLIPS) * true + _SLIPS / len(STEPS)
         # d log(likely) = share of it that is no slip, times d log(true)
@@ -184,7 +180,7 @@ def _fit(log_shares, features, which):
 
 
 def _log_likelihood(log_shares, features, which, weights):
-    p = _softmax(log_shares + features @ weights)[np.arange(len(which)), which]
+    p = softmax(log_shares + features @ weights, -1)[np.arange(len(which)), which]
     return np.log((1 - _SLIPS) * p + _SLIPS / len(STEPS))
 
 
