@@ -117,7 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     easy = Hardship()
     hard = f"wide variety, motion {HARD.motion}, slips {HARD.slips}, scatter {HARD.scatter_mm} mm, unless given"
     parser.add_argument("--hard", action="store_true", help=hard)
-    parser.add_argument("--motion", type=float, help=f"share of series with motion or artefacts ({easy.motion:g})")
+    parser.add_argument(
+        "--motion",
+        type=float,
+        help=f"share of series with artefacts; half as many are torn, all lie beside their headers ({easy.motion:g})",
+    )
     parser.add_argument(
         "--slips",
         type=float,

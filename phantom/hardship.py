@@ -22,7 +22,8 @@ from .scanner import SeriesPlan
 class Hardship:
     """How hard a data set is; the defaults are how it was without this.
 
-    motion: share of series in which the patient moved or an artefact lies, see disturb; 0 to 1.
+    motion: share of series with an artefact, see disturb; half as many are torn in two besides, and with more than 0
+    all lie a millimetre or so beside what their headers say (moved_plans); 0 to 1.
     slips: how many of a reader's levels are called by a neighbour's name, and how many grades are one off; 0 to 0.5.
     scatter_mm: standard deviation of label points in each direction of the slice; with more than the 1 mm of the
     default some lie far off, and a quarter on the next slice.
@@ -54,7 +55,7 @@ HARD = Hardship(motion=0.35, slips=0.01, scatter_mm=2.0)
 def moved_plans(rng: np.random.Generator, plans: list[SeriesPlan], motion: float) -> list[SeriesPlan]:
     """Where the slices of each series really lie: the headers go on saying what was planned.
 
-    Between two series patients move by a millimetre or two; `motion` of the series are besides torn in two halves, the
+    Between two series patients move by a millimetre or two; half of `motion` of the series are besides torn in two, the
     odd slices (measured in one go, before the even ones) lying a millimetre or more beside the others.
     """
     moved = []

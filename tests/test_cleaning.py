@@ -88,6 +88,25 @@ def test_without_folders_nothing_is_doubtful_and_without_predictions_it_is_an_er
         utils.cleaned_grades(labels, ids + 10_000, ["finished"])
 
 
+def test_only_labels_that_are_trained_on_are_cleaned_and_counted(finished, capsys):
+    _, labels, ids = finished
+    folds = np.arange(len(ids)) % 5
+    all_of_them = utils.cleaned_grades(labels, ids, ["finished"]) != labels
+    capsys.readouterr()
+    one = utils.cleaned_grades(labels, ids, ["finished"], folds=folds, trained=[2]) != labels
+    assert (one == all_of_them & (folds != 2)[:, None, None]).all() and one.any()
+    assert f"CLEAN: {one.sum()} of {(folds != 2).sum() * 25} labels" in capsys.readouterr().out
+    two = utils.cleaned_grades(labels, ids, ["finished"], folds=folds, trained=[2, 3]) != labels
+    said = ", ".join(f"{all_of_them[folds != fold].sum()} of fold {fold}'s" for fold in (2, 3))
+    assert (two == all_of_them).all() and said in capsys.readouterr().out
+
+
+def test_predictions_of_held_out_studies_alone_clean_nothing_and_are_an_error(finished):
+    _, labels, ids = finished
+    with pytest.raises(ValueError, match="CLEAN: finished predict only studies that fold 0 holds out.*other folds"):
+        utils.cleaned_grades(labels, ids, ["finished"], folds=np.zeros(len(ids), int), trained=[0])
+
+
 def test_spoiled_ids_do_not_shift(finished):
     _, labels, ids = finished
     order = np.random.default_rng(1).permutation(len(ids))

@@ -327,3 +327,42 @@ def test_times_do_not_follow_the_wall_clock(tmp_path, monkeypatch):
     stage = utils.open_stage(tmp_path, "s", {"A": 1})
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert 0 <= stage.close()["seconds"] < 60
+
+
+@pytest.mark.parametrize(
+    "before, now, same",
+    [
+        ({"LEARNING_RATE": 0.001}, {"LEARNING_RATE": 0.0, "SCHEDULE": "short"}, True),
+        ({"LEARNING_RATE": 0.002}, {"LEARNING_RATE": 0.002, "SCHEDULE": "short"}, True),
+        ({"LEARNING_RATE": 0.002}, {"LEARNING_RATE": 0.0, "SCHEDULE": "short"}, False),
+        ({"LEARNING_RATE": 0.001}, {"LEARNING_RATE": 0.0, "SCHEDULE": "B"}, False),
+        ({"EPOCHS": 2}, {"EPOCHS": 2, "DROP_PATH": 0.0, "POOLING": "mean"}, True),
+        ({"EPOCHS": 2}, {"EPOCHS": 2, "DROP_PATH": 0.1, "POOLING": "mean"}, False),
+        ({"EPOCHS": 2}, {"EPOCHS": 2, "DROP_PATH": 0.0, "POOLING": "max"}, False),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_work_from_before_a_parameter_goes_on_where_it_changes_nothing(tmp_path, before, now, same, finished):
+    stage = utils.open_stage(tmp_path, "s", before)
+    write(stage.dir / "kept.txt", "of hours")
+    if finished:
+        stage.close(outputs=["kept.txt"])
+    again = utils.open_stage(tmp_path, "s", now)
+    assert again.done == (finished and same) and (again.dir / "kept.txt").is_file() == same
+
+
+def test_a_stage_does_not_clean_labels_with_its_own_predictions(tmp_path):
+    for run, name in (("a", "04_level_0"), ("a", "04_study_0"), ("b", "04_level_0")):
+        write(tmp_path / run / name / "level_0.safetensors", "weights")
+    own, sister, other = tmp_path / "a/04_level_0", tmp_path / "a/04_study_0", tmp_path / "b"
+
+    def clean(*places):
+        return stage_inputs({"OUT": str(tmp_path / "a"), "CLEAN": list(map(str, places))}, "04_level_0")
+
+    assert clean(other) == {"CLEAN": [other / "04_level_0"]} and clean(sister) == {"CLEAN": [sister]}
+    for place in (own, tmp_path / "a", tmp_path):
+        with pytest.raises(ValueError, match=f"CLEAN: {place} has what this run itself writes: .* another OUT"):
+            clean(place)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="CLEAN: no .*safetensors in or below"):
+        clean(tmp_path / "empty")

@@ -343,6 +343,9 @@ def test_branches_of_the_backbone_can_be_left_out():
     left_out = branches(SliceNetwork("test_efficientnet", CROP, PRIOR, width=16, drop_path=0.4))
     assert left_out and 0 < max(left_out) <= 0.4
     assert not any(branches(SliceNetwork("test_efficientnet", CROP, PRIOR, width=16)))
+    for stride in (8, 16):  # what is left of the network has the rate, not what was cut off
+        rates = branches(Encoder("tf_efficientnet_lite0", 3, 64, stride, drop_path=0.4))
+        assert max(rates) == pytest.approx(0.4) and rates == sorted(rates)
     with pytest.raises(ValueError, match="vgg11 has no residual branches to leave out: set DROP_PATH to 0"):
         Encoder("vgg11", 3, 64, drop_path=0.4)
 

@@ -279,7 +279,7 @@ def load_classifier(
     about |= read_settled(path)
     _check_classifier(Stated(path, about, _REMEDY), network)
     names = ("scope", "backbone", "img_size", "prior", "dropout", "level_centers")
-    arguments = [about[name] for name in names] + ([about["cells"]] if "cells" in about else [])
+    arguments = [about[name] for name in names] + ([about["cells"]] if about.get("cells") else [])
     state = current_heads(state)
     check_network(path, lambda: network(*arguments), state, _REMEDY)
     model = network(*arguments)

@@ -62,7 +62,12 @@ def doubtful_labels(grades: np.ndarray, predictions: Mapping[str, np.ndarray]) -
 
 
 def cleaned_grades(
-    grades: np.ndarray, study_ids: Sequence[int], folders: Iterable[str | Path], replace: bool = False
+    grades: np.ndarray,
+    study_ids: Sequence[int],
+    folders: Iterable[str | Path],
+    replace: bool = False,
+    folds: np.ndarray | None = None,
+    trained: Sequence[int] = (),
 ) -> np.ndarray:
     """Grades to train on: a copy without the doubtful ones. Prints how many there are; scores are of all labels.
 
@@ -76,11 +81,16 @@ def cleaned_grades(
     replace : bool
         Put what the members see in the place of a doubtful label, for a detector, whose images show the finding either
         way; otherwise it is missing (-1).
+    folds : (n,) int array, optional
+        Fold of each study; without it all studies are trained on.
+    trained : sequence of int
+        The folds whose networks are trained, each on the other folds' studies. Labels of studies that none of them is
+        trained on stay as they are.
 
     Raises
     ------
     ValueError
-        The folders have no out-of-fold predictions of these studies.
+        The folders have no out-of-fold predictions of these studies, or only of such that nothing is trained on.
     """
     folders = list(folders)
     if not folders:
@@ -94,8 +104,18 @@ def cleaned_grades(
         )
     doubtful, seen = doubtful_labels(grades, predicted)
     covered = np.any([np.isfinite(p).all(-1) for p in predicted.values()], 0) & (grades >= 0)
+    taken = {fold: np.asarray(folds) != fold for fold in trained} if folds is not None else {}
+    if taken:
+        used = np.any(list(taken.values()), 0)[:, None, None]
+        doubtful, covered = doubtful & used, covered & used
+        if not covered.any():
+            raise ValueError(
+                f"CLEAN: {', '.join(map(str, folders))} predict only studies that fold {', '.join(map(str, trained))} "
+                "holds out, so that no label to train on can be cleaned: name trainings of other folds"
+            )
     print(
         f"CLEAN: {doubtful.sum()} of {covered.sum()} labels that {', '.join(predicted)} predicted out of fold are "
         f"contradicted strongly; {'replaced' if replace else 'left out'} in training"
+        + "".join(f", {doubtful[rows].sum()} of fold {fold}'s" for fold, rows in taken.items() if len(taken) > 1)
     )
     return np.where(doubtful, seen if replace else -1, grades)

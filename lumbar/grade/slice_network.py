@@ -63,7 +63,9 @@ class Encoder(nn.Module):
                 net = timm.create_model(name, **options)
             except TypeError as error:
                 if "drop_path_rate" in str(error):
-                    raise ValueError(f"{name} has no residual branches to leave out: set DROP_PATH to 0") from None
+                    raise ValueError(
+                        f"to timm {name} has no residual branches to leave out: set DROP_PATH to 0"
+                    ) from None
                 raise
         self.net, self.index = net, None
         if pretrained:
@@ -77,6 +79,7 @@ class Encoder(nn.Module):
         self.index = strides.index(stride)
         self.num_features = (GRID * GRID + 1) * int(net.feature_info[self.index]["num_chs"])
         net.prune_intermediate_layers([self.index], prune_norm=True, prune_head=True)
+        _scale_drop_path(net, drop_path)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -84,6 +87,16 @@ class Encoder(nn.Module):
             return self.net(images)
         (x,) = self.net.forward_intermediates(images, indices=[self.index], stop_early=True, intermediates_only=True)
         return torch.cat([F.adaptive_avg_pool2d(x, GRID).flatten(1), x.amax((2, 3))], 1)
+
+
+def _scale_drop_path(net, rate):
+    """Let the rates of what is left of a network rise to `rate`: timm let them rise over all of its depth."""
+    from timm.layers import DropPath
+
+    layers = [layer for layer in net.modules() if isinstance(layer, DropPath)]
+    deepest = max((layer.drop_prob for layer in layers), default=0.0)
+    for layer in layers if deepest else []:
+        layer.drop_prob *= rate / deepest
 
 
 class SliceNetwork(nn.Module):

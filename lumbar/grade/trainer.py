@@ -7,7 +7,7 @@ May use: classifier, crops, ordinal, pretrained, distributed, data, storage, nam
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,7 @@ def _train(out, name, train, valid, config, about, device, workers, processes, t
     accelerator = training.accelerator
     history, best, first_epoch = [], math.inf, 0
     saved = read_checkpoint(checkpoint)
-    if saved is not None and saved.get("config") != _plain(config):
+    if saved is not None and _settings_of(config) | saved.get("config", {}) != _plain(config):
         accelerator.print(f"{checkpoint} is of a training with other settings: the training starts over")
     elif saved is not None:
         training.load_state(saved["training"])
@@ -231,9 +231,18 @@ def _train(out, name, train, valid, config, about, device, workers, processes, t
     accelerator.end_training()
 
 
+def _settings_of(config):
+    """The settings that a TrainConfig of this class has by itself: what a checkpoint from before one of them meant."""
+    return _as_lists({field.name: field.default for field in fields(config) if field.default is not MISSING})
+
+
 def _plain(config):
     """A TrainConfig as JSON gives it back."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    return _as_lists(asdict(config))
+
+
+def _as_lists(values):
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass

@@ -149,13 +149,20 @@ PARAMETERS_WITHOUT_EFFECT = (
 )
 
 
+# Parameters that notebooks got when runs without them existed, each with the value at which it changes nothing: such a
+# run is the same work. A learning rate of 0, the schedule's own, was written as what it stands for.
+SINCE = {"SCHEDULE": "short", "POOLING": "mean", "DROP_PATH": 0.0}
+_SCHEDULES_OWN = 0.001
+
+
 def _work(known):
     """What must be the same for two runs to have done the same: of an identity, of begun.json or a manifest."""
     left_out = (*PARAMETERS_WITHOUT_EFFECT, *PATH_PARAMETERS)
-    return {
-        "parameters": {name: value for name, value in known["parameters"].items() if name not in left_out},
-        "inputs": known["inputs"],
-    }
+    given = {name: value for name, value in known["parameters"].items() if name not in left_out}
+    if given.get("SCHEDULE") == "short" and given.get("LEARNING_RATE") == 0:
+        given["LEARNING_RATE"] = _SCHEDULES_OWN
+    parameters = {name: value for name, value in given.items() if name not in SINCE or value != SINCE[name]}
+    return {"parameters": parameters, "inputs": known["inputs"]}
 
 
 def code_fingerprint() -> str:

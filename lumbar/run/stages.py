@@ -43,7 +43,7 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
     that are not empty; relative paths count from the working directory, else from the kit's folder, and what an input
     on Kaggle is called is found where it is mounted (mounts.find_input). A list of WEIGHTS or CLEAN stands for the
     folders with weights in and below them, RUN for the finished stages in it.
-    Raises FileNotFoundError, naming the parameter.
+    Raises FileNotFoundError, naming the parameter; ValueError for a CLEAN with the folder that the stage writes to.
     """
     found = {}
     for key in READ_PATHS:
@@ -56,13 +56,30 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
         if key in ("WEIGHTS", "CLEAN") and isinstance(value, list):
             from ..serve.members import weight_folders
 
-            found[key] = weight_folders(places)
+            if key == "CLEAN" and parameters.get("OUT"):
+                _check_other_run(places, Path(parameters["OUT"]), name)
+            try:
+                found[key] = weight_folders(places)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{key}: {error}") from None
         elif key == "RUN":
             stages = [p.parent for place in places for p in sorted(place.glob("*/manifest.json"))]
             found[key] = [p for p in stages if p.name != name and ".old-" not in p.name and read_manifest(p)]
         else:
             found[key] = places if isinstance(value, list) else places[0]
     return found
+
+
+def _check_other_run(places, out, name):
+    """Refuse to clean labels with predictions that the stage itself will write, or others of its run, which may change
+    while it trains: each start would read something else, and begin anew."""
+    own = out.resolve()
+    for place in places:
+        if Path(place).resolve() in (own / name, own, *own.parents):
+            raise ValueError(
+                f"CLEAN: {place} has what this run itself writes: train with cleaned labels in another OUT, or name "
+                "folders of trainings that will not be done again"
+            )
 
 
 def _located(key, text):
