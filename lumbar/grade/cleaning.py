@@ -4,7 +4,7 @@ About one label in a hundred of the competition is wrong. A prediction by networ
 where they are sure of another grade, and as sure as they usually are of that grade. The idea is that of confident
 learning (Northcutt, Jiang and Chuang, JAIR 70, 2021), with a cap on how much of each grade can go.
 
-May use: tables, names.
+May use: tables, data, names.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.tables import some_of
 from ..names import GROUPS, SEVERITIES, SEVERITY_WEIGHTS
 from .tables import align_members, read_out_of_fold
 
@@ -99,7 +100,7 @@ def cleaned_grades(
     predicted = {member: p for member, p in aligned.items() if np.isfinite(p).any()}
     if not predicted:
         raise ValueError(
-            f"CLEAN: no out-of-fold predictions of these studies in {', '.join(map(str, folders))}: name folders of "
+            f"CLEAN: no out-of-fold predictions of these studies in {some_of(folders)}: name folders of "
             "finished trainings of 03 and 04, or a run's folder"
         )
     doubtful, seen = doubtful_labels(grades, predicted)
@@ -110,7 +111,7 @@ def cleaned_grades(
         doubtful, covered = doubtful & used, covered & used
         if not covered.any():
             raise ValueError(
-                f"CLEAN: {', '.join(map(str, folders))} predict only studies that fold {', '.join(map(str, trained))} "
+                f"CLEAN: {some_of(folders)} predict only studies that fold {', '.join(map(str, trained))} "
                 "holds out, so that no label to train on can be cleaned: name trainings of other folds"
             )
     print(
