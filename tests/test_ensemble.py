@@ -249,6 +249,7 @@ def test_nested_predictions_are_a_submission_and_give_the_table(bed):
     assert scores["rows"]["yolo"] < scores["rows"]["study"] == labels[list(LABEL_COLUMNS)].notna().sum().sum()
 
 
+@pytest.mark.slow
 def test_nested_predictions_have_not_seen_their_fold():
     labels, tables, folds = bench_ensemble.make_case(80, 7, "none", 2)
     tables = few(tables)

@@ -278,6 +278,8 @@ def test_a_set_of_studies(tmp_path, monkeypatch):
     assert start == len(records) == table["slices"].sum()
     fewer, table = utils.fine_tuning_set(paths, Model, coordinates, slices=6, limit=3, seed=1)
     assert table["study_id"].nunique() == 3 and table["slices"].max() == 6
+    again, _ = utils.fine_tuning_set(paths, Model, coordinates, slices=6, limit=3, seed=1, workers=3)
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(again, fewer, strict=True))
     shows = [bool(record["certain"].any()) for record in fewer]
     assert np.mean(shows) >= 0.75
     # The records are what training takes, mixed with others.

@@ -176,6 +176,7 @@ def test_series_folders_and_one_flat_folder_of_shuffled_names_are_the_same(tmp_p
     assert table["series_description"].tolist() == [d for d, _ in [ALL_THREE[1], ALL_THREE[2], ALL_THREE[0]]]
 
 
+@pytest.mark.slow
 def test_what_is_laid_out_is_read_as_the_competitions_files_are(tmp_path):
     tiny.write_study(tmp_path / "any" / "x")
     (study,) = found(tmp_path / "any", tmp_path / "out")

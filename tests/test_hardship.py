@@ -114,6 +114,7 @@ def test_a_hard_data_set_has_true_test_labels_and_a_truth_beside(tmp_path):
     assert study.volumes and len(utils.read_coordinates(tmp_path / "hard"))
 
 
+@pytest.mark.slow
 def test_the_command_refuses_what_cannot_be_meant(tmp_path):
     command = [sys.executable, "-m", "phantom", str(tmp_path / "x"), "--slips", "2"]
     done = subprocess.run(command, text=True, capture_output=True)

@@ -438,6 +438,7 @@ def test_a_study_that_works_too_long_is_given_up(data, level, tmp_path):
     assert saved(tmp_path / "out") == [2]  # a faster machine may finish it
 
 
+@pytest.mark.slow
 def test_threads_end_with_the_run(data, level, tmp_path):
     """Also those that were at work when the time was up: the next check of their limit ends them."""
     ended = []

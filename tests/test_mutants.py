@@ -68,6 +68,7 @@ def test_a_seed_is_one_mutant(bases, tmp_path):
     assert all(len(digests) == 1 for digests in made.values()) and made[17] != made[30]
 
 
+@pytest.mark.slow
 def test_a_silent_change_is_seen_for_what_it_is(bases, good, tmp_path):
     def changed(name, change):
         study = tmp_path / name / "5"

@@ -123,6 +123,7 @@ def test_perfect_reader_follows_its_own_reader():
 # ---- files --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_layout_and_columns(made):
     out, _ = made
     train = pd.read_csv(out / "train.csv")
@@ -150,6 +151,7 @@ def test_layout_and_columns(made):
     assert not (out / ".studies").exists()
 
 
+@pytest.mark.slow
 def test_perfect_submission_scores_the_floor(made):
     out, floor = made
     score = utils.competition_score(pd.read_csv(out / "phantom_test_labels.csv"), phantom.perfect_submission(out))
@@ -166,6 +168,7 @@ def test_two_workers_write_the_same_bytes(made, tmp_path):
     assert all((out / n).read_bytes() == (other / n).read_bytes() for n in names)
 
 
+@pytest.mark.slow
 def test_refuses_another_data_set_and_keeps_a_finished_one(made, tmp_path):
     out, floor = made
     with pytest.raises(FileExistsError, match="another data set"):
@@ -212,6 +215,7 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
 # ---- DICOM --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_geometry_is_the_same_in_simpleitk(made):
     sitk = pytest.importorskip("SimpleITK")
     out, _ = made
@@ -270,6 +274,7 @@ def test_pixels_survive_writing(tmp_path, compress):
     assert ds.ImagePositionPatient[2] == 4 and list(ds.PixelSpacing) == [0.7, 0.6]
 
 
+@pytest.mark.slow
 def test_dciodvfy_finds_no_error(made, tmp_path):
     if not shutil.which("dciodvfy"):
         pytest.skip("dciodvfy (Debian: dicom3tools) is not installed")
@@ -312,6 +317,7 @@ def test_dciodvfy_finds_no_error(made, tmp_path):
 # ---- truth --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_left_points_lie_on_the_patients_left(made):
     out, _ = made
     points = pd.read_csv(out / "train_label_coordinates.csv")

@@ -303,6 +303,7 @@ def detector(folder, classes=3):
     return DetectionModel(_yolo_model_yaml("yolov10n.yaml", 0.125, folder), ch=1, nc=classes, verbose=False)
 
 
+@pytest.mark.slow
 def test_a_detector_starts_from_cocos_weights_without_the_class_head(coco, tmp_path, capsys):
     path, given = coco
     nets = [detector(tmp_path), detector(tmp_path)]

@@ -317,6 +317,7 @@ def test_a_study_that_cannot_be_read_is_named(inspection):
     assert framed(viewer)["panels"][0]
 
 
+@pytest.mark.slow
 def test_detectors_are_loaded_when_asked_for(inspection, monkeypatch):
     asked = []
 

@@ -150,7 +150,7 @@ class LevelCrops(CropMember):
                     "BACKBONE": "tiny",
                     "SHAPE": [32, 48, 48],
                     "EXTENT_MM": [44.0, 72.0, 72.0],
-                    "EPOCHS": 14,
+                    "EPOCHS": 12,
                     "BATCH": 8,
                     "LEARNING_RATE": 2.0e-3,
                     "EMA": 0.98,
@@ -184,7 +184,7 @@ class WholeStudy(CropMember):
                     "BACKBONE": "tiny_stride8",
                     "SHAPE": [96, 64, 32],
                     "EXTENT_MM": [230.0, 130.0, 80.0],
-                    "EPOCHS": 40,  # it looks for the levels first: little shows before some 300 steps
+                    "EPOCHS": 30,  # it looks for the levels first: little shows before some 300 steps
                     "BATCH": 4,
                     "LEARNING_RATE": 3.0e-3,
                     "EMA": 0.95,

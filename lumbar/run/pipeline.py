@@ -287,7 +287,7 @@ SETTINGS = {
     "demo": {
         "01_preprocess": {"YOLO_IMGSZ": 256},
         # The shipped weights, tuned as briefly as shows how it goes.
-        "02_train_spinenet": {"ANATOMIES": 8, "FINE_TUNE_STEPS": 15, "FINE_TUNE_STUDIES": 8},
+        "02_train_spinenet": {"ANATOMIES": 6, "FINE_TUNE_STEPS": 10, "FINE_TUNE_STUDIES": 6},
     },
     # For some 300 studies, so that the phantom's real frequencies show enough disease.
     "hour": {},

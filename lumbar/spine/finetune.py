@@ -1,10 +1,11 @@
 """SpineNet trained further on the competition's own label points.
 
-May use: chain, counting, level_scores, naming, fallbacks, spinenet_training, spinenet, vertebra, data, names.
+May use: chain, counting, level_scores, naming, fallbacks, spinenet_training, spinenet, vertebra, data, cluster,
+names.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 
+from ..cluster import spread
 from ..data.geometry import boxes_from_table, place_points
 from ..data.source import Source
 from ..data.tables import some_of
@@ -323,6 +325,7 @@ def fine_tuning_set(
     tolerance_mm: float = 6.0,
     least: int = 3,
     seed: int = 0,
+    workers: int = 1,
 ) -> tuple[list[dict[str, torch.Tensor]], pd.DataFrame]:
     """Make training images from studies with label points.
 
@@ -348,6 +351,8 @@ def fine_tuning_set(
     least : int
         Number of levels that the points have to confirm; see point_records.
     seed : int
+    workers : int
+        Threads; how many makes no difference to what comes out.
 
     Returns
     -------
@@ -363,24 +368,48 @@ def fine_tuning_set(
     if limit is not None and limit < len(study_ids):
         study_ids = sorted(int(i) for i in rng.choice(study_ids, limit, replace=False))
     rise_mm = foramen_rise_mm(paths, coordinates)
-    records, rows, unplaced = [], [], []
-    for study_id in progress(study_ids, "confirming vertebrae", len(study_ids)):
-        rows.append({"study_id": study_id, "used": False, "reason": "no sagittal series"})
-        try:
-            study, points = load_study(paths[study_id]), by_study[study_id]
-            placed = place_points(points, study)
-            unplaced += placed.loc[placed["problem"] != "", "problem"].tolist()
-            foraminal = points["condition"].str.contains("foraminal").to_numpy()
-            points = level_points(placed[["x_mm", "y_mm", "z_mm"]], points["level"].to_numpy(), foraminal, rise_mm)
-            own, notes = _study_records(study, model, points, prior, slices, tolerance_mm, least, rng)
-        except Exception as error:  # one odd study must not stop the others
-            own, notes = [], [{"used": False, "reason": f"{type(error).__name__}: {error}"}]
-        records += own
-        if notes:
-            rows[-1:] = [{"study_id": study_id} | note for note in notes]
+    shared = _Confirming(paths, by_study, model, prior, rise_mm, slices, tolerance_mm, least, seed)
+    with progress(desc="confirming vertebrae", total=len(study_ids)) as bar:
+        found = spread(_confirm, study_ids, shared, workers, done=bar.update)
+    unplaced = [problem for *_, problems in found.values() for problem in problems]
     if unplaced:
         print(f"fine-tuning: {len(unplaced)} label points are left out: {some_of(unplaced, between='; ')}")
+    records = [record for own, _, _ in found.values() for record in own]
+    rows = [{"study_id": study_id} | note for study_id, (_, notes, _) in found.items() for note in notes]
     return records, pd.DataFrame(rows, columns=POINT_TABLE_COLUMNS)
+
+
+@dataclass(frozen=True)
+class _Confirming:
+    """What confirming one study's vertebrae needs besides its number: see fine_tuning_set."""
+
+    paths: Mapping[int, str | Path]
+    points: Mapping[int, pd.DataFrame]
+    model: SpineNet
+    prior: dict | None
+    rise_mm: float
+    slices: int | None
+    tolerance_mm: float
+    least: int
+    seed: int
+
+
+def _confirm(shared: _Confirming, study_id: int) -> tuple[list[dict[str, torch.Tensor]], list[dict], list[str]]:
+    """(records, notes of its series, why label points were left out) of one study."""
+    unplaced: list[str] = []
+    try:
+        study, points = load_study(shared.paths[study_id]), shared.points[study_id]
+        placed = place_points(points, study)
+        unplaced = placed.loc[placed["problem"] != "", "problem"].tolist()
+        foraminal = points["condition"].str.contains("foraminal").to_numpy()
+        by_level = level_points(placed[["x_mm", "y_mm", "z_mm"]], points["level"].to_numpy(), foraminal, shared.rise_mm)
+        rng = np.random.default_rng((shared.seed, study_id))
+        records, notes = _study_records(
+            study, shared.model, by_level, shared.prior, shared.slices, shared.tolerance_mm, shared.least, rng
+        )
+    except Exception as error:  # one odd study must not stop the others
+        records, notes = [], [{"used": False, "reason": f"{type(error).__name__}: {error}"}]
+    return records, notes or [{"used": False, "reason": "no sagittal series"}], unplaced
 
 
 def _study_records(study, model, points, prior, slices, tolerance_mm, least, rng):
