@@ -41,7 +41,7 @@ from lumbar.grade.tta import choose_views
 from lumbar.names import SEVERITY_WEIGHTS
 from lumbar.run.parameters import TRACKERS, check_tracker_here, check_values
 from lumbar.spine.fallbacks import level_boxes
-from lumbar.storage import DamagedFile
+from lumbar.storage import DamagedFile, write_tensors
 
 CROP = Crop("level", (32, 32, 32), (32.0, 64.0, 48.0))
 
@@ -721,6 +721,18 @@ def test_cells_are_pooled_as_the_weights_say(tmp_path, scope, pooling):
     again, about = load_classifier(tmp_path / "a.safetensors")
     assert about["cells"] == pooling and torch.equal(again(x, level), model(x, level))
     assert not torch.allclose(model(x, level), mean(x, level), atol=1e-4)
+
+
+@pytest.mark.parametrize("cells", [None, "median", ["max"]])
+def test_what_weights_say_of_their_cells_is_one_of_three_or_nothing(tmp_path, cells):
+    model = OrdinalClassifier("level", "tiny", (32, 32, 32), np.full((5, 5, 3), 1 / 3)).eval()
+    write_tensors(tmp_path / "a.safetensors", model.state_dict(), "classifier", {**model.config, "cells": cells})
+    if cells is None:
+        x, level = torch.randn(1, 3, 32, 32, 32), torch.tensor([1])
+        assert torch.equal(load_classifier(tmp_path / "a.safetensors")[0](x, level), model(x, level))
+    else:
+        with pytest.raises(DamagedFile, match="cells"):
+            load_classifier(tmp_path / "a.safetensors")
 
 
 def test_attention_in_cells_is_their_weighted_mean():
