@@ -135,7 +135,7 @@ def _same(value: Any) -> Any:
 def _spread_over(client, work, items, shared, lost, gpu, done):
     from distributed import KilledWorker, as_completed
 
-    # A task and not scattered: what is lost with the worker that held it is then made anew.
+    # Submitted as a task, not scattered, so that Dask computes it again if the worker that holds it dies.
     held = client.submit(_same, shared, pure=False) if shared is not None else None
     resources = (gpu_of(client) if gpu else {}) or None
     futures = {client.submit(work, held, item, pure=False, resources=resources): item for item in items}

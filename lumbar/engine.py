@@ -129,8 +129,8 @@ def _say_why_not(network: nn.Module, error: Exception) -> None:
 
 
 def _converted(traced: Any, example: torch.Tensor) -> Any:
-    """A traced module as OpenVINO's model. By its front end itself: openvino.convert_model does the same and reports
-    each call to its makers, where openvino-telemetry is installed, which nobody here was asked about."""
+    """A traced module as OpenVINO's model. By the front end itself: openvino.convert_model does the same, but sends
+    usage telemetry without asking where openvino-telemetry is installed."""
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 

@@ -67,7 +67,7 @@ def _is_alive(pid):
 
 
 def is_part(path: str | Path) -> bool:
-    """Whether a file or folder, by its name, is half of what it was to be: a process writes it, or died over it.
+    """Whether a name marks an incomplete file or folder: one still being written, or left by a dead process.
 
     >>> is_part("oof.csv.123.part"), is_part("scores_0.part.npy"), is_part("oof.csv")
     (True, True, False)

@@ -1,4 +1,4 @@
-"""Values that cannot be meant are refused with what to write instead, before anything runs."""
+"""Invalid values are refused with what to write instead, before anything runs."""
 
 import ast
 import json

@@ -33,8 +33,8 @@ class SeriesHeader:
 
     planes: of its slices, by PLANES, most frequent first; words: series description, protocol and sequence as they
     stand; sequence: words of ScanningSequence; options: of ScanOptions; image_type: of ImageType and FrameType;
-    contrast_agent: whether one is named; b_value: of diffusion, the largest; centre_lps_mm: (3,) mean of the slices'
-    corners; spacing_mm: of pixels, the larger.
+    contrast_agent: whether one is named; b_value: of diffusion, the largest; corners_lps_mm: (n, 3) first pixels of
+    the slices; spacing_mm: of pixels, the larger.
     """
 
     modality: str = "MR"

@@ -1,8 +1,8 @@
-"""The competition's tables, one reader each: a bad row is named and left out, a table that cannot be meant is an error.
+"""The competition's tables, one reader each: a bad row is named and left out, an unusable file is an error.
 
-Tables come out of spreadsheets, joins and interrupted downloads. A row that cannot be meant costs only itself; a file
-that cannot be meant is an error. All readers take commas, semicolons or tabs between the cells, CRLF, a byte order
-mark, ids written as 123.0 and decimal commas, and return whole numbers as int64.
+Tables come out of spreadsheets, joins and interrupted downloads. An invalid row costs only itself; a file without a
+valid one is an error. All readers take commas, semicolons or tabs between the cells, CRLF, a byte order mark, ids
+written as 123.0 and decimal commas, and return whole numbers as int64.
 
 May use: storage, names.
 """

@@ -1,4 +1,4 @@
-"""A detector's scores to probabilities: shift and scale for each condition, side and level.
+"""Calibrate a detector's scores: a weighted multinomial logistic regression, shrunk towards the class prior.
 
 May use: data, names, tta.
 """

@@ -454,8 +454,8 @@ def settle_views(
     trained on; workers: processes that cut crops; load, measure: of another kind of network, in place of
     load_classifier and measure_views. What is stored is chosen on all of the studies together, see choose_views. The
     predictions are cross-fitted: each fifth of the studies is predicted with the views that pay on the other four
-    fifths, see cross_fitted_views. Returns (dict name -> (n, 5, 5, 3) probabilities, choose_views' table). Done again
-    after a kill it ends the same.
+    fifths, see cross_fitted_views. Returns (dict name -> (n, 5, 5, 3) probabilities, choose_views' table). Safe to run
+    again after an interruption.
     """
     device, measured = device_for(device), []
     load, measure = load or load_classifier, measure or measure_views

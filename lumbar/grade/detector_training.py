@@ -26,7 +26,8 @@ from .detector_weights import (
 from .pretrained import read_state
 
 # AdamW with an equal nominal batch, a gentle warm-up and a strong class term trains from random weights within few
-# epochs; no mosaic or scaling because every patch has the same millimetres a pixel. rect keeps patches unpadded.
+# epochs; no mosaic because every patch has the same millimetres a pixel, and scaling only as far as SCALE says. rect
+# keeps patches unpadded. 03_train_yolo takes its learning rate from SCHEDULES.
 YOLO_SETTINGS = {
     "optimizer": "AdamW",
     "lr0": 0.003,

@@ -1,4 +1,4 @@
-"""A regularised correction of the combined prediction from all members' scores.
+"""Correct each cell of the combined prediction by the cells around it: a regularised linear stacker.
 
 May use: data, names.
 """

@@ -1,4 +1,4 @@
-"""The training of the 3D networks: one loop over epochs, one over batches.
+"""The training loop that all classifiers share, 2.5D and 3D: one loop over epochs, one over batches.
 
 accelerate sees to devices, mixed precision, accumulation and several processes, timm to the schedule, the weight decay
 and the averaged weights. Both are imported where they are used, because they take seconds.
@@ -31,7 +31,7 @@ from .pretrained import load_volumes
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What a training is told, apart from its data and the machine it runs on.
+    """Hyperparameters of a training, apart from its data and the machine it runs on.
 
     `asdict` gives JSON values, and TrainConfig(**values) is the same configuration again. Raises TypeError for a name
     that it does not know and ValueError for a number of epochs or batches below 1, a drop_path out of [0, 1) or an

@@ -63,7 +63,7 @@ def study_html(
     """A study to look through in any browser, offline: one file or fragment with pictures, style and script inside.
 
     Three linked panels of slices, the chosen level's crop in three planes along its disc, the study in space, and a
-    table of all cells; viewer.js draws them. A click in one series moves the others to that place of the patient.
+    table of all cells; viewer.js draws them. A click in one series moves the others to the same point in the patient.
 
     study: normalised Study; boxes: LevelBoxes (outlined; dashed below a confidence of 0.5); points: label points as
     read_coordinates has them; probabilities: (5, 5, 3), or a dict name -> such; truth: (5, 5) grades of this study, -1

@@ -30,7 +30,7 @@ def start_notebook(history: list[str], namespace: dict[str, Any]) -> dict[str, A
 
     Raises
     ------
-    ValueError, TypeError for a parameter that does not exist or cannot be meant, ModuleNotFoundError for a package
+    ValueError, TypeError for a parameter that does not exist or is invalid, ModuleNotFoundError for a package
     that is neither installed nor attached.
     """
     root = Path(__file__).resolve().parents[2]

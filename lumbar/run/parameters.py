@@ -157,7 +157,7 @@ def _literal(node):
 
 
 def check_values(defaults: Mapping[str, Any], given: Mapping[str, Any], where: str = "parameters") -> dict[str, Any]:
-    """Refuse names that do not exist, values of another type than the default's, and values that cannot be meant.
+    """Refuse names that do not exist, values of another type than the default's, and invalid values.
 
     defaults, given: dicts name -> value. Returns `defaults` updated with `given` (an int is welcome where a float
     is expected). Raises ValueError naming the closest parameter or the RANGES, TypeError naming both types.
@@ -210,7 +210,7 @@ def _way_to_write(name, default, value):
 
 
 def _check_range(name, default, value, where):
-    """Raise ValueError where a value of the right type cannot be meant."""
+    """Raise ValueError where a value of the right type is out of range."""
     if isinstance(value, list):
         items = value
         kind = ITEM_TYPES.get(name) or (type(default[0]) if default else None)

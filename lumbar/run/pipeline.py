@@ -562,9 +562,6 @@ def write_run_manifest(
     return manifest
 
 
-# ---- Staging: everything that Kaggle needs, in folders ----
-
-
 PRETRAINED_STAGE = "00_pretrained"  # folder of what pretrained.ipynb fetches
 TRAINING_HOURS = 10.5  # of the 12 that Kaggle gives a kernel: the rest is for what comes before and after
 

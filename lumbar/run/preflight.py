@@ -1,4 +1,4 @@
-"""What a machine has, held against what a stage needs, before hours are spent.
+"""Check a machine against what a stage needs, before hours are spent.
 
 May use: costs, parameters, mounts.
 """

@@ -70,7 +70,7 @@ class Worker:
             with cpu_limit(self.study_s, stopped):
                 folder = self.images / str(study_id)
                 prepared = prepare_study(folder, self.jobs[study_id], self.members, self.schedule.choice)
-        except Exception as error:  # nothing known does this; whoever waits for the study shall not wait in vain
+        except Exception as error:  # not expected, but the consumer has to get a result
             text = f"given up ({type(error).__name__}: {error}), every row is the prior"
             prepared = _given_up(study_id, Problem(kind_of_error(error, Kind.PASSED_OVER), text))
         return prepared, self.schedule.clock() - begun
