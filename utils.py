@@ -1,4 +1,4 @@
-"""The kit's front for notebooks and scripts: what they use of it, by chapter. Everything is reached as `utils.name`.
+"""The kit's public API for notebooks and scripts, by chapter. Everything is reached as `utils.name`.
 
 Frames: patient coordinates are DICOM LPS in millimetres (x to the patient's left, y to the back, z to the head);
 names end in _lps or _mm. Arrays have the axes (slice, row, column); pixel coordinates in tables are x = column and
@@ -6,8 +6,24 @@ y = row of a pixel's centre, names end in _px. Crops have the axes (channel, hea
 left). Probabilities have the axes (study, condition, level, severity).
 """
 
-# Words and files
-# Data: studies, tables, the metric, geometry
+# Names, files and weights
+from lumbar.names import (
+    CONDITIONS,
+    DESCRIPTIONS,
+    DETECTORS,
+    GRADES,
+    GROUPS,
+    LABEL_COLUMNS,
+    LEVELS,
+    SEVERITIES,
+    SUBMISSION_COLUMNS,
+    device_for,
+)
+from lumbar.storage import DamagedFile, read_json, write_csv, write_json, write_text
+
+# isort: split
+
+# Data: studies, tables, geometry, the metric
 from lumbar.data.competition import class_prior, from_submission, labels_to_array, make_folds, row_ids, to_submission
 from lumbar.data.crop import Crop
 from lumbar.data.dicom import read_slice, read_slices, read_study
@@ -20,7 +36,23 @@ from lumbar.data.resample import crop_level, crop_study
 from lumbar.data.tables import read_coordinates, read_descriptions, read_folds, read_labels
 from lumbar.data.volume import Study, Volume, load_study, save_study, study_paths
 
-# Stage 2: networks and their ensemble
+# isort: split
+
+# Stage 1: vertebrae and levels
+from lumbar.spine.finetune import fine_tuning_set, point_scores, tuning_helped
+from lumbar.spine.level_scores import level_errors, locating_scores, read_vertebra_truth
+from lumbar.spine.levels import locate_levels, locate_levels_surely
+from lumbar.spine.locating import locate_studies, locate_with_own_layout
+from lumbar.spine.official import load_official_spinenet
+from lumbar.spine.placement import Placement
+from lumbar.spine.spinenet import SpineNet, load_spinenet, save_spinenet
+from lumbar.spine.spinenet_training import train_spinenet
+from lumbar.spine.synthesis import RandomisedSlices, paint_anatomies, prior_of_anatomies, training_slices
+from lumbar.spine.vertebra import Vertebra, vertebrae_from_table, vertebrae_to_table
+
+# isort: split
+
+# Stage 2: members and their ensemble
 from lumbar.grade.calibration import yolo_loss_against_prior
 from lumbar.grade.classifier import (
     SMALL_BACKBONES,
@@ -34,7 +66,7 @@ from lumbar.grade.cleaning import cleaned_grades
 from lumbar.grade.crops import CropDataset, augment_crops, expand_view, margin_shape, view_crops
 from lumbar.grade.detector import dense_scores, load_yolo, score_studies, settle_detectors, yolo_table
 from lumbar.grade.detector_data import DETECTOR_VIEWS, fit_point_offsets, write_yolo_dataset
-from lumbar.grade.detector_training import train_yolo, yolo_schedule
+from lumbar.grade.detector_training import check_initial_weights, train_yolo, yolo_schedule
 from lumbar.grade.detector_weights import find_yolo_description
 from lumbar.grade.distributed import bytes_of, loader_memory, processes_for
 from lumbar.grade.ensemble import (
@@ -46,7 +78,8 @@ from lumbar.grade.ensemble import (
     equal_ensemble,
     fit_ensemble,
 )
-from lumbar.grade.pretrained import fetch, load_volumes, pretrained_file
+from lumbar.grade.full_size import FULL_SIZE
+from lumbar.grade.pretrained import fetch, load_volumes, pretrained_file, tagged_backbone
 from lumbar.grade.registry import MEMBERS, member_weights
 from lumbar.grade.slice_crops import SLICE_VIEWS, SliceCrop, SliceDataset, augment_slices, view_slices
 from lumbar.grade.slice_network import Encoder, load_slices
@@ -54,6 +87,41 @@ from lumbar.grade.slice_training import SliceConfig, SliceRecipe
 from lumbar.grade.tables import align_members, check_predictions, read_out_of_fold
 from lumbar.grade.trainer import Recipe, TrainConfig, train_classifier
 from lumbar.grade.tta import TTA_VIEWS
+
+# isort: split
+
+# Inference
+from lumbar.serve.folder import find_studies, lay_out, series_table
+from lumbar.serve.inference import infer_studies
+from lumbar.serve.members import load_members, out_of_fold_table, weight_folders
+from lumbar.serve.predict_folder import folder_log, grade_folder, locate_folder, members_of, placement_of
+from lumbar.serve.results import mended_studies
+from lumbar.serve.study import predict_studies, prepare_study, studies_to_predict
+from lumbar.serve.tables import refuse_prior_only
+
+# isort: split
+
+# Notebooks, stages, the pipeline, Kaggle
+from lumbar.run.costs import cost_line
+from lumbar.run.mounts import find_input
+from lumbar.run.notebook import start_notebook
+from lumbar.run.pipeline import (
+    check_folds,
+    choose_stages,
+    kaggle_kernels,
+    member_folder,
+    pipeline_stages,
+    pretrained_names,
+    run_stages,
+    write_run_manifest,
+)
+from lumbar.run.preflight import preflight, preflight_stages
+from lumbar.run.publish import kaggle_publish, stage_kaggle, staged_costs
+from lumbar.run.stages import open_stage, time_limit
+
+# isort: split
+
+# Figures, report, viewer
 from lumbar.look.findings import (
     calibration_text,
     confusion_text,
@@ -66,8 +134,6 @@ from lumbar.look.findings import (
     summary_html,
     time_finding,
 )
-
-# Looking
 from lumbar.look.folder_pages import open_folder, write_pages
 from lumbar.look.inspection import read_inspection
 from lumbar.look.looks import plot_looks
@@ -112,58 +178,6 @@ from lumbar.look.report import (
 from lumbar.look.slices import CONDITION_NAMES, LEVEL_NAMES, MEMBER_COLOURS
 from lumbar.look.viewer_page import study_html
 from lumbar.look.viewer_widget import inspect_study
-from lumbar.names import (
-    CONDITIONS,
-    DESCRIPTIONS,
-    DETECTORS,
-    GRADES,
-    GROUPS,
-    LABEL_COLUMNS,
-    LEVELS,
-    SEVERITIES,
-    SUBMISSION_COLUMNS,
-    device_for,
-)
-
-# Running: parameters, stages, pipelines, Kaggle
-from lumbar.run.costs import cost_line
-from lumbar.run.mounts import find_input
-from lumbar.run.notebook import start_notebook
-from lumbar.run.pipeline import (
-    check_folds,
-    choose_stages,
-    kaggle_kernels,
-    member_folder,
-    pipeline_stages,
-    pretrained_names,
-    run_stages,
-    write_run_manifest,
-)
-from lumbar.run.preflight import preflight, preflight_stages
-from lumbar.run.publish import kaggle_publish, stage_kaggle, staged_costs
-from lumbar.run.stages import open_stage, time_limit
-
-# Inference
-from lumbar.serve.folder import find_studies, lay_out, series_table
-from lumbar.serve.inference import infer_studies
-from lumbar.serve.members import load_members, out_of_fold_table, weight_folders
-from lumbar.serve.predict_folder import folder_log, grade_folder, locate_folder, members_of, placement_of
-from lumbar.serve.results import mended_studies
-from lumbar.serve.study import predict_studies, prepare_study, studies_to_predict
-from lumbar.serve.tables import refuse_prior_only
-
-# Stage 1: vertebrae and levels
-from lumbar.spine.finetune import fine_tuning_set, point_scores, tuning_helped
-from lumbar.spine.level_scores import level_errors, locating_scores, read_vertebra_truth
-from lumbar.spine.levels import locate_levels, locate_levels_surely
-from lumbar.spine.locating import locate_studies, locate_with_own_layout
-from lumbar.spine.official import load_official_spinenet
-from lumbar.spine.placement import Placement
-from lumbar.spine.spinenet import SpineNet, load_spinenet, save_spinenet
-from lumbar.spine.spinenet_training import train_spinenet
-from lumbar.spine.synthesis import RandomisedSlices, paint_anatomies, prior_of_anatomies, training_slices
-from lumbar.spine.vertebra import Vertebra, vertebrae_from_table, vertebrae_to_table
-from lumbar.storage import DamagedFile, read_json, write_csv, write_json, write_text
 
 __all__ = [
     "CONDITIONS",
@@ -176,6 +190,7 @@ __all__ = [
     "DamagedFile",
     "DicomProblem",
     "Encoder",
+    "FULL_SIZE",
     "GRADES",
     "GROUPS",
     "LABEL_COLUMNS",
@@ -212,6 +227,7 @@ __all__ = [
     "calibration_text",
     "cell_losses",
     "check_folds",
+    "check_initial_weights",
     "check_predictions",
     "choose_stages",
     "class_prior",
@@ -360,6 +376,7 @@ __all__ = [
     "summarise_levels",
     "summary_html",
     "table_html",
+    "tagged_backbone",
     "term_table",
     "time_finding",
     "time_limit",

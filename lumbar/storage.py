@@ -5,6 +5,8 @@ May use: nothing of the kit.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import re
@@ -64,6 +66,19 @@ def _is_alive(pid):
     except (ProcessLookupError, OverflowError):
         return False
     return True
+
+
+@functools.lru_cache(maxsize=100_000)
+def _digest_of(path, size, changed_ns, inode):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """The SHA-256 of a file's contents, as hexadecimal digits. Computed once in a process, unless the file changes."""
+    status = os.stat(path)
+    # ctime and not mtime: nobody can set it back.
+    return _digest_of(str(path), status.st_size, status.st_ctime_ns, status.st_ino)
 
 
 def is_part(path: str | Path) -> bool:

@@ -9,13 +9,12 @@ May use: storage.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
-from .storage import DamagedFile, plain, read_json, read_tensors, write_json
+from .storage import DamagedFile, file_digest, plain, read_json, read_tensors, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +50,7 @@ def store_settled(path: str | Path, settled: dict) -> None:
 
     It names the contents of the weights file: other weights under the same name have nothing settled.
     """
-    known = json.loads(json.dumps({"weights": _digest(path), **settled}, default=plain))
+    known = json.loads(json.dumps({"weights": file_digest(path), **settled}, default=plain))
     there = settled_path(path)
     if not there.is_file() or known != read_json(there, "delete it"):
         write_json(there, known)
@@ -66,12 +65,7 @@ def read_settled(path: str | Path) -> dict[str, Any]:
     if not there.is_file():
         return {}
     settled = read_json(there, "delete it and run the training's stage again, which finds the weights finished")
-    return settled if settled.pop("weights", None) == _digest(path) else {}
-
-
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return settled if settled.pop("weights", None) == file_digest(path) else {}
 
 
 def check_network(

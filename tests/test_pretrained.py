@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import utils
 from lumbar.grade import pretrained
-from lumbar.grade.classifier import make_backbone
+from lumbar.grade.classifier import OrdinalClassifier, make_backbone
 from lumbar.grade.detector_weights import _yolo_model_yaml, prepare_ultralytics
 from lumbar.grade.pretrained import (
     PACKAGES,
@@ -24,6 +24,7 @@ from lumbar.grade.pretrained import (
     load_images,
     load_volumes,
     pretrained_file,
+    published_weights,
     read_state,
 )
 from lumbar.grade.slice_crops import SliceCrop
@@ -110,6 +111,49 @@ def test_names_with_a_prefix_and_state_within_a_training_are_found(whole, tmp_pa
     torch.save({nest: state, "epoch": 3, "args": {"lr": 1.0}} if nest else state, tmp_path / "a.pth")
     found, wanted = load_images(timm.create_model(NAME, num_classes=0), tmp_path / "a.pth", quiet=True)
     assert found == wanted
+
+
+@pytest.mark.parametrize("prefix", ["module.model.", "module.backbone.", "backbone.net.", "model.module.encoder."])
+def test_the_body_alone_is_found_behind_several_prefixes(whole, tmp_path, prefix):
+    net = timm.create_model(NAME, num_classes=0)
+    body = {prefix + name: value for name, value in whole.state_dict().items() if name in net.state_dict()}
+    torch.save({"net": body | {"other.weight": torch.zeros(3)}, "epoch": 3}, tmp_path / "a.pth")
+    assert len(set(load_images(net, tmp_path / "a.pth", quiet=True))) == 1
+    assert torch.equal(net.conv_stem.weight, whole.conv_stem.weight)
+
+
+def test_a_file_of_a_deeper_or_shallower_network_is_another_networks(tmp_path):
+    for given, wanted in (("resnet18", "resnet34"), ("resnet34", "resnet18")):
+        torch.save(timm.create_model(given).state_dict(), tmp_path / f"{given}.pth")
+        with pytest.raises(utils.DamagedFile, match="of another network"):
+            load_images(timm.create_model(wanted, num_classes=0), tmp_path / f"{given}.pth")
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64, "sparse", "meta"])
+def test_tensors_of_another_kind_are_no_weights(whole, tmp_path, kind):
+    state = {name: value for name, value in whole.state_dict().items() if value.is_floating_point()}
+    turn = {"sparse": torch.Tensor.to_sparse, "meta": lambda value: value.to("meta")}
+    torch.save({name: turn.get(kind, lambda v: v.to(kind))(value) for name, value in state.items()}, tmp_path / "a.pth")
+    with pytest.raises(utils.DamagedFile, match="of another network|sparse, quantised or without values|not run"):
+        load_images(timm.create_model(NAME, num_classes=0), tmp_path / "a.pth")
+
+
+def test_half_precision_is_weights_all_the_same(whole, tmp_path):
+    torch.save({name: value.half() for name, value in whole.state_dict().items()}, tmp_path / "a.pth")
+    net = timm.create_model(NAME, num_classes=0)
+    found, wanted = load_images(net, tmp_path / "a.pth", quiet=True)
+    assert found == wanted and torch.allclose(net.conv_stem.weight, whole.conv_stem.weight, atol=1e-3)
+
+
+def test_tables_of_positions_are_resized_as_timm_does(tmp_path):
+    torch.manual_seed(4)
+    small = timm.create_model("test_vit", img_size=160, num_classes=0)
+    torch.save(small.state_dict(), tmp_path / "a.pth")
+    net = timm.create_model("test_vit", img_size=96, num_classes=0)
+    found, wanted = load_images(net, tmp_path / "a.pth", quiet=True)
+    grid = [side // 16 for side in (160, 96)]
+    assert found == wanted and small.pos_embed.shape[1] - grid[0] ** 2 == net.pos_embed.shape[1] - grid[1] ** 2
+    assert (net.pos_embed.mean() - small.pos_embed.mean()).abs() < 0.01
 
 
 class Harm:
@@ -218,6 +262,65 @@ def test_a_folder_gives_each_network_its_file(tmp_path):
         pretrained_file("installed", "convnext_small")
 
 
+def test_of_several_files_timms_own_counts_or_none(tmp_path):
+    own = timm.get_pretrained_cfg("convnext_small").tag
+    for tag in ("fb_in1k", "fb_in22k_ft_in1k_384", own):
+        (tmp_path / f"convnext_small.{tag}.safetensors").write_bytes(b"x")
+    assert pretrained_file(tmp_path, "convnext_small").stem == f"convnext_small.{own}"
+    assert pretrained_file(tmp_path, "convnext_small.fb_in1k").stem == "convnext_small.fb_in1k"
+    with pytest.raises(FileNotFoundError, match="nothing for convnext_small.fb_in22k_ft_in1k;"):
+        pretrained_file(tmp_path, "convnext_small.fb_in22k_ft_in1k")
+    (tmp_path / f"convnext_small.{own}.safetensors").unlink()
+    with pytest.raises(ValueError, match="several files for convnext_small .*fb_in1k, .*384.*its tag"):
+        pretrained_file(tmp_path, "convnext_small")
+    assert pretrained_file("installed", "tf_efficientnet_lite0.in1k") == pretrained_file(
+        "installed", "tf_efficientnet_lite0"
+    )
+
+
+def test_the_grey_scale_is_that_of_the_files_tag():
+    tagged = utils.tagged_backbone("vit_small_patch16_224", "a/vit_small_patch16_224.dino.safetensors")
+    assert timm.get_pretrained_cfg(tagged).mean != timm.get_pretrained_cfg("vit_small_patch16_224").mean
+    for backbone, file in (
+        ("convnext_small", f"convnext_small.{timm.get_pretrained_cfg('convnext_small').tag}.safetensors"),
+        ("convnext_small", "convnext_small.mine.pth"),
+        ("convnext_small.fb_in1k", "convnext_small.fb_in22k.safetensors"),
+        ("convnext_small", "other.v2.pth"),
+        ("convnext_small", ""),
+    ):
+        assert utils.tagged_backbone(backbone, file) == backbone
+
+
+@pytest.mark.parametrize(
+    "backbone, name",
+    [
+        ("yolov10n.yaml", "yolov10n"),
+        ("tf_efficientnetv2_s.in21k_ft_in1k", "tf_efficientnetv2_s.in21k_ft_in1k"),
+        ("maxvit_rmlp_tiny_rw", "maxvit_rmlp_tiny_rw_256.sw_in1k"),
+        ("coatnet_rmlp_2_rw", "coatnet_rmlp_2_rw_224.sw_in1k"),
+        ("coatnet_rmlp_3_rw", ""),
+        ("tiny", ""),
+        ("mine.yaml", ""),
+    ],
+)
+def test_names_of_published_weights(backbone, name):
+    assert published_weights(backbone) == name
+
+
+def test_a_stage_reads_the_one_file_of_its_network(tmp_path):
+    for name in ("convnext_small", "yolov10x", "convnext_nano"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"x")
+    for parameters, name in (
+        ({"SCOPE": "slices", "BACKBONE": ""}, "convnext_small"),
+        ({"SCOPE": "slices", "BACKBONE": "convnext_nano"}, "convnext_nano"),
+        ({"MODEL": "yolov10x.yaml"}, "yolov10x"),
+    ):
+        found = stage_inputs({"PRETRAINED": str(tmp_path), **parameters})
+        assert found == {"PRETRAINED": tmp_path / f"{name}.safetensors"}
+    # What is not there is the notebook's to say.
+    assert stage_inputs({"PRETRAINED": str(tmp_path), "SCOPE": "level", "BACKBONE": ""}) == {"PRETRAINED": tmp_path}
+
+
 def test_weights_are_an_input_of_a_stage_unless_a_package_brings_them(tmp_path):
     assert stage_inputs({"PRETRAINED": str(tmp_path)}) == {"PRETRAINED": tmp_path}
     assert stage_inputs({"PRETRAINED": "installed"}) == stage_inputs({"PRETRAINED": ""}) == {}
@@ -255,6 +358,24 @@ def test_a_3d_network_starts_from_the_2d_one(flat, tmp_path, capsys):
         two, three = flat.stages[0](two), net.stages[0](three)
         error = (three[:, :, 4:-4, 4:-4, 8] - two[:, :, 4:-4, 4:-4]).abs().mean()
         assert error < 0.1 * two.abs().mean()
+
+
+@pytest.mark.slow
+def test_the_kits_own_3d_weights_are_taken_as_they_are(tmp_path, capsys):
+    shape = (32, 32, 32)
+    torch.manual_seed(7)
+    trained = OrdinalClassifier("level", "tiny", shape, np.full((5, 5, 3), 1 / 3))
+    with torch.no_grad():
+        for value in trained.state_dict().values():
+            if value.is_floating_point():
+                value.add_(0.1 * torch.rand_like(value))
+    save_file(trained.state_dict(), tmp_path / "level_0.safetensors")
+    net = make_backbone("tiny", shape)
+    found, wanted = load_volumes(net, tmp_path / "level_0.safetensors")
+    own = trained.backbone.state_dict()
+    assert found == wanted
+    for name, value in net.state_dict().items():
+        assert "num_batches" in name or torch.equal(value, own[name]), name
 
 
 def test_kernels_are_inflated_as_timm_3d_does(flat):
@@ -331,6 +452,10 @@ def test_a_checkpoint_of_another_detector_is_refused(coco, tmp_path):
 
     with pytest.raises(utils.DamagedFile, match="another network"):
         load_detector(coco[0], DetectionModel(wide, ch=1, nc=3, verbose=False))
+    # Before anything is cut or trained, with the same answer for what fits.
+    utils.check_initial_weights(coco[0], "yolov10n.yaml", 0.125)
+    with pytest.raises(utils.DamagedFile, match="another network"):
+        utils.check_initial_weights(coco[0], "yolov10n.yaml", 0.25)
 
 
 # -- fetching

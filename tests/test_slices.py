@@ -2,10 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from small_study import make_boxes, make_study
 
@@ -29,6 +32,7 @@ from lumbar.grade.slice_crops import (
 from lumbar.grade.slice_network import Encoder, SliceNetwork, load_slices, measure_slices, predict_slices, save_slices
 from lumbar.grade.slice_training import SliceConfig, SliceRecipe
 from lumbar.grade.slices import Slices
+from lumbar.grade.trainer import mix_crops
 
 CROP = SliceCrop(size_px=32, mm_per_px=1.0, axial_mm_per_px=1.0, slices=3)
 BACKBONE = "test_efficientnet"
@@ -190,6 +194,51 @@ def test_levels_are_exchanged_with_their_labels():
     mixed, labels = exchange_levels(inputs, grades, torch.Generator().manual_seed(0), 1.0)
     assert torch.equal(mixed[..., 0, 0, 0, 0].long(), labels[:, 0]) and (labels != grades).any()
     assert torch.equal(exchange_levels(inputs, grades, torch.Generator().manual_seed(0), 0.0)[0], inputs)
+
+
+def test_a_study_alone_takes_levels_from_the_one_before():
+    inputs, grades = torch.zeros(1, 5, 6, 5, 2, 2), torch.zeros(1, 5, 5, dtype=torch.long)
+    before = torch.ones(2, 5, 6, 5, 2, 2), torch.ones(2, 5, 5, dtype=torch.long)
+    mixed, labels = exchange_levels(inputs, grades, torch.Generator().manual_seed(0), 1.0, before)
+    assert torch.equal(mixed[..., 0, 0, 0, 0].long(), labels[:, 0]) and 0 < labels.float().mean() < 1
+    # So does a training with batches of one, where config says so.
+    for share, differ in ((1.0, True), (0.0, False)):
+        config = SimpleNamespace(exchange=share)
+        one = (inputs, torch.zeros(1), grades)
+        batch = SliceRecipe().exchange(one, (before[0], torch.zeros(2), before[1]), torch.Generator(), config)
+        assert bool((batch[2] != grades).any()) == differ
+
+
+def test_of_several_slices_the_nearest_moves_as_far_as_it_is_still_seen():
+    moved = {}
+    for slices in (1, 5):
+        crop, seen = replace(CROP, slices=slices), []
+        crops = torch.zeros(40, *crop.shape, dtype=torch.uint8)
+        with patch("lumbar.grade.slice_crops.view_slices", lambda c, crop, slice, **_: seen.append(slice) or c.float()):
+            augment_slices(crops, torch.zeros(40, 5, 5), crop, torch.Generator().manual_seed(0))
+        moved[slices] = torch.bincount(seen[0].abs().flatten(), minlength=3) / seen[0].numel()
+    assert moved[1][1] < 0.3 and moved[1][2] < 0.01
+    assert moved[5][1] > 0.4 and moved[5][2] > 0.08
+
+
+def test_a_look_that_one_of_two_blended_studies_lacks_is_the_others():
+    inputs, grades = torch.zeros(2, 5, 6, 1, 4, 4), torch.zeros(2, 5, 5, dtype=torch.long)
+    inputs[1] = 1.0
+    inputs[0, :, 1:] = torch.nan
+    blended, *_ = mix_crops((inputs, torch.zeros(2), grades), (inputs, torch.zeros(2), grades), torch.Generator())
+    assert torch.isfinite(blended).all() and (blended[:, :, 1:] == 1).all() and (blended[1, :, 0] < 1).all()
+
+
+def test_networks_that_cannot_recompute_say_so():
+    with pytest.raises(ValueError, match="RECOMPUTE: timm's VGG cannot .* set it to False"):
+        Encoder("vgg11", 3, 64).recompute()
+    Encoder("test_efficientnet", 3, 64).recompute()
+
+
+def test_a_vit_is_cut_at_its_last_block_of_a_stride():
+    encoder = Encoder("test_vit", 3, 64, 16)
+    assert len(encoder.net.blocks) == len(timm.create_model("test_vit").blocks)
+    assert encoder(torch.rand(1, 3, 64, 64)).shape == (1, encoder.num_features)
 
 
 @pytest.mark.parametrize("settings", [{"slices": 0}, {"size_px": 8}, {"channels": 2}, {"mm_per_px": 0.0}])

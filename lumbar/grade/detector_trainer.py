@@ -25,7 +25,7 @@ from ..names import progress
 from ..storage import DamagedFile, read_checkpoint, write_whole
 from ..weights import read_weights
 from .distributed import end_with_parent
-from .pretrained import load_detector
+from .pretrained import copy_matching, load_detector
 
 
 class PatchDataset(YOLODataset):
@@ -222,13 +222,14 @@ def _plain(value):
 
 
 def start_from(path: str | Path, *networks: torch.nn.Module) -> None:
-    """Copy the tensors of a weights file that fit into the networks."""
+    """Copy the tensors of a weights file that fit into the networks, and print how many did.
+
+    Raises DamagedFile for the file of another network, see pretrained.copy_matching.
+    """
     try:
         given, _ = read_weights(path, "metadata", "give the file of a detector to start from, or none")
     except DamagedFile:  # not the kit's
         load_detector(path, *networks)
         return
-    for network in networks:
-        own = network.state_dict()
-        fitting = {k: v.to(own[k].dtype) for k, v in given.items() if k in own and own[k].shape == v.shape}
-        network.load_state_dict(own | fitting)
+    for number, network in enumerate(networks):
+        copy_matching(network, given, path, number > 0)

@@ -1,10 +1,11 @@
 """The training of a detector by ultralytics.
 
-May use: detector_trainer, detector_weights, pretrained, storage, weights.
+May use: detector_trainer, detector_weights, storage, names.
 """
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from ..storage import DamagedFile, read_checkpoint, read_json, write_json, write_text
-from ..weights import read_weights
+from ..names import SEVERITIES
+from ..storage import DamagedFile, file_digest, read_checkpoint, read_json, write_json, write_text
 from .detector_weights import (
-    _REMEDY,
     _write_yolo,
     _yolo_model_yaml,
     find_yolo_description,
     prepare_ultralytics,
     read_detector_about,
 )
-from .pretrained import read_state
 
 # AdamW with an equal nominal batch, a gentle warm-up and a strong class term trains from random weights within few
 # epochs; no mosaic because every patch has the same millimetres a pixel, and scaling only as far as SCALE says. rect
@@ -138,20 +137,21 @@ def train_yolo(
         "batch": int(batch),
         "seed": int(seed),
         "settings": YOLO_SETTINGS | dict(settings or {}),
-        "initial_weights": None if initial_weights is None else str(initial_weights),
+        # Known by its content: it may lie elsewhere when the training goes on.
+        "initial_weights": None if initial_weights is None else file_digest(initial_weights),
     }
     weights = out_dir / f"yolo_{condition}_{fold}.safetensors"
     if _arguments_of(weights) == json.loads(json.dumps(arguments)):
         return weights
     find_yolo_description(model)
     if initial_weights is not None:
-        _check_initial_weights(initial_weights)
+        check_initial_weights(initial_weights, model, width)  # here, not later in a process for each GPU
     run = out_dir / f"run_{condition}_{fold}"
     # Not in the run's own folder: ultralytics empties that before it starts processes for several GPUs.
     setup = out_dir / f"setup_{condition}_{fold}"
     saved = _begin(run, setup, arguments)
     if saved is None or saved["epoch"] + 1 < int(epochs):
-        data = _describe_data(setup, dataset_dir, arguments, f"yolo {condition} fold {fold}")
+        data = _describe_data(setup, dataset_dir, arguments, initial_weights, f"yolo {condition} fold {fold}")
         saved = _train_on(data, run, setup, arguments, yolo_device(device, batch), workers)
     # Half the size and exact enough; nothing is beyond what half precision holds but what would round to infinity.
     averaged = {k: v.half().nan_to_num() if v.is_floating_point() else v for k, v in saved["ema"].items()}
@@ -161,12 +161,31 @@ def train_yolo(
     return weights
 
 
-def _check_initial_weights(path):
-    """Raise ValueError for weights that cannot be used: here, not later in a process for each GPU."""
-    try:
-        read_weights(path, "metadata", _REMEDY)
-    except DamagedFile:
-        read_state(path)  # COCO's are not a file of the kit
+def check_initial_weights(path: str | Path, model: str = "yolov10x.yaml", width: float | None = None) -> None:
+    """Say how much of a detector's network a weights file fills.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file of train_yolo, or COCO's weights.
+    model, width
+        As train_yolo takes them.
+
+    Raises
+    ------
+    ValueError
+        An unknown model.
+    DamagedFile
+        The file holds no weights, or another network's.
+    """
+    prepare_ultralytics(Path(tempfile.gettempdir()) / "ultralytics_config")
+    from ultralytics.nn.tasks import DetectionModel
+
+    from .detector_trainer import start_from
+
+    with tempfile.TemporaryDirectory() as folder:
+        description = _yolo_model_yaml(model, width, Path(folder))
+        start_from(path, DetectionModel(description, ch=1, nc=len(SEVERITIES), verbose=False))
 
 
 def _read_dataset(folder, fold):
@@ -199,12 +218,12 @@ def _begin(run, setup, arguments):
     return saved
 
 
-def _describe_data(setup, dataset_dir, arguments, title):
+def _describe_data(setup, dataset_dir, arguments, initial, title):
     """Write the description of the data that ultralytics and PatchTrainer read. Returns its path.
 
     Absolute paths are written here, not with the data set, so that a moved data set still trains.
     """
-    fold, names, initial = (arguments[name] for name in ("fold", "dataset", "initial_weights"))
+    fold, names = arguments["fold"], arguments["dataset"]
     description = {
         "path": str(dataset_dir),
         "train": str(dataset_dir / f"train_{fold}.txt"),

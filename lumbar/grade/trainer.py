@@ -21,7 +21,7 @@ from ..data.competition import class_prior
 from ..data.crop import Crop
 from ..data.metric import score_arrays
 from ..names import GROUPS, device_for, progress
-from ..storage import read_checkpoint, write_csv, write_whole
+from ..storage import file_digest, read_checkpoint, write_csv, write_whole
 from .classifier import POOLINGS, USUAL_LEVEL_CENTERS, OrdinalClassifier, measure_views, save_classifier
 from .crops import CropDataset, augment_crops
 from .distributed import launch, processes_for, processes_of_launcher
@@ -100,6 +100,10 @@ class Recipe:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and grades out of a batch of the data set's items, changed at random."""
         return augment_crops(crops, grades, crop, generator, config.strength)
+
+    def exchange(self, batch: tuple, before: tuple, generator: torch.Generator, config: Any) -> tuple:
+        """A batch (inputs, level, grades) that took parts of the one before it, labels included; here none."""
+        return batch
 
     def losses(self, model: nn.Module, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """batch_losses."""
@@ -195,8 +199,8 @@ def _train(out, name, train, valid, config, about, device, workers, processes, t
     training = prepare_training(train, config, device, workers, processes, tracker, out / "tracking", recipe)
     accelerator = training.accelerator
     history, best, first_epoch = [], math.inf, 0
-    saved = read_checkpoint(checkpoint)
-    if saved is not None and _settings_of(config) | saved.get("config", {}) != _plain(config):
+    settings, saved = _settings(config), read_checkpoint(checkpoint)
+    if saved is not None and _defaults_of(config) | saved.get("config", {}) != settings:
         accelerator.print(f"{checkpoint} is of a training with other settings: the training starts over")
     elif saved is not None:
         training.load_state(saved["training"])
@@ -221,7 +225,7 @@ def _train(out, name, train, valid, config, about, device, workers, processes, t
                 stated = {**about, "crop": train.crop, "epoch": epoch + 1, "scores": scores}
                 recipe.save(final, training.average.module, stated)
             if main:
-                state = {"config": _plain(config), "training": training.state(), "history": history}
+                state = {"config": settings, "training": training.state(), "history": history}
                 with write_whole(checkpoint) as temporary:
                     torch.save({**state, "best": best, "epoch": epoch + 1}, temporary)
     if main:
@@ -231,7 +235,13 @@ def _train(out, name, train, valid, config, about, device, workers, processes, t
     accelerator.end_training()
 
 
-def _settings_of(config):
+def _settings(config):
+    """What makes a training another one: the TrainConfig as JSON gives it back, its weights file by its content, which
+    may lie elsewhere when the training goes on."""
+    return _plain(config) | {"pretrained": file_digest(config.pretrained) if config.pretrained else ""}
+
+
+def _defaults_of(config):
     """The settings that a TrainConfig of this class has by itself: what a checkpoint from before one of them meant."""
     return _as_lists({field.name: field.default for field in fields(config) if field.default is not MISSING})
 
@@ -373,9 +383,11 @@ def train_epoch(training: Training, config: TrainConfig, crop: Crop, epoch: int)
         with accelerator.accumulate(training.model):
             inputs, grades = training.recipe.augment(crops, grades, crop, generator, config)
             own = (inputs, level, grades)
+            last = tuple(x[-1:].clone() for x in own)
+            own = training.recipe.exchange(own, before or own, generator, config)
             mix = torch.rand((), generator=generator) < config.mix
             batch = mix_crops(own, before or own, generator) if mix else unmixed(own)
-            before = tuple(x[-1:].clone() for x in own)
+            before = last
             loss, weight = training.recipe.losses(training.model, *batch)
             # Divided by the labels of a batch, gradients stay within float16, which ends at 65,504. How much a step's
             # labels weigh is known at its end.
@@ -453,8 +465,11 @@ def mix_crops(
     )
     share = (0.5 + 0.5 * torch.rand(len(inputs), generator=generator)).to(inputs.device)
     part = share.view(-1, *[1] * (inputs.ndim - 1))
+    blended = inputs * part + other * (1 - part)
+    if (missing := blended.isnan()).any():  # slices that only one of the two has
+        blended = torch.where(missing, torch.where(inputs.isnan(), other, inputs), blended)
     return (
-        inputs * part + other * (1 - part),
+        blended,
         torch.stack([level, other_level], 1),
         torch.stack([grades, other_grades], 1),
         torch.stack([share, 1 - share], 1),

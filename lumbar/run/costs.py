@@ -3,7 +3,7 @@
 `python -m lumbar.run.costs` prints the table for Kaggle; `--folds`, `--members` and `--settings FILE` (a file of
 configs/) change what is counted.
 
-May use: pipeline, parameters, data.
+May use: pipeline, parameters, data, grade.full_size.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from ..data.crop import Crop
+from ..grade.full_size import FULL_SIZE
 from .parameters import check_notebook_parameters
 from .pipeline import TRAINING_HOURS, kaggle_kernels, settings_of
 
@@ -181,16 +182,11 @@ def _state_gb(backbone):
 
 def _classifier(given, studies):
     scope, workers = given["SCOPE"], given["WORKERS"]
-    full = {  # the notebook's, where a parameter is empty
-        "level": ("coatnet_rmlp_3_rw", 3, 40),
-        "study": ("maxvit_rmlp_tiny_rw", 1, 40),
-        "slices": ("convnext_small", 1, 12),
-    }
-    if scope not in full:
-        raise ValueError(f"SCOPE must be {', '.join(full)}, not {scope!r}")
-    backbone, batch, epochs = (
-        given[name] or default for name, default in zip(("BACKBONE", "BATCH", "EPOCHS"), full[scope], strict=True)
-    )
+    if scope not in FULL_SIZE:
+        raise ValueError(f"SCOPE must be {', '.join(FULL_SIZE)}, not {scope!r}")
+    full = FULL_SIZE[scope]
+    backbone = given["BACKBONE"] or full.backbone
+    batch, epochs = given["BATCH"] or full.batch, given["EPOCHS"] or full.epochs
     per_study = 5 if scope == "level" else 1
     if scope == "slices":
         per_side, images = given["SIZE_PX"], LOOKS * given["SLICES"]

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..storage import read_json
+from ..storage import file_digest, read_json
 from .parameters import PATH_PARAMETERS
 
 
@@ -50,19 +50,6 @@ def _versions():
 
 
 # ---- What is in a file or folder ----
-
-
-@functools.lru_cache(maxsize=100_000)
-def _digest_of(path, size, changed_ns, inode):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_digest(path: str | Path) -> str:
-    """The SHA-256 of a file's contents, as hexadecimal digits. Computed once in a process, unless the file changes."""
-    status = os.stat(path)
-    # ctime and not mtime: nobody can set it back.
-    return _digest_of(str(path), status.st_size, status.st_ctime_ns, status.st_ino)
 
 
 # What comes and goes in a folder without being part of its content.

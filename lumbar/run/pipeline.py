@@ -19,7 +19,7 @@ from typing import Any
 from ..cluster import connect, gpu_of
 from ..data.tables import read_folds
 from ..grade.member import TrainingStage
-from ..grade.pretrained import pretrained_file
+from ..grade.pretrained import pretrained_file, published_weights
 from ..grade.registry import MEMBERS
 from ..storage import plain, write_json
 from .fingerprint import code_fingerprint, read_manifest, versions
@@ -371,13 +371,21 @@ def pretrained_names(members: Sequence[str] = ()) -> list[str]:
     return sorted({training.pretrained for training in trainings(members) if training.pretrained})
 
 
-def _check_pretrained(folder: str | Path, members: Sequence[str]) -> None:
+def _start_of(stage: Stage, given: Mapping[str, Any]) -> str:
+    """Name of the weights that a stage starts from at full size with these SETTINGS; empty for none."""
+    if not stage.training or "PRETRAINED" in given:  # the settings' own file
+        return ""
+    backbone = given.get("MODEL") or given.get("BACKBONE")
+    return published_weights(backbone) if backbone else stage.pretrained
+
+
+def _check_pretrained(folder: str | Path, names: Sequence[str]) -> None:
     """Raise ValueError where the folder lacks weights that a training starts from, before the first stage begins."""
-    for name in pretrained_names(members):
+    for name in names:
         try:
             pretrained_file(folder, name)
-        except FileNotFoundError as error:
-            fetch = f"python -m lumbar.grade.pretrained {' '.join(pretrained_names(members))} --out {folder}"
+        except (FileNotFoundError, ValueError) as error:
+            fetch = f"python -m lumbar.grade.pretrained {' '.join(names)} --out {folder}"
             raise ValueError(f'{error}. `{fetch}` fetches them; PRETRAINED = "" starts from noise') from None
 
 
@@ -404,10 +412,10 @@ def pipeline_stages(
     ValueError as stage_table, ValueError and TypeError as stage_settings.
     """
     notebooks, small = Path(notebooks), size != "full"
-    if pretrained:
-        _check_pretrained(pretrained, members)
     table = stage_table(list(folds) or ([0] if small else list(ALL_FOLDS)), size, members)
     own = stage_settings(table, settings or {}, notebooks)
+    starts = {} if small or not pretrained else {stage.name: _start_of(stage, own[stage.name]) for stage in table}
+    _check_pretrained(pretrained, sorted({name for name in starts.values() if name}))
     # Small trainings run side by side on a core each, and small crops are faster made than sent between processes: only
     # cores that would be idle load for them. At full size each training takes the GPUs, and all cores, in turn.
     side_by_side = sum(stage.training for stage in table)
@@ -425,7 +433,7 @@ def pipeline_stages(
             "READERS": min(workers, 4),
             "RUN": str(out),
             "SCHEDULER": scheduler,
-            **({"PRETRAINED": str(pretrained)} if pretrained and stage.pretrained else {}),
+            **({"PRETRAINED": str(pretrained)} if starts.get(stage.name) else {}),
         }
         known = check_notebook_parameters(notebook, {})
         parameters: dict[str, Any] = {"OUT": str(out), "DATA": str(data), **reads}
@@ -567,12 +575,16 @@ TRAINING_HOURS = 10.5  # of the 12 that Kaggle gives a kernel: the rest is for w
 
 
 def kaggle_kernels(
-    base: str = "lumbar-spine", folds: Sequence[int] = (0,), members: Sequence[str] = ()
+    base: str = "lumbar-spine",
+    folds: Sequence[int] = (0,),
+    members: Sequence[str] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The table of stages as kernels on Kaggle, in their order: dict name -> dict.
 
     base: what all slugs begin with; folds, members: to train, a kernel for each fold of each training, see
-    Stage.kernel. One that is not done in TRAINING_HOURS ends there, see stage_kaggle's `continued`.
+    Stage.kernel. One that is not done in TRAINING_HOURS ends there, see stage_kaggle's `continued`. settings: as
+    settings_of takes them; with another network a training starts from other weights, which `pretrained` then fetches.
     Each has stage (the folder that it writes), training (whether it can run out of time), names (of it in SETTINGS),
     notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads), gpu and internet, which
     only `pretrained` has: it fetches what trainings start from, and needs nothing else.
@@ -580,6 +592,11 @@ def kaggle_kernels(
     """
     table = stage_table(sorted(folds), members=members)
     names = {stage.name: stage.kernel for stage in table}
+    own_names = {stage.name: names_of(stage) for stage in table}
+    known = {name for group in own_names.values() for name in group}
+    given = settings_of(own_names, {name: value for name, value in (settings or {}).items() if name in known})
+    starts = {stage.name: _start_of(stage, given[stage.name]) for stage in table}
+    fetched = sorted({name for name in starts.values() if name})
 
     def output(stage):
         return f"{KAGGLE_INPUT}/{base}-{names[stage]}/{stage}"
@@ -596,7 +613,7 @@ def kaggle_kernels(
             "stage": PRETRAINED_STAGE,
             "names": ("pretrained",),
             "notebook": "pretrained",
-            "parameters": {"NAMES": pretrained_names(members)},
+            "parameters": {"NAMES": fetched},
             "needs": [],
             "gpu": False,
             "internet": True,
@@ -606,18 +623,20 @@ def kaggle_kernels(
     for stage in table:
         reads = {key: output(read) for key, read in stage.reads.items() if isinstance(read, str)}
         limit = {"HOURS": TRAINING_HOURS} if stage.training else {}
-        if stage.pretrained:
+        if starts[stage.name]:
             reads["PRETRAINED"] = f"{KAGGLE_INPUT}/{base}-pretrained/{PRETRAINED_STAGE}"
         kernels[stage.kernel] = {
             "stage": stage.name,
             "names": names_of(stage),
             "notebook": stage.notebook,
             "parameters": {**reads, **stage.parameters, **limit, **own.get(stage.name, {})},
-            "needs": [names[name] for name in stage.after] + ["pretrained"] * bool(stage.pretrained),
+            "needs": [names[name] for name in stage.after] + ["pretrained"] * bool(starts[stage.name]),
             "gpu": stage.gpu,
             "internet": False,
             "training": stage.training,
         }
+    if not fetched:
+        del kernels["pretrained"]
     located = {"PREPROCESSED": output("01_preprocess"), "LEVELS_DIR": output("02_train_spinenet")}
     shown = {**located, "PREDICTIONS": [KAGGLE_INPUT], "INFERENCE": output("05_inference")}
     if members and "level" not in members:  # whose errors inspect lists by default

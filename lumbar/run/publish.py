@@ -105,7 +105,7 @@ def stage_kaggle(
         folds, members, parameters = _as_pushed(build, user, continued, parameters)
     template = json.loads((repository / "kernel-metadata.json").read_text(encoding="utf-8"))
     base = template["id"].rpartition("/")[2].removesuffix("-inference")
-    kernels = smoke_kernels(base, members) if smoke else kaggle_kernels(base, folds, members)
+    kernels = smoke_kernels(base, members) if smoke else kaggle_kernels(base, folds, members, parameters)
     if weights:
         kernels = {"inference": {**kernels["inference"], "needs": []}}
     if unknown := [name for name in continued if name not in kernels]:

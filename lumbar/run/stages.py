@@ -1,6 +1,6 @@
 """One folder and one manifest a stage: finished work is found, unfinished work goes on.
 
-May use: fingerprint, parameters, mounts, storage, serve, grade.pretrained.
+May use: fingerprint, parameters, mounts, storage, serve, grade.pretrained, grade.full_size.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, NoReturn, Self
 
-from ..grade.pretrained import INSTALLED
+from ..grade.full_size import FULL_SIZE
+from ..grade.pretrained import INSTALLED, pretrained_file
 from ..storage import is_dead_part, is_part, plain, remove_parts, write_json
 from .fingerprint import (
     _OF_MANIFEST,
@@ -42,7 +43,8 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
     parameters: as notebook_parameters returns them; name: of the stage, which does not read itself. Of READ_PATHS those
     that are not empty; relative paths count from the working directory, else from the kit's folder, and what an input
     on Kaggle is called is found where it is mounted (mounts.find_input). A list of WEIGHTS or CLEAN stands for the
-    folders with weights in and below them, RUN for the finished stages in it.
+    folders with weights in and below them, RUN for the finished stages in it; PRETRAINED for the one file that is for
+    the stage's network, where the folder has it.
     Raises FileNotFoundError, naming the parameter; ValueError for a CLEAN with the folder that the stage writes to.
     """
     found = {}
@@ -67,7 +69,23 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
             found[key] = [p for p in stages if p.name != name and ".old-" not in p.name and read_manifest(p)]
         else:
             found[key] = places if isinstance(value, list) else places[0]
+        if key == "PRETRAINED":
+            found[key] = _file_for(found[key], parameters)
     return found
+
+
+def _file_for(place, parameters):
+    """The weights file in `place` that a stage of these parameters starts from; `place` where that is not known."""
+    scope = parameters.get("SCOPE")
+    own = (
+        parameters.get("MODEL")
+        or parameters.get("BACKBONE")
+        or (FULL_SIZE[scope].backbone if scope in FULL_SIZE else "")
+    )
+    try:
+        return pretrained_file(place, own) if own else place
+    except (FileNotFoundError, ValueError):  # said by the notebook, with what to do
+        return place
 
 
 def _check_other_run(places, out, name):
