@@ -70,7 +70,17 @@ def labels_to_array(labels: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row_ids(study_id: int) -> list[str]:
-    """The 25 row ids of a study, in the order of an array (5 conditions, 5 levels)."""
+    """The 25 row ids of a study, in the order of an array (5 conditions, 5 levels).
+
+    Parameters
+    ----------
+    study_id : int
+
+    Returns
+    -------
+    list of str
+        `{study_id}_{condition}_{level}`.
+    """
     return [f"{study_id}_{column}" for column in LABEL_COLUMNS]
 
 

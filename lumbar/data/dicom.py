@@ -435,21 +435,44 @@ def read_dataset(path: str | Path, tags: list | None = None) -> Dataset:
 def read_slices(path: str | Path, known: dict | None = None) -> tuple[list[dict[str, Any]], list[str]]:
     """One MR file -> list with a dict a slice, and a list of sentences about frames that had to be left out.
 
-    known: dict that calls for the files of one series share: headers that say the same are understood once.
+    MONOCHROME1 (C.7.6.3.1.2: the smallest value is white) is turned over within the range that the stored bits can
+    hold, the same for every slice, so that bright is large. Frames of Enhanced MR (C.8.13, and Legacy Converted) take
+    what a dict has from their functional groups (C.7.6.16); frames without them have no known place. The sections are
+    those of DICOM PS3.3.
 
-    A dict has: pixels (h, w) as stored, slope, intercept (values are pixels * slope + intercept, C.11.1.1.2), padding
-    ((h, w) bool, or None: pixels that the file says are none, C.7.5.1.1.2), position_lps (3,), row_lps (3,),
-    column_lps (3,), spacing_mm (2,) (between rows, between columns), thickness_mm, step_mm, instance_number (of a file
-    with one frame its name, as the competition's tables have it; with several the frame's number from 1), contrast
-    (Contrast), passes (what tells one pass over the slices from another: acquisition, temporal position, trigger time,
-    name of the sequence), study_uid, series_uid, doubts (list of sentences).
+    Parameters
+    ----------
+    path : str or Path
+    known : dict, optional
+        Shared by the calls for the files of one series: headers that say the same are understood once.
 
-    row_lps is the direction in which the column index grows, column_lps that in which the row index grows
-    (DICOM PS3.3 C.7.6.2.1.1). MONOCHROME1 (C.7.6.3.1.2: the smallest value is white)
-    is turned over within the range that the stored bits can hold, the same for every slice, so that bright is large.
-    Frames of Enhanced MR (C.8.13, and Legacy Converted) take all this from their functional groups (C.7.6.16); frames
-    without them have no known place. Raises DicomProblem with the reason when the whole file is unusable, NotDicom
-    when it is of another kind.
+    Returns
+    -------
+    slices : list of dict
+        pixels (h, w): as stored; values are pixels * slope + intercept (C.11.1.1.2).
+        slope, intercept: float.
+        padding (h, w) bool, or None: pixels that the file says are none (C.7.5.1.1.2).
+        position_lps (3,): of the first pixel's centre, in millimetres.
+        row_lps (3,): unit vector in which the column index grows (C.7.6.2.1.1).
+        column_lps (3,): unit vector in which the row index grows.
+        spacing_mm (2,): between rows, between columns.
+        thickness_mm, step_mm: of the slice, and from slice to slice as the header says it.
+        instance_number: of a file with one frame its name, as the competition's tables have it, and InstanceNumber
+        where that is no number; with several frames the frame's number from 1.
+        contrast: Contrast.
+        passes: what tells one pass over the slices from another: acquisition, temporal position, trigger time, name of
+        the sequence.
+        study_uid, series_uid: str.
+        doubts: list of sentences.
+    problems : list of str
+        `frame {number}: {reason}`.
+
+    Raises
+    ------
+    DicomProblem
+        The whole file is unusable; the message says why.
+    NotDicom
+        It is of another kind.
     """
     dataset = read_dataset(path)
     own = _groups(dataset, "PerFrameFunctionalGroupsSequence")
@@ -499,10 +522,21 @@ def read_slices(path: str | Path, known: dict | None = None) -> tuple[list[dict[
 
 
 def read_slice(path: str | Path) -> dict[str, Any]:
-    """The slice of a single-frame MR file: a dict as read_slices has it, but its pixels are values, (h, w) float32,
-    NaN where the file has padding.
+    """The slice of a single-frame MR file.
 
-    Raises DicomProblem with the reason.
+    Parameters
+    ----------
+    path : str or Path
+
+    Returns
+    -------
+    dict
+        As read_slices has it, but its pixels are values, (h, w) float32, NaN where the file has padding.
+
+    Raises
+    ------
+    DicomProblem
+        The file is unusable or has several frames; the message says why.
     """
     slices, problems = read_slices(path)
     if len(slices) > 1:
@@ -579,11 +613,23 @@ def _share(item):
 
 
 def read_study(folder: str | Path, descriptions: Mapping[int, str]) -> Study:
-    """Read the series of a study: Study, with a sentence in `.problems` for everything that could not be read.
+    """Read the series of a study.
 
-    folder: {split}_images/<study_id>; descriptions: dict series_id -> description, as the descriptions table has
-    them. Never raises because of what is in the folder: a study without a single readable file has no volumes.
-    Memory is bounded whatever is there, see MAX_SLICES and the other limits.
+    Never raises because of what is in the folder: a study without a single readable file has no volumes. Memory is
+    bounded whatever is there, see MAX_SLICES and the other limits.
+
+    Parameters
+    ----------
+    folder : str or Path
+        {split}_images/<study_id>.
+    descriptions : mapping of int to str
+        series_id to description, as the descriptions table has them.
+
+    Returns
+    -------
+    Study
+        Its volumes have float32 arrays (slice, row, column) of values, NaN where the files have padding; a sentence in
+        `.problems` for everything that could not be read.
     """
     folder = Path(folder)
     study_id = int(folder.name)

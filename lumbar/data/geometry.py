@@ -74,7 +74,19 @@ class LevelBox:
 
 
 def boxes_to_table(study_id: int, boxes: Iterable[LevelBox]) -> pd.DataFrame:
-    """LevelBoxes of one study -> rows of levels.csv."""
+    """LevelBoxes of one study -> rows of levels.csv.
+
+    Parameters
+    ----------
+    study_id : int
+    boxes : iterable of LevelBox
+
+    Returns
+    -------
+    DataFrame
+        LEVEL_TABLE_COLUMNS, a row for each box: centre and edge lengths in millimetres, its axes as r00 ... r22, row by
+        row; all in patient coordinates (LPS).
+    """
     rows = []
     for box in boxes:
         values = [

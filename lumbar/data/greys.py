@@ -45,8 +45,18 @@ def normalise_volume(volume: Volume) -> Volume:
     """The volume on the scale that every network sees: percentile 0.5 at 0 and 99.5 at 1, clipped to [-1, 8].
 
     Padding, announced in the file (NaN here) or found at the border (border_padding), has no say in the percentiles
-    and becomes 0. The array becomes float16: 11 bits of mantissa hold what a 12-bit magnitude image carries above its
-    noise, at half the size. A constant image becomes zeros.
+    and becomes 0. A constant image becomes zeros.
+
+    Parameters
+    ----------
+    volume : Volume
+        With values as read; it stays as it is.
+
+    Returns
+    -------
+    Volume
+        With a float16 array (slice, row, column): 11 bits of mantissa hold what a 12-bit magnitude image carries above
+        its noise, at half the size.
     """
     array = volume.array
     low, high = grey_range(array)
@@ -67,8 +77,17 @@ def normalise_volume(volume: Volume) -> Volume:
 def normalise_study(study: Study) -> Study:
     """The study with every volume on the networks' scale.
 
-    What shows nothing is among the problems, and so is a series that states another scale than the study's other
-    series: where two of them agree on that it is left out, for a network would be sure of what it sees there.
+    Parameters
+    ----------
+    study : Study
+        Of read_study; it stays as it is.
+
+    Returns
+    -------
+    Study
+        Its volumes are those of normalise_volume. What shows nothing is among the problems, and so is a series that
+        states another scale than the study's other series: where two of them agree on that it is left out, for a
+        network would be sure of what it sees there.
     """
     volumes = [normalise_volume(volume) for volume in study.volumes]
     problems = study.problems + [

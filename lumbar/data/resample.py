@@ -320,7 +320,28 @@ def crop_level(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the classifiers see of one level.
 
-    Returns (crop (3, d, h, w) float16, covered (3, d, h, w) bool), see sample_box.
+    Parameters
+    ----------
+    study : Study
+        Normalised.
+    box : LevelBox
+        Of the level; the crop lies along its axes.
+    crop : Crop
+        Shape, size and place, scope `level`.
+    device : str
+        To compute on, as PyTorch names it.
+
+    Returns
+    -------
+    crop : (3, d, h, w) float16 array
+        Channels in the order of DESCRIPTIONS; axes head to foot, front to back, right to left. See sample_box.
+    covered : (3, d, h, w) bool array
+        Where a volume lies; elsewhere the crop is 0.
+
+    Raises
+    ------
+    TookTooLong
+        See check_limit.
     """
     return sample_box(study, crop_center(box, crop), box.axes, crop.extent_mm, crop.shape, device)
 
@@ -349,6 +370,26 @@ def study_box(study: Study) -> tuple[np.ndarray, np.ndarray]:
 
 
 def crop_study(study: Study, crop: Crop = FULL_SIZE["study"], device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
-    """The whole study on one grid, around the sagittal series: (crop (3, d, h, w) float16, covered)."""
+    """The whole study on one grid, around the sagittal series.
+
+    Parameters
+    ----------
+    study : Study
+        Normalised.
+    crop : Crop
+        Shape and size, scope `study`.
+    device : str
+        To compute on, as PyTorch names it.
+
+    Returns
+    -------
+    crop, covered
+        (3, d, h, w) float16 and bool arrays, as crop_level returns them, along the patient axes (see study_box).
+
+    Raises
+    ------
+    TookTooLong
+        See check_limit.
+    """
     center, axes = study_box(study)
     return sample_box(study, center, axes, crop.extent_mm, crop.shape, device)

@@ -157,7 +157,27 @@ def described_series(data: str | Path, split: str) -> dict[int, dict[int, str]]:
 
 
 def read_descriptions(data: str | Path, split: str) -> pd.DataFrame:
-    """described_series as a table: study_id, series_id, description."""
+    """described_series as a table.
+
+    Parameters
+    ----------
+    data : str or Path
+        The competition's folder.
+    split : str
+        `train` or `test`.
+
+    Returns
+    -------
+    DataFrame
+        study_id, series_id, description; ascending study_id. A study without a usable series has no row.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no {split}_series_descriptions.csv.
+    ValueError
+        It is no such table. Single bad rows are named, printed and left out.
+    """
     studies = described_series(data, split)
     rows = [(study_id, *item) for study_id, series in studies.items() for item in series.items()]
     return pd.DataFrame(rows, columns=["study_id", "series_id", "description"])

@@ -80,8 +80,20 @@ _GREY_STEP, _GREY_LOW = 1 / 160, -1 / 8
 def save_study(study: Study, path: str | Path, bits: int = 16, made_of: dict[str, Any] | None = None) -> None:
     """Write a normalised study as one safetensors file, complete or not at all.
 
-    bits: 16, as normalised; 8 for half the disk: rounded to steps of 1/160, and cut off above 1.47. Raises ValueError
-    for others. made_of: what the study was read from, plain JSON, kept for study_about.
+    Parameters
+    ----------
+    study : Study
+        Normalised.
+    path : str or Path
+    bits : int
+        16, as normalised; 8 for half the disk: rounded to steps of 1/160, and cut off below -1/8 and above 1.47.
+    made_of : dict, optional
+        What the study was read from, plain JSON, kept for study_about.
+
+    Raises
+    ------
+    ValueError
+        Other bits.
     """
     if bits not in (8, 16):
         raise ValueError(f"BITS must be 8 or 16, not {bits!r}")

@@ -285,7 +285,17 @@ def cost_table(costs: Mapping[str, Cost]) -> pd.DataFrame:
 
 
 def cost_line(costs: Mapping[str, Cost]) -> str:
-    """In a sentence or two: what all that costs of Kaggle's week, and what will not fit."""
+    """In a sentence or two: what all that costs of Kaggle's week, and what will not fit.
+
+    Parameters
+    ----------
+    costs : mapping of str to Cost
+        Kernel to its cost on Kaggle, as kernel_costs and staged_costs return it.
+
+    Returns
+    -------
+    str
+    """
     on_gpu = {name: cost.hours for name, cost in costs.items() if cost.gpu_hours}
     if not on_gpu:
         return "No kernel uses a GPU: nothing of the week's hours is spent."

@@ -30,14 +30,27 @@ def input_root() -> Path:
 def find_input(name: str | Path, roots: str | Path | Iterable[str | Path] | None = None) -> Path:
     """Folder (or file) of an input, wherever this machine keeps it.
 
-    name: what the input is called: a path that exists or is meant below a root, the slug of a data set, competition
-        or notebook output ("lumbar-spine-weights"), "owner/slug", or "model/framework/variation" for a Kaggle model
-        (its newest version is taken).
-    roots: folders to look in, in this order; default input_root(). Known layouts below a root: <slug>,
+    Parameters
+    ----------
+    name : str or Path
+        What the input is called: a path that exists or is meant below a root, the slug of a data set, competition or
+        notebook output ("lumbar-spine-weights"), "owner/slug", or "model/framework/variation" for a Kaggle model (its
+        newest version is taken).
+    roots : path or iterable of path, optional
+        Folders to look in, in this order; default input_root(). Known layouts below a root: <slug>,
         competitions/<slug>, datasets/<owner>/<slug>, notebooks/<owner>/<slug>,
         [models/<owner>/]<model>/<framework>/<variation>/<version>.
-    Returns a Path. Raises FileNotFoundError with the places looked at and what is there instead, ValueError where
-    several owners' inputs have the same slug.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such input; the message has the places looked at and what is there instead.
+    ValueError
+        Several owners' inputs have the same slug.
     """
     roots = [input_root()] if roots is None else [roots] if isinstance(roots, (str, Path)) else roots
     name, places = str(name), [Path(root) for root in roots]

@@ -32,12 +32,37 @@ def member_folder(name: str, folds: Sequence[int]) -> str:
     """The folder of a stage that trains these folds: with one fold only, its number is added.
 
     Jobs of single folds, on one machine or many, can so share an OUT; later stages read all folders that they find.
+
+    Parameters
+    ----------
+    name : str
+        Of the training, such as 04_train_vit_level.
+    folds : sequence of int
+
+    Returns
+    -------
+    str
+        Name of the folder in OUT.
     """
     return f"{name}_{folds[0]}" if len(folds) == 1 else name
 
 
 def check_folds(folds: Iterable[int], preprocessed: str | Path) -> None:
-    """Refuse folds that the folds.csv of 01_preprocess (its folder) does not have, before a stage begins."""
+    """Refuse folds that the folds.csv of 01_preprocess does not have, before a stage begins.
+
+    Parameters
+    ----------
+    folds : iterable of int
+    preprocessed : path
+        The folder 01_preprocess of a run.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no folds.csv.
+    ValueError
+        It is damaged, or does not have all of these folds, or none are given.
+    """
     path = Path(preprocessed) / "folds.csv"
     if not path.is_file():
         raise FileNotFoundError(f"PREPROCESSED: {path} is missing; run 01_preprocess first, or correct the path")
@@ -152,11 +177,38 @@ def run_stages(
 ) -> dict[str, float]:
     """Run a table of stages, side by side where they do not need each other.
 
-    stages: list of dicts: name, notebook, parameters, after (names of stages to wait for), threads, gpu (whether it
-    wants one). runs: folder for the executed notebooks. scheduler: address of a Dask scheduler whose workers run the
-    stages, as many at a time as they have threads, see cluster.connect; empty: this machine, with `workers` cores. A
-    finished stage (see is_finished) is not run again. When a stage fails, running ones finish and the first error is
-    raised. Returns dict name -> seconds, of the stages that ran.
+    A finished stage (see is_finished) is not run again. When a stage fails, running ones finish and the first error is
+    raised.
+
+    Parameters
+    ----------
+    stages : sequence of dict
+        name, notebook, parameters, after (names of stages to wait for), threads, gpu (whether it wants one); as
+        pipeline_stages makes them.
+    runs : path
+        Folder for the executed notebooks.
+    workers : int
+        Cores of this machine to use.
+    scheduler : str
+        Address of a Dask scheduler whose workers run the stages, as many at a time as they have threads, see
+        cluster.connect; empty: this machine.
+
+    Returns
+    -------
+    dict of str to float
+        Name to seconds, of the stages that ran.
+
+    Raises
+    ------
+    RuntimeError
+        A stage's notebook failed; the message has its last lines.
+    ValueError
+        A parameter that a notebook refuses, a DEVICE that this machine does not have, a stage that waits for one that
+        is not in the table, or a scheduler that cannot be used, see cluster.connect.
+    TypeError
+        A parameter of another type.
+    ModuleNotFoundError
+        A scheduler without the package distributed.
     """
     with contextlib.ExitStack() as held:
         if scheduler:
@@ -367,7 +419,18 @@ def stage_table(folds: Sequence[int], size: str = "full", members: Sequence[str]
 
 
 def pretrained_names(members: Sequence[str] = ()) -> list[str]:
-    """The weights that trainings start from at full size, as `python -m lumbar.grade.pretrained` fetches them."""
+    """The weights that trainings start from at full size, as `python -m lumbar.grade.pretrained` fetches them.
+
+    Parameters
+    ----------
+    members : sequence of str
+        Of these members, by their names in the registry; empty for all.
+
+    Returns
+    -------
+    list of str
+        Names, sorted.
+    """
     return sorted({training.pretrained for training in trainings(members) if training.pretrained})
 
 
@@ -404,12 +467,43 @@ def pipeline_stages(
 ) -> list[dict[str, Any]]:
     """The table of stages as run_stages takes it.
 
-    size: `demo`, `smoke` (the same, as short as possible) and `hour` train fold 0 with the small settings, `full` every
-    fold with the notebooks' defaults; folds: to train, empty for the size's own; workers: CPU cores, which every stage
-    gets that has WORKERS or READERS; pretrained: folder with the weights that the full size starts from (those of
-    pretrained_names), empty for none; members: to train, empty for all; settings: parameters over all of these, see
-    stage_settings; scheduler: address of a Dask scheduler whose workers share the studies of 01, 02 and 05. Raises
-    ValueError as stage_table, ValueError and TypeError as stage_settings.
+    Parameters
+    ----------
+    notebooks : path
+        The kit's folder of notebooks.
+    data : path
+        The competition's folder, or one of the phantom's.
+    out : path
+        The run's folder, in which each stage has its own.
+    size : {"demo", "smoke", "hour", "full"}
+        `demo`, `smoke` (the same, as short as possible) and `hour` train fold 0 with the small settings, `full` every
+        fold with the notebooks' defaults.
+    folds : sequence of int
+        To train, empty for the size's own.
+    seed : int
+        Of every stage that has SEED.
+    workers : int
+        CPU cores, which every stage gets that has WORKERS or READERS; small trainings run side by side and share them.
+    pretrained : str
+        Folder with the weights that the full size starts from (those of pretrained_names), empty for none.
+    members : sequence of str
+        To train, by their names in the registry; empty for all.
+    settings : dict of str to dict, optional
+        Parameters over all of these, see stage_settings.
+    scheduler : str
+        Address of a Dask scheduler whose workers share the studies of 01, 02 and 05; empty: this machine.
+
+    Returns
+    -------
+    list of dict
+        In the order of stage_table, as run_stages takes them.
+
+    Raises
+    ------
+    ValueError
+        As stage_table and stage_settings, and where `pretrained` lacks weights that a training starts from.
+    TypeError
+        As stage_settings.
     """
     notebooks, small = Path(notebooks), size != "full"
     table = stage_table(list(folds) or ([0] if small else list(ALL_FOLDS)), size, members)
@@ -512,9 +606,25 @@ def _of_training(stage):
 def choose_stages(stages: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """The stages with these names (all, if none is given). What they wait for must be finished or chosen too.
 
-    A training's name without a fold (04_train_vit_level) is all of its folds. Of the folders of weights that a stage
-    reads, those are left that will be there: of chosen stages, and of those that lie there already. So 05_inference
-    alone takes whatever was trained.
+    Of the folders of weights that a stage reads, those are left that will be there: of chosen stages, and of those that
+    lie there already. So 05_inference alone takes whatever was trained.
+
+    Parameters
+    ----------
+    stages : sequence of dict
+        Of pipeline_stages.
+    names : sequence of str
+        A training's name without a fold (04_train_vit_level) is all of its folds.
+
+    Returns
+    -------
+    list of dict
+        As run_stages takes them, in the order of `stages`; what is not chosen is not waited for.
+
+    Raises
+    ------
+    ValueError
+        There is no stage of such a name.
     """
     known, without_fold = [stage["name"] for stage in stages], [training.name for training in trainings()]
     for name in names:
@@ -545,10 +655,24 @@ def choose_stages(stages: Sequence[dict[str, Any]], names: Sequence[str]) -> lis
 def write_run_manifest(
     out: str | Path, parameters: Mapping[str, Any], seconds: Mapping[str, float], wall_seconds: float
 ) -> dict[str, Any]:
-    """OUT/manifest.json: the run's parameters and every finished stage's manifest. Returns it.
+    """OUT/manifest.json: the run's parameters and every finished stage's manifest.
 
-    seconds: of the stages that ran this time, as run_stages returns them; wall_seconds: of the whole run. Stages run
-    side by side, so theirs add up to more.
+    Parameters
+    ----------
+    out : path
+        The run's folder, OUT.
+    parameters : dict
+        Of the run.
+    seconds : mapping of str to float
+        Of the stages that ran this time, as run_stages returns them.
+    wall_seconds : float
+        Of the whole run. Stages run side by side, so theirs add up to more.
+
+    Returns
+    -------
+    dict
+        What was written: parameters, versions, stages (name to its manifest), wall_seconds_of_this_run,
+        seconds_of_all_stages, finished (local time).
     """
     out = Path(out)
     stages = {
@@ -580,15 +704,37 @@ def kaggle_kernels(
     members: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The table of stages as kernels on Kaggle, in their order: dict name -> dict.
+    """The table of stages as kernels on Kaggle, in their order.
 
-    base: what all slugs begin with; folds, members: to train, a kernel for each fold of each training, see
-    Stage.kernel. One that is not done in TRAINING_HOURS ends there, see stage_kaggle's `continued`. settings: as
-    settings_of takes them; with another network a training starts from other weights, which `pretrained` then fetches.
-    Each has stage (the folder that it writes), training (whether it can run out of time), names (of it in SETTINGS),
-    notebook (its file's stem), parameters, needs (names of kernels whose outputs it reads), gpu and internet, which
-    only `pretrained` has: it fetches what trainings start from, and needs nothing else.
-    Raises ValueError as stage_table.
+    One that is not done in TRAINING_HOURS ends there, see stage_kaggle's `continued`.
+
+    Parameters
+    ----------
+    base : str
+        What all slugs begin with.
+    folds, members
+        To train, a kernel for each fold of each training, see Stage.kernel; no members for all.
+    settings : dict of str to dict, optional
+        As settings_of takes them: with another network a training starts from other weights, which `pretrained` then
+        fetches. Where no training starts from any, there is no such kernel.
+
+    Returns
+    -------
+    dict of str to dict
+        Kernel's name to
+        stage: the folder that it writes; empty for `inspect`.
+        training: whether it can run out of time.
+        names: of it in SETTINGS.
+        notebook: its file's stem.
+        parameters: what the notebook is told besides DATA and OUT.
+        needs: names of kernels whose outputs it reads.
+        gpu, internet: whether it has them; internet only `pretrained`, which fetches what trainings start from, and
+        needs nothing else.
+
+    Raises
+    ------
+    ValueError
+        As stage_table.
     """
     table = stage_table(sorted(folds), members=members)
     names = {stage.name: stage.kernel for stage in table}

@@ -167,9 +167,24 @@ def preflight(
 ) -> None:
     """Hold a training against this machine before it starts: print what to expect, refuse what cannot work.
 
-    notebook: its path, or the name of one of the kit's; parameters: as notebook_parameters returns them; machine:
-    instead of this one, to try things out; studies: to train on and to hold out, 0 to count those of DATA. Raises
-    ValueError naming the parameter to change.
+    Parameters
+    ----------
+    notebook : path
+        Its path, or the name of one of the kit's.
+    parameters : mapping
+        As notebook_parameters returns them.
+    machine : Machine, optional
+        Instead of this one, to try things out.
+    studies : int
+        To train on and to hold out, 0 to count those of DATA.
+
+    Raises
+    ------
+    ValueError
+        This machine is not enough, naming the parameter to change (only printed where the environment has
+        LUMBAR_PREFLIGHT=warn), or the notebook refuses a parameter.
+    TypeError
+        A parameter of another type.
     """
     own = Path(__file__).resolve().parents[2] / "notebooks" / f"{notebook}.ipynb"
     notebook = notebook if Path(notebook).suffix else own
@@ -184,8 +199,26 @@ def preflight_stages(
 ) -> dict[str, float]:
     """The same of a table of stages that are to run one after the other, as run_stages takes it.
 
-    What they write adds up; those that have a manifest are passed over. Returns dict name -> hours expected, of those
-    whose hours are known. Raises ValueError with everything that is wrong.
+    What they write adds up; those that have a manifest are passed over.
+
+    Parameters
+    ----------
+    stages : sequence of dict
+        Of pipeline_stages.
+    machine, studies
+        As preflight takes them.
+
+    Returns
+    -------
+    dict of str to float
+        Name to hours expected, of those whose hours are known.
+
+    Raises
+    ------
+    ValueError
+        As preflight, with everything that is wrong.
+    TypeError
+        As preflight.
     """
     wrong: list[str] = []
     known: list[str] = []

@@ -81,22 +81,51 @@ def stage_kaggle(
     members: Sequence[str] = (),
     smoke: bool = False,
 ) -> list[Path]:
-    """Lay out everything that Kaggle needs in folders: kernels/<name> and datasets/<slug>. Returns the list of folders.
+    """Lay out everything that Kaggle needs in folders: kernels/<name> and datasets/<slug>.
 
-    user: your Kaggle user name. build: folder, made new. repository: the kit's folder; its kernel-metadata.json, the
-    inference kernel's, is what the others are derived from: their competition, data sets, machine and privacy.
-    folds, members: to train on Kaggle, see kaggle_kernels. weights: folders of a run made elsewhere (its OUT, or stages
-    in it): its weights become a data set, and the only kernel is inference, which reads that. parameters: dict kernel,
-    stage or notebook -> dict of notebook parameters, over the kernels' own. wheels: whether to download the packages
-    that Kaggle's image lacks (see stage_wheels). smoke: lay out smoke_kernels instead.
-    continued: names of trainings that ran out of time: their last version's output is attached to the next version,
-    which goes on with its last epoch. Everything is then laid out as it was when they were pushed, which `build`
-    remembers in pushed.json (see kaggle_publish), and no wheels are fetched.
+    Parameters
+    ----------
+    user : str
+        Your Kaggle user name.
+    build : path
+        Folder whose kernels and datasets are made new.
+    repository : path
+        The kit's folder; its kernel-metadata.json, the inference kernel's, is what the others are derived from: their
+        competition, data sets, machine and privacy.
+    folds, members
+        To train on Kaggle, see kaggle_kernels.
+    weights : sequence of path
+        Folders of a run made elsewhere (its OUT, or stages in it): its weights become a data set, and the only kernel
+        is inference, which reads that.
+    parameters : dict of str to dict, optional
+        Kernel, stage or notebook to notebook parameters, over the kernels' own.
+    wheels : bool
+        Whether to download the packages that Kaggle's image lacks (see stage_wheels).
+    continued : sequence of str
+        Names of trainings that ran out of time: their last version's output is attached to the next version, which
+        goes on with its last epoch. Everything is then laid out as it was when they were pushed, which `build`
+        remembers in pushed.json (see kaggle_publish), and no wheels are fetched.
+    smoke : bool
+        Lay out smoke_kernels instead.
 
-    Raises ValueError for a user name that cannot be one, a kernel or parameter that does not exist, a title that does
-    not make its slug, a build folder with something else in it, or something to be continued of which it is not known
-    how it was pushed, or which other parameters would begin anew; FileNotFoundError where weights are asked for and
-    there are none.
+    Returns
+    -------
+    list of Path
+        The folders: data sets, then kernels.
+
+    Raises
+    ------
+    ValueError
+        A user name that cannot be one, a kernel, member, fold or parameter that does not exist, a title that does not
+        make its slug, a kernel-metadata.json that lacks a data set, a build folder with something else in it, or
+        something to be continued of which it is not known how it was pushed, or which other parameters would begin
+        anew.
+    TypeError
+        A parameter of another type.
+    FileNotFoundError
+        Weights are asked for and there are none.
+    RuntimeError
+        The wheels cannot be downloaded.
     """
     _check_user(user)
     repository, build, parameters = Path(repository), Path(build), dict(parameters or {})
@@ -244,7 +273,18 @@ def _as_pushed(build, user, continued, parameters):
 
 
 def staged_costs(build: str | Path) -> dict[str, Cost]:
-    """What the staged kernels cost, by their own parameters: dict kernel -> Cost."""
+    """What the staged kernels cost, by their own parameters.
+
+    Parameters
+    ----------
+    build : path
+        Folder that stage_kaggle made.
+
+    Returns
+    -------
+    dict of str to Cost
+        Kernel to its cost on Kaggle.
+    """
     own = Path(__file__).resolve().parents[2] / "notebooks"
     found = {}
     for folder in sorted(path.parent for path in Path(build).glob("kernels/*/kernel-metadata.json")):
@@ -506,16 +546,37 @@ def kaggle_publish(
 ) -> dict[str, str]:
     """Upload staged data sets, then run staged kernels on Kaggle, each after those whose outputs it reads.
 
-    build: folder that stage_kaggle made; names: data sets (their slugs, or the part after the last hyphen) and kernels
-    (preprocess, train-spinenet, ...). `all`: everything staged; where something is to be continued, that and the
-    kernels that read its output. What a kernel reads and is not named must have run on Kaggle; it is waited for where
-    it still runs. at_once: kernels that run side by side (Kaggle gives two GPU sessions); pause_s: seconds between two
-    looks.
-    A training that ran out of HOURS is no failure: what comes after it goes on with what else was trained, and how to
-    continue it is printed.
-    Returns dict name -> what the client said of it, with the address. Raises ValueError for a name that was not
-    staged, RuntimeError where something was refused, a kernel failed or nothing can be continued, with the command
-    that does what is left. BUILD/pushed.json keeps how each kernel was pushed.
+    What a kernel reads and is not named must have run on Kaggle; it is waited for where it still runs. A training that
+    ran out of HOURS is no failure: what comes after it goes on with what else was trained, and how to continue it is
+    printed. BUILD/pushed.json keeps how each kernel was pushed.
+
+    Parameters
+    ----------
+    build : path
+        Folder that stage_kaggle made.
+    names : iterable of str
+        Data sets (their slugs, or the part after the last hyphen) and kernels (preprocess, train-spinenet, ...). `all`:
+        everything staged; where something is to be continued, that and the kernels that read its output.
+    environment : mapping of str to str, optional
+        Of Kaggle's client, with a token as the client takes it; default: this process's.
+    at_once : int
+        Kernels that run side by side (Kaggle gives two GPU sessions).
+    pause_s : float
+        Seconds between two looks.
+
+    Returns
+    -------
+    dict of str to str
+        Name to what the client said of it, with the address.
+
+    Raises
+    ------
+    ValueError
+        A name that was not staged.
+    RuntimeError
+        Something was refused, a kernel failed or nothing can be continued; with the command that does what is left.
+    ModuleNotFoundError
+        Kaggle's client is not installed.
     """
     build = Path(build)
     chosen, datasets, kernels = _chosen(build, names)

@@ -329,13 +329,35 @@ def open_stage(
 ) -> StageFolder:
     """Open the folder OUT/name of a stage: new, to be continued, or finished.
 
-    parameters: dict, as notebook_parameters returns it. What a stage reads is found by those of them that are paths
-    (see stage_inputs) and known by its content: where it lies, and where OUT is, makes no difference. inputs: files or
-    folders that the stage reads besides.
     Finished work with the same parameters and inputs is found (`.done`); a killed run with the same ones continues,
     with HOURS also in a new folder where an attached input (an earlier version of the Kaggle kernel) has some of it;
     anything else, and what cannot be read, is moved aside to name.old-1, .old-2, ... so that results never mix and
     nothing is lost. What killed processes left half written is removed.
+
+    Parameters
+    ----------
+    out : path
+        The run's folder, OUT; made when needed.
+    name : str
+        Of the stage.
+    parameters : mapping
+        As notebook_parameters returns it. What a stage reads is found by those of them that are paths (see
+        stage_inputs) and known by its content: where it lies, and where OUT is, makes no difference.
+    inputs : sequence of path, or dict of str to path
+        Files or folders that the stage reads besides.
+
+    Returns
+    -------
+    StageFolder
+
+    Raises
+    ------
+    FileNotFoundError
+        An input is not there.
+    ValueError
+        CLEAN has the folder that the stage writes to, see stage_inputs.
+    RuntimeError
+        Another process is working in the folder.
     """
     started = time.monotonic()
     folder = Path(out).resolve() / name

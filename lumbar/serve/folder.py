@@ -129,8 +129,24 @@ def lay_out(studies: Sequence[FoundStudy], out: str | Path) -> Path:
     """Write the series that are used as the competition's files: out/data/test_images/<study>/<series>/<n>.dcm and
     test_series_descriptions.csv; beside them out/series.csv and out/studies.csv, which say what became of every series.
 
-    Files are links to where they lie, copies where the file system has no links. Returns out/data. Raises ValueError
-    where no study has a series of use, with the reasons.
+    Files are links to where they lie, copies where the file system has no links.
+
+    Parameters
+    ----------
+    studies : sequence of FoundStudy
+        Of find_studies.
+    out : path
+        Folder of the results; in its `data`, studies that are not among these are removed.
+
+    Returns
+    -------
+    Path
+        out/data.
+
+    Raises
+    ------
+    ValueError
+        No study has a series of use, with the reasons.
     """
     data, rows = Path(out) / "data", []
     data.mkdir(parents=True, exist_ok=True)
@@ -167,8 +183,19 @@ def lay_out(studies: Sequence[FoundStudy], out: str | Path) -> Path:
 
 
 def series_table(studies: Iterable[FoundStudy]) -> pd.DataFrame:
-    """Every series that was found and what became of it: study_id, number, description, plane, weighting, slices,
-    used_as (one of DESCRIPTIONS or ""), reason."""
+    """Every series that was found and what became of it.
+
+    Parameters
+    ----------
+    studies : iterable of FoundStudy
+        Of find_studies.
+
+    Returns
+    -------
+    DataFrame
+        study_id, number, description (the headers' words), plane, weighting, slices, used_as (one of DESCRIPTIONS or
+        ""), reason.
+    """
     return pd.DataFrame(
         [
             (

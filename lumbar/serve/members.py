@@ -48,10 +48,27 @@ def find_weights(folders: Iterable[str | Path], pattern: str) -> list[Path]:
 def load_members(folders: Sequence[str | Path], members: Collection[str] = (), device: str | int = "auto") -> Members:
     """Load every member's weights found in the folders, or one folder below.
 
-    Which file stands for a fold, and which are left out: see member_weights. Prints both. members: names, empty for
-    all in the registry.
-    Raises FileNotFoundError without a SpineNet or without any member: a submission made of nothing but a prior
-    would look like a result.
+    Which file stands for a fold, and which are left out: see member_weights. Prints both.
+
+    Parameters
+    ----------
+    folders : sequence of path
+    members : collection of str
+        Names, empty for all in the registry.
+    device : str or int
+        As device_for takes it.
+
+    Returns
+    -------
+    Members
+        Its prior is the mean of those that the weights carry, NaN where none does.
+
+    Raises
+    ------
+    FileNotFoundError
+        No SpineNet, or no member: a submission made of nothing but a prior would look like a result.
+    ValueError
+        A file is damaged (DamagedFile), the SpineNet carries no prior, or this machine does not have the device.
     """
     device = device_for(device)
     places = ", ".join(map(str, folders))
@@ -111,8 +128,21 @@ def _where(chosen: Mapping[str, Path]) -> list[str]:
 def weight_folders(places: Sequence[str | Path]) -> list[Path]:
     """Folders with trained weights in or below the given ones, in the order found.
 
-    places: paths. Image folders and finished stages' caches are not searched: /kaggle/input may hold 150,000 files.
-    Raises FileNotFoundError naming the places if there is none.
+    Image folders and finished stages' caches are not searched: /kaggle/input may hold 150,000 files.
+
+    Parameters
+    ----------
+    places : sequence of path
+        Searched down to six folders below.
+
+    Returns
+    -------
+    list of Path
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none; the message names the places.
     """
     skipped = {"train_images", "test_images", "volumes", "crops", "yolo", "images", "labels", "studies"}
     found = []
@@ -134,8 +164,18 @@ def weight_folders(places: Sequence[str | Path]) -> list[Path]:
 
 
 def out_of_fold_table(folders: Sequence[str | Path]) -> pd.DataFrame:
-    """All members' out-of-fold predictions that lie with the weights, as one table: row_id, the three severities, fold,
-    member. folders: as weight_folders finds them. Without any the table is empty."""
+    """All members' out-of-fold predictions that lie with the weights, as one table.
+
+    Parameters
+    ----------
+    folders : sequence of path
+        As weight_folders finds them.
+
+    Returns
+    -------
+    DataFrame
+        row_id, the three severities, fold, member. Without any predictions it is empty.
+    """
     columns = [*SUBMISSION_COLUMNS, "fold", "member"]
     tables = [table.assign(member=member) for member, table in read_out_of_fold(folders, verbose=False).items()]
     return pd.concat(tables, ignore_index=True).reindex(columns=columns) if tables else pd.DataFrame(columns=columns)

@@ -30,7 +30,23 @@ SHIPPED_WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "spinenet_ph
 def members_of(weights: Sequence[str | Path], device: str = "auto") -> Members | None:
     """The members in or below these folders; None without folders: then only levels are found, see placement_of.
 
-    Raises FileNotFoundError where there are no weights.
+    Parameters
+    ----------
+    weights : sequence of path
+        Folders of a finished run, or of its stages.
+    device : str
+        As device_for takes it.
+
+    Returns
+    -------
+    Members or None
+
+    Raises
+    ------
+    FileNotFoundError
+        There are no weights.
+    ValueError
+        As load_members.
     """
     if not weights:
         return None
@@ -45,7 +61,19 @@ def members_of(weights: Sequence[str | Path], device: str = "auto") -> Members |
 
 
 def placement_of(members: Members | None, device: str = "auto") -> Placement:
-    """How levels are placed: by the members' SpineNet, without members by the one that comes with the kit."""
+    """How levels are placed: by the members' SpineNet, without members by the one that comes with the kit.
+
+    Parameters
+    ----------
+    members : Members or None
+        Of members_of.
+    device : str
+        For the kit's own SpineNet, as device_for takes it.
+
+    Returns
+    -------
+    Placement
+    """
     return Placement.of(load_spinenet(SHIPPED_WEIGHTS, device_for(device))) if members is None else members.placement
 
 
@@ -55,10 +83,24 @@ def locate_folder(out: str | Path, placement: Placement, workers: int = 2) -> tu
     Writes out/01_preprocess (volumes, series.csv), out/levels.csv and out/vertebrae.csv; what an earlier call finished
     is found. A study without a readable image has no levels.
 
+    Parameters
+    ----------
+    out : path
+        As lay_out took it.
+    placement : Placement
+        Of placement_of.
+    workers : int
+        Threads that read and locate.
+
     Returns
     -------
     levels, vertebrae : DataFrame
         As locate_studies returns them.
+
+    Raises
+    ------
+    RuntimeError
+        As locate_studies.
     """
     out = Path(out)
     series = preprocess_studies(out / "data", "test", out / "01_preprocess" / "volumes", workers)
@@ -79,7 +121,20 @@ def grade_folder(
 
     Writes out/05_inference (submission.csv, inference_log.csv, ensemble.json) and out/probabilities.csv: study_id,
     condition, level, normal_mild, moderate, severe, prior (whether the whole study rests on the training set's
-    frequencies). weights: where the members are from, for the ensemble that lies there.
+    frequencies).
+
+    Parameters
+    ----------
+    out : path
+        As lay_out took it.
+    members : Members
+        Of members_of.
+    weights : sequence of path
+        Where the members are from, for the ensemble that lies there.
+    prior_only : bool
+        Accept that every row is the prior.
+    readers : int
+        Threads that read ahead, see infer_studies; 0 for its default.
 
     Returns
     -------
@@ -121,10 +176,24 @@ def _long(submission: pd.DataFrame, log: pd.DataFrame) -> pd.DataFrame:
 def folder_log(
     studies: Sequence[FoundStudy], levels: pd.DataFrame, series: pd.DataFrame, log: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """What became of every study: study_id, series (that are used), levels (where they are from),
-    second_share (how likely another numbering is), rows_from, prior_rows, problems.
+    """What became of every study.
 
-    series: of locate_folder's series.csv; log: infer_studies' log, None where nothing was graded.
+    Parameters
+    ----------
+    studies : sequence of FoundStudy
+        Of find_studies.
+    levels : DataFrame
+        Of locate_folder.
+    series : DataFrame
+        locate_folder's series.csv.
+    log : DataFrame, optional
+        infer_studies' log, None where nothing was graded.
+
+    Returns
+    -------
+    DataFrame
+        study_id, series (that are used), levels (where they are from), second_share (how likely another numbering is),
+        rows_from, prior_rows, problems; in the order of `studies`.
     """
     graded = {} if log is None else {row["study_id"]: row for row in log.to_dict("records")}
     problems = (

@@ -29,9 +29,19 @@ Result = dict[str, Any]  # of make_result, and as JSON gives it back
 
 
 def mended_studies(data: str | Path, split: str, log: pd.DataFrame) -> list[int]:
-    """Ids (list of int) of the studies that had problems when `log` was written, and whose files have changed since.
+    """Ids of the studies that had problems when `log` was written, and whose files have changed since.
 
-    log: infer_studies' log or its CSV; without its column `files` (of an earlier version) nothing can be told.
+    Parameters
+    ----------
+    data, split : path, str
+        Competition folder; `test` or `train`.
+    log : DataFrame
+        infer_studies' log or its CSV; without its column `files` (of an earlier version) nothing can be told.
+
+    Returns
+    -------
+    list of int
+        In the order of the log.
     """
     if "files" not in log.columns:
         return []

@@ -24,10 +24,27 @@ from .members import Members
 
 
 def studies_to_predict(data: str | Path, split: str) -> dict[int, dict[int, str]]:
-    """dict study_id -> dict series_id -> description: every study that a submission must have rows of.
+    """Every study that a submission must have rows of, with its series.
 
     The descriptions table names the series; studies that only have a folder in {split}_images, rows in
     sample_submission.csv or bad rows in the descriptions table come with no series, and so with the prior.
+
+    Parameters
+    ----------
+    data, split : path, str
+        Competition folder; `test` or `train`. sample_submission.csv counts for `test` only.
+
+    Returns
+    -------
+    dict of int to dict
+        study_id to dict series_id to description.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no descriptions table.
+    ValueError
+        That, or sample_submission.csv, is no such table.
     """
     jobs = described_series(data, split)
     named = (whole_number(path.name) for path in (Path(data) / f"{split}_images").glob("*"))
@@ -62,9 +79,20 @@ class Prepared:
 def prepare_study(
     folder: str | Path, descriptions: Mapping[int, str], members: Members, wanted: Collection[str] | None = None
 ) -> Prepared:
-    """Everything about a study that needs no network of a member: Prepared. Never raises because of what the study is.
+    """Everything about a study that needs no network of a member. Never raises because of what the study is.
 
-    folder, descriptions: as read_study takes them; wanted: names of the members whose inputs are made; None: all.
+    Parameters
+    ----------
+    folder, descriptions
+        As read_study takes them.
+    members : Members
+        Of load_members.
+    wanted : collection of str, optional
+        Names of the members whose inputs are made; None: all.
+
+    Returns
+    -------
+    Prepared
     """
     seconds = dict.fromkeys(("reading", "locating", "cropping"), 0.0)
     boxes: list[LevelBox] | None = None
@@ -111,12 +139,31 @@ def predict_studies(
     views: Mapping[str, int] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[dict[str, np.ndarray]], list[list[Problem]], dict[str, float]]:
-    """The members on several Prepared studies at once: (list of dicts member -> (5, 5, 3) probabilities, NaN where it
-    has nothing to say; list of lists of Problems; dict member -> seconds).
+    """The members on several Prepared studies at once.
 
-    views: dict member -> at most how many of its views, -1 all; members that it lacks are not run; None: everything.
     A study, or a member, that fails costs only its own contribution. Where stage 1 is in doubt, a member that looks at
     levels is asked for both numberings, and what it says is the mean of both, by how likely they are.
+
+    Parameters
+    ----------
+    batch : sequence of Prepared
+        Of prepare_study.
+    members : Members
+        Of load_members.
+    views : mapping of str to int, optional
+        Member to at most how many of its views, -1 all; members that it lacks are not run. None: everything.
+    clock : callable
+        Seconds, from anywhere.
+
+    Returns
+    -------
+    predictions : list of dict
+        A study each: member to (5, 5, 3) probabilities by condition, level and severity, NaN where it has nothing to
+        say; empty for a study without a readable image.
+    problems : list of list of Problem
+        A study each.
+    seconds : dict of str to float
+        Member to seconds.
     """
     views = dict.fromkeys(members.weights, -1) if views is None else views
     predictions: list[dict[str, np.ndarray]] = [{} for _ in batch]

@@ -105,7 +105,15 @@ def collect(
 def refuse_prior_only(log: pd.DataFrame) -> None:
     """Raise RuntimeError where every row of every study is a prior: that looks like a result and is none.
 
-    log: the one that `collect` returns. While Kaggle scores a submission it is printed instead.
+    Parameters
+    ----------
+    log : DataFrame
+        The one that `collect` returns.
+
+    Raises
+    ------
+    RuntimeError
+        It is so. While Kaggle scores a submission it is printed instead.
     """
     rows = len(CONDITIONS) * len(LEVELS)
     if not len(log) or not (log["prior_rows"] >= rows).all():

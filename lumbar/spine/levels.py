@@ -130,11 +130,29 @@ def second_boxes(
 def locate_levels_surely(
     study: Study, placement: Placement | SpineNet
 ) -> tuple[list[LevelBox], list[Vertebra], Problem | None]:
-    """locate_levels for a study that may be odd: (LevelBoxes, Vertebrae, None or the Problem).
+    """locate_levels for a study that may be odd.
 
     A series in which detection fails, or takes too long (LOCATING_S), is left out; where nothing is seen the levels
     come from the axial slices or the mean layout.
-    Raises ValueError for a SpineNet without a prior.
+
+    Parameters
+    ----------
+    study : Study
+        Normalised.
+    placement : Placement or SpineNet
+        As locate_levels takes it.
+
+    Returns
+    -------
+    boxes, vertebrae : list of LevelBox, list of Vertebra
+        As locate_levels returns them.
+    problem : Problem or None
+        What was not as usual.
+
+    Raises
+    ------
+    ValueError
+        A SpineNet without a prior.
     """
     placement = Placement.of(placement)
     lost: dict[Problem, list[int]] = {}

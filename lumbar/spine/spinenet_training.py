@@ -295,19 +295,31 @@ def train_spinenet(
     records : list of dict, or Dataset
         From spinenet_records at the same resolution; or steps * batch_size items, as training_slices makes them.
     folder : str or Path
-        Gets spinenet_training.safetensors every save_every_s seconds, from which an interrupted run continues.
+        Gets spinenet_training.safetensors, from which an interrupted run continues.
     start : SpineNet, optional
         Trained further; its widths, blocks and resolution count then.
     validation : list of dict, or Dataset
         From spinenet_records, or items.
     widths, blocks
         Channels, and how many residual blocks, of each scale.
+    resolution_mm : float
+        Size of a pixel at which the network works.
+    steps, batch_size
+        Of the optimiser; crops in each step.
     crop_px : (2,) sequence of int
         Rows and columns.
     learning_rate : float
         The highest one.
     sigma_mm : float
         Of the corners' Gaussians.
+    device : str
+        As PyTorch names it.
+    workers : int
+        Processes that make the items; 0: none but this one.
+    seed : int
+        Of the first weights, and of the crops from records.
+    save_every_s : float
+        Seconds after which the state in `folder` is written anew; it is after the last step, too.
 
     Returns
     -------

@@ -75,7 +75,19 @@ class Vertebra:
 
 
 def vertebrae_to_table(study_id: int, vertebrae: Iterable[Vertebra]) -> pd.DataFrame:
-    """Vertebrae of one study -> rows of vertebrae.csv."""
+    """Vertebrae of one study -> rows of vertebrae.csv.
+
+    Parameters
+    ----------
+    study_id : int
+    vertebrae : iterable of Vertebra
+
+    Returns
+    -------
+    DataFrame
+        VERTEBRA_TABLE_COLUMNS, a row for each vertebra: centre, corners and width in millimetres, in patient
+        coordinates (LPS).
+    """
     rows = [
         [study_id, v.name, *v.center_lps_mm, *v.corners_lps_mm.ravel(), v.width_mm, v.confidence, str(v.source)]
         for v in vertebrae
