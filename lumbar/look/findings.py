@@ -78,7 +78,18 @@ def score_findings(tables: Mapping[str, pd.DataFrame], name: str) -> list[Findin
 
 
 def scores_text(scores: pd.DataFrame) -> str:
-    """`A 0.335, B 0.412; class prior 0.933`: a score_table's totals, best first, yardsticks after."""
+    """`A 0.335, B 0.412; class prior 0.933`: a score_table's totals, best first, yardsticks after.
+
+    Parameters
+    ----------
+    scores : DataFrame
+        Of score_table. Predictions whose total is NaN are left out.
+
+    Returns
+    -------
+    str
+        The names of YARDSTICKS are in lower case.
+    """
     totals = scores["total"].dropna().sort_values()
     own = [f"{name} {totals[name]:.3f}" for name in totals.index if name not in YARDSTICKS]
     yardsticks = [f"{name.lower()} {totals[name]:.3f}" for name in totals.index if name in YARDSTICKS]
@@ -86,7 +97,18 @@ def scores_text(scores: pd.DataFrame) -> str:
 
 
 def grid_finding(losses: np.ndarray, prior: np.ndarray) -> Finding:
-    """Where a prediction gains most and least over the class prior. losses, prior: (5, 5) of cell_losses."""
+    """Where a prediction gains most and least over the class prior.
+
+    Parameters
+    ----------
+    losses, prior : (5, 5) array
+        By condition and level, of cell_losses: the prediction's and the class prior's; NaN where nothing is graded.
+
+    Returns
+    -------
+    Finding
+        It asks for attention unless the prediction is better everywhere, the same as the prior, or nothing is graded.
+    """
     section = "Where it is good and where not"
     gain = np.asarray(prior, float) - np.asarray(losses, float)
     if not np.isfinite(gain).any():
@@ -115,7 +137,20 @@ def _shares(grades, probabilities):
 
 
 def confusion_text(grades: np.ndarray, probabilities: np.ndarray) -> str:
-    """`98% of normal/mild, 40% of moderate, 71% of severe are called that.` (..., ) grades, (..., 3) probabilities."""
+    """`98% of 50 normal/mild, 40% of 10 moderate, 71% of 7 severe are called that`.
+
+    Parameters
+    ----------
+    grades : (...) int array
+        -1 missing.
+    probabilities : (..., 3) array
+        By severity; where one is NaN, the grade is left out.
+
+    Returns
+    -------
+    str
+        `nothing is graded` if no grade has a prediction.
+    """
     truth, p = _shares(grades, probabilities)
     guess = p.argmax(1) if len(p) else truth
     shares = [
@@ -141,7 +176,20 @@ def severe_finding(grades: np.ndarray, probabilities: np.ndarray) -> Finding:
 
 
 def calibration_text(grades: np.ndarray, probabilities: np.ndarray) -> str:
-    """`severe predicted 18% on average, true in 12%`, by grade. (..., ) grades, (..., 3) probabilities."""
+    """`severe 18% predicted, 12% true`, by grade.
+
+    Parameters
+    ----------
+    grades : (...) int array
+        -1 missing.
+    probabilities : (..., 3) array
+        By severity; where one is NaN, the grade is left out.
+
+    Returns
+    -------
+    str
+        Mean probability and frequency of each of GRADES; `nothing is graded` if no grade has a prediction.
+    """
     truth, p = _shares(grades, probabilities)
     if not len(truth):
         return "nothing is graded"
@@ -168,7 +216,18 @@ def calibration_finding(grades: np.ndarray, probabilities: np.ndarray) -> Findin
 
 
 def numbering_text(levels: pd.DataFrame) -> str:
-    """How many of a levels.csv's studies have a second numbering, and how likely that is there."""
+    """How many of a levels.csv's studies have a second numbering, and how likely that is there.
+
+    Parameters
+    ----------
+    levels : DataFrame
+        levels.csv; earlier ones without second and second_share will do.
+
+    Returns
+    -------
+    str
+        `in doubt in 2 of 4 studies, with a second numbering in 2 (50%), which is 30% likely on average`.
+    """
     studies = levels.assign(doubt=levels["source"].map(lambda source: Source.UNCERTAIN in Source.parse(source)))
     studies = studies.assign(share=second_shares(levels)).groupby("study_id")[["doubt", "share"]].max()
     there = studies["share"].dropna()
@@ -204,7 +263,18 @@ def left_out_finding(met: Mapping[str, pd.Series], log: pd.DataFrame | None) -> 
 
 
 def time_finding(log: pd.DataFrame) -> Finding:
-    """How long inference takes. log: inference_log.csv."""
+    """How long inference takes.
+
+    Parameters
+    ----------
+    log : DataFrame
+        inference_log.csv: its column seconds, of one study a row.
+
+    Returns
+    -------
+    Finding
+        It asks for attention if HIDDEN_STUDIES studies would take more than HIDDEN_HOURS hours.
+    """
     hours = HIDDEN_STUDIES * log["seconds"].mean() / 3600
     text = (
         f"Inference takes {log['seconds'].mean():.1f} s a study (slowest of {len(log)}: {log['seconds'].max():.1f} s); "
@@ -222,7 +292,18 @@ def worst_finding(worst: pd.DataFrame) -> Finding:
 
 
 def example_text(row) -> str:
-    """A row of worst_rows in words."""
+    """A row of worst_rows in words.
+
+    Parameters
+    ----------
+    row : namedtuple
+        Of the table's itertuples.
+
+    Returns
+    -------
+    str
+        `study 7, L5/S1 left foramen, labelled severe, which was given 5%`.
+    """
     return (
         f"study {row.study_id}, {LEVEL_NAMES[row.level]} {CONDITION_NAMES[row.condition].lower()}, labelled "
         f"{GRADES[row.grade].lower()}, which was given {np.exp(-row.loss):.0%}"
@@ -230,7 +311,19 @@ def example_text(row) -> str:
 
 
 def curves_text(runs: Mapping[str, pd.DataFrame], x: str) -> str:
-    """Where each training history begins and ends, and its best held-out score. runs, x: as plot_learning_curves."""
+    """Where each training history begins and ends, and its best held-out score.
+
+    Parameters
+    ----------
+    runs, x
+        As plot_learning_curves takes histories and x. Of a history's columns loss and train/cls_loss (begin and end),
+        total (its lowest) and metrics/mAP50(B) (its highest) are told.
+
+    Returns
+    -------
+    str
+        `no figures` if there are none.
+    """
     parts = []
     for name, history in runs.items():
         for column, words, best in (
@@ -262,8 +355,29 @@ def report_findings(
 ) -> list[Finding]:
     """All findings of a report.
 
-    tables, name: as score_findings takes them; losses, graded, located: arguments of grid_finding, severe_finding and
-    levels_finding; worst: of worst_rows; met, log: as left_out_finding takes them.
+    Parameters
+    ----------
+    tables : mapping of str to DataFrame
+        Name of a split -> its score_table, which has a row `Class prior`.
+    name : str
+        Of the prediction meant, a row of each of these tables.
+    losses : pair of (5, 5) arrays
+        The arguments of grid_finding.
+    graded : pair of (n, 5, 5) int and (n, 5, 5, 3) arrays
+        Grades, -1 missing, and the prediction's probabilities, NaN where there are none.
+    located : pair of DataFrame and mapping
+        The table of level_label_table, and levels.csv by what its studies are called.
+    worst : DataFrame
+        Of worst_rows.
+    met : mapping of str to Series
+        Title of a set of studies -> sentences on what was left out or doubtful, NaN or empty where nothing was.
+    log : DataFrame, optional
+        inference_log.csv; None: nothing is said of test rows on the class prior and of time.
+
+    Returns
+    -------
+    list of Finding
+        In the order of the report's sections.
     """
     return [
         *score_findings(tables, name),
@@ -282,7 +396,20 @@ def summary_html(
 ) -> str:
     """A report's summary and contents: the score, what asks for attention first, each with a link to its section.
 
-    tables: score_table by split; name: of the prediction meant; sections: the headings that follow.
+    Parameters
+    ----------
+    tables : mapping of str to DataFrame
+        Name of a split -> its score_table with intervals (draws above 0) and a row `Class prior`.
+    name : str
+        Of the prediction meant, a row of each of these tables.
+    findings : iterable of Finding
+    sections : sequence of str
+        The headings that follow.
+
+    Returns
+    -------
+    str
+        HTML for a page that has these headings; texts are escaped.
     """
     ordered = sorted(findings, key=lambda finding: not finding.alarm)
 

@@ -86,8 +86,19 @@ def write_pages(out: str | Path, log: pd.DataFrame) -> list[Path]:
     """Write a page for each study of a folder that locate_folder (and grade_folder) went through: out/study_<id>.html,
     out/index.html with all of them, and out/slicer/<id>/ with the levels for 3D Slicer.
 
-    log: of folder_log. A study without a readable image has no page. Pages name no folder: that may be a patient's
-    name. Returns the pages, the index first.
+    A study without a readable image has no page. Pages name no folder: that may be a patient's name.
+
+    Parameters
+    ----------
+    out : path
+        That folder.
+    log : DataFrame
+        Of folder_log.
+
+    Returns
+    -------
+    list of Path
+        The pages, the index first.
     """
     out = Path(out)
     inspection = open_folder(out, out, verbose=False)

@@ -111,10 +111,34 @@ def read_inspection(
 ) -> Inspection:
     """Gather an Inspection from a run's folders; what is absent is left out.
 
-    data: competition folder; preprocessed: of 01; levels_dir: of 02; predictions: folders of 03 and 04, or one above
-    them; inference: of 05, with which the test set is looked at, too; first: the member that ranks the errors.
-    Raises FileNotFoundError without volumes, ValueError for a member that does not exist. What was looked for and is
-    not there is printed where `verbose`.
+    Parameters
+    ----------
+    data : path
+        Competition folder.
+    preprocessed : path
+        Of 01.
+    levels_dir : path
+        Of 02; empty: none.
+    predictions : sequence of paths
+        Folders of 03 and 04, or one above them.
+    inference : path
+        Of 05, with which the test set is looked at, too; empty: none.
+    first : str
+        The member that ranks the errors.
+    verbose : bool
+        Print what was looked for and is not there.
+
+    Returns
+    -------
+    Inspection
+        Its predictions are the members' out of fold, `first` before the others, then `ensemble`, the submission of 05.
+
+    Raises
+    ------
+    FileNotFoundError
+        There are no volumes.
+    ValueError
+        `first` is a member that does not exist.
     """
     if first not in MEMBERS:
         raise ValueError(f"MEMBER must be one of {', '.join(MEMBERS)}, not {first!r}")

@@ -14,10 +14,19 @@ _NAMES = ("canal", "canal", "left foramen", "right foramen", "left subarticular"
 
 
 def plot_looks(axes: np.ndarray, inputs: ArrayLike) -> np.ndarray:
-    """Draw the looks at one level: neighbouring slices from left to right, black where there is none. Returns axes.
+    """Draw the looks at one level: neighbouring slices from left to right, black where there is none.
 
-    axes: (2, 3 * slices); inputs: (6 looks, slices, h, w), 0 to 1, NaN where there is no slice, as view_slices gives
-    them of one level.
+    Parameters
+    ----------
+    axes : (2, 3 * slices) array of Axes
+        From left to right canal, foramina, subarticular; above canal on T2/STIR and left sides, below canal on axial T2
+        and right sides.
+    inputs : (6, slices, h, w) array-like
+        By look and slice, as view_slices gives them of one level: 0 to 1, NaN where there is no slice.
+
+    Returns
+    -------
+    axes : (2, 3 * slices) array of Axes
     """
     images = np.nan_to_num(np.asarray(inputs, np.float32))
     count = images.shape[1]

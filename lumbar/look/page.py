@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
 
 def short(value: object, digits: int = 3) -> str:
-    """A value of a parameters or counts table as short text: rounded numbers, lists in brackets."""
+    """A value of a parameters or counts table as short text: rounded numbers, lists in brackets.
+
+    Parameters
+    ----------
+    value : object
+    digits : int
+        Significant ones of a float.
+
+    Returns
+    -------
+    str
+    """
     if isinstance(value, float):
         return f"{value:.{digits}g}"
     if isinstance(value, (list, tuple)):
@@ -37,7 +48,11 @@ def section_id(heading: str) -> str:
 def show_figure(fig: Figure, alt: str) -> None:
     """Show a figure in a notebook, with a text that says what it shows to whoever does not see it; closes it.
 
-    alt: plain text, becomes the picture's alternative text in JupyterLab and on the page of export_html.
+    Parameters
+    ----------
+    fig : Figure
+    alt : str
+        Plain text, becomes the picture's alternative text in JupyterLab and on the page of export_html.
     """
     import io
 
@@ -53,7 +68,18 @@ def show_figure(fig: Figure, alt: str) -> None:
 
 def paragraph_html(text: object) -> str:
     """Any text as a paragraph of a page that shows just this text: for all that comes from files, such as names,
-    versions and problems. In Markdown it would be obeyed: HTML, links, images, formulas."""
+    versions and problems. In Markdown it would be obeyed: HTML, links, images, formulas.
+
+    Parameters
+    ----------
+    text : object
+        Shown as str gives it.
+
+    Returns
+    -------
+    str
+        A `p` element.
+    """
     return f"<p>{html.escape(str(text))}</p>"
 
 
@@ -62,7 +88,21 @@ def table_html(
 ) -> str:
     """A DataFrame as a clean HTML table: numbers to the right and rounded, missing ones as a dash, text escaped.
 
-    caption: a sentence above the table; names: dict column -> heading. The index is shown if it has a name.
+    Parameters
+    ----------
+    table : DataFrame
+        The index is shown if it has a name.
+    caption : str
+        A sentence above the table.
+    decimals : int
+        Of floats.
+    names : mapping of str to str, optional
+        Column -> heading; in headings underscores become spaces.
+
+    Returns
+    -------
+    str
+        A `table` element of the class kit.
     """
     shown = table.reset_index() if table.index.name else table
 
@@ -113,10 +153,28 @@ li{margin:.3em 0}.contents{columns:18em}h2,h3{scroll-margin-top:8px}
 def export_html(notebook: str | Path, page: str | Path, title: str | None = None, printed: bool = False) -> Path:
     """An executed notebook as one HTML page without its code that needs no network: for readers, not for editing.
 
-    notebook: .ipynb; page: the .html to write; title: of the browser's tab (default: the notebook's first heading);
-    printed: keep what cells print, too. Keeps text, figures and HTML outputs; leaves out code, progress bars (stderr)
-    and widgets, which need a kernel.
-    Returns the path. Raises FileNotFoundError without the notebook.
+    Keeps text, figures and HTML outputs; leaves out code, progress bars (stderr) and widgets, which need a kernel.
+
+    Parameters
+    ----------
+    notebook : path
+        The .ipynb.
+    page : path
+        The .html to write.
+    title : str, optional
+        Of the browser's tab; default: the notebook's first heading (`# `), without one its file's name.
+    printed : bool
+        Keep what cells print, too.
+
+    Returns
+    -------
+    Path
+        Of the page.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such notebook.
     """
     import nbformat
     from bs4 import BeautifulSoup  # nbconvert's

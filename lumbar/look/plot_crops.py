@@ -24,10 +24,23 @@ def plot_level_crop(
 ) -> np.ndarray:
     """Three planes through the middle of a level's crop, seen as radiologists do (patient's left at the right).
 
-    axes: (3, 3) Axes, rows = channels T1, axial T2, T2/STIR, columns = sagittal, coronal, axial plane; or (3,) for a
-    crop of one channel (d, h, w). crop: (3, d, h, w), axes (channel, head-foot, front-back, right-left).
-    coverage: (3, d, h, w) bool; what no slice covers is tinted blue. extent_mm: (3,) along the crop's axes, for
-    proportions and the names of the axes.
+    Parameters
+    ----------
+    axes : (3, 3) or (3,) array of Axes
+        Rows: channels T1, axial T2, T2/STIR; columns: sagittal, coronal, axial plane. (3,) for a crop of one channel.
+    crop : (3, d, h, w) or (d, h, w) array
+        Axes (channel, head-foot, front-back, right-left).
+    coverage : bool array, optional
+        Of the crop's shape; what no slice covers is tinted blue.
+    extent_mm : (3,) sequence of float, optional
+        Along (d, h, w), for proportions and the names of the axes.
+    window : (2,) tuple of float
+        Grey values that are black and white.
+
+    Returns
+    -------
+    axes : array of Axes
+        As given.
     """
     crop = np.asarray(crop, dtype=np.float32)
     axes = np.asarray(axes)
@@ -79,9 +92,22 @@ def plot_level_crop(
 def plot_crop_gallery(axes: np.ndarray, crops: np.ndarray, titles: list[str], extent_mm: Sequence[float]) -> np.ndarray:
     """Show crops side by side: above the middle sagittal plane of T2/STIR, below an axial plane of axial T2.
 
-    axes: (2, n); crops: (n, channels, d, h, w), axes (channel, head-foot, front-back, right-left); extent_mm: (3,)
-    along these. The axial plane is the same in all: the one nearest to the first crop's middle that axial slices
-    cover, as far as they cover any. Returns axes.
+    The axial plane is the same in all: the one nearest to the first crop's middle that axial slices cover, as far as
+    they cover any.
+
+    Parameters
+    ----------
+    axes : (2, n) array of Axes
+    crops : (n, 3, d, h, w) array
+        Axes (crop, channel as in DESCRIPTIONS, head-foot, front-back, right-left); 0 is black and 1 white.
+    titles : list of str
+        One for each crop.
+    extent_mm : (3,) sequence of float
+        Along (d, h, w).
+
+    Returns
+    -------
+    axes : (2, n) array of Axes
     """
     crops = np.asarray(crops, dtype=np.float32)
     head_mm, back_mm, left_mm = extent_mm
@@ -102,7 +128,18 @@ def plot_crop_gallery(axes: np.ndarray, crops: np.ndarray, titles: list[str], ex
 
 
 def view_name(view: dict) -> str:
-    """A test-time view (see TTA_VIEWS) in a few words, one a line: `plain`, `6% smaller,` `mirrored`."""
+    """A test-time view (see TTA_VIEWS) in a few words, one a line: `plain`, or `mirrored,` `6% smaller`.
+
+    Parameters
+    ----------
+    view : dict
+        mirror, scale (above 1 is larger), shift_mm (foot, back, left), rotation_deg (about left, head and back).
+        For other keys there are no words.
+
+    Returns
+    -------
+    str
+    """
     words = ["mirrored"] if view.get("mirror") else []
     if "scale" in view:
         words.append(f"{abs(view['scale'] - 1):.0%} {'larger' if view['scale'] > 1 else 'smaller'}")

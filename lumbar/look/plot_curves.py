@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 
 
 def plot_spinenet_history(ax: Axes, history: pd.DataFrame) -> Axes:
-    """Draw a training curve (history of train_spinenet): the loss smoothed, the validation's points. Returns ax."""
+    """Draw a training curve (history of train_spinenet): the loss smoothed, the validation's points.
+
+    Parameters
+    ----------
+    ax : Axes
+    history : DataFrame
+        step, loss, split (`train` or `validation`).
+
+    Returns
+    -------
+    ax : Axes
+    """
     train, validation = (history[history["split"] == split] for split in ("train", "validation"))
     ax.plot(train["step"], train["loss"], color="tab:blue", alpha=0.2)
     ax.plot(
@@ -42,7 +53,20 @@ def plot_spinenet_history(ax: Axes, history: pd.DataFrame) -> Axes:
 
 def plot_yolo_training(ax: Axes, results_csv: str | Path, label: str | None = None) -> Axes:
     """Training losses (box, class, distribution) per epoch of one run's results.csv, and mAP50 where it was measured,
-    on a second axis. Returns ax."""
+    on a second axis.
+
+    Parameters
+    ----------
+    ax : Axes
+    results_csv : path
+        As ultralytics writes it; an mAP50 of 0 counts as not measured.
+    label : str, optional
+        Added to the losses' names in the legend.
+
+    Returns
+    -------
+    ax : Axes
+    """
     table = pd.read_csv(results_csv)
     table.columns = [name.strip() for name in table.columns]
     for name in [name for name in table.columns if name.startswith("train/")]:
@@ -64,8 +88,20 @@ def plot_learning_curves(
 ) -> Axes:
     """Columns of training histories over their epochs: one colour a history, one line style a column.
 
-    histories: dict name (of a fold) -> DataFrame; columns that a history lacks and cells without a number are left
-    out, so losses and scores may be written at different epochs. x: column of the horizontal axis.
+    Parameters
+    ----------
+    ax : Axes
+    histories : mapping of str to DataFrame
+        Name (of a fold) -> history.
+    columns : sequence of str
+        Columns that a history lacks and cells without a number are left out, so losses and scores may be written at
+        different epochs; of more than four that it has the first four are drawn.
+    x : str
+        Column of the horizontal axis.
+
+    Returns
+    -------
+    ax : Axes
     """
     names = {"loss": "training loss", "total": "held-out score"}
     drawn = []

@@ -36,7 +36,20 @@ _FLOW = "images>01 01>02 02>03 02>slices 02>level 02>study 03>05 slices>05 level
 def plot_pipeline(ax: Axes, here: tuple[str, ...] = ()) -> Axes:
     """Draw the steps from images to submission as boxes and arrows.
 
-    here: steps to highlight: 01, 02, 03, slices, level, study, 05. Returns ax. Raises ValueError for another name.
+    Parameters
+    ----------
+    ax : Axes
+    here : tuple of str
+        Steps to highlight: images, 01, 02, 03, slices, level, study, 05, submission.
+
+    Returns
+    -------
+    ax : Axes
+
+    Raises
+    ------
+    ValueError
+        Another name.
     """
     from matplotlib.patches import FancyBboxPatch
 
@@ -68,8 +81,17 @@ def plot_pipeline(ax: Axes, here: tuple[str, ...] = ()) -> Axes:
 def plot_cumulative_logits(ax: Axes, prior: np.ndarray, example: float = 1.5) -> Axes:
     """Draw how one score becomes three probabilities: the score's axis, two cut points, a curve for each class.
 
-    prior: (3,) class probabilities at score 0, which place the cut points: P(class <= k) = sigmoid(cut_k - score).
-    example: a score at which the three probabilities are read off. Returns ax.
+    Parameters
+    ----------
+    ax : Axes
+    prior : (3,) array
+        Class probabilities at score 0, which place the cut points: P(class <= k) = sigmoid(cut_k - score).
+    example : float
+        A score at which the three probabilities are read off.
+
+    Returns
+    -------
+    ax : Axes
     """
     first, second = (float(np.log(p / (1 - p))) for p in np.clip(np.cumsum(prior)[:2], 1e-4, 1 - 1e-4))
     low, high = min(first, 0) - 4, max(second, example, 0) + 4

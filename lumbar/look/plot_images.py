@@ -51,8 +51,22 @@ def plot_slice(
 ) -> Axes:
     """One slice in grey, in its true proportions, with the sides of the body at its edges.
 
-    volume: Volume in the normalised scale; index: slice; window: (black, white) in that scale; boxes: LevelBoxes,
-    used to say in the title where the slice lies. Axes are in pixels, so the other plot functions draw on top.
+    Parameters
+    ----------
+    ax : Axes
+    volume : Volume
+        In the normalised scale.
+    index : int
+        Of the slice.
+    window : (2,) tuple of float
+        Black and white in that scale.
+    boxes : sequence of LevelBox, optional
+        Used to say in the title where the slice lies.
+
+    Returns
+    -------
+    ax : Axes
+        In pixels, so the other plot functions draw on top.
     """
     height, width = volume.array.shape[1:]
     _, row_mm, column_mm = volume.spacing_mm
@@ -105,7 +119,23 @@ def plot_level_boxes(ax: Axes, boxes: Iterable[LevelBox], volume: Volume, index:
 
 
 def plot_label_points(ax: Axes, points: pd.DataFrame, volume: Volume, index: int, names: bool = True) -> Axes:
-    """Label points of one slice as rings; points: table of read_coordinates (any studies and series)."""
+    """Label points of one slice as rings.
+
+    Parameters
+    ----------
+    ax : Axes
+    points : DataFrame
+        Of read_coordinates (any studies and series).
+    volume : Volume
+    index : int
+        Of the slice.
+    names : bool
+        Write level and condition beside each ring.
+
+    Returns
+    -------
+    ax : Axes
+    """
     shown = points_on_slice(points, volume, index)
     for row in shown.itertuples():
         colour = LEVEL_COLOURS[LEVELS.index(row.level)]
@@ -137,10 +167,25 @@ def plot_label_points(ax: Axes, points: pd.DataFrame, volume: Volume, index: int
 def plot_vertebrae(
     ax: Axes, volume: Volume, index: int, vertebrae: Iterable[Vertebra], boxes: Iterable[LevelBox] = ()
 ) -> Axes:
-    """Draw one sagittal slice with bodies, names and level boxes. Returns ax.
+    """Draw one sagittal slice with bodies, names and level boxes.
 
-    volume: Volume; index: of the slice; vertebrae: Vertebrae; boxes: LevelBoxes. Both are drawn where they are
-    projected onto the slice; what no sagittal image showed is dashed.
+    Bodies and boxes are drawn where they are projected onto the slice.
+
+    Parameters
+    ----------
+    ax : Axes
+    volume : Volume
+        In the normalised scale.
+    index : int
+        Of the slice.
+    vertebrae : iterable of Vertebra
+        What no sagittal image showed is dashed.
+    boxes : iterable of LevelBox
+        Dotted.
+
+    Returns
+    -------
+    ax : Axes
     """
     ax.imshow(
         np.asarray(volume.array[index], np.float32),
@@ -176,7 +221,18 @@ def plot_vertebrae(
 
 
 def plot_spinenet_target(ax: Axes, item: Mapping[str, torch.Tensor]) -> Axes:
-    """Draw an item of SpineSlices: the crop, corners as dots, their vectors as lines to the centroid. Returns ax."""
+    """Draw an item of SpineSlices: the crop, corners as dots, their vectors as lines to the centroid.
+
+    Parameters
+    ----------
+    ax : Axes
+    item : mapping of str to tensor
+        Or of RandomisedSlices: image (1, h, w), and heat, vectors and near of spinenet_targets.
+
+    Returns
+    -------
+    ax : Axes
+    """
     ax.imshow(item["image"][0].numpy(), cmap="gray", vmin=0, vmax=1)
     colors = ("tab:red", "tab:green", "tab:blue", "tab:orange")
     for kind, row, column in torch.nonzero(item["near"]).tolist():
@@ -200,11 +256,28 @@ def plot_detections(
     threshold: float = 0.1,
     top: int = 8,
 ) -> Axes:
-    """Show a patch with the strongest anchors of dense_scores and, dashed, the label boxes. Returns ax.
+    """Show a patch with the strongest anchors of dense_scores and, dashed, the label boxes.
 
-    patch: (rows, columns) uint8; scores: (anchors, 3); centers_px: (anchors, 2); box_px: side of the square drawn;
-    truth: rows (class, xc, yc, w, h) as in YOLO's label files. Also (anchors, classes) of the original scheme, whose
-    classes' severity is their number modulo 3.
+    Parameters
+    ----------
+    ax : Axes
+    patch : (rows, columns) uint8 array
+    scores : (anchors, 3) array
+        By severity. Also (anchors, classes) of the original scheme, whose classes' severity is their number modulo 3.
+    centers_px : (anchors, 2) array
+        x, y in the patch.
+    box_px : float
+        Side of the square drawn. Anchors within half of it, in x and y, of a stronger one that is drawn are left out.
+    truth : iterable of (5,) rows
+        (class, xc, yc, w, h) as in YOLO's label files: fractions of the patch.
+    threshold : float
+        The lowest score that is drawn.
+    top : int
+        How many anchors at most.
+
+    Returns
+    -------
+    ax : Axes
     """
     from matplotlib.patches import Rectangle
 
@@ -284,7 +357,25 @@ def plot_example(
 ) -> np.ndarray:
     """One graded place in three axes: the whole slice with the level boxes, the place enlarged, the probabilities.
 
-    condition, level: indices; points: label points of read_coordinates: where the label lies, the pictures look.
+    Parameters
+    ----------
+    axes : (3,) array of Axes
+    study : Study
+        Normalised.
+    boxes : sequence of LevelBox
+        Its five.
+    condition, level : int
+        Indices.
+    probabilities : (3,) array
+        Of this place.
+    grade : int
+        Of the label, -1 without one.
+    points : DataFrame, optional
+        Label points of read_coordinates: where the label lies, the pictures look.
+
+    Returns
+    -------
+    axes : (3,) array of Axes
     """
     where = None
     if points is not None:
@@ -312,8 +403,21 @@ def plot_findings(axes: np.ndarray, study: Study, boxes: list[LevelBox], probabi
     """One predicted study in three axes: the level boxes on the middle sagittal slice, the worst finding enlarged, and
     all 25 predictions.
 
-    axes: (3,); study: Study (normalised); boxes: its five LevelBoxes; probabilities: (5, 5, 3). The worst finding is
-    where moderate counts 1 and severe 2. Returns axes.
+    The worst finding has the highest mean grade, where moderate counts 1 and severe 2.
+
+    Parameters
+    ----------
+    axes : (3,) array of Axes
+    study : Study
+        Normalised.
+    boxes : list of LevelBox
+        Its five.
+    probabilities : (5, 5, 3) array
+        By condition, level and severity.
+
+    Returns
+    -------
+    axes : (3,) array of Axes
     """
     volumes = study.of("Sagittal T2/STIR") or study.of("Sagittal T1") or study.volumes
     middle = boxes[len(boxes) // 2].center_lps_mm

@@ -30,8 +30,19 @@ def plot_scores(
 ) -> Axes:
     """Bars of scores (lower is better), best at the top; references as dotted lines with their names.
 
-    scores, references: dicts of name -> score. Scores that are not finite are left out. intervals: dict of name ->
-    (low, high), drawn as whiskers.
+    Scores that are not finite are left out.
+
+    Parameters
+    ----------
+    ax : Axes
+    scores, references : mapping of str to float
+        Name -> score.
+    intervals : mapping of str to (2,) tuple of float, optional
+        Name of a score -> (low, high), drawn as whiskers.
+
+    Returns
+    -------
+    ax : Axes
     """
     scores = {name: value for name, value in scores.items() if np.isfinite(value)}
     order = sorted(scores, key=lambda name: scores[name], reverse=True)
@@ -61,10 +72,21 @@ def plot_scores(
 def plot_grid(
     ax: Axes, values: ArrayLike, reference: np.ndarray | None = None, counts: np.ndarray | None = None
 ) -> Axes:
-    """Numbers per condition (rows) and level (columns), tinted: (5, 5), NaN is left empty.
+    """Numbers per condition (rows) and level (columns), tinted.
 
-    reference: (5, 5), such as the class prior's loss; then blue is below (better than) it and red above.
-    counts: (5, 5) ints, written below the numbers.
+    Parameters
+    ----------
+    ax : Axes
+    values : (5, 5) array-like
+        NaN is left empty.
+    reference : (5, 5) array, optional
+        Such as the class prior's loss; then blue is below (better than) it and red above.
+    counts : (5, 5) int array, optional
+        Written below the numbers.
+
+    Returns
+    -------
+    ax : Axes
     """
     values = np.asarray(values, np.float64)
     tint = values if reference is None else values - reference
@@ -82,7 +104,17 @@ def plot_grid(
 def plot_confusion(ax: Axes, truth: ArrayLike, probabilities: ArrayLike) -> Axes:
     """Table of read grade (rows) against most probable grade (columns): per cent of each row, and counts.
 
-    truth: int (...), -1 is left out; probabilities: (..., 3).
+    Parameters
+    ----------
+    ax : Axes
+    truth : (...) int array-like
+        -1 is left out.
+    probabilities : (..., 3) array-like
+        By severity; finite where there is a grade.
+
+    Returns
+    -------
+    ax : Axes
     """
     truth = np.asarray(truth).reshape(-1)
     guess = np.asarray(probabilities).reshape(-1, 3).argmax(axis=1)
@@ -112,8 +144,22 @@ def plot_confusion(ax: Axes, truth: ArrayLike, probabilities: ArrayLike) -> Axes
 def plot_reliability(ax: Axes, truth: ArrayLike, probabilities: ArrayLike, bins: int = 8) -> Axes:
     """Predicted probability against how often it came true, one curve a grade, in bins of equal count.
 
-    truth: int (...), -1 is left out; probabilities: (..., 3). On the diagonal the probabilities can be taken at
-    their word. The bars are 95% Wilson intervals; "off by" is the mean distance to the diagonal, weighted by count.
+    On the diagonal the probabilities can be taken at their word. The bars are 95% Wilson intervals; "off by" is the
+    mean distance to the diagonal, weighted by count.
+
+    Parameters
+    ----------
+    ax : Axes
+    truth : (...) int array-like
+        -1 is left out.
+    probabilities : (..., 3) array-like
+        By severity; finite where there is a grade.
+    bins : int
+        How many on each curve.
+
+    Returns
+    -------
+    ax : Axes
     """
     truth = np.asarray(truth).reshape(-1)
     probabilities = np.asarray(probabilities, dtype=float).reshape(-1, 3)[truth >= 0]
@@ -154,7 +200,15 @@ def plot_reliability(ax: Axes, truth: ArrayLike, probabilities: ArrayLike, bins:
 def plot_class_counts(ax: Axes, grades: np.ndarray) -> Axes:
     """Draw how many gradings of each class there are: one bar a condition and level, rare classes at the bottom.
 
-    grades: (n, 5, 5) int, -1 is missing and drawn in grey on top. Returns ax.
+    Parameters
+    ----------
+    ax : Axes
+    grades : (n, 5, 5) int array
+        By study, condition and level; -1 is missing and drawn in grey on top.
+
+    Returns
+    -------
+    ax : Axes
     """
     grades = np.asarray(grades)
     counts = np.stack([(grades == k).sum(0) for k in (2, 1, 0, -1)])  # (4, conditions, levels)
@@ -217,9 +271,19 @@ def plot_study_grades(ax: Axes, probabilities: np.ndarray) -> Axes:
 
 
 def plot_level_errors(ax: Axes, errors: pd.DataFrame, held_out: Iterable[int] = ()) -> Axes:
-    """Histogram of the distances between found and true disc centres, held-out studies apart. Returns ax.
+    """Histogram of the distances between found and true disc centres, held-out studies apart.
 
-    errors: from level_errors; held_out: study ids.
+    Parameters
+    ----------
+    ax : Axes
+    errors : DataFrame
+        From level_errors.
+    held_out : iterable of int
+        Study ids.
+
+    Returns
+    -------
+    ax : Axes
     """
     apart = errors["study_id"].isin(held_out)
     bins = np.linspace(0, max(10.0, min(errors["error_mm"].max(), 30.0)), 41).tolist()

@@ -47,9 +47,29 @@ def point_cloud(study: Study, every: int = 2) -> open3d.geometry.PointCloud:
 def study_figure(study: Study, boxes: Sequence[LevelBox] = (), points: int = 40_000, seed: int = 0) -> Figure:
     """The study in space as a plotly Figure to turn: Open3D's cloud of its bright voxels, and the level boxes.
 
-    With boxes, of the voxels only those in and near them are shown (half a box more to every side): the rest would
-    hide them. points: how many at most, drawn at random; the colours' red, green and blue are T1, axial T2 and
-    T2/STIR. Axes are LPS millimetres. Needs open3d, which brings plotly along (ImportError says how to get it).
+    The colours' red, green and blue are T1, axial T2 and T2/STIR. Needs open3d, which brings plotly along.
+
+    Parameters
+    ----------
+    study : Study
+        Normalised.
+    boxes : sequence of LevelBox
+        With boxes, of the voxels only those in and near them are shown (half a box more to every side): the rest would
+        hide them.
+    points : int
+        How many at most, drawn at random.
+    seed : int
+        Of that draw.
+
+    Returns
+    -------
+    Figure
+        Axes are LPS millimetres.
+
+    Raises
+    ------
+    ImportError
+        Open3D cannot be loaded; it says how to get it.
     """
     cloud, traces = point_cloud(study), []
     import plotly.graph_objects as go

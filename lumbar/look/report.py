@@ -32,9 +32,19 @@ TERM_NAMES = {
 
 
 def cell_losses(grades: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Weighted log loss of each condition and level: (5, 5), NaN where nothing is graded.
+    """Weighted log loss of each condition and level.
 
-    grades: (n, 5, 5), -1 missing; probabilities: (n, 5, 5, 3), NaN (left out) or rows that sum to 1.
+    Parameters
+    ----------
+    grades : (n, 5, 5) int array
+        By study, condition and level; -1 missing.
+    probabilities : (n, 5, 5, 3) array
+        NaN (left out) or rows that sum to 1.
+
+    Returns
+    -------
+    (5, 5) float64 array
+        By condition and level; NaN where nothing is graded.
     """
     weight, loss = known_losses(grades, probabilities)
     total = weight.sum(0)
@@ -51,9 +61,23 @@ def known_losses(grades: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndar
 def worst_rows(
     study_ids: Sequence[int] | np.ndarray, grades: np.ndarray, probabilities: np.ndarray, count: int = 6
 ) -> pd.DataFrame:
-    """The most wrong predictions, at most one a study: DataFrame study_id, condition, level (indices), grade, loss.
+    """The most wrong predictions, at most one a study.
 
-    Ordered by weight times log loss, what a row costs in the metric.
+    Parameters
+    ----------
+    study_ids : (n,) sequence of int
+    grades : (n, 5, 5) int array
+        By study, condition and level; -1 missing.
+    probabilities : (n, 5, 5, 3) array
+        NaN (left out) or rows that sum to 1.
+    count : int
+        How many at most.
+
+    Returns
+    -------
+    DataFrame
+        study_id, condition, level (indices), grade (of the label), loss (without the weight). Ordered by weight times
+        log loss, what a row costs in the metric.
     """
     weight, loss = known_losses(grades, probabilities)
     cost = weight * loss
@@ -70,13 +94,26 @@ def worst_rows(
 
 
 def score_table(grades: np.ndarray, predictions: Mapping[str, np.ndarray], draws: int = 0) -> pd.DataFrame:
-    """The metric's terms of several predictions: DataFrame, one row a name, columns of TERM_NAMES and rows.
+    """The metric's terms of several predictions.
 
-    predictions: dict name -> (n, 5, 5, 3), NaN where there is none. A member that grades only some conditions or
-    studies is scored on those (`rows` counts them); its terms without a row are NaN, and so is its total.
-    With a `Class prior` and a `Perfect reader` among them, `closed` is how much of the distance between the two each
-    prediction closes: 0 is no better than the prior, 1 is perfect. draws: above 0, `low` and `high` are the total's
-    95% interval over so many draws of resampled_scores.
+    A member that grades only some conditions or studies is scored on those; its terms without a row are NaN, and so is
+    its total.
+
+    Parameters
+    ----------
+    grades : (n, 5, 5) int array
+        By study, condition and level; -1 missing.
+    predictions : mapping of str to (n, 5, 5, 3) array
+        Name -> probabilities, NaN where there are none.
+    draws : int
+        Of resampled_scores, for intervals; 0: none.
+
+    Returns
+    -------
+    DataFrame
+        One row a name. Columns: those of TERM_NAMES; with draws `low` and `high`, the total's 95% interval; with a
+        `Class prior` and a `Perfect reader` among the names `closed`, how much of the distance between the two each
+        prediction closes: 0 is no better than the prior, 1 is perfect; `rows`, the gradings that are scored.
     """
     table = {}
     for name, probabilities in predictions.items():
@@ -136,8 +173,20 @@ def term_table(
 ) -> pd.DataFrame:
     """One prediction's terms beside a reference's: DataFrame by term with 95% intervals over resampled studies.
 
-    predictions as in score_table; name, reference: keys of it. Columns: the reference's and the prediction's score,
-    its interval, how much lower it is than the reference, and that difference's interval (text).
+    Parameters
+    ----------
+    grades, predictions
+        As in score_table.
+    name, reference : str
+        Keys of `predictions`.
+    draws : int
+        Of resampled_scores.
+
+    Returns
+    -------
+    DataFrame
+        Columns: the reference's and the prediction's score, its interval, how much lower it is than the reference, and
+        that difference's interval (text).
     """
     table = score_table(grades, {key: predictions[key] for key in (reference, name)})
     drawn = resampled_scores(grades, {key: predictions[key] for key in (reference, name)}, draws)
@@ -156,10 +205,18 @@ def term_table(
 
 
 def problem_table(sentences: Iterable[str]) -> pd.DataFrame:
-    """What was left out or doubtful, counted: DataFrame what, times, example, the most frequent first.
+    """What was left out or doubtful, counted.
 
-    sentences: problems of read_study, as series.csv and inference_log.csv have them. Those that differ only in
-    studies, series, files and numbers count as one.
+    Parameters
+    ----------
+    sentences : iterable of str
+        Problems of read_study, as series.csv and inference_log.csv have them. Those that differ only in studies,
+        series, files and numbers count as one.
+
+    Returns
+    -------
+    DataFrame
+        what, times, example (the first of them), the most frequent first.
     """
     rows: dict[str, tuple[int, str]] = {}
     for sentence in sentences:
@@ -174,18 +231,50 @@ def problem_table(sentences: Iterable[str]) -> pd.DataFrame:
 
 
 def out_of_fold_prior(grades: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """For each study the weighted class prior of the studies in other folds: (n, 5, 5, 3). folds: (n,) int."""
+    """For each study the weighted class prior of the studies in other folds.
+
+    Parameters
+    ----------
+    grades : (n, 5, 5) int array
+        By study, condition and level; -1 missing.
+    folds : (n,) int array
+
+    Returns
+    -------
+    (n, 5, 5, 3) float64 array
+        By study, condition, level and severity.
+    """
     return np.stack([class_prior(grades[folds != fold]) for fold in folds])
 
 
 def nested_folds(
     labels: pd.DataFrame, folds: np.ndarray, tables: Mapping[str, pd.DataFrame], parts: int = 5
 ) -> pd.DataFrame:
-    """The folds in which the ensemble is judged: DataFrame study_id, fold of the predicted studies.
+    """The folds in which the ensemble is judged.
 
-    labels: train.csv's wide form; folds: (n,) fold of each of its rows; tables: dict member -> out-of-fold table.
-    They are the members' own folds: an ensemble for a fold's studies is found on the other folds, as the members
-    were. Where the members predicted one fold only, its studies are dealt into `parts` instead.
+    They are the members' own folds: an ensemble for a fold's studies is found on the other folds, as the members were.
+    Where the members predicted one fold only, its studies are dealt into `parts` instead.
+
+    Parameters
+    ----------
+    labels : DataFrame
+        train.csv's wide form.
+    folds : (n,) int array
+        Fold of each of its rows.
+    tables : mapping of str to DataFrame
+        Member -> out-of-fold table; at least one.
+    parts : int
+        Fewer where there are fewer studies.
+
+    Returns
+    -------
+    DataFrame
+        study_id, fold of the predicted studies, in the order of `labels`.
+
+    Raises
+    ------
+    ValueError
+        A table that check_predictions refuses.
     """
     aligned = align_members(labels["study_id"].to_numpy(), tables)
     predicted = np.any([np.isfinite(p).any((1, 2, 3)) for p in aligned.values()], axis=0)
@@ -196,7 +285,19 @@ def nested_folds(
 
 
 def read_views(run: str | Path) -> pd.DataFrame:
-    """The views.csv of the members' stages below `run`, one below the other: DataFrame stage, view, alone, gain, ..."""
+    """The views.csv of the members' stages below `run`, one below the other.
+
+    Parameters
+    ----------
+    run : path
+        A run's folder.
+
+    Returns
+    -------
+    DataFrame
+        stage, and the columns of choose_views: view, alone, gain, gain_se, kept; no columns if there is no file.
+        Folders that were put aside (.old-) are left out.
+    """
     paths = [p for p in sorted(Path(run).glob("*/views.csv")) if ".old-" not in p.parent.name]
     tables = [pd.read_csv(path) for path in paths]
     for path, table in zip(paths, tables, strict=True):
@@ -205,7 +306,19 @@ def read_views(run: str | Path) -> pd.DataFrame:
 
 
 def ensemble_table(ensemble: Mapping[str, Any]) -> pd.DataFrame:
-    """What ensemble.json holds, for people: DataFrame, one row a group of conditions."""
+    """What ensemble.json holds, for people.
+
+    Parameters
+    ----------
+    ensemble : mapping
+        As fit_ensemble or default_ensemble make it.
+
+    Returns
+    -------
+    DataFrame
+        One row a group of conditions: each member's weight, Temperature, Bias of moderate and severe, Floor, Stacker
+        (whether there is one).
+    """
     groups = list(ensemble["weights"])
     table = pd.DataFrame(ensemble["weights"]).T
     table["Temperature"] = [ensemble["temperature"][group] for group in groups]
@@ -220,9 +333,23 @@ def ensemble_table(ensemble: Mapping[str, Any]) -> pd.DataFrame:
 def level_label_table(
     paths: Mapping[int, Path], levels: pd.DataFrame, coordinates: pd.DataFrame, limit: int = 200
 ) -> pd.DataFrame:
-    """How well the level boxes meet the label points: one row a point, see compare_with_labels, with study_id.
+    """How well the level boxes meet the label points.
 
-    paths: dict study_id -> volume file; levels: levels.csv as a table; limit: studies looked at, spread evenly.
+    Parameters
+    ----------
+    paths : mapping of int to Path
+        study_id -> volume file.
+    levels : DataFrame
+        levels.csv.
+    coordinates : DataFrame
+        Of read_coordinates.
+    limit : int
+        Studies looked at, at most; spread evenly.
+
+    Returns
+    -------
+    DataFrame
+        One row a point, see compare_with_labels, with study_id.
     """
     study_ids = sorted(set(paths) & set(levels["study_id"]) & set(coordinates["study_id"]))
     rows = []
@@ -240,7 +367,20 @@ def level_label_table(
 def summarise_levels(compared: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
     """Per level: label points, those at the right level, how far the disc plane is from the canal and subarticular
     points (which lie at the disc's height; foraminal ones lie above it), how often a second numbering calls the level
-    something else and how likely that is, and where the boxes came from."""
+    something else and how likely that is, and where the boxes came from.
+
+    Parameters
+    ----------
+    compared : DataFrame
+        Of level_label_table.
+    levels : DataFrame
+        levels.csv.
+
+    Returns
+    -------
+    DataFrame
+        One row a level, head to foot; headings name the units, mm or %.
+    """
     rows, shares = [], second_shares(levels)
     for level in LEVELS:
         part = compared[compared["level"] == level]
@@ -281,13 +421,37 @@ def _in_doubt(source):
 
 
 def read_manifests(out: str | Path) -> dict[str, dict[str, Any]]:
-    """dict stage -> manifest of every complete stage in a folder, in the order of their names; see read_manifest."""
+    """dict stage -> manifest of every complete stage in a folder, in the order of their names; see read_manifest.
+
+    Parameters
+    ----------
+    out : path
+        A run's folder.
+
+    Returns
+    -------
+    dict of str to dict
+        Folders that were put aside (.old-) are left out.
+    """
     folders = [path.parent for path in sorted(Path(out).glob("*/manifest.json")) if ".old-" not in path.parent.name]
     return {folder.name: manifest for folder in folders if (manifest := read_manifest(folder)) is not None}
 
 
 def read_histories(out: str | Path) -> dict[str, dict[str, pd.DataFrame]]:
-    """dict stage -> dict run -> training history: *history*.csv of our own training, results.csv of ultralytics."""
+    """dict stage -> dict run -> training history: *history*.csv of our own training, results.csv of ultralytics.
+
+    Parameters
+    ----------
+    out : path
+        A run's folder. A file that cannot be read is named, printed and left out.
+
+    Returns
+    -------
+    dict of str to dict of str to DataFrame
+        A run is called as its file without `_history`, or as the folder of its results.csv; one with a column split is
+        several, with the split in their names. NaN stands where ultralytics wrote an epoch without validation as zeros.
+        Folders that were put aside (.old-) are left out.
+    """
     found: dict[str, dict[str, pd.DataFrame]] = {}
     for path in sorted({*Path(out).glob("*/*history*.csv"), *Path(out).glob("*/**/results.csv")}):
         stage = path.relative_to(out).parts[0]

@@ -64,14 +64,38 @@ def study_html(
 
     Three linked panels of slices, the chosen level's crop in three planes along its disc, the study in space, and a
     table of all cells; viewer.js draws them. A click in one series moves the others to the same point in the patient.
+    Shows no id but the study's, in `title`.
 
-    study: normalised Study; boxes: LevelBoxes (outlined; dashed below a confidence of 0.5); points: label points as
-    read_coordinates has them; probabilities: (5, 5, 3), or a dict name -> such; truth: (5, 5) grades of this study, -1
-    missing; title: any text, escaped here; vertebrae: list of Vertebra; detections: table of study_detections.
-    page: a whole page instead of a fragment for a notebook or report; several fragments on a page do not disturb
-    each other. max_bytes: for the slices' pictures, which become coarser to fit (default PAGE_BYTES, FRAGMENT_BYTES);
-    crops and the rest add about 0.7 MB. start: level and condition shown first. Shows no id but the study's, in
-    `title`. Returns the HTML text.
+    Parameters
+    ----------
+    study : Study
+        Normalised.
+    boxes : iterable of LevelBox, optional
+        Outlined; dashed below a confidence of 0.5.
+    points : DataFrame, optional
+        Label points as read_coordinates has them (any studies).
+    probabilities : (5, 5, 3) array or mapping of str to such, optional
+        By condition, level and severity; by name of who predicts. NaN where nothing is said.
+    truth : (5, 5) int array, optional
+        Grades of this study by condition and level, -1 missing.
+    title : str, optional
+        Any text, escaped here; default: `Study <id>`.
+    page : bool
+        A whole page instead of a fragment for a notebook or report; several fragments on a page do not disturb each
+        other.
+    max_bytes : int, optional
+        For the slices' pictures, which become coarser to fit, and fewer where that is not enough (default PAGE_BYTES,
+        FRAGMENT_BYTES); crops and the rest add about 0.7 MB.
+    vertebrae : iterable of Vertebra, optional
+    detections : DataFrame, optional
+        Table of study_detections (any studies).
+    start : (2,) tuple of int
+        Level and condition shown first, indices.
+
+    Returns
+    -------
+    str
+        The HTML text.
     """
     boxes, vertebrae = list(boxes or ()), list(vertebrae or ())
     points, detections = (

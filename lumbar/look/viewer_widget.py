@@ -52,10 +52,25 @@ try {
 def inspect_study(inspection: Inspection, worst: int = 30, max_bytes: int = FRAGMENT_BYTES) -> widgets.VBox:
     """Live viewer for a notebook: choose a study, jump to errors and fallbacks; needs a running kernel.
 
-    inspection: Inspection; worst: how many errors to list; max_bytes: of one study's slices, see FRAGMENT_BYTES.
     Opens on a study with predictions, if there is one. Everything within a study happens in the browser (study_html).
-    Returns an ipywidgets.VBox whose `.controls` are the widgets by name, and whose `.place` holds the page. Raises
-    ValueError when there is no study.
+
+    Parameters
+    ----------
+    inspection : Inspection
+    worst : int
+        How many errors to list.
+    max_bytes : int
+        Of one study's slices, see FRAGMENT_BYTES.
+
+    Returns
+    -------
+    ipywidgets.VBox
+        Its `.controls` are the widgets by name, and its `.place` holds the page.
+
+    Raises
+    ------
+    ValueError
+        There is no study.
     """
     import ipywidgets as widgets
 
