@@ -1,6 +1,7 @@
 """The house stands: imports go down only, docstrings say what a module may use, `utils` is what its readers need."""
 
 import ast
+import inspect
 import json
 import re
 from functools import cache
@@ -206,6 +207,22 @@ def used_of_utils() -> frozenset[str]:
     pages = [ROOT / "README.md", ROOT / "tests" / "test_front.py", *sorted((ROOT / "docs").glob("*.md"))]
     texts += [path.read_text(encoding="utf-8") for path in pages]
     return frozenset(re.findall(r"(?<![\w./])utils\.(?!py\b)([A-Za-z_]\w*)", "\n".join(texts)))
+
+
+def test_public_functions_say_what_their_parameters_are():
+    """numpydoc sections with an entry for each, and for nothing else."""
+    unsaid = []
+    for name in utils.__all__:
+        function = getattr(utils, name)
+        if not inspect.isfunction(function):
+            continue
+        _, *rest = re.split(r"^Parameters\n-+\n", inspect.getdoc(function) or "", flags=re.MULTILINE)
+        section = re.split(r"^\w+\n-{3,}\n", rest[0], flags=re.MULTILINE)[0] if rest else ""
+        entries = [line.split(":")[0] for line in section.splitlines() if line and not line.startswith(" ")]
+        said = {entry.strip().lstrip("*") for line in entries for entry in line.split(",")}
+        if said != set(inspect.signature(function).parameters):
+            unsaid.append(name)
+    assert unsaid == []
 
 
 def test_utils_is_what_notebooks_and_readme_use():

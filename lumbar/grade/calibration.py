@@ -166,8 +166,22 @@ def cross_fitted_probabilities(scores: ArrayLike, grades: ArrayLike, used: np.nd
 def yolo_loss_against_prior(grades: np.ndarray, probabilities: np.ndarray, folds: np.ndarray) -> dict[str, float]:
     """Weighted log loss of held-out probabilities, and of the class prior on the same rows.
 
-    grades (n, 5, sides), probabilities (n, 5, sides, 3) with NaN rows left out, folds (n,): each study's prior is
-    made of the other folds' grades. Returns {"weighted_log_loss", "class_prior", "gain", "rows"}, gain in 0..1.
+    Each study's prior is made of the other folds' grades.
+
+    Parameters
+    ----------
+    grades : (n, 5, sides) int array
+        By study, level and side; -1 missing.
+    probabilities : (n, 5, sides, 3) array
+        Rows that are NaN are left out.
+    folds : (n,) array
+        Fold of each study.
+
+    Returns
+    -------
+    dict
+        weighted_log_loss; class_prior, the prior's loss; gain, the share of it that is saved, below 0 where the prior
+        is better; rows, how many count. Without any the others are NaN.
     """
     use = (grades >= 0) & np.isfinite(probabilities).all(axis=-1)
     if not use.any():

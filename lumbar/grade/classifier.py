@@ -42,8 +42,21 @@ SMALL_BACKBONES: dict[str, dict[str, Any]] = {
 def backbone_config(name: str, img_size: Sequence[int]) -> Any:
     """timm_3d's configuration of a MaxxVit.
 
-    name: a key of SMALL_BACKBONES or of timm_3d's MaxxVit configurations (coatnet_rmlp_3_rw, maxvit_rmlp_tiny_rw, ...);
-    img_size: (d, h, w), each divisible by the stride (32; `tiny`: 16, `tiny_stride8`: 8). Raises ValueError otherwise.
+    Parameters
+    ----------
+    name : str
+        A key of SMALL_BACKBONES or of timm_3d's MaxxVit configurations (coatnet_rmlp_3_rw, maxvit_rmlp_tiny_rw, ...).
+    img_size : sequence of 3 int
+        Voxels (d, h, w), each divisible by the stride (32; `tiny`: 16, `tiny_stride8`: 8).
+
+    Returns
+    -------
+    timm_3d.models.maxxvit.MaxxVitCfg
+
+    Raises
+    ------
+    ValueError
+        Another name, or other sizes.
     """
     with warnings.catch_warnings():
         # timm_3d decorates with torch.jit.script, which newer versions of torch announce to leave.
@@ -73,8 +86,23 @@ def backbone_config(name: str, img_size: Sequence[int]) -> Any:
 def make_backbone(name: str, img_size: Sequence[int], drop_path: float = 0.0) -> Any:
     """A timm_3d MaxxVit without its head: (B, 3, d, h, w) -> (B, features, d', h', w').
 
-    drop_path: in training, how often the deepest residual branch is left out; those before it in proportion to their
-    depth (Huang et al. 2016). The other arguments and the errors are those of backbone_config.
+    Parameters
+    ----------
+    name, img_size
+        Of backbone_config.
+    drop_path : float
+        In training, how often the deepest residual branch is left out; those before it in proportion to their depth
+        (Huang et al. 2016).
+
+    Returns
+    -------
+    timm_3d.models.maxxvit.MaxxVit
+        With random weights. Its forward_features gives the features, its num_features says how many.
+
+    Raises
+    ------
+    ValueError
+        As backbone_config.
     """
     config = backbone_config(name, img_size)
     from timm_3d.models.maxxvit import MaxxVit
@@ -272,8 +300,28 @@ def load_classifier(
     """(model in evaluation mode, about): what save_classifier wrote of a model of the class `network`, `crop` in it a
     Crop.
 
-    Raises FileNotFoundError, or DamagedFile (a ValueError) for a file with other contents: numbers out of range, a
-    network that its tensors do not fit, values that are not finite.
+    Parameters
+    ----------
+    path : path
+    device : str or torch.device
+        Of the model, as torch names it.
+    network : type
+        OrdinalClassifier or a class derived from it.
+
+    Returns
+    -------
+    model : OrdinalClassifier
+        Of the class `network`.
+    about : dict
+        Also holds what store_settled wrote beside the file, such as `views`.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    DamagedFile
+        A file with other contents: numbers out of range, a network that its tensors do not fit, values that are not
+        finite. It is a ValueError.
     """
     state, about = read_weights(path, "classifier", _REMEDY, "a classifier's")
     about |= read_settled(path)
@@ -328,7 +376,24 @@ def _check_classifier(stated, network):
 def level_centers(paths: Mapping[int, str | Path], levels_table: pd.DataFrame, crop: Crop) -> list[float]:
     """(5,) mean places of the levels in the whole-study grid, as fractions from its upper end. See LevelAttention.
 
-    paths: dict study_id -> volumes; levels_table: levels.csv; crop: Crop.
+    Parameters
+    ----------
+    paths : mapping of int to path
+        study_id to the file of its volumes, of the studies to average over.
+    levels_table : DataFrame
+        levels.csv.
+    crop : Crop
+        Of scope `study`; its extent from head to foot counts.
+
+    Returns
+    -------
+    list of 5 float
+        Head to foot.
+
+    Raises
+    ------
+    KeyError
+        The table lacks a level of a study.
     """
     found = []
     for study_id, path in paths.items():
@@ -450,12 +515,38 @@ def settle_views(
 ) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
     """Choose the test-time views on held-out studies, store them beside the weights, predict these studies.
 
-    out: folder with <name>.safetensors; held_out: dict name -> CropDataset of the studies that these weights were not
-    trained on; workers: processes that cut crops; load, measure: of another kind of network, in place of
-    load_classifier and measure_views. What is stored is chosen on all of the studies together, see choose_views. The
-    predictions are cross-fitted: each fifth of the studies is predicted with the views that pay on the other four
-    fifths, see cross_fitted_views. Returns (dict name -> (n, 5, 5, 3) probabilities, choose_views' table). Safe to run
-    again after an interruption.
+    What is stored is chosen on all of the studies together, see choose_views. The predictions are cross-fitted: each
+    fifth of the studies is predicted with the views that pay on the other four fifths, see cross_fitted_views. Safe to
+    run again after an interruption.
+
+    Parameters
+    ----------
+    out : path
+        Folder with <name>.safetensors.
+    held_out : mapping of str to CropDataset
+        By the name of the weights, the studies that these were not trained on; SliceDatasets with `load` and `measure`.
+    device : str or int
+        As names.device_for takes it.
+    views : sequence of mapping
+        The candidates, the plain one first.
+    workers : int
+        Processes that cut crops.
+    load, measure : callable, optional
+        Of another kind of network, in place of load_classifier and measure_views.
+
+    Returns
+    -------
+    predicted : dict of str to (n, 5, 5, 3) array
+        Probabilities by study, condition, level and severity, for each name; studies in the data set's order.
+    table : DataFrame
+        Of choose_views.
+
+    Raises
+    ------
+    ValueError
+        For a device that this machine does not have.
+    FileNotFoundError, DamagedFile
+        As load_classifier.
     """
     device, measured = device_for(device), []
     load, measure = load or load_classifier, measure or measure_views

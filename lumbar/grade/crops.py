@@ -26,7 +26,18 @@ CROP_MARGIN = 1.2  # crops are cut this much larger, so that shifts and rotation
 
 
 def margin_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """The (d, h, w) at which crops are cut: CROP_MARGIN larger, even."""
+    """The (d, h, w) at which crops are cut: CROP_MARGIN larger, even.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Voxels (d, h, w) of the network's input.
+
+    Returns
+    -------
+    tuple of int
+        Voxels.
+    """
     return tuple(int(round(n * CROP_MARGIN / 2)) * 2 for n in shape)
 
 
@@ -111,10 +122,25 @@ def view_crops(
 ) -> torch.Tensor:
     """Cut the network's input out of crops with margin, moved as asked: augmentation and TTA alike.
 
-    crops: (B, 3, D, H, W) on any device, as cut_crops cuts them for this crop. rotation_deg: (B, 3) about the left,
-    head and back axes; shift_mm: (B, 3) along the crop's axes (foot, back, left); scale: (B,), above 1 enlarges;
-    mirror: (B,) bool, left and right change places (the caller swaps the labels, see mirror_conditions).
-    Returns (B, 3, d, h, w) float32.
+    Parameters
+    ----------
+    crops : (B, 3, D, H, W) tensor on any device
+        As cut_crops cuts them for this crop.
+    crop : Crop
+        Without the margin.
+    rotation_deg : (B, 3) tensor on the CPU, optional
+        About the left, head and back axes.
+    shift_mm : (B, 3) tensor on the CPU, optional
+        Of the place that is cut out, along the crop's axes (foot, back, left).
+    scale : (B,) tensor on the CPU, optional
+        Above 1 enlarges.
+    mirror : (B,) bool tensor on the CPU, optional
+        Left and right change places (the caller swaps the labels, see mirror_conditions).
+
+    Returns
+    -------
+    (B, 3, d, h, w) float32 tensor
+        On the crops' device; 0 beyond their margin.
     """
     batch, device = len(crops), crops.device
     full = np.asarray(crops.shape[2:], np.float64)
@@ -159,7 +185,25 @@ def augment_crops(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random views for training: stage-1 jitter (shift, rotation, scale), mirroring with labels, contrast, noise.
 
-    crops: (B, 3, D, H, W); grades: (B, 5, ...). Returns (inputs (B, 3, d, h, w) float32, grades).
+    Parameters
+    ----------
+    crops : (B, 3, D, H, W) tensor
+        With margin, on any device.
+    grades : (B, 5, ...) tensor
+        By crop and condition.
+    crop : Crop
+        Of view_crops.
+    generator : torch.Generator, on the CPU
+        Of all random numbers but the noise, which is drawn on the crops' device by torch's default one.
+    strength : float
+        Factor of the jitter's and the contrast's standard deviations; mirroring, noise and channels that are left out
+        stay as they are.
+
+    Returns
+    -------
+    inputs : (B, 3, d, h, w) float32 tensor
+    grades : (B, 5, ...) tensor
+        Left and right swapped where the input is mirrored.
     """
     batch = len(crops)
 
@@ -184,7 +228,25 @@ def augment_crops(
 
 
 def expand_view(view: View, batch: int) -> dict[str, torch.Tensor]:
-    """A view's plain numbers -> the per-item tensors that view_crops takes."""
+    """A view's plain numbers -> the per-item tensors that view_crops takes.
+
+    Parameters
+    ----------
+    view : mapping
+        Any of shift_mm and rotation_deg (three numbers), scale and mirror, as in TTA_VIEWS.
+    batch : int
+        Items, B.
+
+    Returns
+    -------
+    dict of str to tensor
+        view_crops' arguments, alike for all items: float32 (B, 3) or (B,), `mirror` bool (B,).
+
+    Raises
+    ------
+    ValueError
+        A view with other keys.
+    """
     tensors = {
         name: torch.tensor(value, dtype=torch.float32).expand(batch, 3)
         for name, value in view.items()

@@ -63,13 +63,32 @@ class YoloDetector:
 
 
 def load_yolo(path: str | Path, device: str = "cpu", config_dir: str | Path | None = None) -> YoloDetector:
-    """Rebuild a detector from a file of train_yolo. Returns YoloDetector.
+    """Rebuild a detector from a file of train_yolo.
 
     The network is one that ultralytics ships: of the file only its name and numbers count, and nothing is evaluated.
-    config_dir: writable folder for ultralytics' settings, by default one in the system's temporary folder.
-    Raises FileNotFoundError when there is no file, DamagedFile (a ValueError) when it is no detector, one whose classes
-    are not the severities, describes another network than ultralytics does, states numbers out of range, or has values
-    that are not finite.
+
+    Parameters
+    ----------
+    path : path
+    device : str
+        Of the network, as torch names it.
+    config_dir : path, optional
+        Writable folder for ultralytics' settings, by default one in the system's temporary folder.
+
+    Returns
+    -------
+    YoloDetector
+        In evaluation mode; its `about` also holds what settle_detectors stored beside the file.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no file.
+    DamagedFile
+        It is no detector, one whose classes are not the severities, describes another network than ultralytics does,
+        states numbers out of range, or has values that are not finite. This is a ValueError.
+    RuntimeError
+        ultralytics was imported unprepared, see prepare_ultralytics.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such weights file; run 03_train_yolo or name the weights folder")
@@ -211,9 +230,21 @@ def _network_scores(detector, patches):
 def dense_scores(detector: YoloDetector, patches: np.ndarray, batch: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """Class scores of every anchor, without threshold or NMS.
 
-    patches: (n, rows, columns) uint8. Returns (scores (n, anchors, classes) float32 in 0..1, centers_px (anchors, 2):
-    x, y of the anchors' cells in patch px). The mean of the one-to-one and the one-to-many head: they are trained
-    differently and their errors differ. Runs in chunks of `batch`.
+    The mean of the one-to-one and the one-to-many head: they are trained differently and their errors differ.
+
+    Parameters
+    ----------
+    detector : YoloDetector
+    patches : (n, rows, columns) uint8 array
+    batch : int
+        Patches that go through the network at once.
+
+    Returns
+    -------
+    scores : (n, anchors, classes) float32 array
+        0 to 1.
+    centers_px : (anchors, 2) array
+        x, y of the anchors' cells in patch px.
     """
     centers = _anchor_centers(detector, *patches.shape[1:])
     found = [_network_scores(detector, patches[start : start + batch]) for start in range(0, len(patches), batch)]
@@ -373,11 +404,31 @@ def settle_detectors(
     """Choose the test-time views and the calibration of a condition's detectors on their held-out studies, store both
     beside the weights, predict these studies.
 
-    weights: files of train_yolo, a fold each; grades: (n, 5 conditions, 5 levels), -1 missing; scores: (n, views, 5
-    levels, sides, 3) of score_studies by the detector that held the study out, NaN where there are none; views: dicts,
-    the plain one first. Stored is what all of these studies say. The predictions are cross-fitted in both: a study's
-    own label chose none of its views and calibrated nothing of it. Returns ((n, 5 levels, sides, 3) probabilities, NaN
-    where the scores are; table of choose_views). Safe to re-run after an interruption.
+    Stored is what all of these studies say. The predictions are cross-fitted in both: a study's own label chose none of
+    its views and calibrated nothing of it. Safe to re-run after an interruption.
+
+    Parameters
+    ----------
+    weights : sequence of path
+        Files of train_yolo, a fold each.
+    grades : (n, 5, 5) int array
+        By study, condition and level; -1 missing.
+    scores : (n, views, 5, sides, 3) array
+        Of score_studies by the detector that held the study out, NaN where there are none.
+    views : sequence of mapping
+        As in DETECTOR_VIEWS, the plain one first.
+
+    Returns
+    -------
+    probabilities : (n, 5, sides, 3) float64 array
+        By study, level, side and severity, NaN where the scores are.
+    table : DataFrame
+        Of choose_views.
+
+    Raises
+    ------
+    FileNotFoundError, DamagedFile
+        As read_detector_about, for the first of the weights.
     """
     about = read_detector_about(weights[0])
     own = grades[:, list(DETECTORS[about["condition"]][1])].transpose(0, 2, 1)
@@ -400,8 +451,31 @@ def score_studies(
 ) -> np.ndarray:
     """Raw scores of cached studies: (n, views, 5 levels, sides, 3), see yolo_scores.
 
-    paths: dict study_id -> file, of study_paths; levels: table of levels.csv. A study that is not cached,
-    or fails, gives NaN; the latter is printed.
+    Parameters
+    ----------
+    detector : YoloDetector
+    paths : mapping of int to path
+        study_id to the file of its volumes, of study_paths.
+    levels : DataFrame
+        levels.csv.
+    study_ids : (n,) sequence of int
+    views : sequence of mapping
+        As in DETECTOR_VIEWS.
+    batch : int
+        Patches that go through the network at once.
+
+    Returns
+    -------
+    (n, views, 5, sides, 3) float64 array
+        By study, view, level, side (see yolo_scores) and severity. NaN for a study that is not cached or that
+        yolo_scores fails on; the latter is printed.
+
+    Raises
+    ------
+    KeyError
+        The table lacks a level of a cached study.
+    DamagedFile
+        A file of volumes cannot be read.
     """
     description, conditions = DETECTORS[detector.condition]
     scores = np.full((len(study_ids), len(views), len(LEVELS), len(conditions), len(SEVERITIES)), np.nan)
@@ -448,7 +522,17 @@ def yolo_studies(
 def yolo_table(study_ids: Sequence[int], probabilities: np.ndarray, condition: str) -> pd.DataFrame:
     """Rows of a detector's conditions: table study_id, row_id, normal_mild, moderate, severe, sorted by row_id.
 
-    probabilities: (n, 5 levels, sides, 3); rows that are NaN are left out.
+    Parameters
+    ----------
+    study_ids : (n,) sequence of int
+    probabilities : (n, 5, sides, 3) array
+        By study, level, side (in the order of DETECTORS) and severity; rows that are NaN are left out.
+    condition : str
+        A key of DETECTORS.
+
+    Returns
+    -------
+    DataFrame
     """
     rows = [
         (int(study_id), f"{study_id}_{CONDITIONS[index]}_{level}", *probabilities[n, at, side])

@@ -247,7 +247,7 @@ def write_yolo_dataset(
     view: YoloView | None = None,
     images: SeverityImages | None = None,
 ) -> dict[str, Any]:
-    """Write one detector's data set in YOLO's folder layout. Returns the content of its dataset.json.
+    """Write one detector's data set in YOLO's folder layout.
 
     out_dir gets images/*.png (8-bit grey, all of one shape), labels/*.txt (class xc yc w h, relative), points.csv
     (every label point in LPS mm), train_<fold>.txt and val_<fold>.txt (paths relative to the list: the folder can be
@@ -257,6 +257,8 @@ def write_yolo_dataset(
 
     Parameters
     ----------
+    out_dir : path
+        Is made where there is none.
     condition : str
         A key of DETECTORS.
     volumes_dir : path
@@ -264,16 +266,23 @@ def write_yolo_dataset(
     coordinates, study_ids, grades
         Of read_coordinates and labels_to_array.
     folds : DataFrame
-        study_id, fold.
+        study_id, fold; studies without a fold are left out.
     imgsz, view
-        Of SeverityImages; images: what stands in its place.
+        Of SeverityImages.
+    images : SeverityImages, optional
+        What stands in the place of these two.
+
+    Returns
+    -------
+    dict
+        The content of its dataset.json.
 
     Raises
     ------
     FileNotFoundError
         No study has a volume file.
     ValueError
-        Nothing could be labelled.
+        Nothing could be labelled, or imgsz is no positive multiple of 32.
     """
     images = images or SeverityImages(condition, imgsz, view)
     out_dir = Path(out_dir)
@@ -407,10 +416,20 @@ def _label_lines(classes, xy, side_px, shape_px):
 def fit_point_offsets(points: pd.DataFrame, boxes: Mapping[int, Sequence[LevelBox]]) -> dict[str, Any] | None:
     """Where a detector's label points lie relative to the located levels.
 
-    points: points.csv of write_yolo_dataset; boxes: dict study_id -> list of five LevelBox. Returns
-    {"point_mm": (head, lateral, back) medians in mm, "spread_mm": 1.4826 x median absolute deviation, "n": rows},
-    lateral counted towards the point's own side. Points more than 40 mm from their box are left out (wrong level
-    names exist). Returns None with fewer than 10 usable points.
+    Points more than 40 mm from their box are left out (wrong level names exist).
+
+    Parameters
+    ----------
+    points : DataFrame
+        points.csv of write_yolo_dataset.
+    boxes : mapping of int to sequence of LevelBox
+        study_id to its five boxes, in the order of LEVELS; points of other studies are left out.
+
+    Returns
+    -------
+    dict or None
+        point_mm, the medians (head, lateral, back) in mm, lateral counted towards the point's own side; spread_mm,
+        1.4826 x median absolute deviation, likewise; n, how many points count. None with fewer than 10 usable points.
     """
     found = []
     for row in points.itertuples():

@@ -59,8 +59,25 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 def yolo_schedule(name: str, learning_rate: float = 0.0) -> dict[str, Any]:
-    """Settings of train_yolo for one of SCHEDULES; learning_rate: AdamW's peak in place of the schedule's own, 0 leaves
-    that. Raises ValueError for another name."""
+    """Settings of train_yolo for one of SCHEDULES.
+
+    Parameters
+    ----------
+    name : str
+        A key of SCHEDULES.
+    learning_rate : float
+        AdamW's peak in place of the schedule's own, 0 leaves that.
+
+    Returns
+    -------
+    dict
+        lr0, lrf, cos_lr, warmup_epochs and warmup_bias_lr, the last in proportion to the peak.
+
+    Raises
+    ------
+    ValueError
+        Another name.
+    """
     if name not in SCHEDULES:
         raise ValueError(f"SCHEDULE must be {' or '.join(SCHEDULES)}, not {name!r}")
     chosen = dict(SCHEDULES[name])
@@ -97,7 +114,7 @@ def train_yolo(
     prior: ArrayLike | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Train one detector on one fold and write out_dir/yolo_<condition>_<fold>.safetensors. Returns its path.
+    """Train one detector on one fold and write out_dir/yolo_<condition>_<fold>.safetensors.
 
     A killed run continues with its last finished epoch when called again with the same arguments, and ends as it would
     have ended (see PatchTrainer); a finished one returns at once. What is shipped are the averaged (EMA) weights of the
@@ -108,23 +125,45 @@ def train_yolo(
     ----------
     dataset_dir : path
         Of write_yolo_dataset.
+    condition : str
+        The key of DETECTORS that the data set is of.
+    fold : int
+        The one that is held out.
+    out_dir : path
+        Is made where there is none.
     model, width
         Name of a description that ultralytics ships, and a width factor in place of its own.
+    epochs : int
+        Passes over the training images.
+    batch : int
+        Images in a step, on all GPUs together.
+    seed : int
+        Of initialisation, order and augmentation.
     device : str, optional
         Of yolo_device.
+    workers : int
+        Loader processes, for each GPU; none on a CPU.
     initial_weights : path, optional
-        A file of this function to start from; tensors whose shapes differ are skipped. None: random weights.
+        A file of this function, or COCO's weights (see load_detector), to start from; tensors whose shapes differ are
+        skipped. None: random weights.
     point_offsets, prior
         Of fit_point_offsets, and (5, 5, 3) of class_prior: kept with the weights.
     settings : dict, optional
         Changes to YOLO_SETTINGS, by ultralytics' names.
 
+    Returns
+    -------
+    Path
+        Of the weights.
+
     Raises
     ------
     FileNotFoundError
-        No data set, or an empty list of images.
+        No data set, an empty list of images, or no initial weights where they are said to be.
     ValueError
         An unknown model, or initial weights that cannot be used.
+    RuntimeError
+        The training diverged (on one device), or ultralytics was imported unprepared, see prepare_ultralytics.
     """
     dataset_dir, out_dir = Path(dataset_dir).resolve(), Path(out_dir).resolve()
     info = _read_dataset(dataset_dir, fold)

@@ -48,8 +48,23 @@ def prepare_ultralytics(config_dir: str | Path) -> ModuleType:
 
 
 def find_yolo_description(model: str) -> Path:
-    """Path of a model description that ultralytics ships, by its name (yolov10x.yaml; for families with one file for
-    all sizes that file). Raises ValueError for other names: weights can only be loaded of networks that are known."""
+    """Path of a model description that ultralytics ships, by its name.
+
+    Parameters
+    ----------
+    model : str
+        Such as yolov10x.yaml.
+
+    Returns
+    -------
+    Path
+        For families with one file for all sizes that file.
+
+    Raises
+    ------
+    ValueError
+        Another name: weights can only be loaded of networks that are known.
+    """
     model = str(model)
     stem, ending = model.removesuffix(".yaml"), model[-5:]
     # A family's file has no size in its name: yolov8n.yaml is described in yolov8.yaml.

@@ -20,7 +20,22 @@ import torch
 def processes_for(processes: int, device: str = "auto") -> int:
     """How many processes to train with: 0 -> one for each GPU (one, where a certain device is asked for).
 
-    Raises ValueError on a negative number, or on more than one for each GPU.
+    Parameters
+    ----------
+    processes : int
+        0, or the number itself.
+    device : str
+        As names.device_for takes it.
+
+    Returns
+    -------
+    int
+        1 or more.
+
+    Raises
+    ------
+    ValueError
+        A negative number, or more than one for each GPU.
     """
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
     if processes < 0:
@@ -37,7 +52,17 @@ def processes_of_launcher() -> int:
 
 
 def bytes_of(item: Any) -> int:
-    """The bytes of all tensors and arrays in a data set's item, however they are nested."""
+    """The bytes of all tensors and arrays in a data set's item, however they are nested.
+
+    Parameters
+    ----------
+    item : object
+        A tensor or an array, or dicts, lists and tuples of them; anything else counts as 0.
+
+    Returns
+    -------
+    int
+    """
     if isinstance(item, dict):
         return sum(bytes_of(value) for value in item.values())
     if isinstance(item, (list, tuple)):
@@ -53,8 +78,19 @@ _SHARED_MEMORY = "/dev/shm"
 def loader_memory(workers: int, batch_bytes: int = 0) -> Iterator[None]:
     """Say in words where loader processes lack shared memory: before they start, and when they die of it.
 
-    workers: loader processes, of all that train; batch_bytes: of a batch, which each of them holds in shared memory.
-    Docker gives a container 64 MB of it, and a process that finds it full is killed. Raises RuntimeError.
+    Docker gives a container 64 MB of it, and a process that finds it full is killed.
+
+    Parameters
+    ----------
+    workers : int
+        Loader processes, of all that train.
+    batch_bytes : int
+        Of a batch, which each of them holds in shared memory.
+
+    Raises
+    ------
+    RuntimeError
+        There is too little of it, at the start or in the `with` block.
     """
     way_out = "set WORKERS to 0 or less than now, or give the container more (docker run --shm-size=8g, or --ipc=host)"
     if workers > 0 and os.path.isdir(_SHARED_MEMORY):

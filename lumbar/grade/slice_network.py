@@ -234,7 +234,25 @@ _ARGUMENTS = ("backbone", "prior", "dropout", "stride", "width", "sequence", "le
 def load_slices(path: str | Path, device: str = "cpu") -> tuple[SliceNetwork, dict[str, Any]]:
     """(network in evaluation mode, about): what save_slices wrote.
 
-    Raises FileNotFoundError, or DamagedFile (a ValueError) for a file with other contents.
+    Parameters
+    ----------
+    path : path
+    device : str
+        Of the network, as torch names it.
+
+    Returns
+    -------
+    network : SliceNetwork
+    about : dict
+        `crop` in it in plain values, see slice_crop. Also holds what store_settled wrote beside the file, such as
+        `views`.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    DamagedFile
+        A file with other contents. It is a ValueError.
     """
     state, about = read_weights(path, "slices", _REMEDY, "a slice network's")
     about |= read_settled(path)

@@ -55,10 +55,27 @@ def _partial_submission(study_ids, probabilities, there):
 def check_predictions(table: pd.DataFrame, name: str = "predictions") -> tuple[np.ndarray, np.ndarray]:
     """A submission-like table -> from_submission's (study_ids, (n, 5, 5, 3)), NaN where a row is absent.
 
-    Rows in any order, any of them may be absent or empty (three NaN, as a join leaves them), further columns (fold) are
-    fine. Raises ValueError, with the table and the row named, on a missing column, an unknown or double row_id, values
-    that are not numbers, not finite, negative, or whose sum is off 1 by more than .002 (a member that is not normalised
-    is no probability; three values rounded to three digits are off by .0015 at most).
+    Parameters
+    ----------
+    table : DataFrame
+        Rows in any order, any of them may be absent or empty (three NaN, as a join leaves them), further columns (fold)
+        are fine.
+    name : str
+        Of the table, in errors.
+
+    Returns
+    -------
+    study_ids : (n,) int64 array
+        Ascending.
+    probabilities : (n, 5, 5, 3) float64 array
+        By study, condition, level and severity.
+
+    Raises
+    ------
+    ValueError
+        With the table and the row named: a missing column, an unknown or double row_id, values that are not numbers,
+        not finite, negative, or whose sum is off 1 by more than .002 (a member that is not normalised is no
+        probability; three values rounded to three digits are off by .0015 at most).
     """
     missing = [column for column in SUBMISSION_COLUMNS if column not in table.columns]
     if missing:
@@ -91,7 +108,22 @@ def _sorted_grades(labels):
 def align_members(study_ids: Sequence[int], tables: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray]:
     """dict member -> submission-like table -> dict member -> (n, 5, 5, 3), NaN where a row is missing.
 
-    Studies that are not asked for are ignored. Raises ValueError as check_predictions does.
+    Parameters
+    ----------
+    study_ids : (n,) sequence of int
+        The order of the result; other studies of the tables are ignored.
+    tables : mapping of str to DataFrame
+        Of check_predictions, by member.
+
+    Returns
+    -------
+    dict of str to (n, 5, 5, 3) float64 array
+        Probabilities by study, condition, level and severity.
+
+    Raises
+    ------
+    ValueError
+        As check_predictions does, and for a study_id that is no whole number.
     """
     place = {study_id: number for number, study_id in enumerate(id_array(study_ids))}
     aligned = {}
@@ -117,8 +149,20 @@ def _align_to_labels(study_ids, tables):
 def read_out_of_fold(folders: Iterable[str | Path], verbose: bool = True) -> dict[str, pd.DataFrame]:
     """dict member -> out-of-fold table, from the stage folders of the trainings.
 
-    Only of weights that stand (see member_weights, whose sentences `verbose` prints): of the oof.csv beside them the
-    rows of their folds; without a column `fold` all rows.
+    Only of weights that stand (see member_weights): of the oof.csv beside them the rows of their folds; without a
+    column `fold` all rows.
+
+    Parameters
+    ----------
+    folders : iterable of path
+        Of member_weights.
+    verbose : bool
+        Print member_weights' sentences.
+
+    Returns
+    -------
+    dict of str to DataFrame
+        By member, the columns of oof.csv, each row_id once.
     """
     chosen, sentences = member_weights(folders)
     if verbose and sentences:

@@ -139,6 +139,13 @@ def train_classifier(
 
     Parameters
     ----------
+    out : path
+        A folder that exists.
+    name : str
+        Of the files, such as level_0.
+    train, valid : CropDataset
+        Studies to train on, and held-out ones.
+    config : TrainConfig
     about : dict of JSON values, optional
         Stored with the weights, such as {"fold": 0}.
     device : str
