@@ -94,7 +94,7 @@ from lumbar.grade.tta import TTA_VIEWS
 from lumbar.serve.folder import find_studies, lay_out, series_table
 from lumbar.serve.inference import infer_studies
 from lumbar.serve.members import load_members, out_of_fold_table, weight_folders
-from lumbar.serve.predict_folder import folder_log, grade_folder, locate_folder, members_of, placement_of
+from lumbar.serve.predict_folder import folder_log, grade_folder, locate_folder, members_of, placement_of, read_problems
 from lumbar.serve.results import mended_studies
 from lumbar.serve.study import predict_studies, prepare_study, studies_to_predict
 from lumbar.serve.tables import refuse_prior_only
@@ -346,6 +346,7 @@ __all__ = [
     "read_labels",
     "read_manifests",
     "read_out_of_fold",
+    "read_problems",
     "read_slice",
     "read_slices",
     "read_study",

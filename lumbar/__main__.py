@@ -2,19 +2,18 @@
 
 The same steps as notebooks/predict.ipynb.
 
-May use: look, serve, storage.
+May use: look, serve, engine, storage.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import pandas as pd
-
+from .engine import check_engine
 from .look.folder_pages import write_pages
 from .look.slices import level_name
 from .serve.folder import find_studies, lay_out, series_table
-from .serve.predict_folder import folder_log, grade_folder, locate_folder, members_of, placement_of
+from .serve.predict_folder import folder_log, grade_folder, locate_folder, members_of, placement_of, read_problems
 from .storage import write_csv
 
 
@@ -29,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     out = Path(given.out)
     try:
+        check_engine()
         members = members_of(given.weights)
         studies = find_studies(given.folder, out, given.workers)
         lay_out(studies, out)
@@ -38,8 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    series = pd.read_csv(out / "01_preprocess" / "series.csv")
-    log = folder_log(studies, levels, series, log)
+    log = folder_log(studies, levels, read_problems(out), log)
     write_csv(out / "inference_log.csv", log)
     for row in levels.itertuples():
         doubt = f", or {level_name(row.second)} ({row.second_share:.0%})" if row.second_share else ""

@@ -1,6 +1,6 @@
 """Networks on a CPU: by OpenVINO where it is installed, else by PyTorch.
 
-May use: nothing of the kit.
+May use: limits.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .limits import TookTooLong
+
 # The same float32 arithmetic in fewer steps: batch norms folded into convolutions, kernels chosen for the processor.
 # bfloat16 would be faster still where the hardware has it, but changes the maps by up to 0.2; so it is never used.
 _PRECISION = "f32"
 _TOLERANCE = 1e-3  # of the largest value, by which the first answer may differ from PyTorch's
 _MOST_STREAMS = 4  # inferences at a time, as inference has at most so many readers
 
-ENGINES = ("auto", "torch")  # what LUMBAR_ENGINE may say
+ENGINES = ("auto", "openvino", "torch")  # what LUMBAR_ENGINE may say; openvino is auto, by name
 
 _lock = threading.Lock()
 # Network -> its tensors, what they were when it was compiled, and the engine: None where OpenVINO cannot run it.
@@ -70,7 +72,34 @@ def on_cpu(
             engine = _compiled(network, module, example)
             _known[network] = known = tensors, _state_of(tensors), engine
         engine = known[2]
-    return engine if engine is not None and engine.process == os.getpid() else module
+    return _Guarded(network, module, engine) if engine is not None and engine.process == os.getpid() else module
+
+
+class _Guarded:
+    """A compiled module with the network itself behind it: for this input and all later ones, once OpenVINO fails."""
+
+    def __init__(self, network: nn.Module, module: nn.Module, engine: _Compiled) -> None:
+        self.network, self.module, self.engine = network, module, engine
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.engine(x)
+        except TookTooLong:
+            raise
+        except Exception as error:
+            with _lock:
+                tensors, state, known = _known[self.network]
+                _known[self.network] = tensors, state, None
+            if known is not None:  # the first of several threads
+                _say_why_not(self.network, error)
+            return self.module(x)
+
+
+def check_engine() -> None:
+    """Raise ValueError for a LUMBAR_ENGINE that does not exist, before anything runs."""
+    wanted = os.environ.get("LUMBAR_ENGINE", "auto")
+    if wanted not in ENGINES:
+        raise ValueError(f"LUMBAR_ENGINE is {wanted!r}: auto or torch (openvino is auto)")
 
 
 def _timed(network: nn.Module, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -89,11 +118,10 @@ def _timed(network: nn.Module, module: nn.Module) -> Callable[[torch.Tensor], to
 
 def _is_wanted(network: nn.Module) -> bool:
     """Whether OpenVINO may run a network: see on_cpu. Raises ValueError for a LUMBAR_ENGINE that does not exist."""
-    wanted = os.environ.get("LUMBAR_ENGINE", "auto")
-    if wanted not in ENGINES:
-        raise ValueError(f"LUMBAR_ENGINE is {wanted!r}: {' or '.join(ENGINES)}")
+    check_engine()
+    wanted = os.environ.get("LUMBAR_ENGINE", "auto") != "torch"
     first = next(iter(network.parameters()), None)
-    return wanted == "auto" and first is not None and first.device.type == "cpu" and not network.training
+    return wanted and first is not None and first.device.type == "cpu" and not network.training
 
 
 def _state_of(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:

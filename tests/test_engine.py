@@ -1,6 +1,7 @@
 """Networks on a CPU: OpenVINO gives PyTorch's answers, and PyTorch stands in wherever OpenVINO does not."""
 
 import importlib.util
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -10,9 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+import utils
 from lumbar import engine
+from lumbar.__main__ import main
 from lumbar.engine import on_cpu
 from lumbar.in_flight import can_run_in_child, run_in_child
+from lumbar.limits import TookTooLong
 from lumbar.spine.spinenet import SpineNet
 
 has_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
@@ -64,6 +68,57 @@ def test_pytorch_stands_in_with_one_line(openvino, monkeypatch, capsys):
         assert torch.equal(on_cpu(network, x)(x), network(x))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("OpenVINO cannot run Sequential here, PyTorch does (RuntimeError: ")
+
+
+class Dying:
+    """A compiled network that works once, when it is tried."""
+
+    def __init__(self, module):
+        self.process, self.module, self.left = os.getpid(), module, 1
+
+    def __call__(self, x):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("could not execute a primitive")
+        return self.module(x)
+
+
+@torch.no_grad()
+def test_pytorch_goes_on_where_openvino_fails_later(monkeypatch, capsys):
+    monkeypatch.setattr(engine, "_compiled", lambda network, module, example: Dying(module))
+    network, x = small(), images(1, 1, 8, 8)
+    forward = on_cpu(network, x)
+    for _ in range(3):  # the same callable, then one asked for anew
+        assert torch.equal(forward(x), network(x))
+    assert on_cpu(network, x) is network
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "OpenVINO cannot run Sequential here, PyTorch does (RuntimeError: could not execute a primitive)"
+
+
+@torch.no_grad()
+def test_what_stops_a_study_is_no_failure_of_the_engine(monkeypatch, capsys):
+    def late(x):
+        raise TookTooLong("45 s")
+
+    late.process = os.getpid()
+    monkeypatch.setattr(engine, "_compiled", lambda *_: late)
+    network, x = small(), images(1, 1, 8, 8)
+    with pytest.raises(TookTooLong):
+        on_cpu(network, x)(x)
+    assert on_cpu(network, x) is not network and not capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_an_engine_that_does_not_exist_stops_the_start(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("LUMBAR_ENGINE", "tensorrt")
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "LUMBAR_ENGINE is 'tensorrt'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="LUMBAR_ENGINE"):
+        utils.start_notebook([], {})
+    monkeypatch.setenv("LUMBAR_ENGINE", "openvino")
+    monkeypatch.setattr(engine, "_compiled", lambda network, module, example: Dying(module))
+    network = small()
+    assert on_cpu(network, images(1, 1, 8, 8)) is not network
 
 
 @torch.no_grad()

@@ -323,8 +323,8 @@ def test_tuning_is_kept_only_if_nothing_got_worse():
         assert utils.tuning_helped(before, before | after) is helped
 
 
-@pytest.mark.parametrize("rise_mm", [4.0, 9.2, 13.0])
-def test_the_rise_of_the_foramina_is_the_data_sets_own(tmp_path, rise_mm):
+@pytest.mark.parametrize("rise_mm, taken_mm", [(4.0, 4.0), (9.2, 9.2), (13.0, 13.0), (-30.0, 9.2), (25.0, 9.2)])
+def test_the_rise_of_the_foramina_is_the_data_sets_own(tmp_path, capsys, rise_mm, taken_mm):
     rows, paths = [], {}
     for study_id in range(1, 7):
         volume = replace(empty_volume(), study_id=study_id)
@@ -337,6 +337,8 @@ def test_the_rise_of_the_foramina_is_the_data_sets_own(tmp_path, rise_mm):
                 rows.append((study_id, volume.series_id, volume.instance_numbers[3], condition, level, ijk[2], ijk[1]))
     columns = ["study_id", "series_id", "instance_number", "condition", "level", "x_px", "y_px"]
     table = pd.DataFrame(rows, columns=columns)
-    assert finetune.foramen_rise_mm(paths, table) == pytest.approx(rise_mm, abs=0.3)
+    assert finetune.foramen_rise_mm(paths, table) == pytest.approx(taken_mm, abs=0.3)
+    # One that no foramen has is an error in the table, and said.
+    assert ("which no foramen does" in capsys.readouterr().out) == (rise_mm != taken_mm)
     few = table[table["study_id"] <= 3]
     assert finetune.foramen_rise_mm(paths, few) == finetune.FORAMEN_RISE_MM

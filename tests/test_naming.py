@@ -579,6 +579,15 @@ def test_a_chain_without_s1_is_doubtful_and_has_a_second_numbering(lowest):
     assert second is not None and second.step in (-1, 1) and 0.1 <= second.share < 0.5
 
 
+def test_an_s1_that_the_border_cuts_is_nothing_to_count_from():
+    truth = spine(3)
+    bodies = seen_as(truth[: [v.name for v in truth].index("S1") + 1])
+    whole, _ = name_vertebrae(bodies, PRIOR)
+    cut, _ = name_vertebrae([*bodies[:-1], replace(bodies[-1], cut=True)], PRIOR)
+    assert [v.name for v in whole] == [v.name for v in cut] and whole[-1].name == "S1"
+    assert not any(Source.UNCERTAIN in v.source for v in whole) and all(Source.UNCERTAIN in v.source for v in cut)
+
+
 def test_a_chain_with_s1_is_sure_and_has_none():
     named, second = name_vertebrae(seen_as(spine(3)), PRIOR)
     assert second is None and not any(Source.UNCERTAIN in v.source for v in named)

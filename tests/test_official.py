@@ -264,13 +264,18 @@ def test_a_folder_without_the_package_or_its_weights_says_so(nowhere, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", ["no package", "no weights", "of another torch"])
+@pytest.mark.parametrize("broken", ["no package", "no weights", "of another torch", "of another NumPy"])
 def test_inference_goes_on_with_the_kits_own_detector(broken, nowhere, tmp_path, monkeypatch, capsys):
     if broken != "no package":
         folder = write_package(tmp_path / "clone", "" if broken == "no weights" else "spinenet/weights")
         monkeypatch.setenv("SPINENET_DIR", str(folder))
         if broken == "of another torch":
             (folder / "spinenet" / "main.py").write_text("import torch\nSpineNet = torch.what_is_no_more")
+        if broken == "of another NumPy":  # it loads, and fails where it is used
+            code = (folder / "spinenet" / "main.py").read_text()
+            assert "260 / pixel_spacing" in code
+            code = code.replace("260 / pixel_spacing", "__import__('numpy').what_is_no_more")
+            (folder / "spinenet" / "main.py").write_text(code)
     model = SpineNet((4,))
     model.about = {"prior": PRIOR, "detector": "official"}
     placement, notes = members._placement(model.eval(), tmp_path / "spinenet.safetensors")

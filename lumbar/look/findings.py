@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..data.source import Source
 from ..names import GRADES, GROUPS
 from .page import section_id, table_html
-from .report import TERM_NAMES, interval_text, second_shares
+from .report import TERM_NAMES, in_doubt, interval_text, second_shares
 from .slices import CONDITION_NAMES, LEVEL_NAMES
 
 YARDSTICKS = ("Uniform", "Class prior", "Perfect reader")
@@ -228,7 +227,7 @@ def numbering_text(levels: pd.DataFrame) -> str:
     str
         `in doubt in 2 of 4 studies, with a second numbering in 2 (50%), which is 30% likely on average`.
     """
-    studies = levels.assign(doubt=levels["source"].map(lambda source: Source.UNCERTAIN in Source.parse(source)))
+    studies = levels.assign(doubt=levels["source"].map(in_doubt))
     studies = studies.assign(share=second_shares(levels)).groupby("study_id")[["doubt", "share"]].max()
     there = studies["share"].dropna()
     text = (

@@ -399,7 +399,7 @@ def summarise_levels(compared: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFra
                 "Median distance, mm": flat.median(),
                 "Within 5 mm, %": 100 * (flat <= 5).mean() if len(flat) else np.nan,
                 "Median confidence": found["confidence"].median(),
-                "In doubt, %": 100 * found["source"].map(_in_doubt).mean() if len(found) else np.nan,
+                "In doubt, %": 100 * found["source"].map(in_doubt).mean() if len(found) else np.nan,
                 "Second numbering, %": 100 * shares[found.index].notna().mean() if len(found) else np.nan,
                 "its mean share, %": 100 * shares[found.index].mean(),
                 "Found on": ", ".join(f"{name} {count}" for name, count in sources.items()),
@@ -416,8 +416,11 @@ def second_shares(levels: pd.DataFrame) -> pd.Series:
     return pd.to_numeric(levels["second_share"]).where(named)
 
 
-def _in_doubt(source):
-    return Source.UNCERTAIN in Source.parse(source)
+def in_doubt(source: str) -> bool:
+    """Whether a level of this source, as levels.csv has it, may be another one: uncertain, or guessed without an image
+    that showed it."""
+    parsed = Source.parse(source)
+    return bool(parsed & (Source.UNCERTAIN | Source.PRIOR | Source.AXIAL))
 
 
 def read_manifests(out: str | Path) -> dict[str, dict[str, Any]]:

@@ -176,9 +176,13 @@ def _doubt(boxes: Sequence[LevelBox]) -> str:
             + ("" if alike else f" ({box.second_share:.0%} likely)")
             for box in others
         )
-        text = f"<b>The numbering of the levels is in doubt.</b> By the second one{alike} {html.escape(names)}."
+        doubted = any(Source.UNCERTAIN in box.source for box in boxes)
+        which = "The numbering of the levels is in doubt." if doubted else "A second numbering is possible."
+        text = f"<b>{which}</b> By the second one{alike} {html.escape(names)}."
     elif any(Source.UNCERTAIN in box.source for box in boxes):
         text = "<b>The numbering of the levels is in doubt.</b>"
+    elif boxes and all(box.source & (Source.PRIOR | Source.AXIAL) for box in boxes):
+        text = "<b>The levels are guessed</b>, no sagittal image showed a vertebra: their numbering is not known."
     else:
         return ""
     return f"<p class=doubt>{text}</p>"

@@ -1,6 +1,6 @@
 """The first thing a notebook calls: working folder, packages, parameters, inputs.
 
-May use: mounts, parameters, pasted.
+May use: mounts, parameters, pasted, engine.
 """
 
 import os
@@ -37,6 +37,10 @@ def start_notebook(history: list[str], namespace: dict[str, Any]) -> dict[str, A
     if Path.cwd() == root / "notebooks":
         os.chdir(root)
     install_missing()
+    if os.environ.get("LUMBAR_ENGINE"):  # a wrong one would cost every study its levels, one by one
+        from ..engine import check_engine
+
+        check_engine()
     parameters = notebook_parameters(history, namespace)
     paths = pasted_paths(parameters)
     parameters |= paths

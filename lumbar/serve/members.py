@@ -16,6 +16,7 @@ from ..grade.registry import MEMBERS, by_member, member_weights
 from ..grade.tables import read_out_of_fold
 from ..names import CONDITIONS, LEVELS, SEVERITIES, SUBMISSION_COLUMNS, device_for
 from ..problems import Kind, Problem
+from ..spine.official import check_official
 from ..spine.placement import Placement
 from ..spine.spinenet import SpineNet, load_spinenet
 
@@ -99,13 +100,15 @@ def _placement(model: SpineNet, path: Path) -> tuple[Placement, tuple[Problem, .
     """How levels are placed with a SpineNet's weights, and what every study's log has to say of that.
 
     Boxes come from the detector that made those of the training; where that is the official package and it cannot be
-    loaded here, from the kit's own.
+    loaded or does not run here, from the kit's own.
     """
     notes: tuple[Problem, ...] = ()
     try:
         if model.about.get("detector") == "official":
             try:
-                return Placement.of(model, "official"), notes
+                placement = Placement.of(model, "official")
+                check_official(placement.detector)
+                return placement, notes
             except Exception as error:  # whatever a package of other versions' Python and torch raises
                 if model.about.get("prior") is None:
                     raise

@@ -1,6 +1,6 @@
 """The studies of any folder, from its laid-out series to tables of levels and of probabilities.
 
-May use: folder, inference, members, tables, grade, spine, data, names, storage.
+May use: folder, inference, members, tables, grade, spine, data, names, problems, storage.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from ..data.source import Source
 from ..data.volume import study_about, study_paths
 from ..grade.ensemble import ensemble_for
 from ..names import CONDITIONS, LEVEL_TABLE_COLUMNS, LEVELS, SEVERITIES, device_for
+from ..problems import Problem
 from ..spine.locating import locate_studies
 from ..spine.placement import Placement
 from ..spine.spinenet import load_spinenet
@@ -108,10 +109,37 @@ def locate_folder(out: str | Path, placement: Placement, workers: int = 2) -> tu
     wanted = set(series["study_id"])
     paths = {i: path for i, path in study_paths(out / "01_preprocess").items() if i in wanted}
     paths = {i: path for i, path in paths.items() if study_about(path)["volumes"]}
-    levels, vertebrae, _ = locate_studies(paths, placement, out / "01_preprocess" / "levels", workers)
+    problems: dict[int, Problem] = {}
+    levels, vertebrae, _ = locate_studies(
+        paths, placement, out / "01_preprocess" / "levels", workers, problems=problems
+    )
+    located = pd.DataFrame(
+        [(study_id, str(problem)) for study_id, problem in problems.items()], columns=["study_id", "problem"]
+    )
+    write_csv(out / "01_preprocess" / "locating.csv", located)
     write_csv(out / "levels.csv", levels.reindex(columns=LEVEL_TABLE_COLUMNS))
     write_csv(out / "vertebrae.csv", vertebrae)
     return levels, vertebrae
+
+
+def read_problems(out: str | Path) -> pd.DataFrame:
+    """What reading and locating had to say of the studies in a folder, as folder_log takes it.
+
+    Parameters
+    ----------
+    out : path
+        Of locate_folder, which wrote it.
+
+    Returns
+    -------
+    DataFrame
+        series.csv of 01_preprocess, and a row for each study whose levels did not come the usual way: study_id and
+        problem, the rest NaN.
+    """
+    folder = Path(out) / "01_preprocess"
+    located = pd.read_csv(folder / "locating.csv", dtype={"study_id": "int64", "problem": str})
+    series = pd.read_csv(folder / "series.csv")
+    return pd.concat([series, located], ignore_index=True) if len(located) else series
 
 
 def grade_folder(
@@ -185,7 +213,7 @@ def folder_log(
     levels : DataFrame
         Of locate_folder.
     series : DataFrame
-        locate_folder's series.csv.
+        Of read_problems: study_id and problem, empty where there is none.
     log : DataFrame, optional
         infer_studies' log, None where nothing was graded.
 

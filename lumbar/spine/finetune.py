@@ -35,6 +35,7 @@ from .vertebra import _LUMBAR, Vertebra
 
 FORAMEN_RISE_MM = 9.2  # how far above their disc's plane foraminal points lie, in 12 of the competition's studies
 _RISE_STUDIES, _RISE_PAIRS = 100, 20  # how many studies tell of a data set's own rise, and how many levels it takes
+_RISES_MM = (3.0, 16.0)  # that a foramen can have: another one is no anatomy but an error in the table
 _TO_DISC = 0.67  # from a body's centre to the middle of the disc beside it, in heights of the body
 POINT_TABLE_COLUMNS = ["study_id", "series_id", "description", "used", "reason", "levels", "confirmed"]
 POINT_TABLE_COLUMNS += ["renamed", "completed", "dropped", "slices"]
@@ -44,12 +45,15 @@ def foramen_rise_mm(paths: Mapping[int, str | Path], coordinates: pd.DataFrame) 
     """How far above the others of their level a data set's foraminal points lie: the median over levels with both.
 
     paths: study_id to volume file; coordinates: from read_coordinates. At most _RISE_STUDIES studies are read. Where
-    fewer than _RISE_PAIRS levels have both kinds of points it is FORAMEN_RISE_MM.
+    fewer than _RISE_PAIRS levels have both kinds of points, or the median is out of _RISES_MM (which is printed), it is
+    FORAMEN_RISE_MM.
     """
     rises: list[float] = []
+    read = 0
     for study_id, points in coordinates.groupby("study_id"):
-        if study_id not in paths or len(rises) >= 5 * _RISE_STUDIES:
+        if study_id not in paths or read >= _RISE_STUDIES:
             continue
+        read += 1
         placed = _placed(points, paths[study_id])
         if placed is None:
             continue
@@ -57,7 +61,16 @@ def foramen_rise_mm(paths: Mapping[int, str | Path], coordinates: pd.DataFrame) 
             raised, flat = (own.loc[own["foraminal"] == kind, "z_mm"].mean() for kind in (True, False))
             if np.isfinite(raised - flat):
                 rises.append(float(raised - flat))
-    return float(np.median(rises)) if len(rises) >= _RISE_PAIRS else FORAMEN_RISE_MM
+    if len(rises) < _RISE_PAIRS:
+        return FORAMEN_RISE_MM
+    rise_mm = float(np.median(rises))
+    if not _RISES_MM[0] <= rise_mm <= _RISES_MM[1]:
+        print(
+            f"foraminal label points lie {rise_mm:.1f} mm above the others of their level, which no foramen does: "
+            f"{FORAMEN_RISE_MM} mm are taken; check the table's levels and coordinates"
+        )
+        return FORAMEN_RISE_MM
+    return rise_mm
 
 
 def _placed(points, path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..data.geometry import LevelBox
+from ..data.source import Source
 from ..data.volume import Study, Volume
 from ..limits import check_limit, cpu_limit
 from ..names import LEVEL_VERTEBRAE
@@ -38,7 +39,8 @@ def locate_levels(
     - axial: where the sagittal series show fewer than two bodies, from where the axial slices lie (axial_levels).
     - prior: the mean layout around the series' centre.
 
-    `+uncertain` says that the levels' names are doubtful: no S1 in the chain, or another numbering nearly as likely.
+    `+uncertain` says that the levels' names are doubtful: no complete S1 in the chain, or another numbering nearly as
+    likely.
     `second` and `second_share` of the boxes say what they would be called by the second numbering, where that has some
     likelihood; second_boxes places the levels by it.
 
@@ -86,6 +88,8 @@ def locate_levels(
     for vertebra in sorted(chain, key=lambda v: -v.confidence):
         if vertebra.name in _CHAIN:
             by_name.setdefault(vertebra.name, vertebra)
+    if by_name and "S1" not in by_name:  # nor has another detector anything to count from
+        by_name = {name: replace(v, source=v.source | Source.UNCERTAIN) for name, v in by_name.items()}
     named = smooth_sideways(sorted(by_name.values(), key=lambda v: _CHAIN.index(v.name)))
     uncertain = [replace(v, name=UNCERTAIN) for v in chain if v.name not in _CHAIN]
     others = [v for v in named if v.name not in _LUMBAR]

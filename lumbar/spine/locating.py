@@ -96,6 +96,7 @@ def locate_studies(
     folder: str | Path | None = None,
     workers: int = 1,
     scheduler: str = "",
+    problems: dict[int, Problem] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[int, dict]]:
     """Levels and vertebrae of many studies.
 
@@ -115,6 +116,8 @@ def locate_studies(
         Threads; most of the time is spent outside Python's lock.
     scheduler : str
         Address of a Dask scheduler whose workers locate the studies, see cluster.spread; empty: this machine.
+    problems : dict of int to Problem, optional
+        Gets study_id to what was not as usual, of the studies in which something was not.
 
     Returns
     -------
@@ -128,7 +131,7 @@ def locate_studies(
     RuntimeError
         A file cannot be read, or detection failed in every one of three or more studies.
     """
-    return _tables(_located(paths, Placement.of(placement), folder, workers, scheduler))
+    return _tables(_located(paths, Placement.of(placement), folder, workers, scheduler, problems))
 
 
 def _tables(results):
@@ -142,7 +145,7 @@ def _tables(results):
     return levels, pd.DataFrame(rows, columns=VERTEBRA_TABLE_COLUMNS), anchors
 
 
-def _located(paths, placement, folder, workers, scheduler=""):
+def _located(paths, placement, folder, workers, scheduler="", said=None):
     """dict study_id -> what _locate finds, kept in the folder; arguments and errors as of locate_studies."""
     placement = replace(placement, layout=placement.prior)
     key = placement.key()
@@ -160,6 +163,8 @@ def _located(paths, placement, folder, workers, scheduler=""):
     problems = [problem for _, problem in located.values() if problem != _NOT_TRIED]
     if len(problems) > 2 and all(problems):  # no odd studies, but an installation that cannot work
         raise RuntimeError(f"the detector failed in all of {len(problems)} studies; the first: {problems[0]}")
+    if said is not None:
+        said |= {i: problem for i, (_, problem) in located.items() if problem and problem != _NOT_TRIED}
     return dict(zip(paths, results, strict=True))
 
 

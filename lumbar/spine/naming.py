@@ -286,7 +286,8 @@ def name_vertebrae(
     twice). Confidence is the detection's times the share of its name among all namings (_name_shares), or times the
     whole chain's (_numbering) where that is lower. A counting that was learned from readers' points
     (prior["counting"], see fit_counting) may move all names by one. The source is uncertain, too, where confidence is
-    lowered below AMBIGUOUS_SHARE, and throughout where no S1 is in the chain: then nothing is there to count from.
+    lowered below AMBIGUOUS_SHARE, and throughout where the chain has no S1 that is in the image as a whole: then
+    nothing is there to count from.
     """
     if not vertebrae:
         return [], None
@@ -297,7 +298,7 @@ def name_vertebrae(
     moved, chain_share, second = _numbering(names, scores, numberings, counting)
     own_share = {i: shares[i, k] for i, k in names.items()}
     names = {i: k + moved for i, k in names.items() if 0 <= k + moved < len(_CHAIN)}
-    from_s1 = _CHAIN.index("S1") in names.values()
+    from_s1 = any(_CHAIN[k] == "S1" and not vertebrae[i].cut for i, k in names.items())
     result = []
     for i, vertebra in enumerate(vertebrae):
         if i in names:

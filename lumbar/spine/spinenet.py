@@ -500,6 +500,7 @@ def _bodies(slices, affine, shape, step_mm, source):
                 source=source,
                 appearance=log_p - np.log(np.exp(log_p).sum()),
                 across_sd_mm=across_sd_mm,
+                cut=bool(cut),
             )
         )
     return sorted(surest(vertebrae), key=lambda v: -v.center_lps_mm[2])

@@ -48,7 +48,7 @@ class Vertebra:
     corners_lps_mm: (4, 3), in the order of CORNERS, in its mid-sagittal plane; width_mm: from right to left;
     appearance: (len(SPINE_CLASSES),) log-probabilities, or None; name: "T10" ... "S2", "uncertain", "" before naming;
     source: where it comes from; uncertain where its name is doubtful, see name_vertebrae; across_sd_mm: how surely its
-    place across the slices is known, as a standard deviation.
+    place across the slices is known, as a standard deviation; cut: whether the images' border cuts it.
     """
 
     corners_lps_mm: np.ndarray
@@ -58,6 +58,7 @@ class Vertebra:
     source: Source = Source(0)
     appearance: np.ndarray | None = None
     across_sd_mm: float = 2.0
+    cut: bool = False
 
     @property
     def center_lps_mm(self) -> np.ndarray:
