@@ -105,6 +105,10 @@ def test_out_of_fold_tables_are_found_and_the_detectors_are_one_member(tmp_path)
         (tmp_path / name / f"yolo_{name[-3:]}_0.safetensors").touch()
     tables = utils.read_out_of_fold([tmp_path, tmp_path / "03_train_yolo_scs"])
     assert list(tables) == ["yolo"] and len(tables["yolo"]) == len(whole)
+    for text, words in (("", "is no table of predictions"), ("row_id,severe\n1,1\n", "lacks the column normal_mild")):
+        (tmp_path / name / "oof.csv").write_text(text)
+        with pytest.raises(ValueError, match=f"{name}.oof.csv {words}"):
+            utils.read_out_of_fold([tmp_path])
 
 
 def test_an_unknown_view_is_refused():

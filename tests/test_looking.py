@@ -146,6 +146,8 @@ def test_a_gallery_of_crops_shows_one_plane_that_axial_slices_cover():
 
 
 def test_every_view_has_a_name_of_its_own():
+    assert len({utils.view_name(view) for view in utils.SLICE_VIEWS}) == len(utils.SLICE_VIEWS)
+    assert utils.view_name({"slice": -1, "shift_px": [0, 3]}) == "1 slice back,\n3 px right"
     names = [utils.view_name(view) for view in utils.TTA_VIEWS]
     assert len(set(names)) == len(names) and names[0] == "plain"
     assert utils.view_name({"scale": 0.94, "mirror": True}) == "mirrored,\n6% smaller"

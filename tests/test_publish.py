@@ -154,6 +154,35 @@ def test_kernels_are_the_stages_of_a_run_and_feed_one_another(build):
         kaggle_kernels(folds=(5,))
 
 
+def test_another_network_starts_from_its_own_weights():
+    settings = {"04_train_vit_slices": {"BACKBONE": "tf_efficientnetv2_s"}, "04_train_vit_level": {"BACKBONE": "tiny"}}
+    kernels = kaggle_kernels(members=("slices", "level"), settings=settings)
+    assert kernels["pretrained"]["parameters"]["NAMES"] == ["tf_efficientnetv2_s"]
+    assert "PRETRAINED" in kernels["train-vit-slices"]["parameters"]
+    assert "PRETRAINED" not in kernels["train-vit-level"]["parameters"]
+    # A published one for the level crops; a file of one's own needs nothing fetched.
+    settings = {"train-vit-level": {"BACKBONE": "coatnet_rmlp_2_rw"}, "train-vit-slices": {"PRETRAINED": "mine.pth"}}
+    kernels = kaggle_kernels(members=("slices", "level"), settings=settings)
+    assert kernels["pretrained"]["parameters"]["NAMES"] == ["coatnet_rmlp_2_rw_224.sw_in1k"]
+    assert (
+        "pretrained" in kernels["train-vit-level"]["needs"] and "pretrained" not in kernels["train-vit-slices"]["needs"]
+    )
+    assert "pretrained" not in kaggle_kernels(members=("level",))  # nothing to fetch
+
+
+@pytest.mark.parametrize("size, refused", [("full", True), ("demo", False)])
+def test_weights_to_start_from_are_looked_for_where_they_are_used(tmp_path, size, refused):
+    (tmp_path / "tf_efficientnetv2_s.in21k.safetensors").write_bytes(b"x")
+    settings = {"04_train_vit": {"BACKBONE": "tf_efficientnetv2_s"}}
+    options = dict(pretrained=str(tmp_path), members=["slices"])
+    stages = utils.pipeline_stages(ROOT / "notebooks", "data", "out", size, settings=settings, **options)
+    given = {stage["name"]: stage["parameters"].get("PRETRAINED") for stage in stages}
+    assert given["04_train_vit_slices_0"] == (str(tmp_path) if refused else "installed")
+    if refused:
+        with pytest.raises(ValueError, match="nothing for convnext_small.*fetches them"):
+            utils.pipeline_stages(ROOT / "notebooks", "data", "out", size, **options)
+
+
 @pytest.mark.slow
 def test_code_data_set_runs_alone(build, tmp_path):
     code = build / "datasets" / "lumbar-spine-code"

@@ -76,6 +76,7 @@ def default_ensemble(members: Iterable[str] = MEMBERS) -> dict[str, Any]:
         weights, temperature, bias and floor, each a dict by group of conditions (GROUPS): shares by member, which need
         not sum to 1; a number; three numbers, one a severity; a number. And `found`, where they are from.
     """
+    members = list(members)
     return {
         "weights": {group: {m: default_share(m) for m in members} for group in GROUPS},
         "temperature": {group: 1.0 for group in GROUPS},

@@ -163,6 +163,11 @@ def read_out_of_fold(folders: Iterable[str | Path], verbose: bool = True) -> dic
     -------
     dict of str to DataFrame
         By member, the columns of oof.csv, each row_id once.
+
+    Raises
+    ------
+    ValueError
+        An oof.csv is empty, or lacks a column; the message names the file.
     """
     chosen, sentences = member_weights(folders)
     if verbose and sentences:
@@ -174,7 +179,7 @@ def read_out_of_fold(folders: Iterable[str | Path], verbose: bool = True) -> dic
             places.setdefault(path.parent, set()).add(name.rpartition("_")[2])
         for folder, folds in places.items():
             if (folder / "oof.csv").is_file():
-                table = pd.read_csv(folder / "oof.csv")
+                table = _read_predictions(folder / "oof.csv")
                 if "fold" in table.columns:
                     table = table[table["fold"].astype(str).str.removesuffix(".0").isin(folds)]
                 tables.setdefault(member, []).append(table)
@@ -182,3 +187,16 @@ def read_out_of_fold(folders: Iterable[str | Path], verbose: bool = True) -> dic
         member: pd.concat(found, ignore_index=True).drop_duplicates("row_id", ignore_index=True)
         for member, found in tables.items()
     }
+
+
+def _read_predictions(path):
+    """An oof.csv. Raises ValueError, naming the file, where it has no rows or lacks columns."""
+    try:
+        table = pd.read_csv(path)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no table of predictions ({error}): run the training's stage again") from None
+    if missing := [name for name in ("row_id", *SEVERITIES) if name not in table.columns]:
+        raise ValueError(f"{path} lacks the column {', '.join(missing)}: run the training's stage again")
+    if not len(table):
+        raise ValueError(f"{path} has no rows: run the training's stage again")
+    return table

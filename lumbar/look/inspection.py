@@ -148,7 +148,7 @@ def read_inspection(
         return pd.read_csv(path) if str(folder) and path.is_file() else None
 
     labels = Path(data) / "train.csv"
-    members = read_out_of_fold(predictions)
+    members = read_out_of_fold(predictions, verbose)
     tables = {name: members[name] for name in sorted(members, key=lambda name: name != first)}
     log, submission = table(inference, "inference_log.csv"), table(inference, "submission.csv")
     if submission is not None:

@@ -133,8 +133,8 @@ def view_name(view: dict) -> str:
     Parameters
     ----------
     view : dict
-        mirror, scale (above 1 is larger), shift_mm (foot, back, left), rotation_deg (about left, head and back).
-        For other keys there are no words.
+        mirror, scale (above 1 is larger), shift_mm (foot, back, left), rotation_deg (about left, head and back); of
+        SLICE_VIEWS slice (by how many the runs move) and shift_px (down and right in the image).
 
     Returns
     -------
@@ -147,4 +147,8 @@ def view_name(view: dict) -> str:
         words += [f"{abs(amount):g} mm to the {sides[int(amount < 0)]}"] if amount else []
     for amount, turned in zip(view.get("rotation_deg", ()), ("tilted", "twisted", "leant")):
         words += [f"{turned} by {amount:g}\N{DEGREE SIGN}"] if amount else []
+    if moved := int(view.get("slice", 0)):
+        words.append(f"{abs(moved)} slice{'s' * (abs(moved) > 1)} {'on' if moved > 0 else 'back'}")
+    for amount, sides in zip(view.get("shift_px", ()), (("down", "up"), ("right", "left"))):
+        words += [f"{abs(amount):g} px {sides[int(amount < 0)]}"] if amount else []
     return ",\n".join(words) or "plain"

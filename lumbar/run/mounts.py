@@ -82,7 +82,7 @@ def find_input(name: str | Path, roots: str | Path | Iterable[str | Path] | None
                 return found[0]
     raise FileNotFoundError(
         f"input {name!r} was not found. Looked at: {', '.join(looked)}. "
-        f"There is: {', '.join(_attached(roots)) or 'nothing'}. "
+        f"There is: {', '.join(_attached(places)) or 'nothing'}. "
         "On Kaggle add it under 'Add input' (or in kernel-metadata.json), elsewhere give its path."
     )
 

@@ -69,9 +69,12 @@ def load_members(folders: Sequence[str | Path], members: Collection[str] = (), d
     FileNotFoundError
         No SpineNet, or no member: a submission made of nothing but a prior would look like a result.
     ValueError
-        A file is damaged (DamagedFile), the SpineNet carries no prior, or this machine does not have the device.
+        There is no such member, a file is damaged (DamagedFile), the SpineNet carries no prior, or this machine does
+        not have the device.
     """
     device = device_for(device)
+    if unknown := [name for name in members or () if name not in MEMBERS]:
+        raise ValueError(f"MEMBERS: there is no member {', '.join(unknown)}; there are {', '.join(MEMBERS)}")
     places = ", ".join(map(str, folders))
     spinenet = find_weights(folders, "spinenet.safetensors")
     if not spinenet:

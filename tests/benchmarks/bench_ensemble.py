@@ -155,7 +155,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=1, help="cases, averaged; the error is then that of the mean")
-    parser.add_argument("--towards", default="equal", choices=("defaults", "equal"))
+    parser.add_argument("--towards", default="equal", choices=("scores", "defaults", "equal"))
     options = parser.parse_args()
     columns = {}
     for bed in options.beds:
