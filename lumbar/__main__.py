@@ -6,6 +6,7 @@ May use: look, serve, engine, storage.
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -26,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prior-only", action="store_true", help="accept predictions that rest on no image at all")
     parser.add_argument("--workers", type=int, default=2, help="threads (default: %(default)s)")
     given = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     out = Path(given.out)
     try:
         check_engine()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from .storage import plain, remove_parts, write_json
+from .storage import file_digest, plain, remove_parts, write_json
 
 MAX_JSON_BYTES = 1 << 24  # of a file that an earlier run left; a study's result has some 20 kB
 
@@ -49,11 +49,15 @@ def read_left_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def images_digest(folder: str | Path) -> str:
-    """A short hash of the names and sizes of the files in a study's folder: it changes when a file is mended.
+_MOST_HASHED = 1 << 30  # bytes of a file: no slice is larger
 
-    Times are left out, which every mounting of the same data sets anew. Links to folders are not followed. Never
-    raises: what cannot be looked at counts as absent.
+
+def images_digest(folder: str | Path) -> str:
+    """A short hash of the names and contents of the files in a study's folder: it changes when a file is mended.
+
+    Times are left out, which every mounting of the same data sets anew. Links to folders are not followed. Of files too
+    large for slices (_MOST_HASHED) the size stands for the content. Never raises: what cannot be looked at counts as
+    absent.
     """
     found = []
     for place, folders, files in os.walk(folder):
@@ -61,7 +65,9 @@ def images_digest(folder: str | Path) -> str:
         for name in files:
             path = os.path.join(place, name)
             try:
-                found.append(f"{os.path.relpath(path, folder)} {os.stat(path).st_size}")
+                size = os.stat(path).st_size
+                content = file_digest(path) if size <= _MOST_HASHED and os.path.isfile(path) else ""
+                found.append(f"{os.path.relpath(path, folder)} {size} {content}")
             except OSError:
                 continue
     return hashlib.sha256("\n".join(sorted(found)).encode(errors="surrogateescape")).hexdigest()[:16]

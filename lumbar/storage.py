@@ -162,7 +162,8 @@ def write_csv(path: str | Path, table: pd.DataFrame) -> None:
     table : DataFrame
     """
     with write_whole(path) as temporary:
-        table.to_csv(temporary, index=False)
+        # Names of files need not be UTF-8: their other bytes are lone surrogates in Python.
+        table.to_csv(temporary, index=False, errors="backslashreplace")
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -179,7 +180,7 @@ def write_text(path: str | Path, text: str) -> Path:
         The file's path.
     """
     with write_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # as write_csv
     return Path(path)
 
 

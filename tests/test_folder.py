@@ -590,3 +590,31 @@ def test_markups_are_what_slicer_reads(tmp_path):
     # A corner by the schema: centre + orientation @ half the size, the orientation's columns being the axes.
     corner = np.array(roi["center"]) + np.array(roi["orientation"]).reshape(3, 3) @ (np.array(roi["size"]) / 2)
     assert np.abs(boxes[3].corners_lps() - corner).sum(1).min() < 1e-4
+
+
+@pytest.mark.slow
+def test_another_patients_study_gets_levels_of_its_own(tmp_path):
+    """Into the same folder for results, one after the other, with files of the same names and sizes."""
+    for name, seed in (("a", 3), ("b", 4)):
+        tiny.write_study(tmp_path / name, seed=seed)
+        assert main([str(tmp_path / name), "--out", str(tmp_path / "alone" / name)]) == 0
+    for name in ("a", "b", "a"):
+        assert main([str(tmp_path / name), "--out", str(tmp_path / "both")]) == 0
+        both, alone = (pd.read_csv(out / "levels.csv") for out in (tmp_path / "both", tmp_path / "alone" / name))
+        assert np.allclose(both[["x_mm", "y_mm", "z_mm"]], alone[["x_mm", "y_mm", "z_mm"]], atol=1e-6)
+    # Numbers stay with their patients.
+    assert pd.read_csv(tmp_path / "both" / "studies.csv")["study_id"].tolist() == [1, 2]
+    (tmp_path / "both" / "studies.csv").write_text("folder,study_id\na,1\n")
+    assert main([str(tmp_path / "a"), "--out", str(tmp_path / "both")]) == 2
+
+
+@pytest.mark.slow
+def test_names_that_are_no_utf8_are_read_and_written(tmp_path, capfd):
+    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    tiny.write_study(folder, seed=3)
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xe9t\xe9.dcm")).write_bytes(b"hello")
+    assert main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    table = pd.DataFrame({"name": [os.fsdecode(b"M\xfcller")]})
+    utils.write_csv(tmp_path / "a.csv", table)
+    utils.write_text(tmp_path / "a.txt", table["name"][0])
+    assert (tmp_path / "a.txt").read_text() == "M\\udcfcller" in (tmp_path / "a.csv").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -181,6 +182,16 @@ def test_a_mended_study_is_done_again(tmp_path, level):
     assert level.prepared == [7] and np.abs(broken[7] - whole[7]).max() > 0.1
     for study_id in (7, 8):
         np.testing.assert_array_equal(again[study_id], whole[study_id])
+
+
+def test_the_digest_of_images_is_that_of_their_contents(tmp_path):
+    (tmp_path / "a" / "1").mkdir(parents=True)
+    (tmp_path / "a" / "1" / "1.dcm").write_bytes(b"abcd")
+    before = images_digest(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert images_digest(tmp_path / "b") == before
+    (tmp_path / "b" / "1" / "1.dcm").write_bytes(b"abdc")  # of the same size
+    assert images_digest(tmp_path / "b") != before
 
 
 def test_the_digest_of_images_never_fails(tmp_path):

@@ -288,9 +288,12 @@ def test_a_body_at_the_border_counts_less(monkeypatch):
         monkeypatch.setattr(spinenet, "spinenet_maps", lambda model, images, batch_size: images)
         monkeypatch.setattr(spinenet, "decode_slices", lambda maps, resolution_mm: [[one] for _ in maps])
         (body,) = detect_vertebrae(type("Model", (), {"resolution_mm": 2.0}), volume)
-        return body.confidence
+        return body
 
-    assert found(-20.0) == pytest.approx(found(0.0) / 2)
+    whole, half = found(0.0), found(-28.0)
+    assert half.confidence == pytest.approx(whole.confidence / 2)
+    # How much of it is in the image, however much the network draws beyond.
+    assert whole.in_image_mm == np.inf and half.in_image_mm == pytest.approx(whole.height_mm / 2, rel=0.01)
 
 
 # -- levels without a sagittal image
@@ -582,10 +585,11 @@ def test_a_chain_without_s1_is_doubtful_and_has_a_second_numbering(lowest):
 def test_an_s1_that_the_border_cuts_is_nothing_to_count_from():
     truth = spine(3)
     bodies = seen_as(truth[: [v.name for v in truth].index("S1") + 1])
-    whole, _ = name_vertebrae(bodies, PRIOR)
-    cut, _ = name_vertebrae([*bodies[:-1], replace(bodies[-1], cut=True)], PRIOR)
-    assert [v.name for v in whole] == [v.name for v in cut] and whole[-1].name == "S1"
-    assert not any(Source.UNCERTAIN in v.source for v in whole) and all(Source.UNCERTAIN in v.source for v in cut)
+    *above, s1 = bodies
+    for in_image_mm, doubted in ((np.inf, False), (0.9 * s1.height_mm, False), (0.5 * s1.height_mm, True)):
+        last = replace(s1, in_image_mm=in_image_mm)
+        named, _ = name_vertebrae([*above, last], PRIOR)
+        assert named[-1].name == "S1" and {Source.UNCERTAIN in v.source for v in named} == {doubted}
 
 
 def test_a_chain_with_s1_is_sure_and_has_none():

@@ -165,13 +165,12 @@ def lay_out(studies: Sequence[FoundStudy], out: str | Path) -> Path:
     columns = ["study_id", "series_id", "series_description"]
     table = series_table(studies)
     write_csv(Path(out) / "series.csv", table)
-    write_csv(
-        Path(out) / "studies.csv",
-        pd.DataFrame(
-            [(s.study_id, s.name, len(s.series), len(s.used), s.key) for s in studies],
-            columns=["study_id", "folder", "series", "used", "key"],
-        ),
+    own = pd.DataFrame(
+        [(s.study_id, s.name, len(s.series), len(s.used), s.key) for s in studies], columns=_STUDY_COLUMNS
     )
+    earlier = _earlier_studies(out)
+    earlier = earlier[~earlier["key"].isin(own["key"])]  # their numbers are theirs for good
+    write_csv(Path(out) / "studies.csv", pd.concat([own, earlier]) if len(earlier) else own)
     if not rows:
         why = "; ".join(f"{row.description or 'a series'}: {row.reason}" for row in table.head(5).itertuples())
         raise ValueError(
@@ -370,21 +369,38 @@ def _common_folder(names: Iterable[str]) -> PurePosixPath:
 def _study_ids(folders: dict[str, str], out: Path) -> dict[str, int]:
     """dict key -> study_id: as an earlier call numbered them, as their folders (dict key -> name) are numbered, else
     counted."""
-    known: dict[str, int] = {}
-    if (Path(out) / "studies.csv").is_file():
-        table = pd.read_csv(Path(out) / "studies.csv", dtype={"key": str})
-        known = {str(key): int(study_id) for key, study_id in zip(table["key"], table["study_id"], strict=True)}
-    known = {key: study_id for key, study_id in known.items() if key in folders}
+    earlier = {str(row.key): int(row.study_id) for row in _earlier_studies(out).itertuples()}
+    known = {key: study_id for key, study_id in earlier.items() if key in folders}
     numbers = {key: whole_number(folder) for key, folder in folders.items()}
     stated = [number for number in numbers.values() if number is not None and 0 < number < 10**12]
     numbered = len(set(stated)) == len(folders)
-    used = set(known.values())
+    used = set(earlier.values())  # by others, too: what is kept of them must not be taken for a new study's
     free = (number for number in range(1, MAX_FILES + 2) if number not in used)
     for key, number in numbers.items():
         if key not in known:
             known[key] = number if numbered and number is not None and number not in used else next(free)
             used.add(known[key])
     return known
+
+
+_STUDY_COLUMNS = ["study_id", "folder", "series", "used", "key"]
+
+
+def _earlier_studies(out: str | Path) -> pd.DataFrame:
+    """studies.csv of earlier calls with the same folder for results; empty where there was none.
+
+    Raises ValueError for another table."""
+    path = Path(out) / "studies.csv"
+    if not path.is_file():
+        return pd.DataFrame(columns=_STUDY_COLUMNS)
+    try:
+        table = pd.read_csv(path, dtype={"key": str, "folder": str, "study_id": "int64"})
+        good = set(_STUDY_COLUMNS) <= set(table) and table["key"].is_unique and table["study_id"].is_unique
+    except (ValueError, UnicodeDecodeError):
+        good = False
+    if not good:
+        raise ValueError(f"{path} does not say how the studies here were numbered: choose another folder for results")
+    return table[_STUDY_COLUMNS]
 
 
 def _struck_out(text: str, private: frozenset[str]) -> str:

@@ -1,6 +1,6 @@
 """The studies of any folder, from its laid-out series to tables of levels and of probabilities.
 
-May use: folder, inference, members, tables, grade, spine, data, names, problems, storage.
+May use: folder, inference, members, tables, grade, spine, data, names, storage.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from ..data.source import Source
 from ..data.volume import study_about, study_paths
 from ..grade.ensemble import ensemble_for
 from ..names import CONDITIONS, LEVEL_TABLE_COLUMNS, LEVELS, SEVERITIES, device_for
-from ..problems import Problem
 from ..spine.locating import locate_studies
 from ..spine.placement import Placement
 from ..spine.spinenet import load_spinenet
@@ -109,13 +108,11 @@ def locate_folder(out: str | Path, placement: Placement, workers: int = 2) -> tu
     wanted = set(series["study_id"])
     paths = {i: path for i, path in study_paths(out / "01_preprocess").items() if i in wanted}
     paths = {i: path for i, path in paths.items() if study_about(path)["volumes"]}
-    problems: dict[int, Problem] = {}
+    problems: dict[int, str] = {}
     levels, vertebrae, _ = locate_studies(
         paths, placement, out / "01_preprocess" / "levels", workers, problems=problems
     )
-    located = pd.DataFrame(
-        [(study_id, str(problem)) for study_id, problem in problems.items()], columns=["study_id", "problem"]
-    )
+    located = pd.DataFrame(list(problems.items()), columns=["study_id", "problem"])
     write_csv(out / "01_preprocess" / "locating.csv", located)
     write_csv(out / "levels.csv", levels.reindex(columns=LEVEL_TABLE_COLUMNS))
     write_csv(out / "vertebrae.csv", vertebrae)

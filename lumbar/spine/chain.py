@@ -131,8 +131,8 @@ def merge_vertebrae(first: Sequence[Vertebra], second: Sequence[Vertebra], dista
             kept = other if other.confidence > 1.15 * vertebra.confidence else vertebra
             known = [v.name for v in (vertebra, other) if v.name not in ("", UNCERTAIN)]
             name = known[0] if known else vertebra.name
-            cut = vertebra.cut and other.cut
-            kept = replace(kept, name=name, confidence=max(vertebra.confidence, other.confidence), cut=cut)
+            kept = replace(kept, name=name, confidence=max(vertebra.confidence, other.confidence))
+            kept.in_image_mm = max(vertebra.in_image_mm, other.in_image_mm)
             if vertebra.appearance is not None and other.appearance is not None:
                 appearance = (vertebra.appearance + other.appearance) / 2
                 kept.appearance = appearance - np.log(np.exp(appearance).sum())

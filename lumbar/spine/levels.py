@@ -39,8 +39,8 @@ def locate_levels(
     - axial: where the sagittal series show fewer than two bodies, from where the axial slices lie (axial_levels).
     - prior: the mean layout around the series' centre.
 
-    `+uncertain` says that the levels' names are doubtful: no complete S1 in the chain, or another numbering nearly as
-    likely.
+    `+uncertain` says that the levels' names are doubtful: no S1 in the chain, or a part of it only, or another
+    numbering nearly as likely.
     `second` and `second_share` of the boxes say what they would be called by the second numbering, where that has some
     likelihood; second_boxes places the levels by it.
 

@@ -20,7 +20,7 @@ from ..data.volume import load_study
 from ..in_flight import read_left_json
 from ..names import LEVEL_TABLE_COLUMNS, LEVELS, progress
 from ..problems import Problem
-from ..storage import write_json
+from ..storage import file_digest, write_json
 from .counting import Numberings
 from .fallbacks import axial_levels, complete_vertebrae, level_boxes, refit_level_prior, study_anchors
 from .finetune import learn_counting
@@ -75,12 +75,14 @@ def _locate_kept(shared: _Locating, study_id: int) -> tuple[dict[str, Any], Prob
     """(a study's rows for JSON, the Problem where nothing was seen in its sagittal series, None where something was,
     _NOT_TRIED), kept in the folder where there is one and nothing went wrong."""
     file = shared.folder / f"{study_id}.json" if shared.folder is not None else None
-    known = _kept(file, shared.key, study_id) if file is not None else None
+    # Of these very images: another patient's study may have had the number.
+    key = f"{shared.key} {file_digest(shared.paths[study_id])[:16]}" if file is not None else ""
+    known = _kept(file, key, study_id) if file is not None else None
     if known is not None:
         return known, _NOT_TRIED
     result, problem, blind = _locate(study_id, shared.paths[study_id], shared.placement)
     if file is not None and not problem:
-        write_json(file, {"key": shared.key} | result)
+        write_json(file, {"key": key} | result)
     return result, _NOT_TRIED if blind is None else problem if blind else None
 
 
@@ -96,7 +98,7 @@ def locate_studies(
     folder: str | Path | None = None,
     workers: int = 1,
     scheduler: str = "",
-    problems: dict[int, Problem] | None = None,
+    problems: dict[int, str] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[int, dict]]:
     """Levels and vertebrae of many studies.
 
@@ -111,13 +113,13 @@ def locate_studies(
         As locate_levels takes it. Where nothing is seen its prior stands in, not its layout.
     folder : str or Path, optional
         Where each study's result is kept as <study_id>.json, so that an interrupted run continues. A result of other
-        weights, prior or detector is not taken; a function is known by its repr.
+        images, weights, prior or detector is not taken; a function is known by its repr.
     workers : int
         Threads; most of the time is spent outside Python's lock.
     scheduler : str
         Address of a Dask scheduler whose workers locate the studies, see cluster.spread; empty: this machine.
-    problems : dict of int to Problem, optional
-        Gets study_id to what was not as usual, of the studies in which something was not.
+    problems : dict of int to str, optional
+        Gets study_id to a sentence, of the studies in which something was not as usual.
 
     Returns
     -------
@@ -164,7 +166,7 @@ def _located(paths, placement, folder, workers, scheduler="", said=None):
     if len(problems) > 2 and all(problems):  # no odd studies, but an installation that cannot work
         raise RuntimeError(f"the detector failed in all of {len(problems)} studies; the first: {problems[0]}")
     if said is not None:
-        said |= {i: problem for i, (_, problem) in located.items() if problem and problem != _NOT_TRIED}
+        said |= {i: result["problem"] for i, (result, _) in located.items() if result.get("problem")}
     return dict(zip(paths, results, strict=True))
 
 
@@ -201,6 +203,7 @@ def _locate(study_id, path, placement):
         "vertebrae": vertebrae_to_table(study_id, bodies).to_dict("records"),
         "anchors": {plane: center.tolist() for plane, center in anchors.items()},
         "numberings": None if numberings is None else numberings.to_json(),
+        "problem": None if problem is None else str(problem),
     }
     sagittal = any(volume.plane == "sagittal" for volume in study.volumes)
     return result, problem, not seen(bodies) if sagittal else None

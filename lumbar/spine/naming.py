@@ -262,6 +262,14 @@ def chain_numberings(
     return _measured(vertebrae, prior, *_best_size(vertebrae, prior, center_lps_mm))
 
 
+_WHOLE = 0.6  # of the body above: S1 is about as high as L5
+
+
+def _is_whole(vertebra, above):
+    """Whether so much of a body is in the image that it is as high as those above it."""
+    return not above or vertebra.in_image_mm >= _WHOLE * above[-1].height_mm
+
+
 def name_vertebrae(
     vertebrae: Sequence[Vertebra], prior: dict, center_lps_mm: np.ndarray | None = None
 ) -> tuple[list[Vertebra], SecondNumbering | None]:
@@ -286,7 +294,7 @@ def name_vertebrae(
     twice). Confidence is the detection's times the share of its name among all namings (_name_shares), or times the
     whole chain's (_numbering) where that is lower. A counting that was learned from readers' points
     (prior["counting"], see fit_counting) may move all names by one. The source is uncertain, too, where confidence is
-    lowered below AMBIGUOUS_SHARE, and throughout where the chain has no S1 that is in the image as a whole: then
+    lowered below AMBIGUOUS_SHARE, and throughout where the chain has no S1, or only a part of it is in the image: then
     nothing is there to count from.
     """
     if not vertebrae:
@@ -298,7 +306,7 @@ def name_vertebrae(
     moved, chain_share, second = _numbering(names, scores, numberings, counting)
     own_share = {i: shares[i, k] for i, k in names.items()}
     names = {i: k + moved for i, k in names.items() if 0 <= k + moved < len(_CHAIN)}
-    from_s1 = any(_CHAIN[k] == "S1" and not vertebrae[i].cut for i, k in names.items())
+    from_s1 = any(_CHAIN[k] == "S1" and _is_whole(vertebrae[i], vertebrae[:i]) for i, k in names.items())
     result = []
     for i, vertebra in enumerate(vertebrae):
         if i in names:
@@ -308,7 +316,7 @@ def name_vertebrae(
             found = replace(vertebra, name=_CHAIN[names[i]], confidence=vertebra.confidence * share, source=source)
             result.append(found)
         else:
-            height = np.linalg.norm(vertebra.corners_lps_mm[:2].mean(0) - vertebra.corners_lps_mm[2:].mean(0))
+            height = vertebra.height_mm
             distance = [np.linalg.norm(vertebrae[k].center_lps_mm - vertebra.center_lps_mm) for k in names]
             if min(distance) > 0.7 * height:
                 result.append(replace(vertebra, name=UNCERTAIN))

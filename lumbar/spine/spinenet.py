@@ -23,7 +23,7 @@ from ..storage import write_tensors
 from ..weights import Stated, check_network, read_weights
 from .across import middle_across
 from .counting import COUNTING_FEATURES
-from .vertebra import _LUMBAR, SPINE_CLASSES, Vertebra, polygon_iou, upright
+from .vertebra import _LUMBAR, SPINE_CLASSES, Vertebra, polygon_iou, spanned_mm, upright
 
 
 def sagittal_images(volume: Volume, resolution_mm: float) -> tuple[torch.Tensor, np.ndarray]:
@@ -492,6 +492,7 @@ def _bodies(slices, affine, shape, step_mm, source):
         # A body that the image's border cuts has corners that nobody saw: its shape and its centre count less.
         last = np.array(shape) - 1
         cut = ((rows_columns < 1) | (rows_columns > last - 1)).any()
+        within = np.clip(rows_columns, 0, last) @ affine[:3, 1:3].T
         vertebrae.append(
             Vertebra(
                 ijk @ affine[:3, :3].T + affine[:3, 3],
@@ -500,7 +501,7 @@ def _bodies(slices, affine, shape, step_mm, source):
                 source=source,
                 appearance=log_p - np.log(np.exp(log_p).sum()),
                 across_sd_mm=across_sd_mm,
-                cut=bool(cut),
+                in_image_mm=spanned_mm(within) if cut else np.inf,
             )
         )
     return sorted(surest(vertebrae), key=lambda v: -v.center_lps_mm[2])

@@ -41,6 +41,11 @@ def spine_class(name: str) -> int:
     return {"T": 0, "L": 2 if name == "L5" else 1}.get(name[0], 3 if name == "S1" else 4)
 
 
+def spanned_mm(corners_mm: np.ndarray) -> float:
+    """From the middle of the upper edge to that of the lower one. corners_mm: (4, 2 or 3), in the order of CORNERS."""
+    return float(np.linalg.norm(corners_mm[:2].mean(0) - corners_mm[2:].mean(0)))
+
+
 @dataclass
 class Vertebra:
     """One vertebral body.
@@ -48,7 +53,8 @@ class Vertebra:
     corners_lps_mm: (4, 3), in the order of CORNERS, in its mid-sagittal plane; width_mm: from right to left;
     appearance: (len(SPINE_CLASSES),) log-probabilities, or None; name: "T10" ... "S2", "uncertain", "" before naming;
     source: where it comes from; uncertain where its name is doubtful, see name_vertebrae; across_sd_mm: how surely its
-    place across the slices is known, as a standard deviation; cut: whether the images' border cuts it.
+    place across the slices is known, as a standard deviation; in_image_mm: where the images' border touches it, how
+    much of its height lies within, else inf.
     """
 
     corners_lps_mm: np.ndarray
@@ -58,12 +64,17 @@ class Vertebra:
     source: Source = Source(0)
     appearance: np.ndarray | None = None
     across_sd_mm: float = 2.0
-    cut: bool = False
+    in_image_mm: float = np.inf
 
     @property
     def center_lps_mm(self) -> np.ndarray:
         """(3,): mean of the corners."""
         return self.corners_lps_mm.mean(0)
+
+    @property
+    def height_mm(self) -> float:
+        """From the middle of the upper end plate to that of the lower one."""
+        return spanned_mm(self.corners_lps_mm)
 
     @property
     def left_lps(self) -> np.ndarray:
