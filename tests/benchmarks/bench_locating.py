@@ -1,10 +1,11 @@
 """Seconds to locate a study's levels on one core: as the engine and the search are, beside PyTorch on every slice.
 
-    python tests/benchmarks/bench_locating.py --run runs/demo --studies 12
+    python tests/benchmarks/bench_locating.py --run runs/demo --studies 12 [--before WEIGHTS]
 
 Both ways take the same volumes (01_preprocess) and weights, in turns, one thread; CPU seconds count, not the clock.
 It ends with an error where a name differs or a level lies more than 0.1 mm elsewhere. What compiling takes, once in a
-process, is printed apart. A script, which pytest does not collect.
+process, is printed apart. --before takes the seconds of other weights as well, on every slice by PyTorch. A script,
+which pytest does not collect.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def located(study, model, way):
     os.environ["LUMBAR_ENGINE"] = "torch" if way == "plain" else "auto"
     fast = spinenet._slices_from_the_middle
     if way == "plain":
-        spinenet._slices_from_the_middle = lambda model, images: spinenet._all_slices(model, images, 8)
+        spinenet._slices_from_the_middle = spinenet._all_slices
     started = time.process_time()
     try:
         boxes, vertebrae = utils.locate_levels(study, model)
@@ -48,6 +49,7 @@ def main():
     parser.add_argument("--run", type=Path, required=True, help="a run's folder with 01_preprocess")
     parser.add_argument("--studies", type=int, default=12)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--before", type=Path, help="weights of an earlier network, to be compared in seconds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = utils.load_spinenet(arguments.weights)
@@ -55,10 +57,13 @@ def main():
     engine._PAYS_AFTER_S = 0.0  # now, and not after some studies
     first = load_study(paths[0])
     compiling_s = located(first, model, "fast")[2] - located(first, model, "fast")[2]
+    before, seconds_before = utils.load_spinenet(arguments.before) if arguments.before else None, []
     seconds, apart_mm, renamed = {"plain": [], "fast": []}, [], 0
     for path in paths:
         study = load_study(path)
         found = {way: located(study, model, way) for way in seconds}
+        if before:
+            seconds_before.append(located(study, before, "plain")[2])
         for way, (_, _, cpu_s) in found.items():
             seconds[way].append(cpu_s)
         plain, fast = ([box.center_lps_mm for box in found[way][0]] for way in seconds)
@@ -68,6 +73,10 @@ def main():
     ratios = [plain / fast for plain, fast in zip(*seconds.values(), strict=True)]
     for way, cpu_s in seconds.items():
         print(f"{way}: {statistics.median(cpu_s):.2f} s of CPU a study (median of {len(paths)})")
+    if before:
+        earlier = [old / fast for old, fast in zip(seconds_before, seconds["fast"], strict=True)]
+        said = f"{statistics.median(seconds_before):.2f} s, {statistics.median(earlier):.2f} times fast's (median)"
+        print(f"before: {said}")
     print(f"ratio of a study: {statistics.median(ratios):.2f} (median); compiling: {compiling_s:.1f} s")
     print(f"levels lie at most {max(apart_mm):.4f} mm apart; {renamed} studies with other names")
     if renamed or max(apart_mm) > 0.1:
