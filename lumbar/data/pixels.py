@@ -140,12 +140,15 @@ def _is_left_aligned(cells, bits, high) -> bool:
 
 
 def _is_cut_off(cells, pixels) -> bool:
-    """True where what lies above the stored bits belongs to the values: with it neighbours differ less. Overlays, and
-    whatever else may lie there, make them differ more."""
-    if np.array_equal(cells, pixels):
+    """True where what lies above the stored bits belongs to the values: neighbours that differ by one there differ less
+    with it than without. Overlays, and whatever else may lie there, make them differ more."""
+    above = cells.astype(np.float64) - pixels
+    if not above.any():
         return False
-    whole, cut = (np.abs(np.diff(values.astype(np.float64), axis=-1)).sum() for values in (cells, pixels))
-    return bool(whole < cut)
+    steps = np.abs(np.diff(above, axis=-1))
+    by_one = (steps > 0) & (steps == np.min(steps, where=steps > 0, initial=np.inf))
+    whole, cut = (np.abs(np.diff(values.astype(np.float64), axis=-1))[by_one] for values in (cells, pixels))
+    return bool(by_one.any() and (whole < cut).mean() > 0.5)
 
 
 def _read_whole_numbers(dataset) -> None:
