@@ -15,12 +15,15 @@ import pydicom
 import pytest
 import small_study
 import tiny
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 import utils
 from lumbar.__main__ import main
 from lumbar.data.headers import read_header
+from lumbar.data.pixels import DicomProblem
 from lumbar.data.series_kind import SeriesHeader, kind_of_series
 from lumbar.data.source import Source
 from lumbar.look.markups import write_markups
@@ -487,6 +490,31 @@ def test_damaged_files_cost_only_themselves(tmp_path):
     (tmp_path / "in" / "a" / "marked").write_bytes(b"\0" * 128 + b"DICM" + np.random.default_rng(0).bytes(4000))
     (study,) = found(tmp_path / "in", tmp_path / "out")
     assert used(study) == ALL_THREE
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    "keyword",
+    ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ContrastBolusAgentSequence"],
+)
+def test_a_sequence_of_a_header_is_bounded(tmp_path, keyword, known):
+    write(tmp_path / "good", a_slice(**{keyword: [Dataset()] * 9}))
+    read_header(tmp_path / "good")
+    count, element = 25_000, a_slice()
+    items = b"\xfe\xff\x00\xe0" + bytes(4)
+    tag = Tag(keyword)
+    element._dict[tag] = RawDataElement(tag, "SQ", 8 * count, items * count, 0, False, True)
+    write(tmp_path / "bad", element)
+    data = (tmp_path / "bad").read_bytes()
+    if not known:
+        length = struct.pack("<I", 8 * count)
+        at = data.index(items) - 4
+        assert data[at : at + 4] == length
+        end = at + 4 + 8 * count
+        data = data[:at] + b"\xff" * 4 + data[at + 4 : end] + b"\xfe\xff\xdd\xe0" + bytes(4) + data[end:]
+        (tmp_path / "bad").write_bytes(data)
+    with pytest.raises(DicomProblem, match=f"{keyword} has more than 20000 items"):
+        read_header(tmp_path / "bad")
 
 
 # ---- From files to pages ----

@@ -11,6 +11,7 @@ import numpy as np
 import pydicom
 import pytest
 import tiny
+from pydicom.dataelem import RawDataElement
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -147,6 +148,143 @@ def test_a_missing_sign_is_guessed_only_where_pixels_leave_no_doubt(tmp_path, ba
     study = read_study(copied(base, tmp_path, unsigned), T2)
     assert len(study.volumes[0].array) == 8
     assert any("1.dcm: PixelRepresentation is missing" in problem for problem in study.problems)
+
+
+@pytest.mark.parametrize("stored, signed, high", [(12, False, 15), (12, True, 15), (10, False, 15), (11, True, 13)])
+def test_stored_bits_above_others_are_moved_down(tmp_path, base, stored, signed, high):
+    values = np.random.default_rng(stored).integers(-1000 * signed, 1000, (6, 10))
+    dataset = pydicom.dcmread(base / "101" / "1.dcm")
+    dataset.Rows, dataset.Columns = values.shape
+    restate(dataset, (values << (high + 1 - stored)) & 0xFFFF, signed, stored)
+    dataset.HighBit = high
+    dataset.save_as(tmp_path / "1.dcm")
+    ((slice_,), _) = read_slices(tmp_path / "1.dcm")
+    np.testing.assert_array_equal(slice_["pixels"], values)
+    assert slice_["doubts"] == []
+
+
+@pytest.mark.parametrize("bits, signed", [(9, True), (10, False)])
+def test_bits_stored_that_cut_values_off_are_said(tmp_path, base, bits, signed):
+    study = copied(base, tmp_path, lambda dataset, k: restate(dataset, dataset.pixel_array, signed, bits))
+    problems = [p for p in read_study(study, T2).problems if "cut off" in p]
+    assert problems == [
+        f"study 1, series 103: 9 files: values need more than the {bits} bits stored: cut off, grey values may be off"
+    ]
+
+
+@pytest.mark.parametrize("what", ["overlay", "noise", "sign"])
+def test_other_things_above_the_stored_bits_are_no_doubt(tmp_path, base, raw, what):
+    def change(dataset, k):
+        values = dataset.pixel_array.astype(int)
+        if what == "overlay":
+            values[5:12, 5:60] |= 0x8000
+        elif what == "noise":
+            values |= np.random.default_rng(k).integers(0, 16, values.shape) << 12
+        else:
+            values -= 200
+            dataset.RescaleSlope, dataset.RescaleIntercept = "1", "200"
+        restate(dataset, values & (0xFFF if what == "sign" and k % 2 else 0xFFFF), what == "sign", 12)
+
+    study = read_study(copied(base, tmp_path, change), T2)
+    np.testing.assert_array_equal(study.volumes[0].array, raw)
+    assert not any("series 103" in problem for problem in study.problems)
+
+
+# ---- Elements of another kind, or empty ----
+
+
+def set_text(dataset, keyword, text, vr):
+    data = text.encode() + b" " * (len(text) % 2)
+    tag = pydicom.tag.Tag(keyword)
+    dataset._dict[tag] = RawDataElement(tag, vr, len(data), data, 0, False, True)
+
+
+WHOLE = "Rows Columns SamplesPerPixel BitsAllocated BitsStored HighBit PixelRepresentation".split()
+
+
+@pytest.mark.parametrize("text", ["{}", " {} ", "{}.0"])
+@pytest.mark.parametrize("vr", ["LO", "DS", "SH", "IS", "UN", "UT"])
+def test_whole_numbers_are_read_as_text_too(tmp_path, base, raw, vr, text):
+    def change(dataset, k):
+        for keyword in WHOLE:
+            set_text(dataset, keyword, text.format(dataset[keyword].value), vr)
+
+    study = read_study(copied(base, tmp_path, change), T2)
+    np.testing.assert_array_equal(study.volumes[0].array, raw)
+    assert not any("series 103" in problem for problem in study.problems)
+
+
+@pytest.mark.parametrize(
+    "keyword, text, said",
+    [
+        ("Rows", "many", "Rows is 'many', which is not a whole number"),
+        ("BitsStored", "11.5", "BitsStored is '11.5', which is not a whole number"),
+        ("Columns", "112\\112", "Columns is .* not a whole number"),
+        ("Rows", "99999", "states 1 x 99999 x 112 pixels"),
+    ],
+)
+@pytest.mark.parametrize("vr", ["LO", "DS"])
+def test_text_that_is_no_size_is_named(tmp_path, base, keyword, text, said, vr):
+    study = copied(base, tmp_path, lambda dataset, k: set_text(dataset, keyword, text, vr))
+    with pytest.raises(pixels.DicomProblem, match=said):
+        read_slices(study / "103" / "1.dcm")
+
+
+@pytest.mark.parametrize("value, vr", [(-2000, "LO"), (-2000, "DS"), (4095, "SH"), (-32768, "UN"), (4095, "UN")])
+def test_padding_stated_as_text_is_padding(tmp_path, base, value, vr):
+    outside = bordered((112, 112), "circle")
+
+    def change(dataset, k):
+        stored = dataset.pixel_array.astype(int)
+        stored[outside] = value
+        restate(dataset, stored & 0xFFFF, True)
+        set_text(dataset, "PixelPaddingValue", str(value), vr)
+
+    study = read_study(copied(base, tmp_path, change), T2)
+    assert (np.isnan(study.volumes[0].array) == outside).all()
+
+
+@pytest.mark.parametrize("kind, vr", [("Float", "FL"), ("DoubleFloat", "FD"), ("Float", "LO")])
+@pytest.mark.parametrize("value, limit", [(-1e10, None), (1e30, None), (-2e30, -1e10)])
+def test_padding_of_float_pixels_is_padding(tmp_path, base, raw, kind, vr, value, limit):
+    outside = bordered((112, 112), "circle")
+
+    def change(dataset, k):
+        stored = dataset.pixel_array.astype(np.float32 if kind == "Float" else np.float64)
+        stored[outside] = np.linspace(value, value if limit is None else limit, outside.sum())
+        del dataset.PixelData
+        dataset.BitsAllocated = 8 * stored.itemsize
+        setattr(dataset, f"{kind}PixelData", stored.tobytes())
+        for what, number in (("Value", value), ("RangeLimit", limit)):
+            if number is not None and vr == "LO":
+                set_text(dataset, f"{kind}PixelPadding{what}", repr(float(np.float32(number))), vr)
+            elif number is not None:
+                dataset.add_new(f"{kind}PixelPadding{what}", vr, number)
+
+    study = read_study(copied(base, tmp_path, change), T2)
+    np.testing.assert_array_equal(study.volumes[0].array, np.where(outside, np.nan, raw))
+
+
+def test_an_empty_table_of_offsets_is_none(tmp_path, base, raw):
+    def change(dataset, k):
+        if k % 3 == 0:
+            dataset.compress(RLELossless, generate_instance_uid=False)
+        for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")[: 1 + k % 2]:
+            dataset.add_new(keyword, "OV", b"")
+
+    study = read_study(copied(base, tmp_path, change), T2)
+    np.testing.assert_array_equal(study.volumes[0].array, raw)
+
+
+@pytest.mark.parametrize("keyword", ["PixelData", "FloatPixelData"])
+def test_no_pixels_are_called_so(tmp_path, base, keyword):
+    def change(dataset):
+        del dataset.PixelData
+        dataset.add_new(keyword, "OF" if keyword.startswith("F") else "OW", b"")
+
+    study = copied(base, tmp_path, one(change))
+    (problem,) = [p for p in read_study(study, T2).problems if "5.dcm" in p]
+    assert problem == f"study 1, series 103: 5.dcm: {keyword} is empty: there is no image"
 
 
 # ---- Padding ----

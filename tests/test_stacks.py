@@ -250,6 +250,64 @@ def test_contrasts_are_never_mixed(study, right, told, jitter_mm, order):
         np.testing.assert_array_equal(np.sort(volume.array.sum((1, 2))), np.sort(right.array.sum((1, 2))))
 
 
+def halves(study, echo_ms, empty=(), text="{}"):
+    """The lower half of the slices at one echo time and the upper one at another, other tissues bright."""
+
+    def change(dataset, k):
+        if k < 5:
+            other_contrast(dataset)
+        dataset.EchoNumbers = None
+        data = b"" if k in empty else text.format(echo_ms[k >= 5]).encode()
+        data += b" " * (len(data) % 2)
+        dataset._dict[pydicom.tag.Tag("EchoTime")] = RawDataElement(
+            pydicom.tag.Tag("EchoTime"), "DS", len(data), data, 0, False, True
+        )
+
+    each(study, change)
+
+
+@pytest.mark.parametrize("empty", [(), (0,), (3,), (8,), (0, 4, 7)])
+@pytest.mark.parametrize("echo_ms", [(12, 90), (90, 12)])
+def test_slices_that_state_no_contrast_join_no_two_others(study, echo_ms, empty):
+    halves(study, echo_ms, empty)
+    volumes, problems = read(study)
+    (kept,) = volumes
+    halves_of = {number > 5 for number in kept.instance_numbers.tolist()}
+    assert len(halves_of) == 1 and len(kept.array) == (4 if halves_of == {True} else 5)
+    assert "slices of another contrast (echo time" in " ".join(problems)
+    said = [problem for problem in problems if "do not state which of 2 contrasts they are" in problem]
+    assert len(said) == bool(empty)
+    if empty:
+        assert f": {len(empty)} slices do" in said[0] and f"(the first: {empty[0] + 1})" in said[0]
+
+
+@pytest.mark.parametrize("text", ["{},0", "{} ms", "{},5 ms", " {} MS", "{}.0msec"])
+def test_echo_times_with_a_comma_or_a_unit_tell_contrasts_apart(study, text):
+    halves(study, (12, 90), text=text)
+    (kept,), problems = read(study)
+    assert len({number > 5 for number in kept.instance_numbers.tolist()}) == 1
+    assert any("slices of another contrast (echo time" in problem for problem in problems)
+
+
+def test_a_slice_without_an_echo_time_goes_where_one_is_missing(study, right):
+    own = files(study)
+    for k, path in enumerate(own):
+        dataset = pydicom.dcmread(path)
+        for second in (False, True):
+            if second:
+                other_contrast(dataset)
+            dataset.EchoNumbers = None
+            dataset.EchoTime = None if k in (0, 4) and not second else 12 if second else 90
+            dataset.save_as(study / "103" / f"{101 + k + len(own) * second}.dcm")
+        path.unlink()
+    (volume,), problems = read(study)
+    np.testing.assert_array_equal(volume.array, right.array)
+    assert [p.split(": ", 1)[1] for p in problems] == [
+        "2 slices do not state which of 2 contrasts they are (the first: 101): each was put with its neighbours",
+        "9 slices of another contrast (echo time 12 ms beside echo time 90 ms) were left out",
+    ]
+
+
 def test_a_slice_of_another_weighting_is_left_out_wherever_it_lies(study):
     each(study, lambda dataset, k: setattr(dataset, "EchoTime", 12 if k == 0 else 100))
     (volume,), problems = read(study)
@@ -341,6 +399,29 @@ def test_a_slice_of_another_series_is_left_out_and_said(study, right):
     volumes, problems = read(study)
     assert sum(len(volume.array) for volume in volumes) == 8
     assert any("1 files are of another series (the first: 4) and were left out" in p for p in problems)
+
+
+@pytest.mark.parametrize("empty", [(0,), (2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, 7, 8)])
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize("keyword", ["StudyInstanceUID", "SeriesInstanceUID"])
+def test_files_that_state_no_series_belong_with_the_others(study, right, keyword, absent, empty):
+    def change(dataset, k):
+        if k in empty:
+            setattr(dataset, keyword, "")
+            if absent:
+                delattr(dataset, keyword)
+
+    each(study, change)
+    (volume,), problems = read(study)
+    np.testing.assert_array_equal(volume.array, right.array)
+    assert problems == []
+
+
+def test_a_stranger_is_left_out_where_others_state_nothing(study):
+    each(study, lambda dataset, k: setattr(dataset, "StudyInstanceUID", {2: "", 5: "", 3: "1.2.3.4"}.get(k, "1.2.3.5")))
+    volumes, problems = read(study)
+    assert sum(len(volume.array) for volume in volumes) == 8
+    assert any("1 files are of another examination (the first: 4) and were left out" in p for p in problems)
 
 
 def test_a_series_of_another_examination_is_said(base, tmp_path):

@@ -38,7 +38,8 @@ _TAGS = (
     "SpacingBetweenSlices RescaleSlope RescaleIntercept SharedFunctionalGroupsSequence "
     "PerFrameFunctionalGroupsSequence NumberOfFrames Rows Columns SamplesPerPixel PlanarConfiguration "
     "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue "
-    "PixelPaddingRangeLimit PixelData FloatPixelData DoubleFloatPixelData ExtendedOffsetTable "
+    "PixelPaddingRangeLimit FloatPixelPaddingValue FloatPixelPaddingRangeLimit DoubleFloatPixelPaddingValue "
+    "DoubleFloatPixelPaddingRangeLimit PixelData FloatPixelData DoubleFloatPixelData ExtendedOffsetTable "
     "ExtendedOffsetTableLengths ImageType EchoTime EchoNumbers InversionTime DiffusionBValue SequenceName "
     "AcquisitionNumber TemporalPositionIdentifier TriggerTime StudyInstanceUID SeriesInstanceUID"
 ).split()
@@ -55,7 +56,7 @@ def _tags():
 MAX_FILE_BYTES = 1 << 28
 MAX_INFLATED_BYTES = 1 << 28  # of a deflated file
 MAX_READS = 100_000  # of one file: pydicom reads each element's header by itself
-MAX_ITEMS = 20_000  # of one sequence of functional groups; a series of 500 frames has some 5,000
+MAX_ITEMS = 20_000  # of one sequence, with those inside it; of functional groups a series of 500 frames has some 5,000
 MIN_PIXEL_MM = 0.01
 MAX_VIEW_MM = 1000.0  # of one slice, along its rows or columns: composed images of a whole spine reach some 900
 MAX_AWAY_MM = 1e5  # of a position from the scanner's origin
@@ -195,13 +196,17 @@ def _whole(attributes, *keywords):
     return -1
 
 
+# What some writers put behind a number: of echo and other times, and of b-values.
+_UNIT = re.compile(r"\s*(ms|msec|s/mm\^?2)\s*$", re.I)
+
+
 def _measured(attributes, *keywords):
-    """The first of these attributes that holds a number, NaN without any."""
+    """The first of these attributes that holds a number, with its unit or without, NaN without any."""
     for keyword in keywords:
         value = _value(attributes, keyword)
         value = value[0] if isinstance(value, (list, tuple)) and value else value
         try:
-            number = float(value)
+            number = _as_float(_UNIT.sub("", value) if isinstance(value, str) else value)
         except (TypeError, ValueError):
             continue
         if math.isfinite(number):
@@ -216,8 +221,9 @@ def _place(attributes):
 
 # What differs from file to file of a series, and has no say in what _look and _uids return.
 _OF_ONE_FILE = (
-    "InstanceNumber ImagePositionPatient PixelPaddingValue PixelPaddingRangeLimit PixelData FloatPixelData "
-    "DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths"
+    "InstanceNumber ImagePositionPatient PixelPaddingValue PixelPaddingRangeLimit FloatPixelPaddingValue "
+    "FloatPixelPaddingRangeLimit DoubleFloatPixelPaddingValue DoubleFloatPixelPaddingRangeLimit PixelData "
+    "FloatPixelData DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths"
 ).split()
 
 
@@ -398,16 +404,18 @@ def _what_it_is(head):
     return f"it is {kind}" if kind else "neither the mark DICM nor a data set's first element is where it should be"
 
 
-def _groups(dataset, keyword):
-    """A sequence of functional groups, [] without one. Raises DicomProblem where it has too many items."""
-    try:
-        element = dataset.get_item(keyword)
-    except KeyError:
-        return []
-    raw = element.value if isinstance(element, tuple) else None
-    if isinstance(raw, bytes) and (raw.count(b"\xfe\xff\x00\xe0") + raw.count(b"\xff\xfe\xe0\x00")) > MAX_ITEMS:
-        raise DicomProblem(f"{keyword} has more than {MAX_ITEMS} items")
-    return dataset.get(keyword) or []
+def _check_items(dataset):
+    """Raise DicomProblem where a sequence has too many items, before pydicom makes an object of each."""
+    from pydicom.datadict import dictionary_VR, keyword_for_tag
+
+    for element in dataset.values():
+        value, count = element.value, 0
+        if not isinstance(value, bytes):  # of unknown length, which is read at once
+            count = len(value) if element.VR == "SQ" else 0
+        elif element.VR == "SQ" or (element.VR in (None, "UN") and dictionary_VR(element.tag) == "SQ"):
+            count = value.count(b"\xfe\xff\x00\xe0") + value.count(b"\xff\xfe\xe0\x00")
+        if count > MAX_ITEMS:
+            raise DicomProblem(f"{keyword_for_tag(element.tag)} has more than {MAX_ITEMS} items")
 
 
 def read_dataset(path: str | Path, tags: list | None = None) -> Dataset:
@@ -423,7 +431,9 @@ def read_dataset(path: str | Path, tags: list | None = None) -> Dataset:
             raise NotDicom("not a regular file")
         if about.st_size > MAX_FILE_BYTES:
             raise DicomProblem(f"{about.st_size >> 20} MB: too large for a file of slices")
-        return _read_dataset(path, tags)
+        dataset = _read_dataset(path, tags)
+        _check_items(dataset)
+        return dataset
     except DicomProblem:
         raise
     except RecursionError:
@@ -475,7 +485,7 @@ def read_slices(path: str | Path, known: dict | None = None) -> tuple[list[dict[
         It is of another kind.
     """
     dataset = read_dataset(path)
-    own = _groups(dataset, "PerFrameFunctionalGroupsSequence")
+    own = dataset.get("PerFrameFunctionalGroupsSequence")
     frames = int(_number(dataset, "NumberOfFrames", 1)) or 1
     if not own and frames > 1:
         raise DicomProblem(f"{frames} frames without functional groups: where they lie is not known")
@@ -484,7 +494,7 @@ def read_slices(path: str | Path, known: dict | None = None) -> tuple[list[dict[
     elif len(own) != frames:
         raise DicomProblem(f"{frames} frames, but functional groups for {len(own)}")
     else:
-        shared = (_groups(dataset, "SharedFunctionalGroupsSequence") or [{}])[0]
+        shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
         places = []
         for group in own:
             try:
@@ -495,10 +505,10 @@ def read_slices(path: str | Path, known: dict | None = None) -> tuple[list[dict[
     sides_mm = [place["spacing_mm"] * stored.shape[-2:] for place in places if not isinstance(place, str)]
     if sides_mm and np.max(sides_mm) > MAX_VIEW_MM:
         raise DicomProblem(f"PixelSpacing makes the image {np.max(sides_mm):.0f} mm wide or high, larger than a body")
-    # Float pixel data may hold anything; no value but NaN fails both comparisons.
-    if stored.dtype.kind == "f" and not (-1e20 < stored.min() and stored.max() < 1e20):
-        raise DicomProblem("pixels are not finite")
     padding = padding_mask(dataset, stored)
+    # Float pixel data may hold anything, padding more so; NaN fails the comparison.
+    if stored.dtype.kind == "f" and not (np.abs(stored[... if padding is None else ~padding]) < 1e20).all():
+        raise DicomProblem("pixels are not finite")
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1" and stored.dtype.kind in "ui":
         bits, signed = int(dataset.BitsStored), int(dataset.PixelRepresentation)
         wide = stored.astype(np.int32 if stored.dtype.itemsize < 4 else np.int64)

@@ -43,6 +43,12 @@ class Contrast:
     inversion_ms: float = math.nan
     kinds: frozenset = frozenset()
 
+    @property
+    def stated(self) -> int:
+        """How many of its numbers a file states."""
+        numbers = (self.echo_ms, self.b_value, self.inversion_ms)
+        return sum(not math.isnan(number) for number in numbers) + (self.echo_number >= 0)
+
     def is_like(self, other: "Contrast") -> bool:
         """True where nothing that both say differs by more than a tenth."""
         measured = [
@@ -102,7 +108,7 @@ def stack_slices(
     name = f"study {study_id}, series {series_id}"
     slices = _of_one_series(slices, name, problems)
     volumes: list[Volume] = []
-    contrasts = _contrasts(slices, description)
+    contrasts = _contrasts(slices, description, name, problems)
     problems += [f"{name}: {sentence}" for sentence in _unusual_echo(contrasts, description)]
     for number, (contrast, own) in enumerate(contrasts):
         if number:
@@ -136,40 +142,55 @@ def stack_slices(
 
 def _of_one_series(slices, name, problems):
     """The slices without a few that state another examination, or another series, than most: files that got into the
-    wrong folder. Where most state nothing in common the numbers mean nothing, as after some anonymisers."""
+    wrong folder. Files that state nothing belong with the others. Where most state nothing in common the numbers mean
+    nothing, as after some anonymisers."""
     for key, what, several, least in (
         ("study_uid", "another examination", "examinations", 0.7),
         ("series_uid", "another series", "series", 0.8),
     ):
-        stated = [item.get(key, "") for item in slices]
+        stated = [item[key] for item in slices if item.get(key)]
         most, count = Counter(stated).most_common(1)[0] if stated else ("", 0)
-        if count == len(slices):
+        if count == len(stated):
             continue
-        if count < least * len(slices):
+        if count < least * len(stated):
             kinds = len(set(stated))
-            if kinds <= len(slices) / 2:  # else each file has a number of its own: a writer's habit
+            if kinds <= len(stated) / 2:  # else each file has a number of its own: a writer's habit
                 problems.append(f"{name}: its files are of {kinds} {several}")
             continue
-        others = [item["instance_number"] for item in slices if item.get(key, "") != most]
+        others = [item["instance_number"] for item in slices if (item.get(key) or most) != most]
         problems.append(f"{name}: {len(others)} files are of {what} (the first: {others[0]}) and were left out")
-        slices = [item for item in slices if item.get(key, "") == most]
+        slices = [item for item in slices if (item.get(key) or most) == most]
     return slices
 
 
 # -- contrasts
 
 
-def _contrasts(slices, description):
-    """Slices by contrast: list of (Contrast, slices), the one that the description means first."""
-    groups = []
-    for item in slices:
-        contrast = item.get("contrast") or Contrast()
-        for group in groups:
-            if group[0].is_like(contrast):
-                group[1].append(item)
-                break
+def _contrasts(slices, description, name, problems):
+    """Slices by contrast: list of (Contrast, slices), the one that the description means first.
+
+    Those that state most found the groups: one that states nothing is like every other. Where it is like several it
+    goes to the nearest slice's that has none at its place.
+    """
+    groups, guessed = [], []
+    contrasts = [item.get("contrast") or Contrast() for item in slices]
+    for k in sorted(range(len(slices)), key=lambda k: -contrasts[k].stated):
+        like = [own for contrast, own in groups if contrast.is_like(contrasts[k])]
+        if len(like) > 1:
+            like = _nearest_without(slices[k], like)
+            guessed += [slices[k]["instance_number"]] * bool(like)
+        if like:
+            like[0].append(slices[k])
         else:
-            groups.append((contrast, [item]))
+            groups.append((contrasts[k], [slices[k]]))
+    order = {id(item): k for k, item in enumerate(slices)}
+    for _, own in groups:
+        own.sort(key=lambda item: order[id(item)])
+    if guessed:
+        problems.append(
+            f"{name}: {len(guessed)} slices do not state which of {len(groups)} contrasts they are (the first: "
+            f"{min(guessed)}): each was put with its neighbours"
+        )
     most = max((len(own) for _, own in groups), default=0)
 
     def rank(group):
@@ -184,6 +205,13 @@ def _contrasts(slices, description):
         )
 
     return sorted(groups, key=rank)
+
+
+def _nearest_without(item, groups):
+    """Those of the lists of slices that have none at this slice's place, the nearest and of such the longest first."""
+    away_mm = [min(math.dist(item["position_lps"], other["position_lps"]) for other in own) for own in groups]
+    order = sorted(range(len(groups)), key=lambda k: (round(away_mm[k]), -len(groups[k])))
+    return [groups[k] for k in order if away_mm[k] >= OVERLAP * item["thickness_mm"]]
 
 
 def _elsewhere(slices, volumes):
