@@ -9,6 +9,7 @@ May use: storage.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ def store_settled(path: str | Path, settled: dict) -> None:
 
 
 def read_settled(path: str | Path) -> dict[str, Any]:
-    """What store_settled wrote beside a weights file; {} where there is nothing, or something of other weights.
+    """What store_settled wrote beside a weights file; {} where there is nothing, or something of other weights, which
+    is printed.
 
     Raises DamagedFile for anything else.
     """
@@ -65,13 +67,26 @@ def read_settled(path: str | Path) -> dict[str, Any]:
     if not there.is_file():
         return {}
     settled = read_json(there, "delete it and run the training's stage again, which finds the weights finished")
-    return settled if settled.pop("weights", None) == file_digest(path) else {}
+    if settled.pop("weights", None) == file_digest(path):
+        return settled
+    _say_once(
+        f"{path} has changed since its views and calibration were settled, it runs without those of {there.name}: "
+        "take both files of one training, or run its stage again"
+    )
+    return {}
+
+
+@functools.cache
+def _say_once(sentence):
+    """Weights are asked for what is settled many times in a run."""
+    print(sentence)
 
 
 def check_network(
     path: str | Path, build: Callable[[], torch.nn.Module], state: Mapping[str, torch.Tensor], remedy: str
 ) -> None:
-    """Raise DamagedFile unless the network that `build` returns has the tensors of `state`, by name and shape.
+    """Raise DamagedFile unless the network that `build` returns has the tensors of `state`, by name, shape and kind of
+    number (floating, whole, ...; not its precision), and they are not all zeros.
 
     It is built without memory, so that what a file states takes none before it is known to be true.
     """
@@ -88,7 +103,8 @@ def check_network(
             return function(*args, **kwargs)
 
     with torch.device("meta"), RealSteps():
-        wanted = {name: tuple(value.shape) for name, value in build().state_dict().items()}
+        network = build().state_dict()
+    wanted = {name: tuple(value.shape) for name, value in network.items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):
@@ -96,6 +112,23 @@ def check_network(
                 f"{path}: the network that it states has the tensor {name} with the shape {wanted.get(name)}, the file "
                 f"has {given.get(name)}: {remedy}"
             )
+    for name, value in network.items():
+        if _kind_of_number(value.dtype) != _kind_of_number(state[name].dtype):
+            raise DamagedFile(
+                f"{path}: its tensor {name} is of {state[name].dtype}, the network that it states has {value.dtype} "
+                f"there: {remedy}"
+            )
+    floating = [value for value in state.values() if value.is_floating_point()]
+    if floating and not any(value.any() for value in floating):
+        raise DamagedFile(f"{path}: all values of its network are 0, as no training leaves them: {remedy}")
+
+
+def _kind_of_number(dtype):
+    """What loading into a network may not change; a shorter float is how detectors are kept."""
+    import torch
+
+    kinds = {"floating": dtype.is_floating_point, "complex": dtype.is_complex, "bool": dtype is torch.bool}
+    return next((kind for kind, is_so in kinds.items() if is_so), "whole")
 
 
 class Stated:

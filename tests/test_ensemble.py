@@ -480,6 +480,79 @@ def test_a_kept_ensemble_json_brings_its_stacker(fitted, tmp_path):
         utils.ensemble_for([tmp_path], tmp_path)
 
 
+def stacked_ensemble():
+    """An ensemble of two members with a stacker, without the long search for one."""
+    _, _, labels, members = case(20)
+    grades = utils.labels_to_array(labels)[1]
+    stacker = fit_stacker(grades, members["level"])
+    stacker["coefficients"] = {"spinal": np.full((len(stacker["features"]["spinal"]), 2), 0.1).tolist()}
+    return json.loads(json.dumps(default_ensemble(["yolo", "level"]) | {"stacker": stacker}))
+
+
+def at(*keys, value):
+    """A change of one value of an ensemble, at these keys."""
+
+    def change(ensemble):
+        for key in keys[:-1]:
+            ensemble = ensemble[key]
+        ensemble[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda e: e.clear(), "weights None"),
+        (lambda e: e.pop("bias"), "bias None"),
+        (lambda e: e["weights"].pop("foraminal"), "foraminal weights None"),
+        (at("weights", "knee", value={"level": 1.0}), "knee"),
+        (at("weights", value=[0.5, 0.5]), "weights"),
+        *((at("weights", "spinal", value=v), "spinal weights") for v in ([1.0], {}, {"level": 0}, {"level": 1e-9})),
+        *(
+            (at("weights", "subarticular", "yolo", value=v), "subarticular weight of yolo")
+            for v in (float("nan"), float("inf"), -0.1, 1e308, "0.5", None, True, [1], 10**400)
+        ),
+        *(
+            (at("temperature", "foraminal", value=v), "foraminal temperature")
+            for v in (-1, 0, 1e-9, 1e9, float("nan"), "1", None, True)
+        ),
+        *(
+            (at("bias", "spinal", value=v), "spinal bias")
+            for v in ([0, 0, 1e9], [0, float("nan"), 0], [0, 0], 0.0, "000", [0, 0, "1"], None, [[0, 0, 0]])
+        ),
+        *((at("floor", "spinal", value=v), "spinal floor") for v in (-0.1, 1.1, float("nan"), "0")),
+        (at("floor", value=0.1), "floor"),
+        (at("stacker", value=[1]), "stacker"),
+        (at("stacker", "coefficients", value=None), "coefficients"),
+        (at("stacker", "coefficients", "spinal", value=[[0.1, 0.1]]), "spinal"),
+        (at("stacker", "coefficients", "spinal", 0, value=[0.1, 1e9]), "spinal"),
+        (at("stacker", "centre", "foraminal", value=[0, 0]), "foraminal"),
+        (at("stacker", "spread", "subarticular", value=[0, 0]), "subarticular"),
+        (at("stacker", "features", "spinal", 0, value="something else"), "spinal .* this version"),
+    ],
+)
+def test_an_ensemble_json_that_cannot_be_meant_is_refused(tmp_path, change, what):
+    ensemble, path = stacked_ensemble(), tmp_path / "ensemble.json"
+    utils.write_json(path, ensemble)
+    assert utils.ensemble_for([tmp_path], tmp_path) == ensemble
+    change(ensemble)
+    utils.write_json(path, ensemble)
+    with pytest.raises(utils.DamagedFile, match=f"ensemble.json states {what}.*: delete it, or take that of"):
+        utils.ensemble_for([tmp_path], tmp_path)
+
+
+def test_an_ensemble_json_of_an_earlier_version_or_without_a_fit_is_taken(tmp_path):
+    for ensemble in (
+        default_ensemble(["level"]),
+        {key: value for key, value in default_ensemble(["level"]).items() if key not in ("floor", "found")},
+        default_ensemble(["level"]) | {"stacker": {}},
+        default_ensemble() | {"weights": {group: {"level": 2, "study": 0} for group in utils.GROUPS}},
+    ):
+        utils.write_json(tmp_path / "ensemble.json", ensemble)
+        assert utils.ensemble_for([tmp_path], tmp_path) == ensemble
+
+
 @pytest.mark.parametrize("studies", [12, 60])
 def test_a_member_that_is_far_behind_does_not_hold_the_best_up(studies):
     """On few studies the start weighs much: fixed shares would give a poor member a third of the weight."""

@@ -359,6 +359,29 @@ def test_boxes_table_round_trip():
         utils.boxes_from_table(table[table["level"] != "l2_l3"], 7)
 
 
+@pytest.mark.parametrize(
+    ("columns", "value", "message"),
+    [
+        *((["x_mm"], value, "not finite") for value in (np.nan, np.inf, -np.inf)),
+        (["extent_back_mm"], np.nan, "not finite"),
+        (["r12"], np.inf, "not finite"),
+        (["r00"], 1.5, "right-handed"),
+        (["r00", "r01", "r02"], 0.0, "right-handed"),
+        (["r10", "r20"], 0.6, "right-handed"),
+        (["r22"], -1.0, "right-handed"),  # the mirror image
+        (["extent_head_mm"], 0.0, "not positive"),
+        (["extent_left_mm"], -50.0, "not positive"),
+    ],
+)
+def test_boxes_that_can_be_nowhere_are_refused(columns, value, message):
+    boxes = [LevelBox(level, np.zeros(3), np.eye(3), np.array([20.0, 50, 40])) for level in utils.LEVELS]
+    table = boxes_to_table(7, boxes)
+    assert len(utils.boxes_from_table(table, 7)) == 5
+    table.loc[table["level"] == "l4_l5", columns] = value
+    with pytest.raises(ValueError, match=f"l4_l5 of study 7 .*{message}.*run 02_train_spinenet"):
+        utils.boxes_from_table(table, 7)
+
+
 def test_label_points_land_in_patient_space(tmp_path):
     import pandas as pd
 

@@ -306,6 +306,15 @@ def change_result(path, change):
         lambda r: r["levels"][0].update(x_mm=float("inf")),
         lambda r: r["levels"][0].update(study_id=1),
         lambda r: r.update(levels=r["levels"] * 2),
+        lambda r: r.update(levels=[r["levels"][0]] * 5),
+        lambda r: r.update(levels=[*r["levels"][:4], r["levels"][1]]),
+        lambda r: r["levels"][0].update(second=["x"]),
+        lambda r: r["levels"][0].update(second=None),
+        lambda r: r["levels"][0].update(second_share=7),
+        lambda r: r.update(predictions={}),
+        lambda r: r.update(predictions={}, dropped=["level: not run"]),
+        lambda r: r.update(predictions={}, dropped=["yolo: not run"]),
+        lambda r: r.update(predictions={"level": _rows(-1)}, problems=[]),
     ],
 )
 def test_a_saved_study_of_the_right_hash_and_the_wrong_kind_is_done_again(data, level, tmp_path, change, capsys):
@@ -313,6 +322,24 @@ def test_a_saved_study_of_the_right_hash_and_the_wrong_kind_is_done_again(data, 
         change_result(result_file(tmp_path / "out", 2), change)
 
     _done_again(data, level, tmp_path, spoil, capsys)
+
+
+@pytest.mark.parametrize("name", ["level", "study"])
+def test_a_saved_study_that_lacks_a_member_is_done_again_unless_that_was_dropped(
+    data, level, tmp_path, monkeypatch, name, capsys
+):
+    other = StandIn("study")
+    register(monkeypatch, other)
+    both, path = members("level", "study"), result_file(tmp_path / "out", 2)
+    first, _, _ = infer(data, both, tmp_path / "out")
+    for dropped, said in (([], True), ([f"{name}: 1 of 2 views"], True), ([f"{name}: not run (late)"], False)):
+        change_result(path, lambda r, own=dropped: (r["predictions"].pop(name), r.update(dropped=own)))
+        level.prepared.clear()
+        capsys.readouterr()
+        again, _, _ = infer(data, both, tmp_path / "out")
+        assert (f"no predictions of {name}, which was not dropped" in capsys.readouterr().out) is said
+        assert level.prepared == [2]  # one that was dropped is made up for
+        np.testing.assert_array_equal(first[2], again[2])
 
 
 @pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.symlink_to("/dev/zero"), os.mkfifo])

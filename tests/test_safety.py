@@ -26,6 +26,7 @@ from lumbar.grade.detector_training import YOLO_SETTINGS
 from lumbar.look.findings import Finding, score_findings, summary_html
 from lumbar.spine.vertebra import Vertebra
 from lumbar.storage import DamagedFile, write_tensors
+from lumbar.weights import read_settled, settled_path, store_settled
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -644,6 +645,47 @@ def test_weights_that_are_not_finite_are_refused(weights, tmp_path, name, value)
     path = change(weights, tmp_path, name, lambda about: None, spoil)
     with pytest.raises(DamagedFile, match=f"{name}.* {re.escape(spoilt[0])} are not finite"):
         LOADERS[name](path)
+
+
+@pytest.mark.parametrize("name", ["spinenet.safetensors", "level_0.safetensors", "yolo_ss_0.safetensors"])
+def test_weights_of_other_kinds_of_numbers_or_of_zeros_are_refused(weights, tmp_path, name):
+    def all_as(dtype):
+        def convert(tensors):
+            tensors.update({key: value.to(dtype) for key, value in tensors.items() if value.is_floating_point()})
+
+        return convert
+
+    def first_as(dtype):
+        def convert(tensors):
+            key = next(key for key, value in tensors.items() if value.is_floating_point())
+            tensors[key] = tensors[key].to(dtype)
+
+        return convert
+
+    def zero(tensors):
+        tensors.update({key: torch.zeros_like(value) for key, value in tensors.items()})
+
+    cases = [(all_as(torch.int8), "is of torch.int8"), (first_as(torch.bool), "is of torch.bool")]
+    cases += [(first_as(torch.complex64), "is of torch.complex64"), (zero, "all values of its network are 0")]
+    for spoil, message in cases:
+        path = change(weights, tmp_path, name, lambda about: None, spoil)
+        with pytest.raises(DamagedFile, match=f"{name}.*{message}"):
+            LOADERS[name](path)
+    LOADERS[name](change(weights, tmp_path, name, lambda about: None, all_as(torch.float16)))  # a shorter float is one
+
+
+def test_what_was_settled_of_other_weights_is_left_out_and_said(tmp_path, capsys):
+    path = tmp_path / "level_0.safetensors"
+    path.write_bytes(b"one")
+    assert read_settled(path) == {} and capsys.readouterr().out == ""
+    store_settled(path, {"views": [{}]})
+    assert read_settled(path) == {"views": [{}]} and capsys.readouterr().out == ""
+    path.write_bytes(b"another")
+    assert read_settled(path) == read_settled(path) == {}
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"{path} has changed since" in said and "level_0.settled.json" in said
+    settled_path(path).write_text('{"views": [{}]}')  # of nothing at all
+    assert read_settled(path) == {}
 
 
 @pytest.mark.parametrize("name", ["spinenet.safetensors", "level_0.safetensors", "yolo_ss_0.safetensors"])

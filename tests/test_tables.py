@@ -1,6 +1,7 @@
 """Bad rows of the competition's tables cost themselves, and tables of any types give the same numbers."""
 
 import importlib.util
+import io
 import re
 from dataclasses import replace
 
@@ -213,6 +214,41 @@ def test_labels_cost_a_cell(tmp_path, capsys):
             read(tmp_path, "train.csv", change(LABELS))
     fewer = read(tmp_path, "train.csv", "study_id,spinal_canal_stenosis_l1_l2\n7,Severe\n")
     assert list(fewer) == ["study_id", *LABEL_COLUMNS] and fewer.notna().sum().sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("_l4_l5", "_l4-l5"),
+        ("_l1_l2", "_L1_L2"),
+        ("_l5_s1", " L5/S1"),
+        ("_l2_l3", "_l2l3"),
+        ("left_neural", "Left Neural"),
+        ("spinal_canal_stenosis", "spinal_canal_stenois"),
+        ("_", "-"),
+    ],
+)
+def test_a_label_column_whose_name_is_misspelt_is_refused(tmp_path, old, new):
+    header, rest = LABELS.split("\n", 1)
+    columns = [name.replace(old, new) for name in header.split(",")[1:]]
+    changed = [(name, was) for name, was in zip(columns, LABEL_COLUMNS, strict=True) if name != was]
+    with pytest.raises(ValueError, match="train.csv has columns .* instead of .*rename them") as error:
+        read(tmp_path, "train.csv", "\n".join([",".join(["study_id", *columns]), rest]))
+    for name, was in sorted(changed)[:5]:
+        assert f"{name!r} instead of {was}" in str(error.value)
+
+
+def test_absent_label_columns_are_named(tmp_path, capsys):
+    wide = pd.read_csv(io.StringIO(LABELS))
+    few = wide[["study_id", *LABEL_COLUMNS[5:]]].assign(spinal_canal_stenosis_t12_l1="Severe", age=40)
+    found = read(tmp_path, "train.csv", few.to_csv(index=False))
+    assert found[list(LABEL_COLUMNS[:5])].isna().to_numpy().all() and found[LABEL_COLUMNS[5]].notna().all()
+    assert f"train.csv has no columns {', '.join(LABEL_COLUMNS[:5])}: their labels" in capsys.readouterr().out
+    read(tmp_path, "train.csv", wide[["study_id", LABEL_COLUMNS[3]]].to_csv(index=False))
+    assert f"{LABEL_COLUMNS[5]} and 19 more: their labels" in capsys.readouterr().out
+    # A column of another name beside a whole table is none of the reader's business.
+    read(tmp_path, "train.csv", wide.assign(**{"spinal canal stenosis l1/l2": 1}).to_csv(index=False))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_study_with_bad_rows_only_is_still_a_study(tmp_path):

@@ -554,6 +554,44 @@ def test_a_point_on_no_slice_costs_itself_and_a_mended_table_counts(dataset, tmp
         written(more[more["study_id"] == 999], "nothing")
 
 
+def test_points_that_contradict_the_patient_are_said_and_used(dataset, tmp_path, capsys):
+    condition, volumes, coordinates, ids, grades, folds = dataset["arguments"]
+    good = coordinates[coordinates["instance_number"] != 999]
+
+    def said(change, studies):
+        bad = good["study_id"].isin(studies)
+        points = pd.concat([good[~bad], change(good[bad])])
+        info = utils.write_yolo_dataset(
+            tmp_path / "nfn", condition, volumes, points, ids, grades, folds, imgsz=96, view=dataset["view"]
+        )
+        assert info["points"] == dataset["info"]["points"] - 1 and info["without_slice"] == 0
+        return capsys.readouterr().out
+
+    def renamed(column, names):
+        return lambda points: points.assign(**{column: points[column].replace(names)})
+
+    def fractions(points):
+        return points.assign(x_px=points["x_px"] / 1000, y_px=points["y_px"] / 1000)
+
+    upside_down = renamed("level", dict(zip(utils.LEVELS, utils.LEVELS[::-1], strict=True)))
+    sides = utils.CONDITIONS[1:3]
+    exchanged = renamed("condition", dict(zip(sides, sides[::-1], strict=True)))
+    levels, lefts = "its levels do not follow each other", "its left points are not to the left"
+    for change, why in (
+        (upside_down, levels),
+        (renamed("level", {"l2_l3": "l3_l4", "l3_l4": "l2_l3"}), levels),
+        (exchanged, lefts),
+        (fractions, levels),
+        (lambda points: points.assign(x_px=0.0, y_px=0.0), levels),
+        (lambda points: points.assign(x_px=20.0, y_px=20.0), levels),
+    ):
+        text = said(change, ids[1:2])
+        assert f"yolo nfn: the label points of 1 of 4 studies cannot be true (study 102: {why}" in text
+    text = said(lambda points: exchanged(upside_down(points)), ids)
+    assert "4 of 4 studies" in text and text.count(f"{levels} from head to foot and {lefts}") == 3 and "1 more" in text
+    assert "cannot be true" not in said(lambda points: points, ids)
+
+
 def test_point_offsets_count_towards_the_own_side(dataset):
     points = pd.read_csv(dataset["dir"] / "points.csv")
     offsets = utils.fit_point_offsets(points, {i: boxes() for i in range(101, 105)})

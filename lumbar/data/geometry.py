@@ -123,7 +123,8 @@ def boxes_from_table(table: pd.DataFrame, study_id: int) -> list[LevelBox]:
     KeyError
         A level is absent.
     ValueError
-        A source that is none, see Source.
+        A source that is none, see Source; numbers that are not finite, axes that are no right-handed frame, or edges
+        that are not positive.
     """
     rows = table[table["study_id"] == study_id].set_index("level")
     boxes = []
@@ -131,18 +132,31 @@ def boxes_from_table(table: pd.DataFrame, study_id: int) -> list[LevelBox]:
         if level not in rows.index:
             raise KeyError(f"levels table: no {level} for study {study_id}; run 02_train_spinenet on this data")
         row = rows.loc[level]
-        boxes.append(
-            LevelBox(
-                level,
-                row[["x_mm", "y_mm", "z_mm"]].to_numpy(np.float64),
-                row[[f"r{i}{j}" for i in range(3) for j in range(3)]].to_numpy(np.float64).reshape(3, 3),
-                row[["extent_head_mm", "extent_left_mm", "extent_back_mm"]].to_numpy(np.float64),
-                float(row["confidence"]),
-                Source.parse(row["source"]),
-                *_second(row),
-            )
+        box = LevelBox(
+            level,
+            row[["x_mm", "y_mm", "z_mm"]].to_numpy(np.float64),
+            row[[f"r{i}{j}" for i in range(3) for j in range(3)]].to_numpy(np.float64).reshape(3, 3),
+            row[["extent_head_mm", "extent_left_mm", "extent_back_mm"]].to_numpy(np.float64),
+            float(row["confidence"]),
+            Source.parse(row["source"]),
+            *_second(row),
         )
+        if wrong := _what_is_wrong(box):
+            raise ValueError(
+                f"levels table: {level} of study {study_id} {wrong}; run 02_train_spinenet on this data again"
+            )
+        boxes.append(box)
     return boxes
+
+
+def _what_is_wrong(box: LevelBox) -> str:
+    """Why a box can be nowhere, as the rest of a sentence; otherwise ""."""
+    if not np.isfinite([*box.center_lps_mm, *box.extent_mm, *box.axes.ravel()]).all():
+        return "has coordinates, axes or edges that are not finite"
+    # Tables may be rounded to a few digits.
+    if np.abs(box.axes @ box.axes.T - np.eye(3)).max() > 0.01 or np.linalg.det(box.axes) < 0:
+        return "has axes (r00 ... r22) that are no right-handed frame of unit vectors"
+    return "" if (box.extent_mm > 0).all() else "has edges that are not positive"
 
 
 def _second(row: pd.Series) -> tuple[str, float]:

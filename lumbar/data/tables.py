@@ -8,6 +8,7 @@ May use: storage, names.
 """
 
 import csv
+import difflib
 import io
 import math
 import re
@@ -53,7 +54,7 @@ def read_labels(path: str | Path) -> pd.DataFrame:
     """Read grades in train.csv's wide form.
 
     A column that is absent (a table of fewer conditions) becomes missing labels. So does a cell with anything but a
-    grade, which is named and printed.
+    grade. Both are named and printed.
 
     Parameters
     ----------
@@ -70,7 +71,8 @@ def read_labels(path: str | Path) -> pd.DataFrame:
     FileNotFoundError
         There is no such file.
     ValueError
-        The table has no labels, or a column has values but no grade.
+        The table has no labels, a column has values but no grade, or a label column is absent and another has its name
+        in other letters.
     """
     present: set[str] = set()
     odd: dict[str, list[str]] = {}
@@ -89,6 +91,10 @@ def read_labels(path: str | Path) -> pd.DataFrame:
 
     rows = _read_rows(path, ["study_id"], parse, 1)
     known = f"the grades are {', '.join(GRADES)}"
+    absent = [column for column in LABEL_COLUMNS if column not in present]
+    if meant := _misspelt(sorted(present - {"study_id", *LABEL_COLUMNS}), absent):
+        pairs = some_of((f"{_shown(name)} instead of {column}" for name, column in meant.items()), between="; ")
+        raise ValueError(f"{path} has columns {pairs}: rename them, or take out those that are something else")
     if not rows or not present & set(LABEL_COLUMNS):
         raise ValueError(f"{path} has no {'label columns' if rows else 'rows below its header'}: {_ADVICE}")
     if not any(graded.values()):
@@ -99,7 +105,20 @@ def read_labels(path: str | Path) -> pd.DataFrame:
     cells = [cell for column in odd.values() for cell in column]
     if cells:
         print(f"{path}: {len(cells)} labels count as missing, {known}: {some_of(cells, between='; ')}")
+    if absent:
+        print(f"{path} has no columns {some_of(absent)}: their labels count as missing")
     return pd.DataFrame(rows, columns=["study_id", *LABEL_COLUMNS])
+
+
+def _misspelt(names, columns):
+    """Dict name -> which of the columns it most likely means, for those names that look like one."""
+    found = {}
+    for name in names:
+        plain = re.sub(r"[-/\s]+", "_", name.lower())
+        # .92 of a name's letters in their order: a slip or two, but no other level's or condition's name.
+        if close := difflib.get_close_matches(plain[:100], columns, 1, 0.92):
+            found[name] = close[0]
+    return found
 
 
 def read_coordinates(data: str | Path) -> pd.DataFrame:

@@ -251,7 +251,8 @@ def write_yolo_dataset(
 
     out_dir gets images/*.png (8-bit grey, all of one shape), labels/*.txt (class xc yc w h, relative), points.csv
     (every label point in LPS mm), train_<fold>.txt and val_<fold>.txt (paths relative to the list: the folder can be
-    moved), and dataset.json, written last. A point that lies on no slice of its study (see place_points), and a study
+    moved), and dataset.json, written last. Studies whose points contradict the order of the levels or the sides are
+    printed, and used. A point that lies on no slice of its study (see place_points), and a study
     without a volume file, costs only itself: it is left out, counted (without_slice) and printed. A finished folder of
     the same settings, points and volumes is left alone.
 
@@ -315,11 +316,35 @@ def write_yolo_dataset(
         )
     if left_out:
         print(f"yolo {condition}: {len(left_out)} of {len(points)} label points are left out: {which}")
+    if odd := _contradictions(pd.concat(located)):
+        which = some_of((f"study {study_id}: {why}" for study_id, why in odd.items()), 3, "; ")
+        print(
+            f"yolo {condition}: the label points of {len(odd)} of {len(located)} studies cannot be true ({which}), and "
+            "are used as they are: check the levels, sides and pixel coordinates of the table"
+        )
     write_csv(out_dir / "points.csv", pd.concat(located).drop(columns=["volume", "slice"]))
     _write_lists(out_dir, written, fold_of)
     counts = {"images": sum(map(len, written.values())), "outside_field": outside, "without_slice": len(left_out)}
     write_json(done, settings | counts)
     return settings | counts
+
+
+# Discs are further apart than that, as are the two sides of one; points in fractions of the image's size are not.
+_APART_MM = 3.0
+
+
+def _contradictions(points):
+    """Dict study_id -> what its label points say that no patient is like; points: of _locate_examples."""
+    found = {}
+    for study_id, own in points.groupby("study_id"):
+        down_mm = -np.diff(own.groupby("level")["z_mm"].mean())
+        side = own["condition"].map(_side_sign)
+        across_mm = (own["x_mm"] * side)[side != 0].groupby(own["level"]).agg(["sum", "size"]).query("size == 2")["sum"]
+        wrong = ["its levels do not follow each other from head to foot"] * bool((down_mm < _APART_MM).any())
+        wrong += ["its left points are not to the left of the right ones"] * bool((across_mm < _APART_MM).any())
+        if wrong:
+            found[int(study_id)] = " and ".join(wrong)
+    return found
 
 
 def _volume_files(folder, study_ids):

@@ -8,7 +8,7 @@ gains.
 A share is what a member counts in the mean; weights are a network's files. Only ensemble.json, the rows of VARIANTS and
 messages say weights of both.
 
-May use: stacker, tables, registry, data, storage, names.
+May use: stacker, tables, registry, data, storage, weights, names.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -25,6 +25,7 @@ from ..data.metric import paired_gain, row_losses, score_arrays
 from ..data.tables import read_labels
 from ..names import GROUPS
 from ..storage import read_json
+from ..weights import Stated
 from .registry import MEMBERS, by_member, member_weights
 from .stacker import (
     FLOOR_UNIT,
@@ -34,6 +35,7 @@ from .stacker import (
     _log_probabilities,
     _Target,
     apply_stacker,
+    check_stacker,
     fit_stacker,
 )
 from .tables import (
@@ -54,6 +56,11 @@ SCALING_ERRORS = 2.0
 # start weighs much, and fixed shares would hold up a member that is far behind. The scale is SCORE_SCALE on many
 # studies, twice that on SCORE_STUDIES and more on fewer, which say less of who is better.
 SCORE_SCALE, SCORE_STUDIES = 0.1, 12
+# An ensemble.json is used as far as its numbers go: shares that rounding does not reach, temperatures and biases (log
+# odds) that some fit might find. Beyond them a wrong hand or a damaged disk wrote it.
+SHARE_SUM = (1e-3, 1e3)
+TEMPERATURES = (0.01, 100.0)
+MAX_BIAS = 20.0
 VARIANTS = ("equal weights", "default weights", "fitted weights", "+ scaling", "+ stacker")
 
 
@@ -503,7 +510,8 @@ def ensemble_for(folders: Sequence[str | Path], data: str | Path, members: Colle
     Raises
     ------
     ValueError
-        As fit_ensemble; or, as DamagedFile, an ensemble.json that cannot be read.
+        As fit_ensemble; or, as DamagedFile, an ensemble.json that cannot be read or is none that a stage wrote: shares,
+        temperature, bias, floor or stacker are absent or are no numbers that can be meant.
     """
     members = [m for m in MEMBERS if m in members]
     attached = [m for m in by_member(member_weights(folders)[0]) if m in members]
@@ -511,7 +519,7 @@ def ensemble_for(folders: Sequence[str | Path], data: str | Path, members: Colle
         path = Path(folder) / "ensemble.json"
         if path.is_file():
             print(f"the ensemble's weights are those of {path}")
-            return _with_default_shares(read_json(path, "delete it, or take that of a finished 05_inference"), attached)
+            return _with_default_shares(_read_ensemble(path), attached)
     tables = {m: t for m, t in read_out_of_fold(folders, verbose=False).items() if m in members}
     labels = Path(data) / "train.csv"
     if not tables or not labels.is_file():
@@ -528,6 +536,35 @@ def ensemble_for(folders: Sequence[str | Path], data: str | Path, members: Colle
         return default_ensemble(members)
     print(f"the ensemble's weights are fitted on out-of-fold predictions of {', '.join(tables)}")
     return _with_default_shares(fit_ensemble(labels, tables, members=members), attached)
+
+
+def _read_ensemble(path):
+    """The ensemble that an ensemble.json holds; DamagedFile where combine_members could not use it, or only to spoil
+    every row."""
+    remedy = "delete it, or take that of a finished 05_inference"
+    ensemble = read_json(path, remedy)
+    known = Stated(path, ensemble, remedy)
+    parts = {key: known.part(key) for key in ("weights", "temperature", "bias")}
+    if floor := known.part("floor", optional=True):
+        parts["floor"] = floor
+    for part in parts.values():
+        part.keys(GROUPS)
+    stated = Stated(
+        path, {f"{group} {key}": p.about.get(group) for key, p in parts.items() for group in GROUPS}, remedy
+    )
+    for group in GROUPS:
+        given = stated.part(f"{group} weights").about
+        shares = Stated(path, {f"{group} weight of {member}": share for member, share in given.items()}, remedy)
+        total = sum(shares.number(name, 0, SHARE_SUM[1]) for name in shares.about)
+        if not SHARE_SUM[0] <= total <= SHARE_SUM[1]:
+            stated.refuse(f"{group} weights", f"numbers whose sum is from {SHARE_SUM[0]} to {SHARE_SUM[1]}")
+        stated.number(f"{group} temperature", *TEMPERATURES)
+        stated.numbers(f"{group} bias", (3,), -MAX_BIAS, MAX_BIAS)
+        stated.number(f"{group} floor", 0, 1, optional=True)
+    stacker = known.part("stacker", optional=True)
+    if stacker and stacker.about:
+        check_stacker(stacker)
+    return ensemble
 
 
 def _with_default_shares(ensemble, attached):

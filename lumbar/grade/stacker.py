@@ -1,6 +1,6 @@
 """Correct each cell of the combined prediction by the cells around it: a regularised linear stacker.
 
-May use: data, names.
+May use: data, weights, names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from scipy.special import softmax
 from ..data.competition import make_folds
 from ..data.metric import EPS, paired_gain
 from ..names import GRADES, GROUPS, LABEL_COLUMNS, LEVELS, SEVERITY_WEIGHTS
+from ..weights import Stated
 
 # Penalties: a tenth of the strength over the number of studies, times the square of each move (studies, for the rows of
 # one go together). The weights pay a share of it. Tuned on tests/benchmarks/bench_ensemble.py at 12 to 2,000 studies.
@@ -164,6 +165,22 @@ def apply_stacker(stacker: Mapping[str, Any], probabilities: np.ndarray) -> np.n
         logits[..., 1:] += features @ np.asarray(stacker["coefficients"][group])
         result[:, conditions] = softmax(logits, -1)
     return result
+
+
+def check_stacker(stated: Stated) -> None:
+    """Raise DamagedFile unless apply_stacker can use what a file states of a stacker."""
+    standards = {"centre": stated.part("centre"), "spread": stated.part("spread")}
+    for group in GROUPS:
+        standards["centre"].numbers(group, (len(LEVELS), 2), -6, 6)
+        standards["spread"].numbers(group, (2,), 0.01, 10)
+    features, coefficients = stated.part("features"), stated.part("coefficients")
+    coefficients.keys(GROUPS)
+    thirds = np.full((1, 5, 5, 3), 1 / 3)
+    for group, (names, _) in stacker_features(thirds, {key: part.about for key, part in standards.items()}).items():
+        if group in coefficients.about:
+            if features.about.get(group) != names:
+                features.refuse(group, "this version's features of the stacker")
+            coefficients.numbers(group, (len(names), 2), -100, 100)
 
 
 def fit_stacker(

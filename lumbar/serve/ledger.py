@@ -34,7 +34,7 @@ class Ledger:
     key : str
         Of what results depend on besides the study's files, see results_key.
     members : collection of str
-        Names of the members that a result may have predictions of.
+        Names of the members that a result has predictions of, see load_result.
 
     Attributes
     ----------

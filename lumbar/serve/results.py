@@ -81,7 +81,8 @@ def save_result(path: Path | None, result: Result) -> Result:
 def load_result(path: Path, study_id: int, key_of: Callable[[int], str], members: Collection[str]) -> Result | None:
     """What save_result wrote; None where there is none, it is damaged (which is printed), or other weights made it.
 
-    key_of: study_id -> what the result must have been made of; members: the names that it may have predictions of.
+    key_of: study_id -> what the result must have been made of; members: the names that it has predictions of, but for
+    those that there was no time for.
     """
     if not os.path.lexists(path):
         return None
@@ -116,6 +117,15 @@ def _check_result(result, study_id, members):
             raise ValueError(f"predictions of {member}, which is no member here")
         if not _are_probabilities(values):
             raise ValueError(f"predictions of {member} are no probabilities of {len(CONDITIONS)} x {len(LEVELS)} rows")
+    # A member that fails is there and silent, so one that is absent was not run, and `dropped` says so.
+    not_run = {text.partition(": not run")[0] for text in result["dropped"] if ": not run" in text}
+    for member in members:
+        if member not in result["predictions"] and member not in not_run:
+            raise ValueError(f"no predictions of {member}, which was not dropped")
+    if not result["predictions"]:
+        raise ValueError("no predictions")
+    if not result["problems"] and not any((np.array(p) >= 0).any() for p in result["predictions"].values()):
+        raise ValueError("nothing is predicted, and no problem says why")
     if len(result["levels"]) > len(LEVELS):
         raise ValueError(f"{len(result['levels'])} levels")
     numbers = set(LEVEL_TABLE_COLUMNS) - {"study_id", "level", "source", "second"}
@@ -126,10 +136,15 @@ def _check_result(result, study_id, members):
             and row["study_id"] == study_id
             and row["level"] in LEVELS
             and isinstance(row["source"], str)
+            and isinstance(row["second"], str)
             and all(_is_number(row[name]) for name in numbers)
+            and 0 <= row["second_share"] <= 1
         ):
             raise ValueError("a level is no box")
         Source.parse(row["source"])
+    names = [row["level"] for row in result["levels"]]
+    if len(set(names)) < len(names):
+        raise ValueError(f"levels {', '.join(names)}: one is there twice")
 
 
 def _is_number(value):
