@@ -1,6 +1,6 @@
 """What a report's figures and tables show, in sentences: its summary, and its pictures' alternative texts.
 
-May use: page, report, slices, data, names.
+May use: page, report, slices, names.
 """
 
 from __future__ import annotations
