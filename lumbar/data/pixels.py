@@ -99,7 +99,7 @@ def stored_pixels(dataset: Dataset, frames: int = 1) -> tuple[np.ndarray, list[s
             raise DicomProblem(f"compressed pixels come in more than {MAX_FRAGMENTS} pieces")
     if not any(dataset.get(keyword) for keyword in _PIXELS):
         empty = " and ".join(keyword for keyword in _PIXELS if keyword in dataset)
-        raise DicomProblem(f"{empty} is empty: there is no image" if empty else "there is no PixelData, so no image")
+        raise DicomProblem(f"{empty} is empty: there is no image" if empty else "pixels cannot be decoded: none there")
     sign_known = _fill_in(dataset)
     allocated, bits, high = (dataset.get(keyword) for keyword in ("BitsAllocated", "BitsStored", "HighBit"))
     # Cells come whole where that can be, to see what is in the bits that are not stored.
@@ -238,8 +238,8 @@ def padding_mask(dataset: Dataset, pixels: np.ndarray) -> np.ndarray | None:
     """Which stored values are padding that the file announces (PS3.3 C.7.5.1.1.2).
 
     Pixel Padding Value alone, or with Pixel Padding Range Limit every value between the two; of float pixels their own
-    elements of that kind. A value inside the range
-    of the other pixels (0 among signed ones, say) is padding only where it is connected to the image's border.
+    elements of that kind. A value inside the range of the other pixels (0 among signed ones, say) is padding only where
+    it is connected to the image's border.
 
     Parameters
     ----------

@@ -339,7 +339,8 @@ def _contradictions(points):
     for study_id, own in points.groupby("study_id"):
         down_mm = -np.diff(own.groupby("level")["z_mm"].mean())
         side = own["condition"].map(_side_sign)
-        across_mm = (own["x_mm"] * side)[side != 0].groupby(own["level"]).agg(["sum", "size"]).query("size == 2")["sum"]
+        sides = (own["x_mm"] * side)[side != 0].groupby(own["level"]).agg(["sum", "size"])
+        across_mm = sides.loc[sides["size"] == 2, "sum"]
         wrong = ["its levels do not follow each other from head to foot"] * bool((down_mm < _APART_MM).any())
         wrong += ["its left points are not to the left of the right ones"] * bool((across_mm < _APART_MM).any())
         if wrong:
