@@ -5,10 +5,11 @@
 Both ways use the same files, the same weights and the same number of CPU threads, and must give the same rows. The
 plain way reads a study, passes its slices through SpineNet one by one and its patches through the detectors one by one,
 cuts and predicts one level after the other, and only then reads the next study; PyTorch runs its networks, while the
-stream takes what lumbar/engine.py chooses. Each way runs in a fresh process, in
-turns; its memory is that process' peak less what it holds with the weights loaded. It ends with an error where the rows
-differ by more than .01. Both have the solutions' members and one numbering. --run: a folder with the outputs of 02 to 04 (and, by default, `data`); without one, phantom
-studies and random weights of two folds, of the demo's size, are made. A script, which pytest does not collect.
+stream takes what lumbar/engine.py chooses. Each way runs in a fresh process, in turns; its memory is that process' peak
+less what it holds with the weights loaded. It ends with an error where the rows differ by more than .01. Both have the
+solutions' members and one numbering. --run: a folder with the outputs of 02 to 04 (and, by default, `data`); without
+one, phantom studies and random weights of two folds, of the demo's size, are made. A script, which pytest does not
+collect.
 """
 
 import argparse
