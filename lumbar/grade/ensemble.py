@@ -511,7 +511,7 @@ def ensemble_for(folders: Sequence[str | Path], data: str | Path, members: Colle
     ------
     ValueError
         As fit_ensemble; or, as DamagedFile, an ensemble.json that cannot be read or is none that a stage wrote: shares,
-        temperature, bias, floor or stacker are absent or are no numbers that can be meant.
+        temperature, bias, floor or stacker are absent or out of range.
     """
     members = [m for m in MEMBERS if m in members]
     attached = [m for m in by_member(member_weights(folders)[0]) if m in members]
