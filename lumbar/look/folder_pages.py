@@ -137,7 +137,7 @@ def _row(row: dict, pages: Mapping[int, Path], worst: Mapping[int, str]) -> str:
     name = f"<a href='{page.name}'>{row['study_id']}</a>" if page else str(row["study_id"])
     levels = "guessed" if "levels are guessed" in str(row["problems"]) else "found" if page else "none"
     if row["second_share"]:
-        doubt = "numbering in doubt" if "uncertain" in str(row["levels"]) else "a second numbering"
+        doubt = "numbering in doubt" if "uncertain" in str(row.get("levels", "")) else "a second numbering"
         levels += f", {doubt} ({row['second_share']:.0%} for another)"
     texts = (row["series"], levels, worst.get(row["study_id"], ""), row["problems"])
     return f"<tr><td>{name}" + "".join(f"<td>{html.escape(str(text))}" for text in texts) + "</tr>"
