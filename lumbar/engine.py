@@ -5,16 +5,19 @@ May use: limits.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .limits import TookTooLong
 
@@ -73,6 +76,49 @@ def on_cpu(
             _known[network] = known = tensors, _state_of(tensors), engine
         engine = known[2]
     return _Guarded(network, module, engine) if engine is not None and engine.process == os.getpid() else module
+
+
+_folded: weakref.WeakKeyDictionary[nn.Module, tuple[list[torch.Tensor], list[tuple[int, int]], nn.Module]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def folded(network: nn.Module) -> Any:
+    """A copy of a network for inference, with batch norms folded into the convolutions before them.
+
+    The same results up to rounding. In training mode, where batch norms do more, the network itself; else one copy
+    until the weights change.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Folded are convolutions that a batch norm follows in an nn.Sequential.
+
+    Returns
+    -------
+    nn.Module
+        Of the same class, on the same device.
+    """
+    if network.training:
+        return network
+    with _lock:
+        known = _folded.get(network)
+        if known is None or known[1] != _state_of(known[0]):
+            tensors = [*network.parameters(), *network.buffers()]
+            copy = deepcopy(network).requires_grad_(False)
+            for module in list(copy.modules()):
+                _fold(module)
+            _folded[network] = known = tensors, _state_of(tensors), copy
+    return known[2]
+
+
+def _fold(sequence: nn.Module) -> None:
+    """Fold the batch norms of an nn.Sequential's own layers, in place."""
+    if not isinstance(sequence, nn.Sequential):
+        return
+    for number, (layer, following) in enumerate(itertools.pairwise(list(sequence))):
+        if isinstance(layer, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
+            sequence[number], sequence[number + 1] = fuse_conv_bn_eval(layer, following), nn.Identity()
 
 
 class _Guarded:

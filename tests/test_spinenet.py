@@ -882,15 +882,17 @@ def one_by_one(shown):
     """The slices that a search from the middle looks at, when each is looked at alone."""
     seen = [[] for _ in shown]
     ahead = [list(range(len(shown) // 2, len(shown))), list(range(len(shown) // 2 - 1, -1, -1))]
-    empty = [0, 0]
+    empty, last = [0, 0], [0, 0]
     while any(ahead):
         for side in (0, 1):
             if ahead[side]:
                 index = ahead[side].pop(0)
                 seen[index] = shown[index]
                 empty[side] = 0 if shown[index] else empty[side] + 1
+                last[side] = len(shown[index]) or last[side]
         if any(seen):
-            ahead = [[] if empty[side] > 1 else ahead[side] for side in (0, 1)]
+            few = [0 < last[side] <= max(map(len, seen)) / 2 for side in (0, 1)]
+            ahead = [[] if empty[side] > (0 if few[side] else 1) else ahead[side] for side in (0, 1)]
     return seen
 
 
@@ -899,8 +901,9 @@ def test_slices_that_are_looked_at_together_are_those_of_one_by_one(batch_size, 
     rng = np.random.default_rng(0)
     for _ in range(300):
         count = int(rng.integers(1, 25))
-        # Runs of slices with bodies and without, as around a spine, or anyhow.
-        shown = [[k] * int(flag) for k, flag in enumerate(rng.random(count) < rng.choice([0.1, 0.5, 0.9]))]
+        # Slices with a body and without, or with several: anyhow.
+        bodies = rng.integers(1, rng.choice([2, 8]), count) * (rng.random(count) < rng.choice([0.1, 0.5, 0.9]))
+        shown = [[k] * int(several) for k, several in enumerate(bodies)]
         looked = []
 
         def look(model, images, size, shown=shown, looked=looked):
@@ -912,3 +915,54 @@ def test_slices_that_are_looked_at_together_are_those_of_one_by_one(batch_size, 
         found = spinenet._slices_from_the_middle(None, torch.arange(count), batch_size)
         assert found == one_by_one(shown) and sum(looked) <= count
         assert batch_size > 1 or max(looked) <= 2
+
+
+@pytest.mark.parametrize(
+    "bodies, looked_at",
+    [
+        ([2, 0, 0, 8, 8, 8, 8, 8, 0, 0, 1], slice(1, 10)),  # what comes beyond two empty slices is no spine
+        ([2, 0, 3, 8, 8, 8, 8, 8, 4, 0, 1], slice(1, 10)),  # nor beyond one, where the spine had thinned out
+        ([7, 0, 8, 8, 8, 8, 8, 8, 0, 5, 2], slice(0, 11)),  # one that was missed within the spine
+    ],
+)
+def test_a_search_ends_beside_the_spine(bodies, looked_at, monkeypatch):
+    shown = [[k] * several for k, several in enumerate(bodies)]
+    monkeypatch.setattr(spinenet, "_all_slices", lambda model, images, size: [shown[int(k)] for k in images])
+    found = spinenet._slices_from_the_middle(None, torch.arange(len(bodies)), 8)
+    assert found == [slice_ if k in range(len(bodies))[looked_at] else [] for k, slice_ in enumerate(shown)]
+
+
+def test_maps_are_read_where_they_are_asked_for():
+    """Heat everywhere and the rest at pixels are what the whole network says, of any size, batch and channels."""
+    rng = np.random.default_rng(1)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = SpineNet(widths=rng.integers(4, 20, rng.integers(1, 5)).tolist(), blocks=int(rng.integers(1, 3)))
+        for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+            torch.nn.init.normal_(norm.running_mean), torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+            torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+        model.eval()
+        images = torch.randn(5, 1, *rng.integers(8, 70, 2).tolist())
+        with torch.no_grad():
+            expected = model(images)
+        maps = spinenet.spinenet_maps(model, images, int(rng.integers(1, 7)))
+        torch.testing.assert_close(maps.heat, expected[:, :5].sigmoid(), atol=1e-4, rtol=1e-3)
+        number, row, column = (rng.integers(0, size, 60) for size in (5, *images.shape[2:]))
+        where = expected[number, 5:, row, column]
+        torch.testing.assert_close(torch.from_numpy(maps.read(number, row, column)), where, atol=1e-3, rtol=1e-3)
+        assert maps.read(*np.zeros((3, 0), int)).shape == (0, where.shape[1])
+        assert spinenet.SpineMaps.of_output(expected).read(number, row, column) == pytest.approx(where.numpy())
+        # Weights that change are not answered by a copy of the old ones.
+        with torch.no_grad():
+            model.stem[2].bias += 1
+            expected = model(images)[:, :5].sigmoid()
+        torch.testing.assert_close(spinenet.spinenet_maps(model, images, 4).heat, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_images_of_any_size_keep_it():
+    """An image ends where it ends, as crops do in training: nothing pads it to whole strides."""
+    model = SpineNet(widths=[8, 8, 8]).eval()
+    for height, width in ((1, 1), (7, 9), (16, 24), (31, 33)):
+        with torch.no_grad():
+            assert model(torch.zeros(1, 1, height, width)).shape[2:] == (height, width)
+            assert model.features(torch.zeros(1, 1, height, width)).shape[2:] == (-(-height // 2), -(-width // 2))

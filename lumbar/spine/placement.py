@@ -23,7 +23,7 @@ from .vertebra import Vertebra
 
 Detector = str | Callable[[Volume], list[Vertebra]]  # "own", "official", or a function
 
-_LOCATING_VERSION = 7  # to be raised when the same network gives other levels: results kept by older code do not count
+_LOCATING_VERSION = 8  # to be raised when the same network gives other levels: results kept by older code do not count
 
 
 @dataclass(frozen=True)

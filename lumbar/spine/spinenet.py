@@ -4,8 +4,8 @@ May use: across, counting, vertebra, data, engine, weights, storage, limits, nam
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data.source import Source
 from ..data.volume import Volume
-from ..engine import on_cpu
+from ..engine import folded, on_cpu
 from ..limits import check_limit
 from ..names import VERTEBRAE
 from ..storage import write_tensors
@@ -61,6 +61,8 @@ def _resampled_px(shape, affine, resolution_mm):
 
 
 # -- network
+
+_HEAT, _VECTORS, _CLASSES = 5, slice(5, 13), slice(13, None)  # channels: see SpineNet
 
 
 class _ResidualBlock(nn.Module):
@@ -123,27 +125,35 @@ class SpineNet(nn.Module):
                 self.lateral.append(nn.Conv2d(width, before, 1))
                 self.decoder.append(_ResidualBlock(2 * before, before))
         self.head = nn.Sequential(nn.Conv2d(widths[0], 4 * (13 + len(SPINE_CLASSES)), 1), nn.PixelShuffle(2))
-        self.stride = 2 ** len(widths)
         # Heat maps are nearly everywhere 0: starting there saves the steps that would only learn it.
         with torch.no_grad():
             last: Any = self.head[0]
             last.bias[:20] = -4.0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What the head reads: (b, 1, h, w) -> (b, widths[0], ceil(h / 2), ceil(w / 2)), a vector for 2 x 2 pixels.
+
+        Maps end where the image does, as crops do in training: no stride pads them to whole multiples."""
         height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride))
-        x = self.stem(x)
+        x = self.stem(F.pad(x, (0, width % 2, 0, height % 2)))
         skips = []
         for block in self.encoder:
             x = block(x)
             skips.append(x)
         for skip, lateral, block in zip(skips[-2::-1], reversed(self.lateral), reversed(self.decoder)):
             x = F.interpolate(lateral(x), scale_factor=2, mode="bilinear", align_corners=False)
-            x = block(torch.cat([x, skip], 1))
-        x = self.head(x)[:, :, :height, :width]
-        # Bodies are some 30 mm high: in units of 16 mm the vectors are of order 1, as the rest.
-        vectors = x[:, 5:13] * (16.0 / self.resolution_mm)
-        return torch.cat([x[:, :5], vectors, x[:, 13:]], 1)
+            x = block(torch.cat([x[:, :, : skip.shape[2], : skip.shape[3]], skip], 1))
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[2:]
+        x = self.head(self.features(x))[:, :, :height, :width]
+        return torch.cat([x[:, :_HEAT], x[:, _VECTORS] * self.vector_px, x[:, _CLASSES]], 1)
+
+    @property
+    def vector_px(self) -> float:
+        """Bodies are some 30 mm high: in units of 16 mm the vectors are of order 1, as the rest."""
+        return 16.0 / self.resolution_mm
 
 
 def save_spinenet(model: SpineNet, path: str | Path) -> None:
@@ -225,19 +235,72 @@ def _check_layouts(stated):
 # -- from maps to vertebrae
 
 
+@dataclass(frozen=True)
+class SpineMaps:
+    """What the network shows of n slices: heat maps everywhere, the rest where it is asked for.
+
+    heat: (n, 5, h, w) float32 probabilities on the CPU, as SpineNet orders them. read: from maps, rows and columns,
+    (p,) integers each, to the other channels of the network there, (p, 8 + classes) float32: vectors, then logits.
+    """
+
+    heat: torch.Tensor
+    read: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+    @staticmethod
+    def of_output(maps: torch.Tensor) -> "SpineMaps":
+        """Of (n, 13 + classes, h, w) maps as the network returns them, with probabilities for heat."""
+        array = maps[:, _HEAT:].numpy()
+        return SpineMaps(maps[:, :_HEAT], lambda number, row, column: array[number, :, row, column])
+
+
+class _Features(nn.Module):
+    """A SpineNet without its head, for inference."""
+
+    def __init__(self, model: SpineNet) -> None:
+        super().__init__()
+        self.network = folded(model)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network.features(x)
+
+
 @torch.no_grad()
-def spinenet_maps(model: SpineNet, images: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
-    """Run the network on images (n, 1, h, w). Returns (n, 13 + classes, h, w) float32 on the CPU; heat maps are
-    probabilities."""
-    device = next(model.parameters()).device
-    maps = []
-    forward = on_cpu(model, images[:1])
-    for start in range(0, len(images), batch_size):
-        images_now = images[start : start + batch_size].to(device).contiguous(memory_format=torch.channels_last)
-        output = forward(images_now).float()
-        output[:, :5] = output[:, :5].sigmoid()
-        maps.append(output.cpu())
-    return torch.cat(maps)
+def spinenet_maps(model: nn.Module, images: torch.Tensor, batch_size: int = 8) -> SpineMaps:
+    """Run a SpineNet, or another network with its channels, on images (n, 1, h, w), batch_size at a time.
+
+    Of a SpineNet vectors and classes are only worked out at peaks: at every pixel, they take a third of the time."""
+    device, (height, width) = next(model.parameters()).device, images.shape[2:]
+    parts = [part.contiguous(memory_format=torch.channels_last) for part in images.split(batch_size)]
+    if not isinstance(model, SpineNet):
+        forward = on_cpu(model, images[:1])
+        maps = torch.cat([forward(part.to(device)).float().cpu() for part in parts])
+        maps[:, :_HEAT] = maps[:, :_HEAT].sigmoid()
+        return SpineMaps.of_output(maps)
+    last: Any = model.head[0]
+    heat_weight, heat_bias = last.weight[: 4 * _HEAT], last.bias[: 4 * _HEAT]
+    weight = last.weight[4 * _HEAT :].float().cpu().numpy().reshape(-1, 4, last.in_channels)
+    bias = last.bias[4 * _HEAT :].float().cpu().numpy().reshape(-1, 4)
+    forward = on_cpu(model, images[:1], lambda _: _Features(model))
+    features, heat = [], []
+    for part in parts:
+        output = forward(part.to(device))
+        heat_now = F.conv2d(output, heat_weight, heat_bias).float().sigmoid().cpu()
+        heat.append(F.pixel_shuffle(heat_now, 2)[:, :, :height, :width])
+        features.append(output.float().cpu().numpy())
+
+    def read(number, row, column):
+        vectors = np.empty((len(number), last.in_channels), np.float32)
+        for batch, part in enumerate(features):
+            here = number // batch_size == batch
+            vectors[here] = part[number[here] % batch_size, :, row[here] // 2, column[here] // 2]
+        values = np.empty((len(number), len(weight)), np.float32)
+        for which in range(4):  # of 2 x 2 pixels that share a vector of features, as nn.PixelShuffle unfolds them
+            here = 2 * (row % 2) + column % 2 == which
+            values[here] = vectors[here] @ weight[:, which].T + bias[:, which]
+        values[:, :8] *= model.vector_px
+        return values
+
+    return SpineMaps(heat[0] if len(heat) == 1 else torch.cat(heat), read)
 
 
 _WINDOWS = 1 << 15  # surroundings of pixels that are looked at together
@@ -258,17 +321,20 @@ def _peaks(heat, radius_px, threshold, most):
     their (p, 3) value and sub-pixel (row, column) from the parabola through the logarithms, which is exact for a
     Gaussian."""
     values = heat.numpy()
-    where = np.argwhere(values > threshold)
-    # Few pixels pass the threshold: looking around each is much quicker than a maximum filter over the maps. Where
-    # many do (noise), they go through in parts.
+    # Few pixels pass the threshold, and few of them are as high as their four neighbours: looking around each of these
+    # is much quicker than a maximum filter over the maps. Where many are (noise), they go through in parts.
+    edge = ((0, 0), (0, 0), (radius_px, radius_px), (radius_px, radius_px))
+    padded = np.pad(values, edge)
+    flat, row_px = padded.ravel(), padded.shape[3]
+    where = np.flatnonzero(np.pad(values > threshold, edge))
+    for step in (1, -1, row_px, -row_px):
+        where = where[flat[where] >= flat[where + step]]
     around = np.arange(-radius_px, radius_px + 1)
-    padded = np.pad(values, ((0, 0), (0, 0), (radius_px, radius_px), (radius_px, radius_px)))
-    peaks = []
-    for part in np.array_split(where, range(_WINDOWS, len(where), _WINDOWS)):
-        number, kind, row, column = (index[:, None, None] for index in part.T)
-        window = padded[number, kind, row + radius_px + around[:, None], column + radius_px + around]
-        peaks.append(part[values[tuple(part.T)] >= window.max((1, 2))])
-    where = _highest(np.concatenate(peaks), values, most)
+    window = (row_px * around[:, None] + around).ravel()
+    parts = np.array_split(where, range(_WINDOWS, len(where), _WINDOWS))
+    where = np.concatenate([part[flat[part] >= flat[part[:, None] + window].max(1)] for part in parts])
+    where = np.column_stack(np.unravel_index(where, padded.shape)) - [0, 0, radius_px, radius_px]
+    where = _highest(where, values, most)
     position = where[:, 2:].astype(np.float64)
     for axis in (2, 3):
         last = heat.shape[axis] - 1
@@ -283,13 +349,13 @@ def _peaks(heat, radius_px, threshold, most):
 
 
 def decode_slices(
-    maps: torch.Tensor,
+    maps: SpineMaps | torch.Tensor,
     resolution_mm: float,
     center_threshold: float = 0.3,
     corner_threshold: float = 0.1,
     reach_mm: float = 12.0,
 ) -> list[list[dict[str, Any]]]:
-    """Vertebrae in each slice, from the network's maps (n, 13 + classes, h, w).
+    """Vertebrae in each slice, from what the network shows: of spinenet_maps, or (n, 13 + classes, h, w) maps.
 
     Each peak of the centroid map takes of every corner kind the one whose position, displaced by its vector, comes
     nearest, if within reach_mm. One missing corner is completed to a parallelogram, with two missing it is dropped.
@@ -297,17 +363,17 @@ def decode_slices(
     MAX_BODIES in a slice the highest peaks count.
     Returns a list of n lists of dicts: corners_px (4, 2) as (row, column), score 0..1, logits (classes,).
     """
-    slices: list[list[dict[str, Any]]] = [[] for _ in range(len(maps))]
-    centers, center_values = _peaks(maps[:, 4:5], max(int(round(8 / resolution_mm)), 1), center_threshold, MAX_BODIES)
-    corners, corner_values = _peaks(
-        maps[:, :4], max(int(round(5 / resolution_mm)), 1), corner_threshold, 2 * MAX_BODIES
-    )
-    array = maps.numpy()
+    if isinstance(maps, torch.Tensor):
+        maps = SpineMaps.of_output(maps)
+    slices: list[list[dict[str, Any]]] = [[] for _ in range(len(maps.heat))]
+    radius_px, corner_radius_px = (max(int(round(radius_mm / resolution_mm)), 1) for radius_mm in (8, 5))
+    centers, center_values = _peaks(maps.heat[:, 4:], radius_px, center_threshold, MAX_BODIES)
+    corners, corner_values = _peaks(maps.heat[:, :4], corner_radius_px, corner_threshold, 2 * MAX_BODIES)
     number, kind, row, column = corners.T
-    displaced = np.stack(
-        [row + array[number, 5 + 2 * kind, row, column], column + array[number, 6 + 2 * kind, row, column]], 1
-    )
-    for (index, _, row, column), (score, *center_px) in zip(centers, center_values):
+    vectors = maps.read(number, row, column)[:, :8].reshape(-1, 4, 2)
+    displaced = corners[:, 2:] + vectors[np.arange(len(corners)), kind]
+    center_logits = maps.read(centers[:, 0], centers[:, 2], centers[:, 3])[:, 8:]
+    for (index, *_), (score, *center_px), logits in zip(centers, center_values, center_logits):
         corners_px, heights = np.full((4, 2), np.nan), np.zeros(4)
         for which in range(4):
             candidates = np.flatnonzero((number == index) & (kind == which))
@@ -327,7 +393,7 @@ def decode_slices(
             {
                 "corners_px": corners_px,
                 "score": float(score * heights.mean()) ** 0.5,
-                "logits": array[index, 13:, row, column],
+                "logits": logits,
             }
         )
     return slices
@@ -416,32 +482,29 @@ def _all_slices(model, images, batch_size):
     return slices
 
 
-_AT_ONCE = 3  # slices of each side that go through the network together: a quarter quicker than one by one
-
-
 def _slices_from_the_middle(model, images, batch_size):
     """What slices show, as _all_slices, without those beside the spine.
 
-    From the middle outwards. A side ends with the second slice in a row that shows nothing, once bodies have been seen
-    anywhere: link_slices would not bridge the two. What was looked at beyond that end does not count.
+    From the middle outwards, the next of either side together. Once bodies have been seen anywhere, a side ends with
+    the second slice in a row that shows nothing, for link_slices would not bridge the two; or with the first, where the
+    one before it showed half of them at most: there the spine ends, and what comes beyond are ribs and wings.
     """
     slices: list[list[dict[str, Any]]] = [[] for _ in images]
     middle = len(images) // 2
     ahead = [list(range(middle, len(images))), list(range(middle - 1, -1, -1))]
-    empty, looked = [0, 0], {}
+    empty, last = [0, 0], [0, 0]  # slices in a row that showed nothing; bodies in the one before them
     while any(ahead):
+        sides = [side for side in (0, 1) if ahead[side]]
+        next_ones = [ahead[side].pop(0) for side in sides]
+        shown = _all_slices(model, images[next_ones], batch_size)
+        for side, index, bodies in zip(sides, next_ones, shown, strict=True):
+            slices[index] = bodies
+            empty[side], last[side] = (0, len(bodies)) if bodies else (empty[side] + 1, last[side])
+        most = max(map(len, slices))
         for side in (0, 1):
-            if not ahead[side]:
-                continue
-            if ahead[side][0] not in looked:
-                several = min(_AT_ONCE, batch_size)
-                next_ones = [k for own in ahead for k in own[:several] if k not in looked]
-                looked |= zip(next_ones, _all_slices(model, images[next_ones], batch_size), strict=True)
-            index = ahead[side].pop(0)
-            slices[index] = looked[index]
-            empty[side] = 0 if slices[index] else empty[side] + 1
-        if any(slices):
-            ahead = [[] if empty[side] > _GAP else ahead[side] for side in (0, 1)]
+            few = 0 < last[side] <= most / 2
+            if most and empty[side] > (0 if few else _GAP):
+                ahead[side] = []
     return slices
 
 
