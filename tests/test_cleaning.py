@@ -5,6 +5,8 @@ import pytest
 
 import utils
 from lumbar.grade.cleaning import DOUBT, MOST, doubtful_labels
+from lumbar.grade.tables import read_bare_tables
+from lumbar.run.stages import stage_inputs
 
 
 def studies(n, seed=0, skill=4.0, spoiled=0.02):
@@ -112,3 +114,35 @@ def test_spoiled_ids_do_not_shift(finished):
     order = np.random.default_rng(1).permutation(len(ids))
     shuffled = utils.cleaned_grades(labels[order], ids[order], ["finished"])
     assert (shuffled == utils.cleaned_grades(labels, ids, ["finished"])[order]).all()
+
+
+def test_tables_of_other_networks_will_do(tmp_path, capsys):
+    """A Kaggle data set with nothing but tables: a file of any name, a folder with an oof.csv, or one with such."""
+    _, labels, members = studies(400)
+    ids = np.arange(1000, 1400)
+    tables = [utils.to_submission(ids, p) for p in members.values()]
+    (tmp_path / "one").mkdir(), (tmp_path / "below" / "other").mkdir(parents=True)
+    tables[0].to_csv(tmp_path / "one" / "oof.csv", index=False)
+    tables[1].to_csv(tmp_path / "below" / "other" / "oof.csv", index=False)
+    tables[1].to_csv(tmp_path / "other.csv", index=False)
+    expected = np.where(doubtful_labels(labels, members)[0], -1, labels)
+    for places in (["one", "below"], ["one/oof.csv", "other.csv"]):
+        found = stage_inputs({"CLEAN": [str(tmp_path / place) for place in places]})["CLEAN"]
+        assert (utils.cleaned_grades(labels, ids, found) == expected).all()
+        assert "labels that one, other predicted out of fold" in capsys.readouterr().out
+    assert list(read_bare_tables([tmp_path / "other.csv"] * 3)) == ["other", "other_2", "other_3"]
+    # Beside weights a table is the kit's own: of their folds alone, and read with them.
+    (tmp_path / "one" / "level_0.safetensors").touch()
+    assert not read_bare_tables([tmp_path / "one"])
+    (tmp_path / "broken.csv").write_text("row_id,moderate\n1_a,0.5\n")
+    with pytest.raises(ValueError, match="broken.csv lacks the column normal_mild, severe: give a table"):
+        utils.cleaned_grades(labels, ids, [tmp_path / "broken.csv"])
+
+
+def test_a_table_of_the_run_itself_is_refused(tmp_path):
+    """Its file, too, not only its folder: it is written anew while the training reads it."""
+    own = tmp_path / "04_level_0" / "oof.csv"
+    own.parent.mkdir()
+    own.write_text("row_id\n")
+    with pytest.raises(ValueError, match="has what this run itself writes"):
+        stage_inputs({"OUT": str(tmp_path), "CLEAN": [str(own)]}, "04_level_0")

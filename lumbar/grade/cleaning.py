@@ -14,7 +14,7 @@ import numpy as np
 
 from ..data.tables import some_of
 from ..names import GROUPS, SEVERITIES, SEVERITY_WEIGHTS
-from .tables import align_members, read_out_of_fold
+from .tables import align_members, read_bare_tables, read_out_of_fold
 
 DOUBT = 0.05  # a label is doubtful where the members together give it less than this
 MOST = 0.05  # of the labels of one grade, in one group of conditions: rare grades are hard, and hard is not wrong
@@ -78,7 +78,8 @@ def cleaned_grades(
         Of labels_to_array.
     study_ids : sequence of int
     folders : iterable of path
-        Folders of finished trainings with an oof.csv, see read_out_of_fold; none: nothing is doubtful.
+        Folders of finished trainings with an oof.csv, see read_out_of_fold, and other networks' tables of predictions
+        that are out of fold, see read_bare_tables; none: nothing is doubtful.
     replace : bool
         Put what the members see in the place of a doubtful label, for a detector, whose images show the finding either
         way; otherwise it is missing (-1).
@@ -96,12 +97,12 @@ def cleaned_grades(
     folders = list(folders)
     if not folders:
         return grades
-    aligned = align_members(study_ids, read_out_of_fold(folders))
+    aligned = align_members(study_ids, {**read_bare_tables(folders), **read_out_of_fold(folders)})
     predicted = {member: p for member, p in aligned.items() if np.isfinite(p).any()}
     if not predicted:
         raise ValueError(
             f"CLEAN: no out-of-fold predictions of these studies in {some_of(folders)}: name folders of "
-            "finished trainings of 03 and 04, or a run's folder"
+            "finished trainings of 03 and 04, a run's folder, or tables of such predictions"
         )
     doubtful, seen = doubtful_labels(grades, predicted)
     covered = np.any([np.isfinite(p).all(-1) for p in predicted.values()], 0) & (grades >= 0)

@@ -3,6 +3,7 @@
 May use: registry, data, names.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def _partial_submission(study_ids, probabilities, there):
 
 
 # ---- Tables of members ----
+
+OOF = "oof.csv"  # out-of-fold predictions, beside the weights
 
 
 def check_predictions(table: pd.DataFrame, name: str = "predictions") -> tuple[np.ndarray, np.ndarray]:
@@ -178,8 +181,8 @@ def read_out_of_fold(folders: Iterable[str | Path], verbose: bool = True) -> dic
         for name, path in paths.items():
             places.setdefault(path.parent, set()).add(name.rpartition("_")[2])
         for folder, folds in places.items():
-            if (folder / "oof.csv").is_file():
-                table = _read_predictions(folder / "oof.csv")
+            if (folder / OOF).is_file():
+                table = _read_predictions(folder / OOF)
                 if "fold" in table.columns:
                     table = table[table["fold"].astype(str).str.removesuffix(".0").isin(folds)]
                 tables.setdefault(member, []).append(table)
@@ -189,14 +192,46 @@ def read_out_of_fold(folders: Iterable[str | Path], verbose: bool = True) -> dic
     }
 
 
-def _read_predictions(path):
+def read_bare_tables(places: Iterable[str | Path]) -> dict[str, pd.DataFrame]:
+    """Out-of-fold predictions of anybody's networks: tables that no weights of the kit lie beside.
+
+    Parameters
+    ----------
+    places : iterable of path
+        Tables, or folders with an oof.csv; folders with weights are left to read_out_of_fold.
+
+    Returns
+    -------
+    dict of str to DataFrame
+        By the file's name, or the folder's where the file is an oof.csv, with a number where that is taken; columns
+        row_id and SEVERITIES, and what else the table has.
+
+    Raises
+    ------
+    ValueError
+        A table is empty, or lacks a column; the message names the file.
+    """
+    tables: dict[str, pd.DataFrame] = {}
+    for place in map(Path, places):
+        path = place if place.is_file() else place / OOF
+        beside = (*path.parent.glob("*.safetensors"), *path.parent.glob("*/*.safetensors"))
+        if not path.is_file() or (beside and not place.is_file()):
+            continue
+        name = path.resolve().parent.name if path.name == OOF else path.stem
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        free = next(own for own in names if own not in tables)
+        tables[free] = _read_predictions(path, "give a table of predictions")
+    return tables
+
+
+def _read_predictions(path, remedy="run the training's stage again"):
     """An oof.csv. Raises ValueError, naming the file, where it has no rows or lacks columns."""
     try:
         table = pd.read_csv(path)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no table of predictions ({error}): run the training's stage again") from None
+        raise ValueError(f"{path} is no table of predictions ({error}): {remedy}") from None
     if missing := [name for name in ("row_id", *SEVERITIES) if name not in table.columns]:
-        raise ValueError(f"{path} lacks the column {', '.join(missing)}: run the training's stage again")
+        raise ValueError(f"{path} lacks the column {', '.join(missing)}: {remedy}")
     if not len(table):
-        raise ValueError(f"{path} has no rows: run the training's stage again")
+        raise ValueError(f"{path} has no rows: {remedy}")
     return table

@@ -42,9 +42,9 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
 
     parameters: as notebook_parameters returns them; name: of the stage, which does not read itself. Of READ_PATHS those
     that are not empty; relative paths count from the working directory, else from the kit's folder, and what an input
-    on Kaggle is called is found where it is mounted (mounts.find_input). A list of WEIGHTS or CLEAN stands for the
-    folders with weights in and below them, RUN for the finished stages in it; PRETRAINED for the one file that is for
-    the stage's network, where the folder has it.
+    on Kaggle is called is found where it is mounted (mounts.find_input). A list of WEIGHTS stands for the folders with
+    weights in and below them, of CLEAN for those with weights or tables of predictions, and for tables; RUN for the
+    finished stages in it; PRETRAINED for the one file that is for the stage's network, where the folder has it.
     Raises FileNotFoundError, naming the parameter; ValueError for a CLEAN with the folder that the stage writes to.
     """
     found = {}
@@ -56,12 +56,12 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
             continue
         places = [place for text in (value if isinstance(value, list) else [value]) for place in _located(key, text)]
         if key in ("WEIGHTS", "CLEAN") and isinstance(value, list):
-            from ..serve.members import weight_folders
+            from ..serve.members import prediction_places, weight_folders
 
             if key == "CLEAN" and parameters.get("OUT"):
                 _check_other_run(places, Path(parameters["OUT"]), name)
             try:
-                found[key] = weight_folders(places)
+                found[key] = (prediction_places if key == "CLEAN" else weight_folders)(places)
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{key}: {error}") from None
         elif key == "RUN":
@@ -93,7 +93,8 @@ def _check_other_run(places, out, name):
     while it trains: each start would read something else, and begin anew."""
     own = out.resolve()
     for place in places:
-        if Path(place).resolve() in (own / name, own, *own.parents):
+        folder = Path(place).resolve()
+        if (folder.parent if folder.is_file() else folder) in (own / name, own, *own.parents):
             raise ValueError(
                 f"CLEAN: {place} has what this run itself writes: train with cleaned labels in another OUT, or name "
                 "folders of trainings that will not be done again"

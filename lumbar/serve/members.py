@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..grade.member import Weights
 from ..grade.registry import MEMBERS, by_member, member_weights
-from ..grade.tables import read_out_of_fold
+from ..grade.tables import OOF, read_out_of_fold
 from ..names import CONDITIONS, LEVELS, SEVERITIES, SUBMISSION_COLUMNS, device_for
 from ..problems import Kind, Problem
 from ..spine.official import check_official
@@ -150,6 +150,42 @@ def weight_folders(places: Sequence[str | Path]) -> list[Path]:
     FileNotFoundError
         There is none; the message names the places.
     """
+    found = _folders_with(places, lambda name: name.endswith(".safetensors"))
+    if not found:
+        raise FileNotFoundError(
+            f"no *.safetensors in or below {', '.join(map(str, places))}: attach the outputs of 02, 03 and 04"
+        )
+    return found
+
+
+def prediction_places(places: Sequence[str | Path]) -> list[Path]:
+    """What has out-of-fold predictions: folders with weights or an oof.csv, in or below the given ones, and files.
+
+    Parameters
+    ----------
+    places : sequence of path
+        As weight_folders takes them, or tables themselves.
+
+    Returns
+    -------
+    list of Path
+
+    Raises
+    ------
+    FileNotFoundError
+        A folder has neither, see weight_folders.
+    """
+    found = []
+    for place in map(Path, places):
+        here = [place] if place.is_file() else _folders_with([place], lambda n: n.endswith(".safetensors") or n == OOF)
+        if not here:
+            raise FileNotFoundError(f"no *.safetensors in or below {place}, nor an {OOF}")
+        found += here
+    return found
+
+
+def _folders_with(places, wanted):
+    """Folders in or below `places`, in the order found, that have a file whose name is wanted(name)."""
     skipped = {"train_images", "test_images", "volumes", "crops", "yolo", "images", "labels", "studies"}
     found = []
     for place in places:
@@ -160,12 +196,8 @@ def weight_folders(places: Sequence[str | Path]) -> list[Path]:
                 if depth < 6
                 else []
             )
-            if any(name.endswith(".safetensors") for name in files):
+            if any(map(wanted, files)):
                 found.append(Path(folder))
-    if not found:
-        raise FileNotFoundError(
-            f"no *.safetensors in or below {', '.join(map(str, places))}: attach the outputs of 02, 03 and 04"
-        )
     return found
 
 
