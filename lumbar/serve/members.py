@@ -175,7 +175,7 @@ def prediction_places(places: Sequence[str | Path]) -> list[Path]:
     FileNotFoundError
         A folder has neither, see weight_folders.
     """
-    found = []
+    found: list[Path] = []
     for place in map(Path, places):
         here = [place] if place.is_file() else _folders_with([place], lambda n: n.endswith(".safetensors") or n == OOF)
         if not here:
