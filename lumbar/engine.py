@@ -69,9 +69,8 @@ def on_cpu(
     if _worked_s.get(network, 0.0) < _PAYS_AFTER_S:
         return _timed(network, module)
     with _lock:
-        known = _known.get(network)
-        if known is None or known[1] != _state_of(known[0]):
-            tensors = [*network.parameters(), *network.buffers()]
+        known, tensors = _known.get(network), [*network.parameters(), *network.buffers()]
+        if known is None or known[1] != _state_of(tensors):
             engine = _compiled(network, module, example)
             _known[network] = known = tensors, _state_of(tensors), engine
         engine = known[2]
@@ -87,7 +86,7 @@ def folded(network: nn.Module) -> Any:
     """A copy of a network for inference, with batch norms folded into the convolutions before them.
 
     The same results up to rounding. In training mode, where batch norms do more, the network itself; else one copy
-    until the weights change.
+    until the weights change, as PyTorch counts it: not through `.data`, nor by an optimiser with fused=True.
 
     Parameters
     ----------
@@ -99,17 +98,23 @@ def folded(network: nn.Module) -> Any:
     nn.Module
         Of the same class, on the same device.
     """
-    if network.training:
+    if any(module.training for module in network.modules()):
         return network
+    tensors = [*network.parameters(), *network.buffers()]
+    if any(tensor.is_inference() for tensor in tensors):  # of which PyTorch does not count the changes
+        return _folded_copy(network)
     with _lock:
         known = _folded.get(network)
-        if known is None or known[1] != _state_of(known[0]):
-            tensors = [*network.parameters(), *network.buffers()]
-            copy = deepcopy(network).requires_grad_(False)
-            for module in list(copy.modules()):
-                _fold(module)
-            _folded[network] = known = tensors, _state_of(tensors), copy
+        if known is None or known[1] != _state_of(tensors):
+            _folded[network] = known = tensors, _state_of(tensors), _folded_copy(network)
     return known[2]
+
+
+def _folded_copy(network):
+    copy = deepcopy(network).requires_grad_(False)
+    for module in list(copy.modules()):
+        _fold(module)
+    return copy
 
 
 def _fold(sequence: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Labels that out-of-fold predictions contradict: found where they were spoiled, left alone where they are hard."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import utils
@@ -130,10 +131,13 @@ def test_tables_of_other_networks_will_do(tmp_path, capsys):
         found = stage_inputs({"CLEAN": [str(tmp_path / place) for place in places]})["CLEAN"]
         assert (utils.cleaned_grades(labels, ids, found) == expected).all()
         assert "labels that one, other predicted out of fold" in capsys.readouterr().out
-    assert list(read_bare_tables([tmp_path / "other.csv"] * 3)) == ["other", "other_2", "other_3"]
-    # Beside weights a table is the kit's own: of their folds alone, and read with them.
+    # Beside weights of the kit a table is its own: of their folds alone, and read with them.
+    (tmp_path / "one" / "model.safetensors").touch()
+    assert list(read_bare_tables([tmp_path / "one"])) == ["one"]
     (tmp_path / "one" / "level_0.safetensors").touch()
     assert not read_bare_tables([tmp_path / "one"])
+    own = [str(tmp_path / "one"), str(tmp_path / "one" / "oof.csv")]
+    assert stage_inputs({"CLEAN": own})["CLEAN"] == [tmp_path / "one"]
     (tmp_path / "broken.csv").write_text("row_id,moderate\n1_a,0.5\n")
     with pytest.raises(ValueError, match="broken.csv lacks the column normal_mild, severe: give a table"):
         utils.cleaned_grades(labels, ids, [tmp_path / "broken.csv"])
@@ -146,3 +150,34 @@ def test_a_table_of_the_run_itself_is_refused(tmp_path):
     own.write_text("row_id\n")
     with pytest.raises(ValueError, match="has what this run itself writes"):
         stage_inputs({"OUT": str(tmp_path), "CLEAN": [str(own)]}, "04_level_0")
+    elsewhere = tmp_path / "oof.csv"
+    elsewhere.write_text("row_id\n")
+    for out in (tmp_path, tmp_path / "runs" / "clean"):
+        assert stage_inputs({"OUT": str(out), "CLEAN": [str(elsewhere)]}, "04_level_0")["CLEAN"] == [elsewhere]
+
+
+def test_of_tables_of_one_name_none_is_lost(tmp_path):
+    _, _, members = studies(3)
+    table = utils.to_submission(range(3), members["level"])
+    for folder in "ab":
+        (tmp_path / folder / "level").mkdir(parents=True)
+        table.to_csv(tmp_path / folder / "level" / "oof.csv", index=False)
+    found = read_bare_tables([tmp_path / "a" / "level", tmp_path / "b" / "level"], {"level": table})
+    assert list(found) == ["level_2", "level_3"]
+    pd.concat([table.assign(member="x"), table.assign(member="level")]).to_csv(tmp_path / "all.csv", index=False)
+    assert list(read_bare_tables([tmp_path / "all.csv"], ["level"])) == ["x", "level_2"]
+    pd.concat([table, table]).to_csv(tmp_path / "twice.csv", index=False)
+    with pytest.raises(ValueError, match="twice.csv: row_id .* appears twice"):
+        read_bare_tables([tmp_path / "twice.csv"])
+
+
+def test_predictions_that_inference_gathered_do_not_count_again(tmp_path):
+    """A run's folder names its trainings: 05_inference has a table of all of them, and no weights."""
+    for stage, files in (("04_level_0", ["level_0.safetensors", "oof.csv"]), ("05_inference", ["oof.csv"])):
+        (tmp_path / stage).mkdir()
+        for name in (*files, "manifest.json"):
+            (tmp_path / stage / name).touch()
+    assert stage_inputs({"CLEAN": [str(tmp_path)]})["CLEAN"] == [tmp_path / "04_level_0"]
+    assert not read_bare_tables([tmp_path / "05_inference"])
+    with pytest.raises(FileNotFoundError, match="CLEAN: no .*safetensors in or below .*05_inference, nor another"):
+        stage_inputs({"CLEAN": [str(tmp_path / "05_inference")]})

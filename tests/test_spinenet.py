@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import ndimage
 
 import utils
 from lumbar import limits
@@ -15,6 +16,7 @@ from lumbar.data.geometry import boxes_to_table
 from lumbar.data.resample import study_box
 from lumbar.data.source import Source
 from lumbar.data.volume import Study, Volume
+from lumbar.engine import folded
 from lumbar.names import VERTEBRAE
 from lumbar.problems import Kind
 from lumbar.spine import chain as chain_module
@@ -957,6 +959,46 @@ def test_maps_are_read_where_they_are_asked_for():
             model.stem[2].bias += 1
             expected = model(images)[:, :5].sigmoid()
         torch.testing.assert_close(spinenet.spinenet_maps(model, images, 4).heat, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_copy_with_folded_norms_is_never_an_old_one():
+    """Whatever changes the weights: in place, by others in their place, in inference mode."""
+    model, x = SpineNet(widths=[8, 8]).eval(), torch.randn(1, 1, 16, 16)
+    changed = {name: tensor + 1 for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+    def same():
+        with torch.no_grad():
+            torch.testing.assert_close(folded(model)(x), model(x), atol=1e-4, rtol=1e-4)
+
+    same()
+    assert folded(model) is folded(model) and folded(model) is not model
+    model.load_state_dict(changed, strict=False, assign=True)
+    same()
+    with torch.no_grad():
+        model.stem[2].running_var.mul_(4)
+    same()
+    model.train()
+    assert folded(model) is model
+    model.eval().stem.train()
+    assert folded(model) is model
+    model.eval()
+    with torch.inference_mode():
+        model = SpineNet(widths=[8]).eval()
+        same()
+        model.stem[1].weight.mul_(2)
+        same()
+
+
+def test_peaks_are_those_of_a_maximum_filter():
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        shape = (2, 2, *rng.integers(1, 30, 2))
+        heat = rng.integers(0, 12, shape).astype(np.float32) / 12  # with plateaus
+        radius_px = int(rng.integers(1, 5))
+        where, _ = spinenet._peaks(torch.from_numpy(heat), radius_px, 0.3, 10_000)
+        window = (1, 1, 2 * radius_px + 1, 2 * radius_px + 1)
+        highest = ndimage.maximum_filter(heat, size=window, mode="constant", cval=0.0)
+        assert (where == np.argwhere((heat > 0.3) & (heat >= highest))).all()
 
 
 def test_images_of_any_size_keep_it():

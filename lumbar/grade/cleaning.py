@@ -97,7 +97,8 @@ def cleaned_grades(
     folders = list(folders)
     if not folders:
         return grades
-    aligned = align_members(study_ids, {**read_bare_tables(folders), **read_out_of_fold(folders)})
+    tables = read_out_of_fold(folders)
+    aligned = align_members(study_ids, {**tables, **read_bare_tables(folders, tables)})
     predicted = {member: p for member, p in aligned.items() if np.isfinite(p).any()}
     if not predicted:
         raise ValueError(

@@ -4,7 +4,7 @@ May use: registry, data, names.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..data.competition import from_submission, id_array, labels_to_array, row_ids, severity_values, to_submission
 from ..names import LABEL_COLUMNS, SEVERITIES, SUBMISSION_COLUMNS
-from .registry import by_member, member_weights
+from .registry import by_member, member_of, member_weights
 
 
 def _fold_of(folds, study_ids, needed):
@@ -192,35 +192,52 @@ def read_out_of_fold(folders: Iterable[str | Path], verbose: bool = True) -> dic
     }
 
 
-def read_bare_tables(places: Iterable[str | Path]) -> dict[str, pd.DataFrame]:
-    """Out-of-fold predictions of anybody's networks: tables that no weights of the kit lie beside.
+def is_bare(files: Iterable[str]) -> bool:
+    """Whether a folder with files of these names has an oof.csv that no stage of the kit wrote."""
+    names = set(files)
+    return OOF in names and not names & {"manifest.json", "begun.json"}
+
+
+def has_own_weights(folder: Path) -> bool:
+    """Whether weights of a member of the kit lie in the folder."""
+    return any(member_of(path.stem) for path in folder.glob("*.safetensors"))
+
+
+def read_bare_tables(places: Iterable[str | Path], taken: Collection[str] = ()) -> dict[str, pd.DataFrame]:
+    """Out-of-fold predictions of anybody's networks: tables without weights of the kit.
 
     Parameters
     ----------
     places : iterable of path
-        Tables, or folders with an oof.csv; folders with weights are left to read_out_of_fold.
+        Tables, or folders with an oof.csv; folders with weights of the kit, or of its stages, are left to
+        read_out_of_fold.
+    taken : collection of str
+        Names that are not given.
 
     Returns
     -------
     dict of str to DataFrame
-        By the file's name, or the folder's where the file is an oof.csv, with a number where that is taken; columns
-        row_id and SEVERITIES, and what else the table has.
+        By what a column `member` says, else the file's name, or the folder's where the file is an oof.csv, with a
+        number where that is taken; each with columns row_id and SEVERITIES.
 
     Raises
     ------
     ValueError
-        A table is empty, or lacks a column; the message names the file.
+        A table is empty, lacks a column, or is none of check_predictions; the message names the file.
     """
     tables: dict[str, pd.DataFrame] = {}
     for place in map(Path, places):
-        path = place if place.is_file() else place / OOF
-        beside = (*path.parent.glob("*.safetensors"), *path.parent.glob("*/*.safetensors"))
-        if not path.is_file() or (beside and not place.is_file()):
+        if place.is_dir() and (has_own_weights(place) or not is_bare(path.name for path in place.iterdir())):
             continue
-        name = path.resolve().parent.name if path.name == OOF else path.stem
-        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
-        free = next(own for own in names if own not in tables)
-        tables[free] = _read_predictions(path, "give a table of predictions")
+        path = place / OOF if place.is_dir() else place
+        if not path.is_file():
+            continue
+        table = _read_predictions(path, "give a table of predictions")
+        own = path.resolve().parent.name if path.name == OOF else path.stem
+        for member, rows in table.groupby("member", sort=False) if "member" in table.columns else [(own, table)]:
+            check_predictions(rows, str(path))
+            names = itertools.chain([str(member)], (f"{member}_{number}" for number in itertools.count(2)))
+            tables[next(name for name in names if name not in tables and name not in taken)] = rows
     return tables
 
 

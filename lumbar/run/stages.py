@@ -45,7 +45,7 @@ def stage_inputs(parameters: Mapping[str, Any], name: str = "") -> dict[str, Any
     on Kaggle is called is found where it is mounted (mounts.find_input). A list of WEIGHTS stands for the folders with
     weights in and below them, of CLEAN for those with weights or tables of predictions, and for tables; RUN for the
     finished stages in it; PRETRAINED for the one file that is for the stage's network, where the folder has it.
-    Raises FileNotFoundError, naming the parameter; ValueError for a CLEAN with the folder that the stage writes to.
+    Raises FileNotFoundError, naming the parameter; ValueError for a CLEAN with what the stage's own run writes.
     """
     found = {}
     for key in READ_PATHS:
@@ -93,8 +93,8 @@ def _check_other_run(places, out, name):
     while it trains: each start would read something else, and begin anew."""
     own = out.resolve()
     for place in places:
-        folder = Path(place).resolve()
-        if (folder.parent if folder.is_file() else folder) in (own / name, own, *own.parents):
+        path = Path(place).resolve()
+        if own / name in path.parents if path.is_file() else path in (own / name, own, *own.parents):
             raise ValueError(
                 f"CLEAN: {place} has what this run itself writes: train with cleaned labels in another OUT, or name "
                 "folders of trainings that will not be done again"

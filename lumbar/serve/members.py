@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..grade.member import Weights
 from ..grade.registry import MEMBERS, by_member, member_weights
-from ..grade.tables import OOF, read_out_of_fold
+from ..grade.tables import OOF, has_own_weights, is_bare, read_out_of_fold
 from ..names import CONDITIONS, LEVELS, SEVERITIES, SUBMISSION_COLUMNS, device_for
 from ..problems import Kind, Problem
 from ..spine.official import check_official
@@ -150,7 +150,7 @@ def weight_folders(places: Sequence[str | Path]) -> list[Path]:
     FileNotFoundError
         There is none; the message names the places.
     """
-    found = _folders_with(places, lambda name: name.endswith(".safetensors"))
+    found = _folders_with(places, _has_weights)
     if not found:
         raise FileNotFoundError(
             f"no *.safetensors in or below {', '.join(map(str, places))}: attach the outputs of 02, 03 and 04"
@@ -159,33 +159,46 @@ def weight_folders(places: Sequence[str | Path]) -> list[Path]:
 
 
 def prediction_places(places: Sequence[str | Path]) -> list[Path]:
-    """What has out-of-fold predictions: folders with weights or an oof.csv, in or below the given ones, and files.
+    """What has out-of-fold predictions: folders with weights or another network's oof.csv, and tables themselves.
 
     Parameters
     ----------
     places : sequence of path
-        As weight_folders takes them, or tables themselves.
+        Folders, searched as weight_folders does, and tables. A stage's folder without weights, such as 05_inference's,
+        has the predictions of others and does not count; a stage's own oof.csv stands for its folder.
 
     Returns
     -------
     list of Path
+        Each once.
 
     Raises
     ------
     FileNotFoundError
         A folder has neither, see weight_folders.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for place in map(Path, places):
-        here = [place] if place.is_file() else _folders_with([place], lambda n: n.endswith(".safetensors") or n == OOF)
+        if place.is_file():
+            here = [place.parent if place.name == OOF and has_own_weights(place.parent) else place]
+        else:
+            here = _folders_with([place], lambda files: _has_weights(files) or is_bare(files))
         if not here:
-            raise FileNotFoundError(f"no *.safetensors in or below {place}, nor an {OOF}")
-        found += here
-    return found
+            raise FileNotFoundError(
+                f"no *.safetensors in or below {place}, nor another network's {OOF} (a table of another name is named "
+                "itself, not its folder)"
+            )
+        for path in here:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _has_weights(files):
+    return any(name.endswith(".safetensors") for name in files)
 
 
 def _folders_with(places, wanted):
-    """Folders in or below `places`, in the order found, that have a file whose name is wanted(name)."""
+    """Folders in or below `places`, in the order found, for whose files' names wanted(names) is true."""
     skipped = {"train_images", "test_images", "volumes", "crops", "yolo", "images", "labels", "studies"}
     found = []
     for place in places:
@@ -196,7 +209,7 @@ def _folders_with(places, wanted):
                 if depth < 6
                 else []
             )
-            if any(map(wanted, files)):
+            if wanted(files):
                 found.append(Path(folder))
     return found
 

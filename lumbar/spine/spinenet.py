@@ -271,7 +271,7 @@ def spinenet_maps(model: nn.Module, images: torch.Tensor, batch_size: int = 8) -
     Of a SpineNet vectors and classes are only worked out at peaks: at every pixel, they take a third of the time."""
     device, (height, width) = next(model.parameters()).device, images.shape[2:]
     parts = [part.contiguous(memory_format=torch.channels_last) for part in images.split(batch_size)]
-    if not isinstance(model, SpineNet):
+    if type(model) is not SpineNet:  # whose forward may be another
         forward = on_cpu(model, images[:1])
         maps = torch.cat([forward(part.to(device)).float().cpu() for part in parts])
         maps[:, :_HEAT] = maps[:, :_HEAT].sigmoid()
@@ -487,7 +487,7 @@ def _slices_from_the_middle(model, images, batch_size):
 
     From the middle outwards, the next of either side together. Once bodies have been seen anywhere, a side ends with
     the second slice in a row that shows nothing, for link_slices would not bridge the two; or with the first, where the
-    one before it showed half of them at most: there the spine ends, and what comes beyond are ribs and wings.
+    one before it showed half as many bodies as the fullest or fewer: there the spine ends, and beyond are ribs.
     """
     slices: list[list[dict[str, Any]]] = [[] for _ in images]
     middle = len(images) // 2
