@@ -36,6 +36,7 @@ from lumbar.names import progress  # noqa: E402
 from lumbar.serve import study as one_study  # noqa: E402
 from lumbar.serve.members import load_members, weight_folders  # noqa: E402
 from lumbar.serve.study import predict_studies, prepare_study, studies_to_predict  # noqa: E402
+from lumbar.spine.level_scores import read_vertebra_truth  # noqa: E402
 from lumbar.spine.levels import _with_second, locate_levels_surely, second_boxes  # noqa: E402
 from lumbar.spine.naming import SecondNumbering  # noqa: E402
 from lumbar.spine.vertebra import vertebrae_from_table  # noqa: E402
@@ -53,7 +54,7 @@ def cut_study(study, bodies, kind, seed):
 
 def by_own_numberings(folder, count, members):
     """(grades, probabilities of the first numbering and of both by member, table of the studies) of cut phantoms."""
-    truth = pd.read_csv(folder / "phantom_vertebrae.csv")
+    truth = read_vertebra_truth(folder / "phantom_vertebrae.csv", "test")
     ids, grades = labels_to_array(read_labels(folder / "phantom_test_labels.csv"))
     jobs, rows, found = studies_to_predict(folder, "test"), [], {"first": [], "both": []}
     for number, study_id in enumerate(progress(ids[:count], "studies", len(ids[:count]))):
