@@ -187,6 +187,28 @@ def test_a_time_limit_stops_what_runs_and_nothing_else():
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_time_limit_stops_what_first_swallowed_it():
+    class Destroyed:
+        def __del__(self):
+            time.sleep(0.3)
+
+    cleaned = []
+    with utils.time_limit(1e-5) as limit:
+        held = Destroyed()
+        del held  # it rings in here, where Python only prints what is raised
+        try:
+            try:
+                time.sleep(30)
+            except:  # noqa: E722 - as some libraries have it
+                pass
+            time.sleep(30)
+        finally:
+            time.sleep(1.5)  # it rings in here again
+            cleaned.append(True)
+    assert limit.reached and cleaned
+
+
 def test_only_the_same_unfinished_work_is_continued_from_an_input(tmp_path, monkeypatch, capsys):
     data = tmp_path / "data"
     data.mkdir()

@@ -442,7 +442,8 @@ class time_limit:
     """Stops what runs in its block when the hours are over: `with time_limit(10.5) as limit: ...`, then limit.reached.
 
     hours: from here on, 0 for no end. What runs is stopped as Ctrl-C would, wherever it is; so only work that a kill
-    does not harm belongs inside. In the main thread only, where notebooks run (signal.setitimer).
+    does not harm belongs inside. In the main thread only, where notebooks run (signal.setitimer). Where that is code
+    out of which no exception comes, such as a destructor or a library's bare `except:`, it is stopped a second later.
     """
 
     class TimeIsUp(BaseException):
@@ -451,13 +452,18 @@ class time_limit:
     def __init__(self, hours: float) -> None:
         self.hours, self.reached = hours, False
 
-    def _ring(self, number: int, frame: FrameType | None) -> NoReturn:
+    def _ring(self, number: int, frame: FrameType | None) -> None:
+        handled = sys.exception()
+        while handled is not None:
+            if isinstance(handled, self.TimeIsUp):
+                return  # what cleans up on its way up is not stopped again
+            handled = handled.__context__
         raise self.TimeIsUp
 
     def __enter__(self) -> Self:
         if self.hours > 0:
             self.before = signal.signal(signal.SIGALRM, self._ring)
-            signal.setitimer(signal.ITIMER_REAL, max(3600 * self.hours, 1e-3))
+            signal.setitimer(signal.ITIMER_REAL, max(3600 * self.hours, 1e-3), 1.0)
         return self
 
     def __exit__(
