@@ -109,7 +109,7 @@ class Anatomy:
         return points
 
 
-def _frame(sagittal, coronal, axial):
+def turned_frame(sagittal: float, coronal: float, axial: float) -> np.ndarray:
     """Columns left, back, head; sagittal > 0: the head end leans forward. Radians."""
     c, s = np.cos(sagittal), np.sin(sagittal)
     r = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
@@ -518,24 +518,24 @@ def _stack(spine: _Spine) -> tuple[list[tuple], list[tuple]]:
     discs: list[Any] = [None] * (n - 1)
     point, tilt = np.zeros(3), slope
     for i in range(S1 - 1, -1, -1):
-        f = _frame(tilt - disc_w[i] / 2, coronal[i], axial[i])
+        f = turned_frame(tilt - disc_w[i] / 2, coronal[i], axial[i])
         if slip[i]:  # all that stands on this disc goes along
             discs[i] = (point + f[:, 2] * disc_h[i] / 2 - f[:, 1] * slip[i] / 2, f)
             point = point - f[:, 1] * slip[i]
         else:
             discs[i] = (point + f[:, 2] * disc_h[i] / 2, f)
         point, tilt = point + f[:, 2] * disc_h[i], tilt - disc_w[i]
-        f = _frame(tilt - wedge[i] / 2, coronal[i], axial[i])
+        f = turned_frame(tilt - wedge[i] / 2, coronal[i], axial[i])
         vertebrae[i] = (point + f[:, 2] * height[i] / 2, f)
         point, tilt = point + f[:, 2] * height[i], tilt - wedge[i]
     point, tilt = np.zeros(3), slope
     for i in range(S1, n):
-        f = _frame(tilt + wedge[i] / 2, coronal[i], axial[i])
+        f = turned_frame(tilt + wedge[i] / 2, coronal[i], axial[i])
         # The sacrum tapers: each front face steps back, rear walls stay in line.
         vertebrae[i] = (point - f[:, 2] * height[i] / 2, f)
         point, tilt = point - f[:, 2] * height[i], tilt + wedge[i]
         if i < n - 1:
-            f = _frame(tilt + disc_w[i] / 2, coronal[i], axial[i])
+            f = turned_frame(tilt + disc_w[i] / 2, coronal[i], axial[i])
             discs[i] = (point - f[:, 2] * disc_h[i] / 2, f)
             point = point - f[:, 2] * disc_h[i] + f[:, 1] * (depth[i] - depth[i + 1]) / 2
             tilt += disc_w[i]
@@ -675,7 +675,7 @@ def sample_anatomy(
 def _ahead_mm(bodies: list[Vertebra], path_mm: np.ndarray, s: np.ndarray, disc_s: np.ndarray) -> float:
     """How far the foremost body lies in front of the canal.
 
-    The belly follows the canal at half its curve, as the back does (see `_paint_body`), and stays in front of the
+    The belly follows the canal at half its curve, as the back does (see `paint_body`), and stays in front of the
     fine grid, whose face lies before the foremost body.
     """
     canal = path_mm[np.argmin(np.abs(s - disc_s[2])), 1]
@@ -692,7 +692,8 @@ FORAMEN_POINT_MM = -9.2  # where readers mark it: measured in 12 of the competit
 RECESS_U_MM = 9.5
 
 
-def _bump(s_mm, centre_mm, sigma_mm):
+def gaussian_bump(s_mm: np.ndarray, centre_mm: float, sigma_mm: float) -> np.ndarray:
+    """1 at centre_mm, falling off like a Gaussian on both sides."""
     return np.exp(-0.5 * ((s_mm - centre_mm) / sigma_mm) ** 2)
 
 
@@ -716,7 +717,7 @@ def sac_section(anatomy: Anatomy, s_mm: ArrayLike) -> dict:
         left, right = left * (1 - 0.7 * squeeze), right * (1 - 0.7 * squeeze)
     for level in range(5):
         c = a.severity[0, level]
-        g = _bump(s, a.disc_s_mm[level], 4.0 + 0.8 * c)
+        g = gaussian_bump(s, a.disc_s_mm[level], 4.0 + 0.8 * c)
         limit = taper  # nothing narrower than nothing
         front = front + g * (1.75 * c + 0.5) * limit
         rear = rear - g * (1.45 * c + 0.3) * limit

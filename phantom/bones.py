@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from .anatomy import VERTEBRAE, Anatomy, Disc, Vertebra
-from .grid import _capsule, _local, _reach, _rounded, _smooth_min, _tube
+from .grid import (
+    Noise,
+    TissueGrid,
+    capsule_distance,
+    local_coordinates,
+    oriented_bounds,
+    paint_tube,
+    rounded_radius,
+    smooth_min,
+)
 
 
 def _spinous(a, v, along):
@@ -21,38 +30,39 @@ def _spinous(a, v, along):
     return v.centre_mm + v.frame @ local
 
 
-def _paint_ligaments(grid, a):
+def paint_ligaments(grid: TissueGrid, a: Anatomy) -> None:
     """Between the spinous processes and along their tips."""
     line = [v for v in a.vertebrae if v.name[0] in "TL"]
     for v, w in zip(line, line[1:]):
         p, q = _spinous(a, v, 0.5), _spinous(a, w, 0.45)
         box = grid.box(np.minimum(p, q) - (4, 12, 3), np.maximum(p, q) + (4, 12, 3))
         if box is not None:
-            d = _capsule(grid.coordinates(box), p, q, 1.0, (1.8, 9.0, 9.0))
+            d = capsule_distance(grid.coordinates(box), p, q, 1.0, (1.8, 9.0, 9.0))
             grid.lay(box, d, "flavum", strength=a.wide["ligament"])
-        _tube(grid, _spinous(a, v, 1), _spinous(a, w, 1), 1.7, "flavum")
+        paint_tube(grid, _spinous(a, v, 1), _spinous(a, w, 1), 1.7, "flavum")
 
 
-def _paint_scar(grid, a):
+def paint_scar(grid: TissueGrid, a: Anatomy) -> None:
     """What fills the place of a removed arch, and the cut to the skin."""
     for name in a.wide["laminectomy"]:
         v = a.vertebra(name)
         at = _spinous(a, v, 0.3)
         box = grid.box(at - (16, 20, 24), at + (16, 20, 24))
         if box is not None:
-            d = _capsule(grid.coordinates(box), at - (0, 3, 3), at + (0, 3, -3), 1.0, (12, 8, 14))
+            d = capsule_distance(grid.coordinates(box), at - (0, 3, 3), at + (0, 3, -3), 1.0, (12, 8, 14))
             grid.lay(box, d + 1.2 * np.sin(at[1] + 0.5 * sum(grid.coordinates(box))), "scar", strength=0.8)
-        _tube(grid, at, at + (0, 60, -6), 2.2, "scar", strength=0.7)
+        paint_tube(grid, at, at + (0, 60, -6), 2.2, "scar", strength=0.7)
 
 
-def _paint_metal(grid, a):
+def paint_metal(grid: TissueGrid, a: Anatomy) -> None:
     """Pedicle screws, rods and cages: a void larger than the thing, with a bright rim."""
     names = a.wide["screws"]
     if not names:
         return
     rng = np.random.default_rng((a.seed, 14))
     bloom = rng.uniform(0, 4)
-    pieces, heads = [], {1: [], -1: []}
+    pieces: list[tuple] = []
+    heads: dict[int, list] = {1: [], -1: []}
     for name in names:
         v = a.vertebra(name)
         wide = a.canal_lr_mm / 2 + 4.5 + {"L4": 0.8, "L5": 3.0}.get(name, 0)
@@ -73,9 +83,9 @@ def _paint_metal(grid, a):
                 reach = disc.frame[:, 1] * rng.uniform(6, 10)
                 pieces.append((at - reach, at + reach, max(2.0, disc.height_mm / 2 - 1.5 - bloom)))
     for p, q, r in pieces:
-        _tube(grid, p, q, r + bloom + 1.5, "metal_rim", strength=0.55)
+        paint_tube(grid, p, q, r + bloom + 1.5, "metal_rim", strength=0.55)
     for p, q, r in pieces:
-        _tube(grid, p, q, r + bloom, "metal")
+        paint_tube(grid, p, q, r + bloom, "metal")
 
 
 def _paint_bone(grid, centre, frame, pieces, marrow="marrow", smooth_mm=2.5, shell_mm=1.0):
@@ -85,7 +95,7 @@ def _paint_bone(grid, centre, frame, pieces, marrow="marrow", smooth_mm=2.5, she
     for p, q, r, scale, *turn in pieces:
         pad = r * (np.full(3, max(scale)) if turn else np.array(scale)) + 3
         lo, hi = np.minimum(p, q) - pad, np.maximum(p, q) + pad
-        low, high = _reach(centre + frame @ ((lo + hi) / 2), frame, (hi - lo) / 2)
+        low, high = oriented_bounds(centre + frame @ ((lo + hi) / 2), frame, (hi - lo) / 2)
         boxes.append((low, high))
         lows.append(low)
         highs.append(high)
@@ -97,14 +107,14 @@ def _paint_bone(grid, centre, frame, pieces, marrow="marrow", smooth_mm=2.5, she
         box = grid.box(low, high)
         if box is None:
             continue
-        d = _capsule(_local(grid, box, centre, frame), p, q, r, scale, *turn)
+        d = capsule_distance(local_coordinates(grid, box, centre, frame), p, q, r, scale, *turn)
         inner = tuple(slice(s.start - w.start, s.stop - w.start) for s, w in zip(box, whole))
-        distance[inner] = _smooth_min(distance[inner], d, smooth_mm)
+        distance[inner] = smooth_min(distance[inner], d, smooth_mm)
     grid.lay(whole, distance, "cortex")
     grid.lay(whole, distance + shell_mm, marrow)
 
 
-def _paint_pelvis(grid, a: Anatomy):
+def paint_pelvis(grid: TissueGrid, a: Anatomy) -> None:
     """Sacral wings and iliac bones."""
     s1 = a.vertebra("S1")
     for side in (1, -1):
@@ -129,17 +139,17 @@ def _outline(x, y, depth, width, hollow=0.13):
     the rear wall's dent as a share of the half-depth."""
     p, q = x / np.float32(width / 2), y / np.float32(depth / 2)
     q = q * np.where(q > 0, 1 + np.float32(hollow) * np.clip(1 - 2.2 * p * p, 0, 1), 1)
-    return _rounded(p, q)
+    return rounded_radius(p, q)
 
 
-def _paint_disc(grid, a: Anatomy, disc: Disc, noise):
+def paint_disc(grid: TissueGrid, a: Anatomy, disc: Disc, noise: Noise) -> None:
     if a.wide:
         return _paint_wide_disc(grid, a, disc, noise)
     half = (disc.width_mm / 2 + 5, disc.depth_mm / 2 + 5, disc.height_mm / 2 + 6)
-    box = grid.box(*_reach(disc.centre_mm, disc.frame, half))
+    box = grid.box(*oriented_bounds(disc.centre_mm, disc.frame, half))
     if box is None:
         return
-    x, y, z = _local(grid, box, disc.centre_mm, disc.frame)
+    x, y, z = local_coordinates(grid, box, disc.centre_mm, disc.frame)
     rho = _outline(x, y, disc.depth_mm, disc.width_mm, 0.06)
     sunk = np.clip(1 - disc.water, 0, 1)
     radial = (rho - 1) * (disc.depth_mm / 2) - 1.2 * sunk
@@ -162,10 +172,10 @@ def _paint_wide_disc(grid, a: Anatomy, disc: Disc, noise):
     s, tall = disc.shape, disc.height_mm
     depth, width = disc.depth_mm + 2 * s["over_mm"], disc.width_mm + 1.5 * s["over_mm"]
     half = (width / 2 + 4, depth / 2 + 4 + abs(s["slip"]) / 2, tall / 2 + max(6, s["reach"] + 1))
-    box = grid.box(*_reach(disc.centre_mm, disc.frame, half))
+    box = grid.box(*oriented_bounds(disc.centre_mm, disc.frame, half))
     if box is None:
         return
-    x, y, z = _local(grid, box, disc.centre_mm, disc.frame)
+    x, y, z = local_coordinates(grid, box, disc.centre_mm, disc.frame)
     if s["slip"]:
         y = y + np.float32(s["slip"]) * np.clip(z / np.float32(tall), -0.5, 0.5)
     rho = _outline(x, y, depth, width, 0.06)
@@ -215,7 +225,7 @@ def _paint_wide_body(grid, a: Anatomy, v: Vertebra, noise, box, local, kept):
             radial -= side * near * near
             edge -= 0.35 * side * np.clip((rho - 0.98) * 9, 0, 1)
     plates = np.maximum(ends["top"], ends["bottom"])
-    d = -_smooth_min(-radial, -plates, s["round_mm"])
+    d = -smooth_min(-radial, -plates, s["round_mm"])
     if kept is not None:
         kept[box] |= d < 0
     # Fat lies a little beside water in the picture: one end plate looks thicker than the other.
@@ -245,19 +255,19 @@ def _paint_wide_body(grid, a: Anatomy, v: Vertebra, noise, box, local, kept):
         grid.lay(box, np.maximum(np.maximum(vein, front * 8 + 1), radial + 0.6), "vein", strength=strength)
 
 
-def _paint_vertebra(grid, a: Anatomy, v: Vertebra, noise, kept=None):
+def paint_vertebra(grid: TissueGrid, a: Anatomy, v: Vertebra, noise: Noise, kept: np.ndarray | None = None) -> None:
     """Body with end plates, waist, vein; then the arch with its processes. kept: mask (grid) that
     gets the body's voxels, wide variety only."""
     half: Any = (v.width_mm / 2 + 3, v.depth_mm / 2 + 3, v.height_mm / 2 + 5)
     if a.wide:
         lip = max([max(k) for k in v.shape["lips"].values()], default=0)
         half = np.add(half, (lip, lip, 0.4 * lip + v.depth_mm / 2 * abs(np.tan(v.wedge / 2)) - 3))
-    box = grid.box(*_reach(v.centre_mm, v.frame, half))
+    box = grid.box(*oriented_bounds(v.centre_mm, v.frame, half))
     sacral = v.name[0] == "S"
     if a.wide and box is not None:
-        _paint_wide_body(grid, a, v, noise, box, _local(grid, box, v.centre_mm, v.frame), kept)
+        _paint_wide_body(grid, a, v, noise, box, local_coordinates(grid, box, v.centre_mm, v.frame), kept)
     elif box is not None:
-        x, y, z = _local(grid, box, v.centre_mm, v.frame)
+        x, y, z = local_coordinates(grid, box, v.centre_mm, v.frame)
         h = v.height_mm / 2
         rho = _outline(x, y, v.depth_mm, v.width_mm)
         waist = 1 - v.shape["waist"] * np.clip(1 - (z / h) ** 2, 0, 1) * np.where(y > 0, 0.55, 1)
@@ -266,7 +276,7 @@ def _paint_vertebra(grid, a: Anatomy, v: Vertebra, noise, kept=None):
         slant = y * np.float32(np.tan(v.wedge / 2))
         top = z - (h - slant - dip)
         bottom = -z - (h - slant - dip)
-        d = -_smooth_min(-radial, -np.maximum(top, bottom), 1.8)
+        d = -smooth_min(-radial, -np.maximum(top, bottom), 1.8)
         grid.lay(box, d, "cortex")
         deep = np.maximum(np.maximum(top, bottom) + 0.4, d) + 1.0
         grid.lay(box, deep, "marrow")

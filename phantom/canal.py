@@ -14,15 +14,15 @@ from .anatomy import (
     RECESS_U_MM,
     VERTEBRAE,
     Anatomy,
-    _bump,
     foramen_section,
+    gaussian_bump,
     recess_section,
     sac_section,
 )
-from .grid import _local, _reach, _rounded, _smooth_min, _tube
+from .grid import Noise, TissueGrid, local_coordinates, oriented_bounds, paint_tube, rounded_radius, smooth_min
 
 
-def _paint_canal_extras(grid, a):
+def paint_canal_extras(grid: TissueGrid, a: Anatomy) -> None:
     """Extruded discs, cysts of the sacral roots, fat in the filum."""
     rng = np.random.default_rng((a.seed, 13))
     first = VERTEBRAE.index("L1")
@@ -35,22 +35,22 @@ def _paint_canal_extras(grid, a):
         s = a.disc_s_mm[level] + shift
         at = a.canal_to_lps(side, -a.canal_ap_mm / 2 - 0.5, s)
         half = np.array([rng.uniform(4, 9), deep, half_s + 2])
-        box = grid.box(*_reach(at, disc.frame, half + 3))
+        box = grid.box(*oriented_bounds(at, disc.frame, half + 3))
         if box is None:
             continue
-        d = sum((k / np.float32(m)) ** 2 for k, m in zip(_local(grid, box, at, disc.frame), half))
+        d = sum((k / np.float32(m)) ** 2 for k, m in zip(local_coordinates(grid, box, at, disc.frame), half))
         d = (np.sqrt(d) - 1) * np.float32(half.min())
         grid.lay(box, d.copy(), "cortex" if rim else "annulus")
         grid.lay(box, d + 1.0, "extruded" if disc.water > 0.2 else "annulus")
     for _ in range(a.wide["cysts"]):
         r = rng.uniform(3.5, 9)
         at = a.canal_to_lps(rng.choice([-1, 1]) * rng.uniform(5, 13), 0.0, a.disc_s_mm[4] + rng.uniform(32, 58))
-        _tube(grid, at - (0, 0, 3), at + (0, 0, 3), r, "csf")
+        paint_tube(grid, at - (0, 0, 3), at + (0, 0, 3), r, "csf")
     if a.wide["filum_fat"]:
         s = np.arange(a.conus_s_mm + 20, a.disc_s_mm[4] + 30, 10)
         points = a.canal_to_lps(0.0 * s, 3.0 + 0 * s, s)
         for p, q in zip(points, points[1:]):
-            _tube(grid, p, q, 1.0, "fat")
+            paint_tube(grid, p, q, 1.0, "fat")
 
 
 def canal_coordinates(anatomy: Anatomy, y_mm: np.ndarray, z_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +73,7 @@ def canal_coordinates(anatomy: Anatomy, y_mm: np.ndarray, z_mm: np.ndarray) -> t
     return s, -dy * np.interp(s, s_tab, tz) + dz * np.interp(s, s_tab, ty)
 
 
-def _paint_canal(grid, a: Anatomy, noise):
+def paint_canal(grid: TissueGrid, a: Anatomy, noise: Noise) -> None:
     """Epidural fat, ligaments, sac with cord and roots, lateral recesses, foramina."""
     y, z = np.meshgrid(grid.axis_mm(1), grid.axis_mm(2), indexing="ij")
     s, v = canal_coordinates(a, y, z)
@@ -87,7 +87,7 @@ def _paint_canal(grid, a: Anatomy, noise):
     u = xs[i][:, None] - centre[None, :]  # (nx, n)
     au = np.abs(u)
     sac = {name: value.astype(np.float32) for name, value in sac_section(a, s).items()}
-    disc_near = np.max([_bump(s, c, 6.5) for c in a.disc_s_mm], 0).astype(np.float32)
+    disc_near = np.max([gaussian_bump(s, c, 6.5) for c in a.disc_s_mm], 0).astype(np.float32)
     sacral = np.clip((s - a.disc_s_mm[4] - 12) / 8, 0, 1)
     ap, lr = a.canal_ap_mm / 2, a.canal_lr_mm / 2
     narrow = np.clip(1 - 0.012 * np.maximum(0, s - a.disc_s_mm[4] - 10), 0.3, 1)
@@ -113,15 +113,15 @@ def _paint_canal(grid, a: Anatomy, noise):
     push = np.zeros_like(s)
     for level in range(5):
         c = a.severity[0, level]
-        g = _bump(s, a.disc_s_mm[level], 5.0 + 0.6 * c)
+        g = gaussian_bump(s, a.disc_s_mm[level], 5.0 + 0.6 * c)
         thick = np.maximum(thick, g * (2.6 + 1.2 * c))
-        push = np.maximum(push, _bump(s, a.disc_s_mm[level], 3.4 + 0.8 * c) * (0.4 + 1.8 * c))
+        push = np.maximum(push, gaussian_bump(s, a.disc_s_mm[level], 3.4 + 0.8 * c) * (0.4 + 1.8 * c))
     outer = ap + 1.2
     gap = np.maximum(0, 1.9 - au) * 1.2  # the two halves meet loosely
     d = np.maximum(np.abs(roof - (outer - thick / 2)) - (thick / 2 - gap), au - lr - 1)
     grid.lay(index, np.where(disc_near > 0.3, d, 9), "flavum")
     bulge = v + ap + 0.3 - push * np.clip(1.25 - (au / (lr + 1)) ** 2, 0, 1)
-    bulge = -_smooth_min(-bulge, lr - 0.5 - au, 5.0)  # round shoulders
+    bulge = -smooth_min(-bulge, lr - 0.5 - au, 5.0)  # round shoulders
     grid.lay(index, np.where(push > 0.15, bulge, 9), "annulus")
     rim = np.maximum(np.abs(bulge) - 0.5, au - lr + 2)
     grid.lay(index, np.where(disc_near > 0.05, rim, 9), "cortex", strength=0.8)
@@ -133,7 +133,7 @@ def _paint_canal(grid, a: Anatomy, noise):
     # The sac: dura, CSF, and what floats in it.
     wide = np.where(u > 0, sac["left"], sac["right"])
     middle, half = (sac["front"] + sac["rear"]) / 2, (sac["rear"] - sac["front"]) / 2
-    d = (_rounded(u / wide, ((v - middle) / half)[None, :]) - 1) * np.minimum(half, wide)
+    d = (rounded_radius(u / wide, ((v - middle) / half)[None, :]) - 1) * np.minimum(half, wide)
     d = np.where(s < a.disc_s_mm[4] + 54 + (a.wide["sac_end_mm"] if a.wide else 0), d, 9)
     grid.lay(index, d - 0.5, "flavum", strength=0.7)
     grid.lay(index, d, "csf")
@@ -155,7 +155,7 @@ def _paint_foramen(grid, a, index, u, v, s, level, severity):
     ps, pv = s - (at + FORAMEN_RISE_MM), v - FORAMEN_V_MM
     upper = np.hypot(pv / f["upper_v"], ps / f["upper_s"]) - 1
     lower = np.hypot((pv + 0.8) / f["lower_v"], (ps - 8.5) / f["lower_s"]) - 1
-    d = _smooth_min(upper * min(f["upper_v"], f["upper_s"]), lower * min(f["lower_v"], f["lower_s"]), 2.0)
+    d = smooth_min(upper * min(f["upper_v"], f["upper_s"]), lower * min(f["lower_v"], f["lower_s"]), 2.0)
     inner, outer = a.canal_lr_mm / 2 - 2.5, a.canal_lr_mm / 2 + 13.5
     tunnel = np.maximum(d, np.maximum(inner - u, u - outer))
     # What closes it is tissue of disc and joint capsule: dark on T1 and T2.

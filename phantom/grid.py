@@ -5,6 +5,7 @@ May use: nothing of the kit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +149,9 @@ class TissueGrid:
         share[where] = np.where(grow, np.maximum(w, a), a)
 
 
-def _local(grid, box, centre, frame):
+def local_coordinates(
+    grid: TissueGrid, box: tuple[slice, ...], centre: np.ndarray, frame: np.ndarray
+) -> list[np.ndarray]:
     """Coordinates of a box's voxels in a frame: three float32 arrays (nx, ny, nz)."""
     x, y, z = grid.coordinates(box)
     x, y, z = x - np.float32(centre[0]), y - np.float32(centre[1]), z - np.float32(centre[2])
@@ -156,18 +159,19 @@ def _local(grid, box, centre, frame):
     return [x * f[0, k] + y * f[1, k] + z * f[2, k] for k in range(3)]
 
 
-def _smooth_min(a, b, k):
+def smooth_min(a: np.ndarray, b: np.ndarray, k: float) -> np.ndarray:
+    """The smaller of two distances; where they differ by less than k the step from one to the other is rounded."""
     h = np.clip(0.5 + 0.5 * (b - a) / k, 0, 1)
     return b + (a - b) * h - k * h * (1 - h)
 
 
-def _reach(centre, frame, half):
+def oriented_bounds(centre: np.ndarray, frame: np.ndarray, half: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Axis-aligned box around an oriented box with half-sizes `half`."""
     r = np.abs(frame) @ np.asarray(half, float)
     return centre - r, centre + r
 
 
-class _Noise:
+class Noise:
     """A periodic block of smooth noise that any grid can index: texture without memory."""
 
     def __init__(self, seed: int, size: int = 80):
@@ -190,7 +194,16 @@ class _Noise:
         return (low + (high - low) * (z - k).astype(np.float32))[np.ix_(i, j)]
 
 
-def _tube(grid, p, q, radius, tissue, limit_mm=None, gas=None, strength=1.0):
+def paint_tube(
+    grid: TissueGrid,
+    p: ArrayLike,
+    q: ArrayLike,
+    radius: float,
+    tissue: str,
+    limit_mm: np.ndarray | None = None,
+    gas: float | None = None,
+    strength: float = 1.0,
+) -> None:
     """A thick line from p to q (LPS mm). limit_mm: signed distance of the grid to a wall it must not
     cross; gas: share of the radius that fluid leaves to the gas above it (the patient lies on the
     back), None for no gas."""
@@ -199,7 +212,7 @@ def _tube(grid, p, q, radius, tissue, limit_mm=None, gas=None, strength=1.0):
     if box is None:
         return
     points = grid.coordinates(box)
-    d = _capsule(points, p, q, radius)
+    d = capsule_distance(points, p, q, radius)
     if limit_mm is not None:
         d = np.maximum(d, limit_mm[box] + 2)
     grid.lay(box, d.copy(), tissue, strength=strength)
@@ -208,7 +221,14 @@ def _tube(grid, p, q, radius, tissue, limit_mm=None, gas=None, strength=1.0):
         grid.lay(box, np.maximum(d, points[1] - level), "air")
 
 
-def _capsule(points, p, q, radius, scale=(1, 1, 1), turn=0.0):
+def capsule_distance(
+    points: Sequence[np.ndarray],
+    p: Sequence[Any] | np.ndarray,
+    q: Sequence[Any] | np.ndarray,
+    radius: float,
+    scale: Sequence[float] = (1, 1, 1),
+    turn: float = 0.0,
+) -> np.ndarray:
     """Signed distance to a thick line from p to q in local coordinates, stretched by scale along
     axes that are turned about z by `turn` radians."""
     x, y, z = points
@@ -225,7 +245,7 @@ def _capsule(points, p, q, radius, scale=(1, 1, 1), turn=0.0):
     ) * np.float32(min(scale))
 
 
-def _rounded(p, q):
+def rounded_radius(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Radius whose unit line lies between a circle and a square."""
     p, q = p * p, q * q
     r = np.sqrt(p + q)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from .anatomy import Anatomy
-from .bones import _paint_disc, _paint_ligaments, _paint_metal, _paint_pelvis, _paint_scar, _paint_vertebra
-from .canal import _paint_canal, _paint_canal_extras
-from .grid import TissueGrid, _Noise
-from .soft_tissue import _paint_body
+from .bones import paint_disc, paint_ligaments, paint_metal, paint_pelvis, paint_scar, paint_vertebra
+from .canal import paint_canal, paint_canal_extras
+from .grid import Noise, TissueGrid
+from .soft_tissue import paint_body
 
 
 def paint(
@@ -45,25 +45,25 @@ def paint(
         body_step_mm,
         "air",
     )
-    noise = _Noise(a.seed)
+    noise = Noise(a.seed)
     for grid in (body, spine):
-        _paint_body(grid, a, noise)
-        _paint_pelvis(grid, a)
+        paint_body(grid, a, noise)
+        paint_pelvis(grid, a)
     for disc in a.discs:
         for grid in (body, spine) if disc.above in ("T8", "T9", "T10", "S3", "S4") else (spine,):
-            _paint_disc(grid, a, disc, noise)
+            paint_disc(grid, a, disc, noise)
     if a.wide:
-        _paint_ligaments(spine, a)
+        paint_ligaments(spine, a)
         kept = np.zeros(spine.shape, bool)
     for vertebra in a.vertebrae:
         for grid in (body, spine) if vertebra.name in ("T8", "T9", "T10", "S3", "S4", "S5") else (spine,):
-            _paint_vertebra(grid, a, vertebra, noise, kept if a.wide and grid is spine else None)
+            paint_vertebra(grid, a, vertebra, noise, kept if a.wide and grid is spine else None)
     if a.wide:
-        _paint_scar(spine, a)
+        paint_scar(spine, a)
         spine.keep = kept  # where a body has slipped, the canal gives way and not the body's corner
-    _paint_canal(spine, a, noise)
+    paint_canal(spine, a, noise)
     if a.wide:
-        _paint_canal_extras(spine, a)
+        paint_canal_extras(spine, a)
         spine.keep = None
-        _paint_metal(spine, a)
+        paint_metal(spine, a)
     return spine, body

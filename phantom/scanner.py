@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
-from .anatomy import Anatomy, _frame
+from .anatomy import Anatomy, turned_frame
 from .contrast import contrast_table, render
 from .grid import TissueGrid
 
@@ -143,14 +143,14 @@ def _axial(rng, a, group, tilted, odd):
         for level in group:
             n = int(rng.integers(4, 8))
             d = a.disc(level)
-            f = d.frame @ _frame(slack[0] * 0.6 + np.radians(rng.normal(0, 2)), slack[1], 0)
+            f = d.frame @ turned_frame(slack[0] * 0.6 + np.radians(rng.normal(0, 2)), slack[1], 0)
             at = a.canal_to_lps(0.0, -6.0, a.disc_s_mm[level])
             for offset in ((n - 1) / 2 - np.arange(n)) * gap:
                 centres.append(at + f[:, 2] * offset)
                 tilts.append(f)
     else:
         top, bottom = a.disc(group[0]).centre_mm, a.disc(group[-1]).centre_mm
-        f = _frame(np.radians(rng.normal(5, 4)) + slack[0], slack[1], 0)
+        f = turned_frame(np.radians(rng.normal(5, 4)) + slack[0], slack[1], 0)
         length = (top - bottom) @ f[:, 2] + rng.uniform(14, 30)
         n = int(np.clip(np.round(length / gap) + 1, 6, 44))
         mid = (a.canal_to_lps(0.0, -6.0, a.disc_s_mm[group[0]]) + a.canal_to_lps(0.0, -6.0, a.disc_s_mm[group[-1]])) / 2

@@ -12,7 +12,7 @@ from scipy import ndimage
 from scipy.interpolate import PchipInterpolator
 
 from .anatomy import VERTEBRAE, Anatomy
-from .grid import TISSUE, TissueGrid, _tube
+from .grid import TISSUE, Noise, TissueGrid, paint_tube
 
 # Muscles in axial sections: level coordinate (T12 = 0, L1 = 1 .. S2 = 7) -> centre and half-axes
 # relative to the canal's middle: x (left side), y, half-width, half-depth.
@@ -109,7 +109,7 @@ class _Section:
         return PchipInterpolator(_AT, values)(np.clip(self.level, -2, 8)).astype(np.float32)
 
 
-def _paint_body(grid, a: Anatomy, noise):
+def paint_body(grid: TissueGrid, a: Anatomy, noise: Noise) -> None:
     """Skin, fat, muscles, vessels and a hint of the organs."""
     c, b = _Section(grid, a), a.body
     everything = tuple(slice(0, k) for k in grid.shape)
@@ -304,16 +304,16 @@ def _paint_gut(grid, a, rng, inside_mm):
             points.append(p)
             radii.append(r * rng.uniform(0.75, 1.1))
         for k in range(len(points) - 1):
-            _tube(grid, points[k], points[k + 1], radii[k], skin, inside_mm)
+            paint_tube(grid, points[k], points[k + 1], radii[k], skin, inside_mm)
         for k in range(len(points) - 1):
             inner = content if rng.random() < 0.8 else str(rng.choice(["bowel", "air", "stool"]))
-            _tube(grid, points[k], points[k + 1], radii[k] - wall, inner, inside_mm, gas)
+            paint_tube(grid, points[k], points[k + 1], radii[k] - wall, inner, inside_mm, gas)
     for _ in range(14):  # vessels of the mesentery
         p = l3 + (rng.uniform(-50, 50), 0, rng.uniform(-110, 110))
         p[1] = _front_of_spine(a, p[2]) - rng.uniform(15, 60)
         q = p + rng.normal(0, 1, 3) * (14, 12, 28)
         q[1] = min(q[1], _front_of_spine(a, q[2]) - 9)
-        _tube(grid, p, q, rng.uniform(1.2, 3), str(rng.choice(["blood", "slow_blood", "muscle"])))
+        paint_tube(grid, p, q, rng.uniform(1.2, 3), str(rng.choice(["blood", "slow_blood", "muscle"])))
 
 
 def _paint_pelvic_organs(grid, a, rng, inside_mm):
@@ -336,10 +336,10 @@ def _paint_pelvic_organs(grid, a, rng, inside_mm):
     line = [v.centre_mm - v.frame[:, 1] * (v.depth_mm / 2 + away) for v in line]
     line = [line[0] + (rng.normal(0, 15), -rng.uniform(5, 25), 12), *line, line[-1] + (0, 4, -35)]
     for k in range(len(line) - 1):
-        _tube(grid, line[k], line[k + 1], r, "vessel_wall")
+        paint_tube(grid, line[k], line[k + 1], r, "vessel_wall")
     content = str(rng.choice(["stool", "air", "bowel", "fluid"], p=[0.4, 0.3, 0.2, 0.1]))
     for k in range(len(line) - 1):
-        _tube(grid, line[k], line[k + 1], r * rng.uniform(0.6, 0.85), content if rng.random() < 0.75 else "air")
+        paint_tube(grid, line[k], line[k + 1], r * rng.uniform(0.6, 0.85), content if rng.random() < 0.75 else "air")
 
 
 def _paint_upper_organs(grid, a, rng, inside_mm):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from .tables import whole_number
 from .volume import Study, Volume
 
 
-def _open3d():
+def load_open3d() -> ModuleType:
+    """Open3D, imported when first needed. Raises ImportError, saying what it needs from the system."""
     try:
         import open3d
     except ImportError as error:
@@ -57,11 +59,11 @@ class LevelBox:
 
     def corners_lps(self) -> np.ndarray:
         """(8, 3) corners in LPS millimetres."""
-        return self.to_lps(_unit_corners((-0.5, -0.5, -0.5), (0.5, 0.5, 0.5)) * self.extent_mm)
+        return self.to_lps(corners_between((-0.5, -0.5, -0.5), (0.5, 0.5, 0.5)) * self.extent_mm)
 
     def as_open3d(self) -> Any:
         """The box as open3d.geometry.OrientedBoundingBox; its axes are the columns of R."""
-        o3d = _open3d()
+        o3d = load_open3d()
         return o3d.geometry.OrientedBoundingBox(
             np.asarray(self.center_lps_mm), np.asarray(self.axes).T, np.asarray(self.extent_mm)
         )
@@ -70,7 +72,7 @@ class LevelBox:
         """The box's edges as open3d.geometry.LineSet."""
         box = self.as_open3d()
         box.color = (0.0, 0.0, 0.0)  # it is made without one, which Open3D warns of
-        return _open3d().geometry.LineSet.create_from_oriented_bounding_box(box)
+        return load_open3d().geometry.LineSet.create_from_oriented_bounding_box(box)
 
 
 def boxes_to_table(study_id: int, boxes: Iterable[LevelBox]) -> pd.DataFrame:
@@ -166,7 +168,7 @@ def _second(row: pd.Series) -> tuple[str, float]:
     return (str(name), float(share)) if told else ("", 0.0)
 
 
-def _unit_corners(low: Iterable[float], high: Iterable[float]) -> np.ndarray:
+def corners_between(low: Iterable[float], high: Iterable[float]) -> np.ndarray:
     """(8, 3) corners of the box from low (3,) to high (3,)."""
     return np.array(list(itertools.product(*zip(low, high, strict=True))), np.float64)
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from ..limits import check_limit
 from ..names import DESCRIPTIONS
 from .crop import FULL_SIZE, Crop
-from .geometry import LevelBox, _unit_corners
+from .geometry import LevelBox, corners_between
 from .volume import Study, Volume
 
 
@@ -51,7 +51,7 @@ class _OnGrid:
         to_voxel = np.linalg.inv(volume.affine) @ affine
         size = np.array(volume.array.shape)
         to_grid = np.linalg.inv(to_voxel)
-        reach = _unit_corners((-0.5, -0.5, -0.5), size - 0.5) @ to_grid[:3, :3].T + to_grid[:3, 3]
+        reach = corners_between((-0.5, -0.5, -0.5), size - 0.5) @ to_grid[:3, :3].T + to_grid[:3, 3]
         first = np.clip(np.ceil(reach.min(0) - 1e-6), 0, shape).astype(int)
         last = np.clip(np.floor(reach.max(0) + 1e-6) + 1, 0, shape).astype(int)
         self.window = None
@@ -65,7 +65,7 @@ class _OnGrid:
             return
         self.window = tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
         # Only the part of the volume that the window touches is converted and sent to the device.
-        touched = _unit_corners(first, last - 1) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+        touched = corners_between(first, last - 1) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
         low = np.clip(np.floor(touched.min(0)) - 3, 0, size - 1).astype(int)
         high = np.clip(np.ceil(touched.max(0)) + 4, low + 1, size).astype(int)
         part = volume.array[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
@@ -363,7 +363,10 @@ def study_box(study: Study) -> tuple[np.ndarray, np.ndarray]:
         volumes = study.of(description)
         if volumes:
             corners = np.concatenate(
-                [volume.voxel_to_lps(_unit_corners((0, 0, 0), np.array(volume.array.shape) - 1)) for volume in volumes]
+                [
+                    volume.voxel_to_lps(corners_between((0, 0, 0), np.array(volume.array.shape) - 1))
+                    for volume in volumes
+                ]
             )
             return (corners.min(0) + corners.max(0)) / 2, axes
     return np.zeros(3), axes

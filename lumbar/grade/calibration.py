@@ -139,7 +139,7 @@ def yolo_probabilities(scores: ArrayLike, calibration: Mapping[str, Any] | None 
     return np.where(missing[..., None], np.nan, p)
 
 
-def _has_scores(scores):
+def has_scores(scores: ArrayLike) -> np.ndarray:
     """(n, ...) -> (n,) bool: the studies that a detector held out and has scores of."""
     return np.isfinite(scores).any(axis=tuple(range(1, np.ndim(scores))))
 
@@ -153,7 +153,7 @@ def cross_fitted_probabilities(scores: ArrayLike, grades: ArrayLike, used: np.nd
     Returns (n, 5, sides, 3), NaN where these scores are.
     """
     scores, grades = np.asarray(scores, float), np.asarray(grades)
-    part = deal_parts(_has_scores(scores))
+    part = deal_parts(has_scores(scores))
     result = np.full((len(scores), *scores.shape[2:]), np.nan)
     for p in np.unique(part[part >= 0]):
         others = part != p

@@ -23,21 +23,21 @@ from ..names import CONDITIONS, DETECTORS, LEVELS, SEVERITIES, progress
 from ..storage import DamagedFile
 from ..weights import Stated, check_network, read_settled, read_weights, store_settled
 from .calibration import (
-    _has_scores,
     cross_fitted_probabilities,
     fit_yolo_calibration,
+    has_scores,
     mean_scores,
     severity_prior,
     yolo_probabilities,
 )
-from .detector_data import YOLO_VIEWS, SeverityImages, YoloView, _side_sign, slice_patch
+from .detector_data import YOLO_VIEWS, SeverityImages, YoloView, side_sign, slice_patch
 from .detector_weights import (
     _REMEDY,
-    _shipped_cfg,
-    _shipped_descriptions,
     find_yolo_description,
     prepare_ultralytics,
     read_detector_about,
+    shipped_cfg,
+    shipped_descriptions,
 )
 from .member import together_or_alone, without_frames
 from .tta import View, choose_views, cross_fitted_views, deal_parts
@@ -169,9 +169,9 @@ def _known_cfg(path, meta):
     try:
         known = [find_yolo_description(Path(name).name)]
     except (ValueError, TypeError):
-        known = _shipped_descriptions()
+        known = shipped_descriptions()
     different = []
-    for cfg in filter(None, map(_shipped_cfg, known)):
+    for cfg in filter(None, map(shipped_cfg, known)):
         scales, letter = cfg.get("scales"), own.get("scale")
         cfg = cfg | {"nc": len(meta["names"]), "channels": 1}
         if isinstance(letter, str) and letter in {"", *(scales or ())}:
@@ -273,7 +273,7 @@ def yolo_views(
     for level, box in enumerate(boxes):
         for side, condition in enumerate(conditions):
             head, lateral, back = view.point_mm
-            local = np.array([head, lateral * _side_sign(condition), back])
+            local = np.array([head, lateral * side_sign(condition), back])
             expected[level, side] = box.to_lps(local)
     patches, views = [], []
     shape_px = tuple(detector.about["shape_px"])
@@ -395,7 +395,7 @@ def choose_detector_views(
         p = cross_fitted_probabilities(scores, own, np.broadcast_to(alone, scores.shape[:2]))
         log_p[number, :, conditions] = np.log(p).transpose(2, 0, 1, 3)
     kept, table = choose_views(grades, log_p, views)
-    return kept, table, cross_fitted_views(grades, log_p, views, deal_parts(_has_scores(scores)))
+    return kept, table, cross_fitted_views(grades, log_p, views, deal_parts(has_scores(scores)))
 
 
 def settle_detectors(

@@ -338,7 +338,7 @@ def _contradictions(points):
     found = {}
     for study_id, own in points.groupby("study_id"):
         down_mm = -np.diff(own.groupby("level")["z_mm"].mean())
-        side = own["condition"].map(_side_sign)
+        side = own["condition"].map(side_sign)
         sides = (own["x_mm"] * side)[side != 0].groupby(own["level"]).agg(["sum", "size"])
         across_mm = sides.loc[sides["size"] == 2, "sum"]
         wrong = ["its levels do not follow each other from head to foot"] * bool((down_mm < _APART_MM).any())
@@ -463,7 +463,7 @@ def fit_point_offsets(points: pd.DataFrame, boxes: Mapping[int, Sequence[LevelBo
             continue
         box = boxes[int(row.study_id)][int(row.level)]
         head, left, back = box.from_lps([row.x_mm, row.y_mm, row.z_mm])
-        found.append((head, left * _side_sign(int(row.condition)), back))
+        found.append((head, left * side_sign(int(row.condition)), back))
     offsets = np.array(found).reshape(-1, 3)
     offsets = offsets[np.linalg.norm(offsets, axis=1) < 40]
     if len(offsets) < 10:
@@ -473,6 +473,6 @@ def fit_point_offsets(points: pd.DataFrame, boxes: Mapping[int, Sequence[LevelBo
     return {"point_mm": middle.tolist(), "spread_mm": spread.tolist(), "n": len(offsets)}
 
 
-def _side_sign(condition):
+def side_sign(condition: int) -> float:
     """+1 for a left condition, -1 for a right one, 0 in the midline (condition: index in CONDITIONS)."""
     return {"left": 1.0, "right": -1.0}.get(CONDITIONS[condition].split("_")[0], 0.0)

@@ -69,21 +69,23 @@ def find_yolo_description(model: str) -> Path:
     stem, ending = model.removesuffix(".yaml"), model[-5:]
     # A family's file has no size in its name: yolov8n.yaml is described in yolov8.yaml.
     for name in (model, f"{stem[:-1]}.yaml" if stem[-1:] in tuple("nsmblx") else model):
-        found = [path for path in _shipped_descriptions() if path.name == name]
+        found = [path for path in shipped_descriptions() if path.name == name]
         if found and ending == ".yaml":
             return found[0]
-    known = ", ".join(path.name for path in _shipped_descriptions() if path.name.startswith("yolov10"))
+    known = ", ".join(path.name for path in shipped_descriptions() if path.name.startswith("yolov10"))
     raise ValueError(f"MODEL {model!r} is no description that ultralytics ships, as are {known}")
 
 
-def _shipped_descriptions():
+def shipped_descriptions() -> list[Path]:
     """All model descriptions in ultralytics' package, sorted."""
     # Looked up, not imported: its first import decides where it keeps its settings (see prepare_ultralytics).
-    return sorted((Path(find_spec("ultralytics").origin).parent / "cfg/models").rglob("*.yaml"))
+    found = find_spec("ultralytics")
+    assert found is not None and found.origin is not None, "a requirement of the kit"
+    return sorted((Path(found.origin).parent / "cfg/models").rglob("*.yaml"))
 
 
 @cache
-def _shipped_cfg(path):
+def shipped_cfg(path: Path) -> dict[str, Any] | None:
     """A description's contents, if it is of a detector as _network_scores reads them; otherwise None."""
     import yaml
 

@@ -31,21 +31,21 @@ from .stacker import (
     FLOOR_UNIT,
     STRENGTH,
     WEIGHT_SHARE,
-    _deal,
-    _log_probabilities,
     _Target,
     apply_stacker,
     check_stacker,
+    deal_studies,
     fit_stacker,
+    stack_log_probabilities,
 )
 from .tables import (
-    _align_to_labels,
     _fold_of,
-    _partial_submission,
-    _sorted_grades,
     align_members,
+    align_to_labels,
     check_predictions,
+    partial_submission,
     read_out_of_fold,
+    sorted_grades,
 )
 
 # On fewer studies than these a temperature that flatters them can cost others more than it brings: scaling then has to
@@ -148,7 +148,7 @@ def combine_members(
     if set(members) - known:
         unknown = ", ".join(map(repr, sorted(set(members) - known)))
         raise ValueError(f"the ensemble has no weight for {unknown}, but for {', '.join(sorted(known))}")
-    log_p, there = _log_probabilities([predictions[m] for m in members])
+    log_p, there = stack_log_probabilities([predictions[m] for m in members])
     prior = np.asarray(prior, np.float64) / np.sum(prior, -1, keepdims=True)
     result = np.empty(log_p.shape[1:])
     for group, members_of_group in GROUPS.items():
@@ -173,7 +173,7 @@ def combine_members(
 def member_alone(predictions: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """A member's own probabilities, rows that sum to 1, and the prior where it has nothing to say: as it would be
     submitted by itself, its zeros included. predictions: (n, 5, 5, 3), NaN where absent; prior: (5, 5, 3)."""
-    _, (there,) = _log_probabilities([predictions])
+    _, (there,) = stack_log_probabilities([predictions])
     p = np.where(there[..., None], predictions, prior)
     return p / p.sum(-1, keepdims=True)
 
@@ -226,8 +226,8 @@ def fit_ensemble(
     """
     if towards not in ("scores", "defaults", "equal"):
         raise ValueError(f"towards is 'scores', 'defaults' or 'equal', not {towards!r}")
-    study_ids, grades = _sorted_grades(labels)
-    return _fit_arrays(grades, _align_to_labels(study_ids, tables), strength, members, towards, scaling, stacker)
+    study_ids, grades = sorted_grades(labels)
+    return _fit_arrays(grades, align_to_labels(study_ids, tables), strength, members, towards, scaling, stacker)
 
 
 def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, stacker=True, judged=True):
@@ -239,7 +239,7 @@ def _fit_arrays(grades, predictions, strength, members, towards, scaling=True, s
     ensemble = equal_ensemble(names) if towards == "equal" else default_ensemble(names)
     if towards == "scores":
         ensemble["weights"] = _shares_by_score(grades, predictions, names)
-    log_p, there = _log_probabilities([predictions[m] for m in names])
+    log_p, there = stack_log_probabilities([predictions[m] for m in names])
     prior, grades = class_prior(grades), np.where(there.any(0), grades, -1)
     scaled = dict.fromkeys(GROUPS, scaling)
     if scaling and judged:
@@ -302,7 +302,7 @@ def _scaling_gains(grades, predictions, parts=4, errors=SCALING_ERRORS, **option
         return dict.fromkeys(GROUPS, studies.sum() >= SCALING_STUDIES)
     grades = grades[studies]
     predictions = {name: p[studies] for name, p in predictions.items()}
-    part = _deal(grades, parts)
+    part = deal_studies(grades, parts)
     without, scaled = np.full((2, *grades.shape, 3), 1 / 3)
     for fold in range(part.max() + 1):
         inside = part == fold
@@ -406,8 +406,8 @@ def cross_validate_ensemble(
     """
     if not tables:
         raise ValueError("no member's predictions to combine")
-    study_ids, grades = _sorted_grades(labels)
-    aligned = _align_to_labels(study_ids, tables)
+    study_ids, grades = sorted_grades(labels)
+    aligned = align_to_labels(study_ids, tables)
     there = np.any([np.isfinite(p).all(-1) for p in aligned.values()], axis=0)
     fold_of = _fold_of(folds, study_ids, there.any((1, 2)))
     names = [*aligned, *VARIANTS]
@@ -432,7 +432,7 @@ def cross_validate_ensemble(
             "gain_se": gain[1] / 4,
             "rows": int((own & (grades >= 0)).sum()),
         }
-    submissions = {name: _partial_submission(study_ids, p, there) for name, p in nested.items()}
+    submissions = {name: partial_submission(study_ids, p, there) for name, p in nested.items()}
     return pd.DataFrame.from_dict(scores, orient="index"), submissions
 
 

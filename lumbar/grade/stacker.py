@@ -3,7 +3,7 @@
 May use: data, weights, names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ OFF_SCALE = 10.0
 OWN_FEATURES = ("own", "level", "worst")  # how the names of a cell's own features begin
 
 
-def _log_probabilities(predictions):
+def stack_log_probabilities(predictions: Iterable[ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
     """List of (n, 5, 5, 3), NaN where absent -> (log p (members, n, 5, 5, 3), there (members, n, 5, 5) bool)."""
     stack = np.stack([np.asarray(p, np.float64) for p in predictions])
     there = np.isfinite(stack).all(-1) & (np.nan_to_num(stack).sum(-1) > 0)
@@ -215,7 +215,7 @@ def fit_stacker(
     }
     if len(grades) < STACKER_STUDIES:
         return result
-    part = _deal(grades, parts)
+    part = deal_studies(grades, parts)
     for number, (group, conditions) in enumerate(GROUPS.items()):
         if not (grades[:, list(conditions)] >= 0).any():
             continue
@@ -235,7 +235,7 @@ def fit_stacker(
     return result
 
 
-def _deal(grades, parts):
+def deal_studies(grades: np.ndarray, parts: int) -> np.ndarray:
     """Studies dealt into parts of alike severity: (n,) int. grades: (n, 5, 5)."""
     table = pd.DataFrame(np.array([*GRADES, None], object)[grades.reshape(len(grades), -1)], columns=[*LABEL_COLUMNS])
     return make_folds(table.assign(study_id=np.arange(len(grades))), parts)["fold"].to_numpy()

@@ -43,7 +43,7 @@ def _fold_of(folds, study_ids, needed):
     return result
 
 
-def _partial_submission(study_ids, probabilities, there):
+def partial_submission(study_ids: Iterable[int], probabilities: np.ndarray, there: np.ndarray) -> pd.DataFrame:
     """Submission of the rows that are there: (n,), (n, 5, 5, 3), (n, 5, 5) bool."""
     table = to_submission(study_ids, np.where(there[..., None], probabilities, 1.0))
     kept = [row for row, known in zip((r for s in study_ids for r in row_ids(s)), there.ravel()) if known]
@@ -99,7 +99,7 @@ def check_predictions(table: pd.DataFrame, name: str = "predictions") -> tuple[n
         raise ValueError(f"{name}: {error}") from None
 
 
-def _sorted_grades(labels):
+def sorted_grades(labels: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """labels_to_array in the order of study_id; ValueError where these are no labels at all."""
     if "study_id" not in labels.columns or not set(LABEL_COLUMNS) & set(labels.columns):
         raise ValueError("labels need the column study_id and train.csv's label columns")
@@ -108,7 +108,7 @@ def _sorted_grades(labels):
     return study_ids[order], grades[order]
 
 
-def align_members(study_ids: Sequence[int], tables: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray]:
+def align_members(study_ids: Sequence[int] | np.ndarray, tables: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray]:
     """dict member -> submission-like table -> dict member -> (n, 5, 5, 3), NaN where a row is missing.
 
     Parameters
@@ -140,7 +140,7 @@ def align_members(study_ids: Sequence[int], tables: Mapping[str, pd.DataFrame]) 
     return aligned
 
 
-def _align_to_labels(study_ids, tables):
+def align_to_labels(study_ids: Sequence[int] | np.ndarray, tables: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray]:
     """align_members; ValueError for a table that predicts none of these studies."""
     aligned = align_members(study_ids, tables)
     for member, values in aligned.items():

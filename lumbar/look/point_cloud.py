@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.geometry import LevelBox, _open3d
+from ..data.geometry import LevelBox, load_open3d
 from ..data.volume import Study
 from ..names import DESCRIPTIONS, LEVELS
 from .slices import LEVEL_COLOURS, level_name
@@ -27,7 +27,7 @@ def point_cloud(study: Study, every: int = 2) -> open3d.geometry.PointCloud:
     A point per voxel (every `every`-th row and column) brighter than 5% of the scale; the colour's red, green and
     blue are T1, axial T2 and T2/STIR, so that one glance tells which series a point is from.
     """
-    o3d = _open3d()
+    o3d = load_open3d()
     points, colours = [], []
     for volume in study.volumes:
         channel = DESCRIPTIONS.index(volume.description)

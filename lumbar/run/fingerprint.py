@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -53,28 +54,28 @@ def _versions():
 
 
 # What comes and goes in a folder without being part of its content.
-_PASSING = re.compile(r"^\.|\.(cache|lock|tmp)$|\.part(\.\w+)?$")
+PASSING_FILES = re.compile(r"^\.|\.(cache|lock|tmp)$|\.part(\.\w+)?$")
 
 
-def _files_below(folder):
+def files_below(folder: Path) -> list[tuple[str, int]]:
     """(name relative to the folder, size in bytes) of each file below it, in order."""
     found = []
     for place, below, files in os.walk(folder):
-        below[:] = sorted(name for name in below if not _PASSING.search(name))
+        below[:] = sorted(name for name in below if not PASSING_FILES.search(name))
         for name in files:
-            if not _PASSING.search(name):
+            if not PASSING_FILES.search(name):
                 path = Path(place, name)
                 if path.is_file():
                     found.append((path.relative_to(folder).as_posix(), path.stat().st_size))
     return sorted(found)
 
 
-def _content(path):
+def content_digest(path: str | Path) -> tuple[int, str]:
     """(bytes, SHA-256) of an output: of a file, or of a folder's files and their names."""
     path = Path(path)
     if path.is_file():
         return path.stat().st_size, file_digest(path)
-    files = _files_below(path)
+    files = files_below(path)
     with ThreadPoolExecutor(4) as pool:  # hashing and reading leave Python's lock alone
         digests = pool.map(lambda entry: file_digest(path / entry[0]), files)
         text = "".join(f"{digest} {name}\n" for digest, (name, _) in zip(digests, files, strict=True))
@@ -105,9 +106,9 @@ def fingerprint(path: str | Path) -> str:
         digest.update(f"{folder.parent.name}/{folder.name}\n".encode())
     manifest = read_manifest(path) or {"outputs": {}}
     for name in sorted(name for name in manifest["outputs"] if (path / name).is_dir()):
-        digest.update(f"{name} {_files_below(path / name)}\n".encode())
+        digest.update(f"{name} {files_below(path / name)}\n".encode())
     if "sha256" in manifest:
-        made = {"stage": manifest["stage"], "work": _work(manifest), "outputs": _lasting(manifest["sha256"])}
+        made = {"stage": manifest["stage"], "work": work_of(manifest), "outputs": _lasting(manifest["sha256"])}
         digest.update(json.dumps(made, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
@@ -142,7 +143,7 @@ SINCE = {"SCHEDULE": "short", "POOLING": "mean", "DROP_PATH": 0.0}
 _SCHEDULES_OWN = 0.001
 
 
-def _work(known):
+def work_of(known: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for two runs to have done the same: of an identity, of begun.json or a manifest."""
     left_out = (*PARAMETERS_WITHOUT_EFFECT, *PATH_PARAMETERS)
     given = {name: value for name, value in known["parameters"].items() if name not in left_out}
@@ -161,14 +162,14 @@ def code_fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
-def _is_below(name):
+def is_below(name: str) -> bool:
     """True for a path that leads from a folder to something in it."""
     path = PurePath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
-_OF_IDENTITY = {"parameters": dict, "inputs": dict}
-_OF_MANIFEST = _OF_IDENTITY | {
+IDENTITY_FIELDS = {"parameters": dict, "inputs": dict}
+MANIFEST_FIELDS = IDENTITY_FIELDS | {
     "stage": str,
     "outputs": dict,
     "seconds": (int, float),
@@ -184,7 +185,7 @@ _OF_MANIFEST = _OF_IDENTITY | {
 _OLD_OUTPUTS = ("../data/train.csv", "../data/train_images", "../data/test_images")
 
 
-def _read_identity(path, expected=_OF_IDENTITY):
+def read_identity(path: Path, expected: Mapping[str, Any] = IDENTITY_FIELDS) -> dict[str, Any] | None:
     """begun.json or manifest.json; None where there is none. Raises ValueError, naming the file, if it is not ours."""
     if not path.exists() and not path.is_symlink():
         return None
@@ -197,10 +198,10 @@ def _read_identity(path, expected=_OF_IDENTITY):
             raise ValueError(f"{path} is damaged or not of this kit ({key!r} is missing or of the wrong type)")
     if not all(isinstance(value, (str, list)) for value in known["inputs"].values()):
         raise ValueError(f"{path} is damaged or not of this kit (its inputs are no fingerprints)")
-    if expected is _OF_MANIFEST:
+    if expected is MANIFEST_FIELDS:
         if not all(type(size) is int for size in known["outputs"].values()):
             raise ValueError(f"{path} is damaged or not of this kit (the sizes of its outputs are no numbers)")
-        outside = [name for name in known["outputs"] if not _is_below(name) and name not in _OLD_OUTPUTS]
+        outside = [name for name in known["outputs"] if not is_below(name) and name not in _OLD_OUTPUTS]
         if outside:
             raise ValueError(f"{path} lists outputs outside its folder: {', '.join(outside[:3])}")
         sums = known.get("sha256", {})
@@ -215,7 +216,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     One that is damaged, foreign, or lists outputs outside the folder counts as none, and a line says so.
     """
     try:
-        return _read_identity(Path(folder) / "manifest.json", _OF_MANIFEST)
+        return read_identity(Path(folder) / "manifest.json", MANIFEST_FIELDS)
     except ValueError as error:
         print(f"{error}: it does not count, and its stage is done again")
         return None

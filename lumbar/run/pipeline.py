@@ -25,7 +25,7 @@ from ..storage import plain, write_json
 from .fingerprint import code_fingerprint, read_manifest, versions
 from .mounts import KAGGLE_INPUT
 from .parameters import check_device_here, check_notebook_parameters, nearest
-from .stages import BUSY, _identity, _state, stage_inputs
+from .stages import BUSY, stage_identity, stage_inputs, stage_state
 
 
 def member_folder(name: str, folds: Sequence[int]) -> str:
@@ -81,10 +81,10 @@ def is_finished(stage: Mapping[str, Any]) -> bool:
         return False
     parameters = check_notebook_parameters(stage["notebook"], stage["parameters"])
     try:
-        identity, places = _identity(parameters, stage_inputs(parameters, stage["name"]))
+        identity, places = stage_identity(parameters, stage_inputs(parameters, stage["name"]))
     except FileNotFoundError:
         return False
-    if _state(folder, identity, places)[0] != "finished":
+    if stage_state(folder, identity, places)[0] != "finished":
         return False
     manifest = read_manifest(folder)
     if manifest is None:

@@ -21,18 +21,18 @@ from ..grade.full_size import FULL_SIZE
 from ..grade.pretrained import INSTALLED, pretrained_file
 from ..storage import is_dead_part, is_part, plain, remove_parts, write_json
 from .fingerprint import (
-    _OF_MANIFEST,
-    _PASSING,
+    MANIFEST_FIELDS,
     PARAMETERS_WITHOUT_EFFECT,
-    _content,
-    _files_below,
-    _is_below,
-    _read_identity,
-    _work,
+    PASSING_FILES,
     code_fingerprint,
+    content_digest,
+    files_below,
     fingerprint,
+    is_below,
+    read_identity,
     read_manifest,
     versions,
+    work_of,
 )
 from .parameters import READ_PATHS
 
@@ -126,7 +126,7 @@ def _is_same_work(known, identity, inputs):
 
     inputs: dict parameter -> path or list of paths, for what was written when inputs were known by their paths.
     """
-    if _work(known) == _work(identity):
+    if work_of(known) == work_of(identity):
         return True
     by_path = not any(key in READ_PATHS or key.startswith("input ") for key in known["inputs"])
     return by_path and _was_same_work(known, identity, inputs)
@@ -137,7 +137,7 @@ def _is_same_work(known, identity, inputs):
 
 
 def _was_same_work(known, identity, inputs):
-    if _work(known)["parameters"] != _work(identity)["parameters"]:
+    if work_of(known)["parameters"] != work_of(identity)["parameters"]:
         return False
     own = Path(__file__).resolve().parents[2]
     read = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
@@ -214,13 +214,13 @@ class StageFolder:
             if manifest is not None:
                 return manifest
         names = list(map(str, outputs))
-        outside = [name for name in names if not _is_below(name)]
+        outside = [name for name in names if not is_below(name)]
         if outside:
             raise ValueError(f"{self.name}: outputs must lie in its own folder, not at {', '.join(outside)}")
         missing = [name for name in names if not (self.dir / name).exists()]
         if missing:
             raise FileNotFoundError(f"{self.name} did not write {', '.join(missing)} in {self.dir}")
-        contents = {name: _content(self.dir / name) for name in names}
+        contents = {name: content_digest(self.dir / name) for name in names}
         manifest = {
             "stage": self.name,
             **self.identity,
@@ -252,22 +252,22 @@ def _missing_output(folder, manifest):
         if not os.path.exists(path):
             return f"{path} is missing"
         if "sha256" in manifest:
-            there = path.stat().st_size if path.is_file() else sum(size for _, size in _files_below(path))
+            there = path.stat().st_size if path.is_file() else sum(size for _, size in files_below(path))
             if there != size:
                 return f"{path} has {there:,} bytes in place of {size:,}"
     return ""
 
 
-def _state(folder, identity, places):
+def stage_state(folder: Path, identity: Mapping[str, Any], places: Mapping[str, Any]) -> tuple[str | None, str]:
     """What a stage's folder holds: (None or "finished", "begun", "other", a sentence about what is wrong with it)."""
-    if not folder.is_dir() or not any(not _PASSING.search(path.name) for path in folder.iterdir()):
+    if not folder.is_dir() or not any(not PASSING_FILES.search(path.name) for path in folder.iterdir()):
         return None, ""
     try:
-        begun = _read_identity(folder / "begun.json")
+        begun = read_identity(folder / "begun.json")
     except ValueError as error:
         return "other", f"{error}: what the folder is of is not known, and it is done again"
     try:
-        manifest, problem = _read_identity(folder / "manifest.json", _OF_MANIFEST), ""
+        manifest, problem = read_identity(folder / "manifest.json", MANIFEST_FIELDS), ""
     except ValueError as error:
         manifest, problem = None, f"{error}: it is done again"
     known = begun or manifest
@@ -364,12 +364,12 @@ def open_stage(
     folder = Path(out).resolve() / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     places = stage_inputs(parameters, name)
-    identity, places = _identity(parameters, places, inputs)
-    state, reason = _state(folder, identity, places)
+    identity, places = stage_identity(parameters, places, inputs)
+    state, reason = stage_state(folder, identity, places)
     # Finished work needs no lock: jobs that share it run side by side.
     if state != "finished":
         fresh = _lock(folder)
-        state, reason = _state(folder, identity, places)  # another process may have been at work until now
+        state, reason = stage_state(folder, identity, places)  # another process may have been at work until now
         if reason:
             print(f"{name}: {reason}")
         if state == "other":
@@ -394,7 +394,9 @@ def open_stage(
     return StageFolder(folder, name, done, identity, started, places)
 
 
-def _identity(parameters, places, inputs=()):
+def stage_identity(
+    parameters: Mapping[str, Any], places: Mapping[str, Any], inputs: Any = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(identity, places): what begun.json holds, and dict name -> path or list of paths of all inputs.
 
     places: of stage_inputs; inputs: further paths, or dict name -> path, which are named by their order.
@@ -419,7 +421,7 @@ def _continue_attached(folder, identity, places):
 
     for source in unfinished_stages(folder.name):
         try:
-            same = _is_same_work(_read_identity(source / "begun.json"), identity, places)
+            same = _is_same_work(read_identity(source / "begun.json"), identity, places)
             reason = "other parameters or inputs"
         except ValueError as error:
             same, reason = False, error

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data.source import Source
 from ..data.volume import Volume
-from .naming import _numbered_differently
+from .naming import numbered_differently
 from .spinenet import MAX_SEARCHED_PX, every_nth_slice, searched_px
 from .vertebra import UNCERTAIN, Vertebra
 
@@ -84,7 +84,7 @@ def _motion_mm(first, second, reach_mm=16.0, tolerance_mm=8.0):
         return np.zeros(3)
     offsets = np.stack([v.center_lps_mm for v in first])[:, None] - np.stack([v.center_lps_mm for v in second])
     # The names tell which is which, unless the two series are numbered differently.
-    if first[0].name and second[0].name and not _numbered_differently(first, second):
+    if first[0].name and second[0].name and not numbered_differently(first, second):
         same = np.array([[a.name == b.name != UNCERTAIN for b in second] for a in first])
         return np.median(offsets[same], 0) if same.sum() > 1 else np.zeros(3)
     best, motion = 1, np.zeros(3)
@@ -112,7 +112,7 @@ def merge_vertebrae(first: Sequence[Vertebra], second: Sequence[Vertebra], dista
     # Across the slices a small motion is no more than their spacing makes of a patient who lay still.
     across_mm = [v.center_lps_mm[0] + motion[0] * (abs(motion[0]) > 3.0) for v in second]
     second = [replace(v, corners_lps_mm=v.corners_lps_mm + motion) for v in second]
-    contradict = _numbered_differently(first, second)
+    contradict = numbered_differently(first, second)
     pairs = []
     for i, vertebra in enumerate(first):
         for k, other in enumerate(second):

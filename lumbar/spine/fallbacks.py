@@ -15,7 +15,7 @@ from ..data.resample import study_box
 from ..data.source import Source
 from ..data.volume import Study
 from ..names import LEVEL_VERTEBRAE, LEVELS, VERTEBRAE
-from .naming import _PLACE_SPREAD_MM, _capped, _chain_layout
+from .naming import PLACE_SPREAD_MM, capped_half_square, chain_layout
 from .vertebra import _CHAIN, _LUMBAR, Vertebra, vertebrae_from_table
 
 
@@ -230,12 +230,14 @@ def _match_blocks(blocks, discs):
     for chosen in itertools.combinations(range(len(discs)), len(blocks)):
         picked = list(chosen)
         turn = tilt - usual[picked]
-        cost = _capped((turn - np.median(turn)) / 6.0, 6.0).sum() + _capped(np.median(turn) / 10.0, 6.0)
+        cost = capped_half_square((turn - np.median(turn)) / 6.0, 6.0).sum() + capped_half_square(
+            np.median(turn) / 10.0, 6.0
+        )
         found = np.stack([b["center"] for b in blocks])
         where = np.stack([discs[k]["center"] for k in picked])
         steps = np.linalg.norm(np.diff(found, axis=0), axis=1) - np.linalg.norm(np.diff(where, axis=0), axis=1)
-        cost += _capped(steps / 6.0, 6.0).sum()
-        cost += _capped((found - where)[:, 2].mean() / _PLACE_SPREAD_MM[0], _PLACE_SPREAD_MM[1])
+        cost += capped_half_square(steps / 6.0, 6.0).sum()
+        cost += capped_half_square((found - where)[:, 2].mean() / PLACE_SPREAD_MM[0], PLACE_SPREAD_MM[1])
         cost += 4.0 * (np.diff(picked) - 1).sum()
         cost += (
             3.0 * (LEVELS.index("l5_s1") + 1 not in picked) + 1.5 * (0 in picked) + 3.0 * (len(LEVELS) + 1 in picked)
@@ -283,8 +285,8 @@ def _levels_of_stack(stacks, bodies):
     for first in range(len(LEVELS) - 1):
         spare = (high - low - 24 - (discs_mm[first] - discs_mm[-1])) / 12
         move = (high + low) / 2 - (discs_mm[first] + discs_mm[-1]) / 2
-        away = move / _PLACE_SPREAD_MM[0]
-        fits.append((float(_capped(spare, 10.0) + _capped(away, _PLACE_SPREAD_MM[1])), move))
+        away = move / PLACE_SPREAD_MM[0]
+        fits.append((float(capped_half_square(spare, 10.0) + capped_half_square(away, PLACE_SPREAD_MM[1])), move))
     shift = min(fits)[1] * normal
     bodies = [replace(v, corners_lps_mm=v.corners_lps_mm + shift, source=Source.AXIAL, confidence=0.2) for v in bodies]
     return level_boxes(bodies), bodies
@@ -327,7 +329,7 @@ def _levels_of_blocks(blocks, bodies, prior):
 
 def _layout_discs(boxes, bodies, prior):
     """Dicts center, normal of the layout's discs, head to foot: those of the boxes, with T12/L1 and S1/S2."""
-    layout = _chain_layout(prior)
+    layout = chain_layout(prior)
     chain = {name: Vertebra(corners, 40.0, name=name) for name, corners in zip(_CHAIN, layout)}
     offset = bodies[0].corners_lps_mm.mean(0) - chain["L1"].center_lps_mm
 

@@ -3,8 +3,9 @@
 May use: counting, vertebra, data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from .counting import STEPS, Numberings, counted_shares, numberings_of
 from .vertebra import _CHAIN, AMBIGUOUS_SHARE, SPINE_CLASSES, UNCERTAIN, Vertebra, spine_class
 
 
-def _numbered_differently(first, second):
+def numbered_differently(first: Sequence[Vertebra], second: Sequence[Vertebra]) -> bool:
     """Do named bodies at the same place (half a body's height) mostly have different names in the two lists?"""
     verdicts = [
         a.name == b.name
@@ -22,7 +23,7 @@ def _numbered_differently(first, second):
         if a.name and b.name and UNCERTAIN not in (a.name, b.name)
         if np.linalg.norm(a.center_lps_mm - b.center_lps_mm) < 13.0
     ]
-    return len(verdicts) > 1 and np.mean(verdicts) < 0.5
+    return len(verdicts) > 1 and bool(np.mean(verdicts) < 0.5)
 
 
 def _shapes(corners):
@@ -44,7 +45,7 @@ def _shapes(corners):
     }
 
 
-def _chain_layout(prior):
+def chain_layout(prior: Mapping[str, Any]) -> np.ndarray:
     """(len(_CHAIN), 4, 3) corners of the mean layout; names beyond its ends continue it by its last step."""
     layout = {name: np.array(corners, np.float64) for name, corners in prior["layout_mm"].items()}
     known = [k for k, name in enumerate(_CHAIN) if name in layout]
@@ -78,7 +79,7 @@ def _pair_shapes(shapes):
     }
 
 
-def _capped(deviation, cap):
+def capped_half_square(deviation: np.ndarray, cap: float) -> np.ndarray:
     """Half the square of a deviation in standard deviations, at most `cap`: no single measure outvotes the others."""
     return np.minimum(0.5 * deviation**2, cap)
 
@@ -87,7 +88,7 @@ def _capped(deviation, cap):
 # same evidence several times over, and patients are no phantoms.
 _PAIR_SPREAD = {"gap": (0.16, 2.0), "turn_deg": (8.0, 3.0), "narrowing": (0.12, 3.0)}
 _TILT_SPREAD_DEG = (18.0, 2.0)
-_PLACE_SPREAD_MM = (30.0, 3.0)
+PLACE_SPREAD_MM = (30.0, 3.0)
 _SIZES = (0.82, 0.91, 1.0, 1.09, 1.18)  # of a patient, against the mean layout
 _OVERLOOKED = 2.5  # penalty for each body that the network would have missed between two that it saw
 
@@ -101,7 +102,7 @@ def _chain_scores(vertebrae, prior, center_lps_mm=None, size=1.0):
     """
     count, names = len(vertebrae), len(_CHAIN)
     corners = np.stack([v.corners_lps_mm for v in vertebrae])
-    layout = _chain_layout(prior)
+    layout = chain_layout(prior)
     seen, usual = _shapes(corners), _shapes(layout)
     # No body's looks alone may outvote the order of all others.
     classes = np.array([spine_class(name) for name in _CHAIN])
@@ -109,11 +110,11 @@ def _chain_scores(vertebrae, prior, center_lps_mm=None, size=1.0):
     looks = [unknown if v.appearance is None else np.maximum(v.appearance, -4.0) for v in vertebrae]
     single = np.stack([look[classes] for look in looks])
     turned = (seen["tilt_deg"][:, None] - usual["tilt_deg"] + 180) % 360 - 180
-    single = single - _capped(turned / _TILT_SPREAD_DEG[0], _TILT_SPREAD_DEG[1])
+    single = single - capped_half_square(turned / _TILT_SPREAD_DEG[0], _TILT_SPREAD_DEG[1])
     if center_lps_mm is not None:
         # A study is planned around L3: where in the series a body lies tells a little, once for the whole chain.
         away = seen["center"][:, 2, None] - (usual["center"][:, 2] + center_lps_mm[2])
-        single = single - _capped(away / _PLACE_SPREAD_MM[0], _PLACE_SPREAD_MM[1]) / count
+        single = single - capped_half_square(away / PLACE_SPREAD_MM[0], PLACE_SPREAD_MM[1]) / count
     # Bodies that happen to stand in line are rare: a false one in its place is less likely than odd looks.
     drop = np.array([-4.0 - 4.0 * v.confidence for v in vertebrae])
     before = np.concatenate([[0.0], np.cumsum(drop)])
@@ -123,11 +124,11 @@ def _chain_scores(vertebrae, prior, center_lps_mm=None, size=1.0):
     expected_mm = np.maximum(np.linalg.norm(expected, axis=2), 1.0)
     apart = seen["center"] - seen["center"][:, None]
     error = np.linalg.norm(apart[:, :, None, None] - expected, axis=4) / expected_mm
-    pair = -_capped(error / 0.3, 20.0)
+    pair = -capped_half_square(error / 0.3, 20.0)
     seen_pairs, usual_pairs = _pair_shapes(seen), _pair_shapes(usual)
     for name, (spread, cap) in _PAIR_SPREAD.items():
         wide = spread * np.sqrt(np.maximum(step, 1))
-        pair = pair - _capped((seen_pairs[name][:, :, None, None] - usual_pairs[name]) / wide, cap)
+        pair = pair - capped_half_square((seen_pairs[name][:, :, None, None] - usual_pairs[name]) / wide, cap)
     pair = pair - _OVERLOOKED * (step - 1)
     number = np.arange(count)
     skipped = before[None, :-1] - before[1:, None]  # all between a and b are dropped
@@ -246,7 +247,7 @@ def _best_size(vertebrae, prior, center_lps_mm):
 
 def _measured(vertebrae, prior, names, scores):
     """Numberings of what _best_size found."""
-    shapes, usual = (_shapes(c) for c in (np.stack([v.corners_lps_mm for v in vertebrae]), _chain_layout(prior)))
+    shapes, usual = (_shapes(c) for c in (np.stack([v.corners_lps_mm for v in vertebrae]), chain_layout(prior)))
     looks = [v.appearance for v in vertebrae]
     shares = _tempered_shares(names, scores)
     return numberings_of(names, shares, shapes, _pair_shapes(shapes), _pair_shapes(usual), looks)

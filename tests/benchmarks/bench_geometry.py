@@ -194,7 +194,7 @@ def peak_mb(folder, task, name):
 def report_peak(folder, task, name):
     """What peak_mb runs: print the peak that the method adds."""
     if name == "point cloud":
-        geometry._open3d()
+        geometry.load_open3d()
     elif name == "SimpleITK":
         import SimpleITK  # noqa: F401
     study, boxes = load(folder)
