@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 import utils
 from lumbar.run import costs, preflight
-from lumbar.run.costs import WEEK_HOURS, cost_line, cost_table, gpu_speed, kernel_costs, stage_cost
+from lumbar.run.costs import WEEK_HOURS, cost_line, cost_table, gpu_speed, kernel_costs, on_kaggle, stage_cost
 from lumbar.run.pipeline import kaggle_kernels
 from lumbar.run.preflight import Machine, count_studies, this_machine
 
@@ -67,6 +68,14 @@ def test_costs_follow_the_parameters():
     assert stage_cost(VIT, {"SCOPE": "study", "CACHE": True}).disk_gb == pytest.approx(346, rel=0.05)
     with pytest.raises(ValueError, match="Did you mean EPOCHS"):
         stage_cost(VIT, {"EPOCH": 1})
+
+
+def test_what_a_notebook_of_others_costs_is_not_known(tmp_path):
+    own = shutil.copy(VIT, tmp_path / "07_train_mine.ipynb")
+    cost = stage_cost(own, {})
+    assert math.isnan(cost.hours) and "not counted" in cost.note
+    assert "Not counted: train-mine." in cost_line({"train-mine": cost})
+    assert "No kernel uses a GPU" in cost_line({"train-mine": on_kaggle(cost, gpu=False)})
 
 
 def test_what_does_not_fit_a_week_is_said():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 import zipfile
 from dataclasses import replace
@@ -27,8 +28,12 @@ from lumbar.data.pixels import DicomProblem
 from lumbar.data.series_kind import SeriesHeader, kind_of_series
 from lumbar.data.source import Source
 from lumbar.look.markups import write_markups
+from lumbar.run.pipeline import run_notebook
 from lumbar.serve import predict_folder
 from lumbar.serve.folder import FoundStudy
+
+ROOT = Path(__file__).resolve().parents[1]
+
 
 MR = "1.2.840.10008.5.1.4.1.1.4"
 AXES = {
@@ -566,6 +571,20 @@ def test_a_second_run_finds_what_is_finished_and_inspect_opens_it(predicted, mon
     inspection = utils.open_folder(predicted, predicted.parent / "unused")
     assert list(inspection.paths) == [1] and len(inspection.levels) == 5
     assert "<svg" in inspection.study_html(1)[0] and not (predicted.parent / "unused").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_does_the_same_and_names_no_folder(predicted):
+    given = predicted.parent / "in" / "Mustermann Erika"
+    out = shutil.copytree(predicted, predicted.parent / "by notebook", symlinks=True)
+    (out / "index.html").unlink()
+    run_notebook(
+        ROOT / "notebooks" / "predict.ipynb", predicted.parent / "run.ipynb", {"FOLDER": str(given), "OUT": str(out)}
+    )
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["counts"]["studies"] == 1 and "FOLDER" not in manifest["parameters"]
+    assert "mustermann" not in (out / "manifest.json").read_text().lower()
+    assert "study_1.html" in (out / "index.html").read_text()
 
 
 def test_a_command_that_cannot_serve_ends_with_a_sentence(tmp_path, capsys):

@@ -96,6 +96,7 @@ DATA_SHEET_TFLOPS = {  # half precision, dense; a name is found in the GPU's
     "4090": 330,
     "5090": 419,
 }
+QUICK = ("00_pipeline", "06_report", "inspect", "predict", "pretrained", "publish")  # notebooks that take minutes
 CORE_TFLOPS = 0.04  # of a CPU core: measured, coatnet_rmlp_3_rw on level crops
 
 
@@ -142,7 +143,8 @@ def hours_on(cost: Cost, gpus: Sequence[str], cores: int) -> float:
 def stage_cost(notebook: str | Path, parameters: Mapping[str, Any], studies: int = STUDIES) -> Cost:
     """What a stage with these parameters (all, or those that differ from the notebook's defaults) costs.
 
-    notebook: its path; studies: of the data. Of networks that are not in the tables above the hours are NaN.
+    notebook: its path; studies: of the data. Of networks that are not in the tables above, and of notebooks that do not
+    come with the kit, the hours are NaN.
     """
     given, stem = check_notebook_parameters(notebook, parameters), Path(notebook).stem
     if stem == "04_train_vit":
@@ -158,8 +160,10 @@ def stage_cost(notebook: str | Path, parameters: Mapping[str, Any], studies: int
         cost = Cost(cpu_hours=1.2 * studies / STUDIES, disk_gb=disk, output_gb=disk, note="measured on phantoms")
     elif stem == "05_inference":
         cost = Cost(hours=0.2, gpu_hours=0.2, gpu_gb=4.0, note="the visible test study only")
-    else:
+    elif stem in QUICK:
         return Cost(hours=0.1)
+    else:
+        cost = Cost(gpu_hours=math.nan, note=f"{stem} was not counted")
     if math.isnan(cost.gpu_hours):
         return replace(cost, hours=math.nan)
     hours = max(hours_on(cost, ["T4", "T4"], KAGGLE_CORES), cost.hours)
