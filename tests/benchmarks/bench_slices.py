@@ -50,6 +50,8 @@ VARIANTS = {
     "CutMix of levels": {"EXCHANGE": 0.3},
     "mixup": {"MIX": 0.5},
     "drop path": {"DROP_PATH": 0.2},
+    "lower rates": {"LEARNING_RATE": 1.0e-3, "BACKBONE_RATE": 0.3},
+    "lower rates, half the epochs": {"LEARNING_RATE": 1.0e-3, "BACKBONE_RATE": 0.3, "EPOCHS": 10},
     "finer pixels": {"SIZE_PX": 64, "MM_PER_PX": 0.6, "AXIAL_MM_PER_PX": 0.375},
 }
 
