@@ -125,7 +125,7 @@ def test_a_run_ends_with_submission_report_and_manifest(run):
 
     log = pd.read_csv(out / "05_inference" / "inference_log.csv")
     assert len(log) == 2 and log["prior_rows"].max() == 0
-    said = log["members"] + " " + log["partial"].fillna("")
+    said = log["members"] + " " + log["partial"].astype(object).fillna("")
     assert said.str.split().apply(set).eq({"yolo", "slices", "level", "study"}).all(), log.to_dict("records")
     report = (out / "report.html").read_text()
     assert "<img" in report and re.search('type="?range', report)
