@@ -141,7 +141,7 @@ def yolo_probabilities(scores: ArrayLike, calibration: Mapping[str, Any] | None 
 
 def has_scores(scores: ArrayLike) -> np.ndarray:
     """(n, ...) -> (n,) bool: the studies that a detector held out and has scores of."""
-    return np.isfinite(scores).any(axis=tuple(range(1, np.ndim(scores))))
+    return np.asarray(np.isfinite(scores).any(axis=tuple(range(1, np.ndim(scores)))))
 
 
 def cross_fitted_probabilities(scores: ArrayLike, grades: ArrayLike, used: np.ndarray) -> np.ndarray:
